@@ -1,0 +1,135 @@
+"""Parameters and multiply-accumulate operations (MACs) that a structure leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from units import UnitGroup, kept_units
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a network costs once everything that is masked is gone.
+
+    Attributes:
+        parameters: Trainable numbers that are left, biases of dropped units excluded.
+        macs: Multiply-accumulates for one image: convolutions, linear layers, and attention's two products.
+    """
+
+    parameters: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class _Use:
+    """One call of a layer: how many output positions for one image, and which input features ever differ from zero."""
+
+    positions: int
+    live_inputs: Tensor
+
+
+def cost_of(model: nn.Module, groups: Sequence[UnitGroup], masks: Mapping[str, Tensor], image_size: int) -> Cost:
+    """Count what the masks (by parameter name) leave of the model.
+
+    A weight counts if its mask is 1 and its input can be other than zero: inputs that only dropped channels feed are
+    gone as well. Weights that are pruned one by one are counted as if hardware could skip them.
+    """
+    kept = {g.name: kept_units(g, masks[g.root.name]).cpu() for g in groups if g.root.name in masks}
+    uses = _uses(model, masks, image_size)
+    modules = dict(model.named_modules())
+    macs = _attention_macs(modules, groups, kept, uses)
+    saved = 0
+    for layer, use in uses.items():
+        weight = modules[layer].weight  # type: ignore[union-attr]
+        pairs = masks.get(f"{layer}.weight", torch.ones_like(weight)).detach().cpu()
+        if pairs.shape[1] == len(use.live_inputs):
+            pairs = pairs * use.live_inputs.view(1, -1, *[1] * (pairs.ndim - 2))
+        left = int(pairs.sum())
+        macs += use.positions * left
+        saved += pairs.numel() - left
+    saved += _dropped_vectors(model, groups, kept, masks)
+    return Cost(sum(p.numel() for p in model.parameters()) - saved, macs)
+
+
+def _dropped_vectors(
+    model: nn.Module, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+) -> int:
+    """Biases and normalisation entries that go with dropped units."""
+    gone: dict[str, int] = {}
+    for group in groups:
+        for part in group.slices:
+            if group.name not in kept or part.axis != 0:
+                continue
+            width = int((~kept[group.name]).sum()) * part.index.shape[1]
+            bias = f"{part.layer}.bias"
+            if part.param == "bias" or not part.ranked:
+                gone[part.name] = width
+            elif getattr(model.get_submodule(part.layer), "bias", None) is not None:
+                gone[bias] = width
+    return sum(gone.values())
+
+
+def _attention_macs(
+    modules: Mapping[str, nn.Module], groups: Sequence[UnitGroup], kept: Mapping[str, Tensor], uses: Mapping[str, _Use]
+) -> int:
+    total = 0
+    for group in (g for g in groups if g.kind == "head"):
+        tokens = uses[group.root.layer].positions
+        heads = int(kept[group.name].sum()) if group.name in kept else group.units
+        total += 2 * tokens * tokens * heads * (group.root.index.shape[1] // 3)
+    return total
+
+
+def _uses(model: nn.Module, masks: Mapping[str, Tensor], image_size: int) -> dict[str, _Use]:
+    """Run an all-positive network on one image of ones and watch what reaches each layer.
+
+    With every weight at its mask, every normalisation harmless and every bias of a live channel positive, a feature
+    is zero exactly if nothing live feeds it. Networks with LayerNorm have no such inputs: there all count as live.
+    """
+    found: dict[str, _Use] = {}
+    state = _positive_state(model, masks)
+    residual_norms = any(isinstance(m, nn.LayerNorm) for m in model.modules())
+
+    def watch(layer: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            features = inputs[0].detach()[0]
+            if isinstance(module, nn.Conv2d):
+                live, positions = features.flatten(1).ne(0).any(1), output[0, 0].numel()
+            else:
+                live, positions = features.reshape(-1, features.shape[-1]).ne(0).any(0), output[0].numel() // output.shape[-1]
+            found[layer] = _Use(positions, torch.ones_like(live).cpu() if residual_norms else live.cpu())
+
+        return hook
+
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    handles = [model.get_submodule(n).register_forward_hook(watch(n)) for n in layers]
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            functional_call(model, state, (torch.ones(1, 3, image_size, image_size, device=device),))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    return found
+
+
+def _positive_state(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    state = {}
+    for name, value in model.state_dict().items():
+        mask = masks[name].to(value.device) if name in masks else torch.ones_like(value)
+        if name.endswith((".running_mean", "normalize.mean")):
+            state[name] = torch.zeros_like(value)
+        elif value.ndim > 1 and name.endswith("weight"):
+            state[name] = mask / (value.numel() / value.shape[0])
+        else:
+            state[name] = mask.to(value.dtype)
+    return state

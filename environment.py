@@ -1,0 +1,63 @@
+"""What a run ran on: versions, machine, code and data."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataset import BatchLoader
+
+
+def describe_environment(device: torch.device, precision: torch.dtype) -> dict[str, Any]:
+    """Versions, device, git commit and command, as plain values. Holds no environment variable."""
+    packages = ("torch", "torchvision", "timm", "numpy", "wandb")
+    return {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "packages": {p: _version(p) for p in packages},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "precision": str(precision).removeprefix("torch."),
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The checked-out commit, with + where files differ from it; None outside a git checkout."""
+    here = Path(__file__).parent
+    try:
+        commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
+        head, changes = (
+            subprocess.run(c, cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout for c in commands
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.strip() + ("+" if changes.strip() else "")
+
+
+def fingerprint(*loaders: BatchLoader) -> str:
+    """A hash of all images and labels, by which a continued run recognises its data."""
+    digest = hashlib.sha256()
+    for loader in loaders:
+        for tensor in (loader.data.images, loader.data.labels):
+            digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

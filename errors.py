@@ -1,0 +1,42 @@
+"""The ways a run can end badly, each with the exit status that a shell sees.
+
+0 finished, 1 a bug, 2 usage, 3 data or weights missing, 4 loss not finite, 5 cannot write, 130 Ctrl-C, 143 SIGTERM.
+"""
+
+
+class RunError(Exception):
+    """An end of the run that the user can act on: one line, no traceback."""
+
+    exit_code = 1
+
+
+class UsageError(RunError):
+    """A flag, or a combination of flags, that makes no sense."""
+
+    exit_code = 2
+
+
+class DataError(RunError):
+    """Data or weights that are not where they should be, or cannot be read."""
+
+    exit_code = 3
+
+
+class DivergedError(RunError):
+    """The loss stopped being a finite number."""
+
+    exit_code = 4
+
+
+class StorageError(RunError):
+    """The run folder cannot be written (disk full, read-only)."""
+
+    exit_code = 5
+
+
+class Interrupted(RunError):
+    """A signal asked the run to stop; its state is saved."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,317 @@
+#!/usr/bin/env python3
+"""Structured lottery tickets: train, prune globally by L1, regroup into whole units, rewind, and again."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import nn, optim
+
+from counting import cost_of
+from dataset import Loaders
+from environment import describe_environment, fingerprint
+from errors import DivergedError, Interrupted, RunError, StorageError, UsageError
+from masks import HeldMask, MaskPair, count_ones
+from models.registry import spec_of
+from optimization import OPTIMIZERS, LearningRate
+from options import default_run_folder, identity_of, parse_args, settings_of, tracker_name
+from plan import describe_plan
+from reg_pruner_files.reg_pruner import Pruner
+from regroup_report import banner, summary
+from reporter import Reporter, log_to_file, rounds_table, start_logging
+from rounds import TARGET_KINDS, RoundRules, decide, held_masks, kept_per_group, kept_per_kind, shares, unit_groups
+from run_state import Row, RunFolder, RunState, check_same_run, load_safely, save_atomically
+from tracker import Tracker
+from training import Meter, Passer, StopRequest, apply_reg, hardened, train, update_reg, validate
+from units import UnitGroup, ranked_names
+from utils import cloned_state, load_initial_weights, setup_model_dataset
+
+__all__ = ["apply_reg", "main", "train", "update_reg", "validate"]
+
+log = logging.getLogger("rsst")
+
+SQUEEZE_GOAL = 0.05
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status (see `errors`)."""
+    start_logging(quiet=False, verbose=False)
+    try:
+        args = parse_args(sys.argv[1:] if argv is None else argv)
+        start_logging(args.quiet, args.verbose)
+        run(args)
+    except RunError as error:
+        log.error("%s", error)
+        return error.exit_code
+    except OSError as error:
+        log.error("%s", error)
+        return StorageError.exit_code
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Plan, or carry out, the experiment that the arguments describe."""
+    for warning in args.warnings:
+        log.warning("%s", warning)
+    model, *loaders = setup_model_dataset(args)
+    groups = unit_groups(model, args.conv1)
+    if args.dry_run:
+        step = one_step(copy.deepcopy(model), loaders[0], args)
+        print(describe_plan(model, groups, rules_from(args, model), loaders[0], args.pruning_times, args.epochs, step))
+        return
+    folder = RunFolder(args.save_dir or (Path(args.checkpoint).parent if args.checkpoint else default_run_folder(args)))
+    experiment = Experiment(args, model, (loaders[0], loaders[1], loaders[2]), groups, folder)
+    try:
+        experiment.open()
+        for state in range(experiment.next_state, args.pruning_times):
+            experiment.train_round(state)
+            experiment.close_round(state)
+        experiment.finish()
+    finally:
+        experiment.close()
+
+
+def rules_from(args: argparse.Namespace, model: nn.Module) -> RoundRules:
+    """The pruning rules that the arguments ask for."""
+    names = ("struct", "rate", "rate_mode", "criteria", "mlp_prune_ratio", "sorting_mode", "fillback_rate", "min_units",
+             "rsst_dead", "criteria_batches")  # fmt: skip
+    is_vit = spec_of(model).family == "vit"
+    targets = TARGET_KINDS[args.vit_prune_target] if is_vit else ("channel",)
+    structured = args.vit_structured or not is_vit
+    return RoundRules(**{n: getattr(args, n) for n in names}, structured=structured, targets=targets)
+
+
+def new_optimizer(args: argparse.Namespace, model: nn.Module) -> optim.Optimizer:
+    return OPTIMIZERS[args.optimizer](model, args.lr, args.momentum, args.weight_decay)
+
+
+def one_step(model: nn.Module, loader: object, args: argparse.Namespace) -> Callable[[], None]:
+    """A function that makes one training step, the way a round makes them."""
+    optimizer = new_optimizer(args, model)
+    passer, criterion = Passer(args), nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
+    batch = next(iter(loader))  # type: ignore[call-overload]
+
+    def step() -> None:
+        train(0, [batch], model, criterion, optimizer, 0, passer, None)
+
+    return step
+
+
+class Experiment:
+    """One run: a model, its data, its folder, and the state in which it is."""
+
+    def __init__(
+        self, args: argparse.Namespace, model: nn.Module, loaders: Loaders, groups: list[UnitGroup], folder: RunFolder
+    ) -> None:
+        self.args, self.model, self.groups, self.folder = args, model, groups, folder
+        self.train_loader, self.val_loader, self.test_loader = loaders
+        self.names = ranked_names(model, groups)
+        self.rules = rules_from(args, model)
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
+        self.device = next(model.parameters()).device
+        self.stop = StopRequest()
+        self.tracker = Tracker("disabled", folder.path, "", {}, "")
+
+    def open(self) -> None:
+        """Take up the run in the folder, or begin one there."""
+        log_to_file(self.folder.path / "log.txt")
+        settings, data = settings_of(self.args), fingerprint(self.train_loader, self.val_loader, self.test_loader)
+        newest = Path(self.args.checkpoint) if self.args.checkpoint else self.folder.newest()
+        if newest is None:
+            if self.args.resume:
+                raise UsageError(f"argument --resume: {self.folder.path} holds no run to continue")
+            self.state = RunState(args=settings, data=data)
+            self._choose_initial_weights()
+        else:
+            self.state = RunFolder.load(newest)
+            check_same_run(self.state, identity_of(settings), identity_of(self.state.args), data)
+            log.info("continuing %s: round %d, %d epochs done", self.folder.path, self.state.state, self.state.epoch)
+        self.folder.write_settings(settings)
+        precision = getattr(self.model, "precision", torch.float32)
+        self.folder.write_environment(describe_environment(self.device, precision))
+        stamp = datetime.now().strftime("%m%d_%H%M")
+        if self.next_state < self.args.pruning_times:
+            name = tracker_name(self.args, stamp)
+            self.tracker = Tracker(self.args.wandb, self.folder.path, name, settings, self.folder.path.name)
+        self.reporter = Reporter(self.folder.path, self.tracker, self.args.quiet)
+        self.reporter.restore(self.state.history, self.state.rounds)
+        log.info("%s on %s (%s), %d prunable layers, %d weights; run folder %s", self.args.arch, self.device,
+                 str(precision).removeprefix("torch."), len(self.names),
+                 sum(self.state.init_weight[n].numel() for n in self.names), self.folder.path)  # fmt: skip
+
+    def _choose_initial_weights(self) -> None:
+        file = Path(self.args.init) if self.args.init else self.folder.path / "init.pth.tar"
+        if self.args.init and file.exists():
+            load_initial_weights(self.model, file)
+            log.info("initial weights from %s", file)
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_atomically(cloned_state(self.model), file)
+        self.state.init_weight = cloned_state(self.model)
+
+    @property
+    def next_state(self) -> int:
+        """The round to train next, or to go on with."""
+        return len(self.state.rounds)
+
+    def train_round(self, state: int) -> None:
+        """Train round `state` from its ticket, or from where it was broken off."""
+        self._begin(state)
+        run, args = self.state, self.args
+        rate = LearningRate(args.lr, args.epochs, len(self.train_loader), args.warmup, args.lr_schedule, args.decreasing_lr)
+        passer = Passer(args, run.current_mask, run.refill_mask, held=self.held, rate=rate, stop=self.stop,
+                        reporter=self.reporter)  # fmt: skip
+        for epoch in range(run.epoch, args.epochs):
+            if state == 0 and args.prune_type == "rewind_lt" and epoch == args.rewind_epoch and run.step == 0:
+                run.init_weight = cloned_state(self.model)
+            self.train_loader.seek(state, epoch, run.step)
+            passer.meter = Meter.start(self.device, run.partial) if run.step else None
+            began, first = time.perf_counter(), run.step
+            try:
+                meter = train(state, self.train_loader, self.model, self.criterion, self.optimizer, epoch, passer, self.pruner)
+            except Interrupted:
+                run.epoch, run.step, run.partial = epoch, passer.meter.steps, passer.meter.sums()
+                self._save()
+                raise
+            except DivergedError as error:
+                save_atomically({"state_dict": cloned_state(self.model)}, self.folder.path / "diverged.pth.tar")
+                raise DivergedError(f"{error}; the weights are in {self.folder.path / 'diverged.pth.tar'}, the last "
+                                    f"good state is the newest checkpoint") from error  # fmt: skip
+            self._close_epoch(epoch, meter, rate, (meter.steps - first) / (time.perf_counter() - began))
+
+    def _begin(self, state: int) -> None:
+        """Model, masks, penalty and optimizer as they are at the start of the round, or where it was broken off."""
+        run = self.state
+        fresh = run.state != state or not run.state_dict
+        if fresh:
+            masks = load_safely(self.folder.masks(state - 1)) if state else {"current": {}, "refill": {}}
+            run.state, run.epoch, run.step, run.best_sa = state, 0, 0, [-1.0, -1.0, -1.0]
+            run.current_mask, run.refill_mask = masks["current"], masks["refill"]
+        self.pair = MaskPair(run.current_mask, run.refill_mask) if state else None
+        self.model.load_state_dict(run.init_weight if fresh else run.state_dict)
+        self.held = HeldMask(self.model, held_masks(self.pair, self.rules))
+        self.held.apply()
+        self.pruner = Pruner(self.model, self.args, self) if self.pair and self.args.struct == "rsst" else None
+        self.optimizer = new_optimizer(self.args, self.model)
+        if fresh:
+            run.doomed_norm = self.pruner.doomed_norm() if self.pruner else 0.0
+        else:
+            self.optimizer.load_state_dict(run.optimizer)
+        part = shares(self.pair, self.names, self.rules)
+        log.info("round %d: %.2f %% of the prunable weights zero, %.2f %% being squeezed, %.2f %% kept by the structure",
+                 state, part.zero, part.squeezed, part.kept)  # fmt: skip
+        self.tracker.log({"remain_weight": 100 - part.zero, "prune_times": state})
+
+    @property
+    def current_mask(self) -> dict[str, torch.Tensor]:
+        return self.state.current_mask
+
+    @property
+    def refill_mask(self) -> dict[str, torch.Tensor]:
+        return self.state.refill_mask
+
+    def _close_epoch(self, epoch: int, meter: Meter, rate: LearningRate, steps_per_second: float) -> None:
+        run = self.state
+        val, test = (validate(loader, self.model, self.criterion) for loader in (self.val_loader, self.test_loader))
+        if broken := self.held.broken():
+            raise AssertionError(f"weights held at zero have moved: {broken[:3]}")
+        run.reg_lambda = self.pruner.strength if self.pruner else 0.0
+        run.history.append({
+            "round": run.state, "prune_times": run.state, "epoch": epoch, "step": run.state * self.args.epochs + epoch,
+            "loss": meter.mean_loss, "accuracy": meter.accuracy, "val_accuracy": val, "test_accuracy": test,
+            "lr": rate.at(epoch, len(self.train_loader) - 1), "reg_lambd": run.reg_lambda,
+            "train_batch_time": 1 / steps_per_second, "images_per_second": steps_per_second * self.args.batch_size,
+        })  # fmt: skip
+        run.epoch, run.step, run.partial = epoch + 1, 0, {}
+        better = val > run.best_sa[0]
+        if better:
+            run.best_sa = [val, test, float(epoch)]
+        self._save()
+        if better:
+            shutil.copyfile(self.folder.checkpoint(run.state), self.folder.best(run.state))
+        self.reporter.epoch(run.history[-1])
+
+    def _save(self) -> None:
+        self.state.state_dict, self.state.optimizer = cloned_state(self.model), self.optimizer.state_dict()
+        self.folder.save(self.state, masked=held_masks(self.pair, self.rules))
+
+    def close_round(self, state: int) -> None:
+        """Judge the round, then decide the masks of the next."""
+        run = self.state
+        trained = cloned_state(self.model)
+        row = self._judge(state)
+        if self.rules.structured:
+            log.debug("%s", banner(self.rules.targets, self.args.criteria, {"Prune Ratio": self.args.rate},
+                                   refill=self.args.struct == "refill"))  # fmt: skip
+        following = decide(
+            self.model, self.groups, self.rules, state, previous=self.pair, trained=trained,
+            ranked=run.init_weight if self.args.rank_weights == "initial" else trained,
+            batches=self.train_loader.fixed_batches(self.args.criteria_batches),
+        )  # fmt: skip
+        log.debug("%s", summary(self.groups, following.refill))
+        total = sum(trained[n].numel() for n in self.names)
+        row["remain_weight_after"] = 100 * count_ones({n: following.current[f"{n}_mask"] for n in self.names}, self.names) / total
+        save_atomically({"current": following.current, "refill": following.refill}, self.folder.masks(state))
+        run.rounds.append(row)
+        self._save()
+        self.reporter.round(row, run.rounds)
+
+    def _judge(self, state: int) -> Row:
+        """The row of a finished round."""
+        run, last = self.state, self.state.history[-1]
+        structure = self.pair.structure if self.pair else {}
+        cost = cost_of(self.model, self.groups, structure, self.train_loader.data.images.shape[-1])
+        row: Row = {
+            "round": state, "density": shares(self.pair, self.names, self.rules).kept,
+            "kept_units": kept_per_kind(self.groups, self.pair), "parameters": cost.parameters, "macs": cost.macs,
+            "accuracy": last["accuracy"], "val_accuracy": last["val_accuracy"], "test_accuracy": last["test_accuracy"],
+            "hardened_val_accuracy": None, "hardened_test_accuracy": None, "squeeze_ratio": None,
+            "best_val_accuracy": run.best_sa[0], "test_at_best_val": run.best_sa[1], "best_epoch": int(run.best_sa[2]),
+            "reg_lambda": run.reg_lambda,
+            "kept_per_layer": {name: kept for name, (kept, _) in kept_per_group(self.groups, self.pair).items()},
+        }  # fmt: skip
+        if self.pruner is not None:
+            with hardened(self.model, structure):
+                row["hardened_val_accuracy"] = validate(self.val_loader, self.model, self.criterion)
+                row["hardened_test_accuracy"] = validate(self.test_loader, self.model, self.criterion)
+            if run.doomed_norm:
+                row["squeeze_ratio"] = self.pruner.doomed_norm() / run.doomed_norm
+                self._warn_if_not_squeezed(state, row["squeeze_ratio"])
+        return row
+
+    def _warn_if_not_squeezed(self, state: int, ratio: float) -> None:
+        if ratio > SQUEEZE_GOAL:
+            log.warning("round %d: the doomed weights kept %.0f %% of their norm (goal: at most %.0f %%); train longer, or "
+                        "raise --lr or --reg_granularity_prune", state, 100 * ratio, 100 * SQUEEZE_GOAL)  # fmt: skip
+
+    def finish(self) -> None:
+        """Save the ticket and print the table."""
+        run = self.state
+        if not self.folder.ticket.exists() or self.next_state > 0:
+            self._save_ticket()
+        print(rounds_table(run.rounds))
+        log.info("finished: %d rounds in %s", len(run.rounds), self.folder.path)
+
+    def _save_ticket(self) -> None:
+        """The last round's weights with its structure applied: what RSST was for."""
+        run = self.state
+        structure = MaskPair(run.current_mask, run.refill_mask).structure if run.current_mask else {}
+        hard = {n: v * structure[n] if n in structure else v for n, v in run.state_dict.items()}
+        save_atomically({"arch": self.args.arch, "round": run.state, "state_dict": hard, "refill_mask": run.refill_mask,
+                         "args": run.args}, self.folder.ticket)  # fmt: skip
+
+    def close(self) -> None:
+        self.tracker.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

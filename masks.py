@@ -1,0 +1,225 @@
+"""Masks: which weights global L1 kept (`current_mask`) and which the structure keeps (`refill_mask`).
+
+Both are plain dicts of float 0/1 tensors. Keys follow the documents: `"<layer>.weight_mask"` in a current mask,
+`"<layer>"` in a refill mask; the rare bias is `"<layer>.bias_mask"` and `"<layer>.bias"`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from units import parameter_of
+
+Mask = dict[str, Tensor]
+
+
+def current_key(name: str) -> str:
+    """`layer.weight` -> its key in a current mask."""
+    return f"{name}_mask"
+
+
+def refill_key(name: str) -> str:
+    """`layer.weight` -> its key in a refill mask."""
+    return name.removesuffix(".weight")
+
+
+def by_parameter(mask: Mapping[str, Tensor]) -> Mask:
+    """The same tensors under the names of the parameters that they mask, whichever kind of mask it is."""
+    return {_parameter_name(key): value for key, value in mask.items()}
+
+
+def _parameter_name(key: str) -> str:
+    if key.endswith("_mask"):
+        return key.removesuffix("_mask")
+    return key if key.endswith((".weight", ".bias")) else f"{key}.weight"
+
+
+def check_mask(mask: Mapping[str, Tensor], what: str = "mask") -> None:
+    """Refuse what is not a mask.
+
+    Raises:
+        TypeError: An entry is not a tensor.
+        ValueError: An entry holds anything but 0 and 1; the message names it.
+    """
+    for key, value in mask.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{what}[{key!r}] is a {type(value).__name__}, not a tensor")
+        if not bool(((value == 0) | (value == 1)).all()):
+            raise ValueError(f"{what}[{key!r}] holds values other than 0 and 1")
+
+
+@dataclass(frozen=True)
+class MaskPair:
+    """The two masks that one round hands to the next.
+
+    Attributes:
+        current: What global L1 kept.
+        refill: What the structure keeps; the same parameters and shapes.
+
+    Raises:
+        ValueError: On construction, if the two do not cover the same parameters and shapes.
+    """
+
+    current: Mask
+    refill: Mask
+
+    def __post_init__(self) -> None:
+        check_mask(self.current, "current_mask")
+        check_mask(self.refill, "refill_mask")
+        current, refill = by_parameter(self.current), by_parameter(self.refill)
+        if current.keys() != refill.keys():
+            raise ValueError(f"the masks cover different parameters: {sorted(current.keys() ^ refill.keys())[:3]}")
+        wrong = [n for n in current if current[n].shape != refill[n].shape]
+        if wrong:
+            raise ValueError(f"the masks of {wrong[0]} have different shapes")
+
+    def _where(self, current: int, refill: int) -> Mask:
+        ours, theirs = by_parameter(self.current), by_parameter(self.refill)
+        return {n: (ours[n] == current) & (theirs[n] == refill) for n in ours}
+
+    @property
+    def doomed(self) -> Mask:
+        """Alive today, outside the structure: what RSST squeezes. bool, by parameter name."""
+        return self._where(1, 0)
+
+    @property
+    def dead(self) -> Mask:
+        """Outside both masks. bool, by parameter name."""
+        return self._where(0, 0)
+
+    @property
+    def refilled(self) -> Mask:
+        """Pruned by L1, brought back because its unit stays. bool, by parameter name."""
+        return self._where(0, 1)
+
+    @property
+    def structure(self) -> Mask:
+        """The refill mask by parameter name."""
+        return by_parameter(self.refill)
+
+    @property
+    def alive(self) -> Mask:
+        """All but the dead weights, as a 0/1 mask by parameter name."""
+        return {n: 1 - dead.float() for n, dead in self.dead.items()}
+
+
+def effective_weight(state: Mapping[str, Tensor], name: str) -> Tensor:
+    """A parameter's value in a state dict that may hold it plainly or as torch's pruning does (`_orig` and `_mask`).
+
+    Raises:
+        KeyError: The state holds neither; the message names the parameter.
+    """
+    if name in state:
+        return state[name]
+    if f"{name}_orig" in state:
+        return state[f"{name}_orig"] * state[f"{name}_mask"]
+    raise KeyError(f"no weights for {name} in the given state")
+
+
+def effective_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without pruning keys: every `X_orig`, `X_mask` pair becomes `X`. Tensors are new where they change."""
+    names = (k.removesuffix("_orig") for k in state if not (k.endswith("_mask") and f"{k[:-5]}_orig" in state))
+    return {n: effective_weight(state, n) for n in names}
+
+
+def pruning_state(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `effective_state`: masked parameters as `X_orig` and `X_mask`, the way torch's pruning saves them."""
+    out: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name in masks:
+            out[f"{name}_orig"], out[f"{name}_mask"] = value, masks[name]
+        else:
+            out[name] = value
+    return out
+
+
+def top_mask(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor] | None, keep: int) -> Mask:
+    """Keep exactly the `keep` best-scored entries of all tensors together, among those that are alive.
+
+    Ties go to the entry that comes first (order of `scores`, then row-major).
+
+    Args:
+        scores: Parameter name -> score of each entry.
+        alive: Parameter name -> 0/1; entries at 0 are never kept. None: all are candidates.
+        keep: How many to keep.
+
+    Returns:
+        A new mask by parameter name.
+
+    Raises:
+        ValueError: `keep` exceeds the number of candidates.
+    """
+    flat = torch.cat([s.detach().flatten() for s in scores.values()])
+    candidates = flat.numel()
+    if alive is not None:
+        living = torch.cat([alive[n].to(s.device).flatten() for n, s in scores.items()]) != 0
+        flat, candidates = torch.where(living, flat, -torch.inf), int(living.sum())
+    if keep > candidates:
+        raise ValueError(f"cannot keep {keep} weights: only {candidates} are alive")
+    kept = torch.zeros(flat.numel(), device=flat.device)
+    kept[torch.sort(flat, descending=True, stable=True).indices[:keep]] = 1
+    parts = kept.split([s.numel() for s in scores.values()])
+    return {n: part.view(s.shape).clone() for part, (n, s) in zip(parts, scores.items(), strict=True)}
+
+
+def l1_mask(weights: Mapping[str, Tensor], alive: Mapping[str, Tensor] | None, keep: int) -> Mask:
+    """Global L1: `top_mask` of the magnitudes."""
+    return top_mask({n: w.detach().abs().float() for n, w in weights.items()}, alive, keep)
+
+
+def count_ones(mask: Mapping[str, Tensor], names: Iterable[str]) -> int:
+    """Number of ones of a mask (by parameter name) over the named parameters."""
+    return sum(int(mask[n].sum()) for n in names)
+
+
+def own_mask(model: nn.Module, name: str) -> Tensor:
+    """The mask under which torch's pruning holds a parameter; ones where it holds none."""
+    layer, _, param = name.rpartition(".")
+    held = getattr(model.get_submodule(layer), f"{param}_mask", None)
+    return torch.ones_like(parameter_of(model, name)) if held is None else held
+
+
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Put parameters under masks by `torch.nn.utils.prune`; masks that are already there stay in force too."""
+    for name, mask in masks.items():
+        layer, _, param = name.rpartition(".")
+        module = model.get_submodule(layer)
+        value = parameter_of(model, name)
+        if mask.shape != value.shape:
+            raise ValueError(f"the mask of {name} has shape {tuple(mask.shape)}, the parameter {tuple(value.shape)}")
+        prune.custom_from_mask(module, param, mask.to(value.device))
+
+
+def remove_masks(model: nn.Module, names: Iterable[str]) -> None:
+    """Make masked parameters plain again, zeros included. Parameters that are not masked are left alone."""
+    for name in names:
+        layer, _, param = name.rpartition(".")
+        module = model.get_submodule(layer)
+        if hasattr(module, f"{param}_orig"):
+            prune.remove(module, param)
+
+
+class HeldMask:
+    """Holds entries of a model's parameters at exactly zero while an optimizer moves them."""
+
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        held = {n: m for n, m in masks.items() if not bool(m.all())}
+        self.names = list(held)
+        self.parameters = [parameter_of(model, n) for n in held]
+        self.masks = [torch.empty_like(p).copy_(held[n]) for n, p in zip(held, self.parameters, strict=True)]
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Zero the held entries; to be called after every step of the optimizer."""
+        if self.parameters:
+            torch._foreach_mul_(self.parameters, self.masks)
+
+    def broken(self) -> list[str]:
+        """Names of parameters in which a held entry is not zero."""
+        triples = zip(self.names, self.parameters, self.masks, strict=True)
+        return [n for n, p, m in triples if bool((p.detach()[m == 0] != 0).any())]

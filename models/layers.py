@@ -1,0 +1,31 @@
+"""Layers that several networks share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Normalize(nn.Module):
+    """Subtract the mean and divide by the standard deviation of each colour channel.
+
+    It is part of the network, so that a saved network says what input it wants: RGB in [0, 1].
+
+    Args:
+        mean: Mean of each channel, in [0, 1].
+        std: Standard deviation of each channel, above 0.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalise images [batch, 3, height, width]."""
+        return (images - self.mean) / self.std

@@ -1,0 +1,63 @@
+"""Optimizers, and the learning rate as a pure function of the step (so that resuming needs no scheduler state)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn, optim
+
+LR_SCHEDULES = ("multistep", "cosine")
+GAMMA = 0.1
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """Linear warm-up, then steps or a cosine.
+
+    Attributes:
+        base: Rate at the end of the warm-up.
+        epochs: Epochs of a round.
+        steps: Steps of an epoch.
+        warmup: Epochs of warm-up; a milestone inside it has no effect.
+        schedule: A row of `LR_SCHEDULES`: "multistep" multiplies by 0.1 at each milestone, "cosine" falls to 0.
+        milestones: Epochs, from 0, at whose start the rate drops.
+    """
+
+    base: float
+    epochs: int
+    steps: int
+    warmup: int = 0
+    schedule: str = "multistep"
+    milestones: Sequence[int] = ()
+
+    def at(self, epoch: int, i: int) -> float:
+        """The rate for step `i` of `epoch`, both from 0."""
+        if epoch < self.warmup:
+            return min(self.base, self.base * (epoch * self.steps + i + 1) / (self.warmup * self.steps))
+        if self.schedule == "cosine":
+            total = max(1, (self.epochs - self.warmup) * self.steps)
+            return self.base * 0.5 * (1 + math.cos(math.pi * ((epoch - self.warmup) * self.steps + i) / total))
+        return self.base * GAMMA ** sum(self.warmup <= m <= epoch for m in self.milestones)
+
+
+def _sgd(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> optim.Optimizer:
+    return optim.SGD(model.parameters(), lr, momentum=momentum, weight_decay=weight_decay, foreach=True)
+
+
+def _adamw(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> optim.Optimizer:
+    """`momentum` is beta 1. Vectors (norms, biases) and embeddings do not decay, as is usual for transformers."""
+    plain = [p for n, p in model.named_parameters() if p.ndim < 2 or n.endswith(("pos_embed", "cls_token"))]
+    taken = {id(p) for p in plain}
+    decayed = [p for p in model.parameters() if id(p) not in taken]
+    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    return optim.AdamW(groups, lr, betas=(momentum, 0.999), weight_decay=weight_decay, foreach=True)
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, float, float, float], optim.Optimizer]] = {"sgd": _sgd, "adamw": _adamw}
+
+
+def set_learning_rate(optimizer: optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr

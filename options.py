@@ -1,0 +1,357 @@
+"""The command line: one parser, its checks, and the sentences that a wrong flag gets."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from criteria import CRITERIA, CRITERIA_BATCHES
+from dataset import DATASETS
+from errors import UsageError
+from models import MODELS
+from optimization import LR_SCHEDULES, OPTIMIZERS
+from reg_pruner_files.schedules import SCHEDULES
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "as_documented": {
+        "rank_weights": "initial", "rsst_dead": "free", "reg_horizon": "epoch", "reg_guard": True,
+    },
+}  # fmt: skip
+
+# Flags that do not change what a run computes (or, for pruning_times, only how far it goes).
+NOT_IDENTITY = frozenset({
+    "data", "save_dir", "exp_name", "resume", "checkpoint", "print_freq", "workers", "gpu", "pruning_times",
+    "dry_run", "wandb", "quiet", "verbose", "preset",
+})  # fmt: skip
+
+EXAMPLES = """examples:
+  python main_imp_fillback.py --dataset digits --arch vit_tiny --struct rsst --vit_structured
+  python main_imp_fillback.py --dataset imagefolder --data photos --arch res20s --struct refill --rate 0.4
+"""
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """argparse whose errors are one line each, with the nearest flag for a misspelt one."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(self._with_suggestions(message))
+
+    def _with_suggestions(self, message: str) -> str:
+        if message.startswith("unrecognized arguments:"):
+            known = [o for a in self._actions for o in a.option_strings]
+            words = [w.split("=")[0] for w in message.split(":", 1)[1].split() if w.startswith("-")]
+            near = [difflib.get_close_matches(w, known, 1) for w in words]
+            hints = [f"{w}: did you mean {n[0]}?" for w, n in zip(words, near, strict=True) if n]
+            return "; ".join([message, *hints])
+        choice = re.match(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if choice:
+            flag, value, allowed = choice.group(1), choice.group(2), choice.group(3).replace("'", "")
+            near = difflib.get_close_matches(value, allowed.split(", "), 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            return f"argument {flag}: {value!r} is not one of {allowed}{hint}"
+        return message
+
+
+def _number(kind: Callable[[str], Any], allowed: str, test: Callable[[Any], bool]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or (isinstance(value, float) and math.isnan(value)) or not test(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+        return value
+
+    return parse
+
+
+_COUNT = _number(int, "a whole number of at least 1", lambda v: v >= 1)
+_NATURAL = _number(int, "a whole number of at least 0", lambda v: v >= 0)
+_SHARE = _number(float, "a number in [0, 1)", lambda v: 0 <= v < 1)
+_CLOSED_SHARE = _number(float, "a number in [0, 1]", lambda v: 0 <= v <= 1)
+_POSITIVE = _number(float, "a number above 0", lambda v: 0 < v < math.inf)
+_NONNEGATIVE = _number(float, "a number of at least 0", lambda v: 0 <= v < math.inf)
+_LIMIT = _number(float, "a number above 0, or inf", lambda v: v > 0)
+_SIZE = _number(int, "a multiple of 4 of at least 8", lambda v: v >= 8 and v % 4 == 0)
+_SEED = _number(int, "a whole number in [0, 8388607]", lambda v: 0 <= v < 2**23)
+
+
+def _truth(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+
+
+def _milestones(text: str) -> tuple[int, ...]:
+    try:
+        values = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        values = (-1,)
+    if any(v < 0 for v in values):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of epochs such as 91,136")
+    return values
+
+
+def _rows(table: Iterable[tuple[str, str]]) -> str:
+    return "; ".join(f"{name}: {summary}" for name, summary in table).replace("%", "%%")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser, its flags in groups; choices and help come from the tables that implement them."""
+    parser = _OneLineParser(
+        prog="main_imp_fillback.py", allow_abbrev=False, epilog=EXAMPLES,
+        description="Find structured lottery tickets: train, prune globally by L1, regroup into whole units, rewind.",
+        formatter_class=_HelpFormatter,
+    )  # fmt: skip
+    for add in (_add_data, _add_model, _add_training, _add_pruning, _add_vit, _add_rsst, _add_output, _add_tracking):
+        add(parser)
+    return parser
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Every flag with its default; the examples as they are written."""
+
+
+def _flag(group: Any, name: str, help: str) -> None:
+    group.add_argument(f"--{name}", action="store_true", help=help)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", default="data", metavar="DIR", help="folder that holds, or is to hold, the data set")
+    group.add_argument("--dataset", default="cifar100", choices=DATASETS,
+                       help=_rows((n, d.summary) for n, d in DATASETS.items()))  # fmt: skip
+    group.add_argument("--image_size", type=_SIZE, metavar="PIXELS",
+                       help="side of the images that the model sees (None: 16 for digits, 64 for tiny-imagenet, else 32)")  # fmt: skip
+    group.add_argument("--workers", type=_NATURAL, default=4, help="threads that decode image files")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--arch", default="res20s", choices=MODELS, help="network")
+    group.add_argument("--init", metavar="FILE",
+                       help="initial weights: loaded if the file exists, else written there (None: the run's own folder)")  # fmt: skip
+    group.add_argument("--pretrained", metavar="FILE",
+                       help="weights file for --prune_type pt or --vit_pretrained (.safetensors, .pth)")  # fmt: skip
+    _flag(group, "fc", "with --prune_type pt: take the classifier from the file too, instead of a fresh one")
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training (of each round)")
+    group.add_argument("--epochs", type=_COUNT, default=120, help="epochs of a round")
+    group.add_argument("--batch_size", type=_COUNT, default=128, help="images in a batch")
+    group.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="adamw suits a ViT trained from nothing")
+    group.add_argument("--lr", type=_POSITIVE, default=0.01, help="learning rate after the warm-up")
+    group.add_argument("--momentum", type=_SHARE, default=0.9, help="momentum of SGD, beta 1 of AdamW")
+    group.add_argument("--weight_decay", type=_NONNEGATIVE, default=1e-4, help="weight decay (AdamW: decoupled)")
+    group.add_argument("--warmup", type=_NATURAL, default=20, help="epochs of linear warm-up")
+    group.add_argument("--lr_schedule", choices=LR_SCHEDULES, default="multistep",
+                       help="multistep: times 0.1 at each of --decreasing_lr; cosine: falls to 0")  # fmt: skip
+    group.add_argument("--decreasing_lr", type=_milestones, default="91,136", metavar="EPOCHS", help="multistep's epochs")
+    group.add_argument("--label_smoothing", type=_SHARE, default=0.0, help="share of the label spread over all classes")
+    group.add_argument("--seed", type=_SEED, default=0, help="everything random comes from it; 0 is a seed like any other")
+    group.add_argument("--gpu", type=int, default=0, help="CUDA device; the CPU where there is none, or with -1")
+    group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+                       help="of matrix products and convolutions; auto: bf16 where the processor has it, else fp32")  # fmt: skip
+
+
+def _add_pruning(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("pruning")
+    group.add_argument("--struct", choices=("refill", "rsst"), default="rsst",
+                       help="refill: the structure as a hard mask; rsst: squeeze what is outside it")  # fmt: skip
+    group.add_argument("--pruning_times", type=_COUNT, default=20, metavar="ROUNDS", help="rounds, the dense one included")
+    group.add_argument("--rate", type=_SHARE, default=0.2, help="share pruned by global L1, and share of heads")
+    group.add_argument("--rate_mode", choices=("round", "target"),
+                       help="rate is a share of what is left, or of the original (None: target with --vit_structured)")  # fmt: skip
+    group.add_argument("--prune_type", choices=("lt", "pt", "rewind_lt"), default="lt",
+                       help="rewind to: initial weights; a pretrained backbone; the weights of --rewind_epoch")  # fmt: skip
+    group.add_argument("--rewind_epoch", type=_NATURAL, default=24, help="epoch of round 0 that rewind_lt returns to")
+    group.add_argument("--criteria", choices=CRITERIA, default="l1",
+                       help=_rows((n, c.summary) for n, c in CRITERIA.items()))  # fmt: skip
+    group.add_argument("--criteria_batches", type=_COUNT, default=CRITERIA_BATCHES,
+                       help="fixed batches that criteria on feature maps look at")  # fmt: skip
+    group.add_argument("--rank_weights", choices=("trained", "initial"), default="trained", help="what global L1 ranks")
+    group.add_argument("--fillback_rate", type=_CLOSED_SHARE, default=0.0,
+                       help="refill: share of what would go that is kept after all")  # fmt: skip
+    group.add_argument("--min_units", type=_NATURAL, default=0, help="units that every layer keeps at least")
+    _flag(group, "conv1", "prune the stem too (first convolution; of a ViT the patch embedding, weight by weight)")
+    group.add_argument("--preset", choices=PRESETS,
+                       help="as_documented: " + " ".join(f"{k}={v}" for k, v in PRESETS["as_documented"].items()))  # fmt: skip
+
+
+def _add_vit(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("ViT")
+    _flag(group, "vit_structured", "prune whole heads and neurons; without it ViTs are pruned weight by weight")
+    group.add_argument("--vit_prune_target", choices=("head", "mlp", "both"), default="head", help="which units")
+    group.add_argument("--mlp_prune_ratio", type=_SHARE, help="share of neurons (None: --rate)")
+    group.add_argument("--sorting_mode", choices=("layer-wise", "global"), default="layer-wise",
+                       help="rank units within each block, or all units of the network together")  # fmt: skip
+    _flag(group, "vit_pretrained", "start from ImageNet weights (timm, or the file of --pretrained)")
+
+
+def _add_rsst(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("RSST")
+    group.add_argument("--RST_schedule", choices=SCHEDULES, default="exp_custom_exponents",
+                       help="lambda after n updates of K; " + _rows((n, s.summary) for n, s in SCHEDULES.items()))  # fmt: skip
+    group.add_argument("--reg_granularity_prune", type=_POSITIVE, default=1.0, help="delta in those formulas")
+    group.add_argument("--exponents", type=_POSITIVE, default=4, help="power in exp_custom_exponents")
+    group.add_argument("--reg_horizon", choices=("state", "epoch"), default="state", help="what K counts: a round or an epoch")
+    group.add_argument("--reg_guard", type=_truth, nargs="?", const=True, default=False,
+                       help="raise lambda only while delta * batch < 1, as the documents have it")  # fmt: skip
+    group.add_argument("--reg_upper_limit", type=_LIMIT, default=1.0, help="cap on lambda; inf for none")
+    group.add_argument("--block_loss_grad", type=_truth, nargs="?", const=True, default=False,
+                       help="doomed weights follow the penalty alone, not the loss")  # fmt: skip
+    group.add_argument("--rsst_dead", choices=("zero", "free"), default="zero",
+                       help="weights outside both masks: held at zero, or trained like the others")  # fmt: skip
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--save_dir", metavar="DIR", help="run folder (None: named after the settings)")
+    _flag(group, "resume", "insist on continuing: an error if the run folder holds nothing to continue")
+    group.add_argument("--checkpoint", metavar="FILE", help="continue from this checkpoint instead of the newest")
+    group.add_argument("--print_freq", type=_COUNT, default=200, metavar="BATCHES", help="batches between lines in the log")
+    _flag(group, "dry_run", "print the plan and train nothing")
+    _flag(group, "quiet", "only warnings and the final table")
+    _flag(group, "verbose", "every layer's decision at every round")
+
+
+def _add_tracking(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("tracking")
+    group.add_argument("--wandb", choices=("auto", "online", "offline", "disabled"), default="auto",
+                       help="auto: online where a key is configured, else local files only")  # fmt: skip
+    group.add_argument("--exp_name", metavar="NAME", help="name of the run at WandB (None: made from the settings)")
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse and check a command line; `-` is accepted for `_` in flags.
+
+    The result also has `warnings` (list of sentences) and `explicit` (names of the flags that were given).
+
+    Raises:
+        UsageError: One line that names the flag, the value and what is allowed.
+    """
+    parser = build_parser()
+    words = [_underscored(w) for w in argv]
+    probe, _ = _preset_parser().parse_known_args(words)
+    parser.set_defaults(**PRESETS.get(probe.preset or "", {}))
+    args = parser.parse_args(words)
+    explicit = {w[2:].split("=")[0] for w in words if w.startswith("--")}
+    if args.rate_mode is None:
+        args.rate_mode = "target" if args.vit_structured else "round"
+    if args.mlp_prune_ratio is None:
+        args.mlp_prune_ratio = args.rate
+    if args.image_size is None:
+        args.image_size = DATASETS[args.dataset].image_size
+    _check(args, explicit)
+    args.warnings, args.explicit = _warnings(args, explicit), sorted(explicit)
+    return args
+
+
+def _underscored(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _preset_parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    return parser
+
+
+def _check(args: argparse.Namespace, explicit: set[str]) -> None:
+    family = MODELS[args.arch].spec.family
+    rules = (
+        (args.vit_structured and family != "vit",
+         f"argument --vit_structured: {args.arch} has no heads; choose a ViT or leave the flag out"),
+        (args.vit_pretrained and family != "vit", f"argument --vit_pretrained: {args.arch} is not a ViT"),
+        (args.vit_pretrained and not args.pretrained and MODELS[args.arch].spec.pretrained is None,
+         f"argument --vit_pretrained: no ImageNet weights are published for {args.arch}; give a file by --pretrained"),
+        (args.prune_type == "pt" and not (args.pretrained or args.vit_pretrained),
+         "argument --prune_type: pt needs weights: --pretrained FILE, or --vit_pretrained"),
+        (args.pretrained and args.prune_type != "pt" and not args.vit_pretrained,
+         "argument --pretrained: only read by --prune_type pt or --vit_pretrained"),
+        (args.prune_type == "rewind_lt" and args.rewind_epoch >= args.epochs,
+         f"argument --rewind_epoch: {args.rewind_epoch} is never reached in --epochs {args.epochs}; allowed are 0 to "
+         f"{args.epochs - 1}"),
+        (args.quiet and args.verbose, "argument --quiet: not together with --verbose"),
+        (args.pretrained and not Path(args.pretrained).is_file(), f"argument --pretrained: no such file: {args.pretrained}"),
+        (args.checkpoint and not Path(args.checkpoint).is_file(), f"argument --checkpoint: no such file: {args.checkpoint}"),
+    )  # fmt: skip
+    for broken, message in rules:
+        if broken:
+            raise UsageError(message)
+
+
+def _warnings(args: argparse.Namespace, explicit: set[str]) -> list[str]:
+    multistep = args.lr_schedule == "multistep"
+    late = [m for m in args.decreasing_lr if multistep and m >= args.epochs]
+    early = [m for m in args.decreasing_lr if multistep and m < min(args.warmup, args.epochs)]
+    step = args.lr * args.reg_upper_limit / (1 - args.momentum)
+    rsst, is_vit = args.struct == "rsst", MODELS[args.arch].spec.family == "vit"
+    rules = (
+        (late, f"--decreasing_lr: epoch {', '.join(map(str, late))} is not reached in --epochs {args.epochs}"),
+        (early, f"--decreasing_lr: epoch {', '.join(map(str, early))} lies inside the warm-up and has no effect"),
+        (args.warmup >= args.epochs, f"--warmup {args.warmup} is not over within --epochs {args.epochs}"),
+        (not multistep and "decreasing_lr" in explicit, "--decreasing_lr has no effect with --lr_schedule cosine"),
+        (rsst and args.optimizer == "sgd" and step > 1,
+         f"the penalty may be unstable: lr * lambda / (1 - momentum) reaches {step:.3g} (above 1); lower --lr or --reg_upper_limit"),
+        (rsst and args.fillback_rate > 0, "--fillback_rate has no effect with --struct rsst"),
+        (rsst and is_vit and not args.vit_structured,
+         "without --vit_structured RSST has nothing to squeeze: this is unstructured magnitude pruning"),
+        (args.fc and args.prune_type != "pt", "--fc has no effect without --prune_type pt"),
+        (not is_vit and explicit & {"vit_prune_target", "mlp_prune_ratio", "sorting_mode"},
+         f"ViT flags have no effect with --arch {args.arch}"),
+        (args.preset == "as_documented" and rsst,
+         "--preset as_documented is the documents' literal text: its penalty hardly acts (docs/deviations.md)"),
+    )  # fmt: skip
+    return [message for holds, message in rules if holds]
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as plain values, for `args.yaml`, checkpoints and trackers."""
+    plain = {k: v for k, v in vars(args).items() if k not in ("warnings", "explicit")}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+
+
+def identity_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide what a run computes."""
+    return {k: v for k, v in settings.items() if k not in NOT_IDENTITY}
+
+
+def default_run_folder(args: argparse.Namespace) -> str:
+    """`<dataset>_<struct>_output_<arch>_<...>_<hash>`: the same settings give the same folder, others another."""
+    identity = identity_of(settings_of(args))
+    if args.dataset == "imagefolder":
+        identity["data"] = str(Path(args.data).resolve())
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    target = [args.vit_prune_target] if args.vit_structured else []
+    parts = [args.arch, *target, args.criteria, f"rate{args.rate:g}", f"seed{args.seed}", digest]
+    return f"{args.dataset}_{args.struct}_output_{'_'.join(parts)}"
+
+
+def tracker_name(args: argparse.Namespace, time_stamp: str) -> str:
+    """The documents' run name for WandB."""
+    if args.exp_name:
+        return str(args.exp_name)
+    parts = [args.struct, args.arch, args.dataset]
+    if args.struct == "rsst":
+        parts += [f"sched_{args.RST_schedule}", f"reg_{args.reg_granularity_prune}"]
+        parts += [f"exp{args.exponents:g}"] if args.RST_schedule == "exp_custom_exponents" else []
+    else:
+        parts.append(f"fill_{args.fillback_rate}")
+    parts += [f"crit_{args.criteria}", f"rate_{args.rate}"]
+    parts += ["pretrained"] if args.pretrained or args.vit_pretrained else []
+    parts += [f"struct_{args.vit_prune_target}"] if args.vit_structured else []
+    return "_".join([*parts, time_stamp])

@@ -1,0 +1,67 @@
+"""The pruner: which weights are doomed, how strong the penalty on each is, and what it adds to the gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from masks import MaskPair, refill_key
+from reg_pruner_files.schedules import Clock
+from units import parameter_of
+
+
+class Pruner:
+    """RSST's penalty on the doomed weights of one round: gradient += lambda * weight.
+
+    Attributes:
+        doomed: Parameter name -> float 0/1 mask; only parameters with at least one doomed weight.
+        reg: Layer name -> lambda of each weight, of the weight's shape; zero but for doomed weights.
+        strength: The lambda last set.
+        updates: How many times it has been set in this round.
+    """
+
+    def __init__(self, model: nn.Module, args: Any, passer: Any) -> None:
+        self.clock = Clock(
+            schedule=args.RST_schedule, delta=args.reg_granularity_prune, exponents=args.exponents,
+            epochs=args.epochs, horizon=args.reg_horizon, guard=args.reg_guard, upper_limit=args.reg_upper_limit,
+        )  # fmt: skip
+        masks = MaskPair(passer.current_mask, passer.refill_mask).doomed
+        self._parameters = {n: parameter_of(model, n) for n, doomed in masks.items() if bool(doomed.any())}
+        self.doomed = {n: torch.empty_like(p.detach()).copy_(masks[n]) for n, p in self._parameters.items()}
+        self.reg = {refill_key(n): torch.zeros_like(d) for n, d in self.doomed.items()}
+        self.strength = 0.0
+        self.updates = 0
+
+    @property
+    def reg_(self) -> dict[str, Tensor]:
+        """Raw accumulator by layer name: delta times the number of updates, on doomed weights."""
+        raw = self.clock.delta * self.updates
+        return {refill_key(n): doomed * raw for n, doomed in self.doomed.items()}
+
+    @torch.no_grad()
+    def advance(self, epoch: int, i: int, batches: int) -> None:
+        """Set lambda for batch `i` of `epoch` (both from 0), `batches` in each epoch."""
+        self.updates = self.clock.updates(epoch, i, batches)[0]
+        strength = self.clock.strength(epoch, i, batches)
+        if strength != self.strength:
+            self.strength = strength
+            for name, doomed in self.doomed.items():
+                torch.mul(doomed, strength, out=self.reg[refill_key(name)])
+
+    @torch.no_grad()
+    def add_penalty(self, block_loss_grad: bool = False) -> None:
+        """gradient += lambda * weight, or (`block_loss_grad`) gradient = lambda * weight where doomed."""
+        live = {n: p for n, p in self._parameters.items() if p.grad is not None}
+        if not live:
+            return
+        gradients = [p.grad for p in live.values()]
+        if block_loss_grad:
+            torch._foreach_mul_(gradients, [1 - self.doomed[n] for n in live])
+        torch._foreach_addcmul_(gradients, [self.reg[refill_key(n)] for n in live], list(live.values()))
+
+    def doomed_norm(self) -> float:
+        """Euclidean norm of all doomed weights together."""
+        squares = [(p.detach() * self.doomed[n]).double().square().sum() for n, p in self._parameters.items()]
+        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0

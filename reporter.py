@@ -1,0 +1,133 @@
+"""What a run tells: one reporter, and its sinks (console and log file, metrics.jsonl and summary.csv, WandB)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from run_state import Row, write_atomically
+from tracker import Tracker
+
+log = logging.getLogger("rsst")
+
+
+class _ConsoleFormatter(logging.Formatter):
+    """Bare messages; warnings are marked, in colour where the terminal takes it."""
+
+    def __init__(self, colour: bool) -> None:
+        super().__init__("%(message)s")
+        self.colour = colour
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.levelno < logging.WARNING:
+            return text
+        word = record.levelname.lower()
+        return f"\033[33m{word}:\033[0m {text}" if self.colour else f"{word}: {text}"
+
+
+class _ConsoleHandler(logging.StreamHandler):
+    """Writes above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
+def start_logging(quiet: bool, verbose: bool) -> None:
+    """Log to stderr at the wanted level."""
+    terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    console = _ConsoleHandler(sys.stderr)
+    console.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    console.setFormatter(_ConsoleFormatter(colour=terminal and "NO_COLOR" not in os.environ))
+    log.handlers = [console]
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    log.propagate = False
+
+
+def log_to_file(path: Path) -> None:
+    """Append everything to a file as well, with the time."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+
+
+class Reporter:
+    """Writes rows where they belong. Files are rewritten from the run's history, so that no row is lost or doubled."""
+
+    def __init__(self, folder: Path, tracker: Tracker, quiet: bool = False) -> None:
+        self.folder = folder
+        self.tracker = tracker
+        self.bars = sys.stderr.isatty() and not quiet and os.environ.get("TERM") != "dumb"
+
+    def restore(self, history: Sequence[Row], rounds: Sequence[Row]) -> None:
+        """Make the files say exactly what the checkpoint says."""
+        write_atomically("".join(_json_line(row) for row in history), self.folder / "metrics.jsonl")
+        self.write_summary(rounds)
+
+    def epoch(self, row: Row) -> None:
+        """One epoch: a line in metrics.jsonl, on the console and at the tracker."""
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(_json_line(row))
+        log.info(
+            "round %(round)d epoch %(epoch)3d  loss %(loss).4f  train %(accuracy).2f  val %(val_accuracy).2f  "
+            "test %(test_accuracy).2f  lr %(lr).2g  lambda %(reg_lambd).3g  %(images_per_second).0f images/s",
+            row,
+        )
+        names = ("prune_times", "epoch", "accuracy", "val_accuracy", "test_accuracy", "loss", "reg_lambd",
+                 "train_batch_time", "lr", "step")  # fmt: skip
+        self.tracker.log({k: row[k] for k in names})
+
+    def round(self, row: Row, rounds: Sequence[Row]) -> None:
+        """One finished round: a row in summary.csv and at the tracker."""
+        self.write_summary(rounds)
+        self.tracker.log({k: v for k, v in row.items() if isinstance(v, int | float)} | {"prune_times": row["round"]})
+
+    def write_summary(self, rounds: Sequence[Row]) -> None:
+        text = io.StringIO()
+        if rounds:
+            writer = csv.DictWriter(text, list(rounds[0]))
+            writer.writeheader()
+            writer.writerows({k: json.dumps(v) if isinstance(v, dict) else v for k, v in r.items()} for r in rounds)
+        write_atomically(text.getvalue(), self.folder / "summary.csv")
+
+    def progress(self, batches: Iterable[Any], total: int, start: int, label: str) -> Iterable[Any]:
+        """A bar on a terminal, nothing elsewhere."""
+        return tqdm(batches, label, total, initial=start, leave=False, disable=not self.bars, unit="batch")
+
+
+def _json_line(row: Row) -> str:
+    return json.dumps(row) + "\n"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def rounds_table(rounds: Sequence[Row]) -> str:
+    """The rounds of a run as a text table."""
+    kinds = list(rounds[0]["kept_units"]) if rounds else []
+    head = ["round", "density %", *(f"{k}s" for k in kinds), "params", "MACs", "train", "val", "test", "hard val",
+            "hard test", "squeeze"]  # fmt: skip
+    lines = [head]
+    for row in rounds:
+        squeeze = row["squeeze_ratio"]
+        lines.append([
+            str(row["round"]), f"{row['density']:.2f}",
+            *("{}/{}".format(*row["kept_units"][k]) for k in kinds),
+            f"{row['parameters']:,}", f"{row['macs'] / 1e6:.1f} M",
+            *(_percent(row[k]) for k in ("accuracy", "val_accuracy", "test_accuracy", "hardened_val_accuracy",
+                                         "hardened_test_accuracy")),
+            "-" if squeeze is None else f"{squeeze:.2g}",
+        ])  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)

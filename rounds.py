@@ -1,0 +1,166 @@
+"""What happens between two rounds: rank and prune by global L1, then regroup. Decides only; changes no model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from criteria import collect_evidence
+from masks import Mask, MaskPair, by_parameter, count_ones, current_key, l1_mask
+from regroup import Budget, budget, regroup
+from units import UnitGroup, channel_groups, kept_units, kinds, ranked_names
+from vit_pruning_utils import is_vit_model, refill_rows, vit_groups
+
+TARGET_KINDS = {"head": ("head",), "mlp": ("neuron",), "both": ("head", "neuron")}
+
+
+@dataclass(frozen=True)
+class RoundRules:
+    """How a run prunes. Names and values are those of the command line.
+
+    Attributes:
+        structured: Whether units are dropped whole; without it masks stay element-wise (ViT only).
+        targets: Kinds of unit that are dropped.
+    """
+
+    struct: str
+    rate: float
+    rate_mode: str
+    criteria: str
+    structured: bool = True
+    targets: tuple[str, ...] = ("channel",)
+    mlp_prune_ratio: float = 0.0
+    sorting_mode: str = "layer-wise"
+    fillback_rate: float = 0.0
+    min_units: int = 0
+    rsst_dead: str = "zero"
+    criteria_batches: int = 4
+
+    def share(self, rate: float, state: int) -> float:
+        """Share of the original that is gone after round `state`."""
+        return rate if self.rate_mode == "target" else 1 - (1 - rate) ** (state + 1)
+
+    def budgets(self, state: int) -> dict[str, Budget]:
+        """How many units of each kind stay after round `state`."""
+        fillback = self.fillback_rate if self.struct == "refill" else 0.0
+        if "channel" in self.targets:
+            return {"channel": budget("density", fillback_rate=fillback, min_units=self.min_units)}
+        rates = {"head": self.rate, "neuron": self.mlp_prune_ratio}
+        return {
+            kind: budget(
+                self.sorting_mode, ratio=self.share(rates[kind], state) * (1 - fillback), min_units=self.min_units
+            )
+            for kind in self.targets
+        }
+
+
+def unit_groups(model: nn.Module, prune_stem: bool = False) -> list[UnitGroup]:
+    """The unit groups of any registered model."""
+    return vit_groups(model, prune_stem) if is_vit_model(model) else channel_groups(model, prune_stem)
+
+
+def held_masks(pair: MaskPair | None, rules: RoundRules) -> Mask:
+    """What a round holds at zero (by parameter name, 0 where held): Refill all but the structure, RSST the dead."""
+    if pair is None or (rules.struct == "rsst" and rules.rsst_dead == "free"):
+        return {}
+    return pair.structure if rules.struct == "refill" else pair.alive
+
+
+def rank_and_prune(
+    weights: Mapping[str, Tensor],
+    names: Sequence[str],
+    rules: RoundRules,
+    previous: MaskPair | None,
+) -> Mask:
+    """Global L1 over the named parameters: a new mask by parameter name.
+
+    Candidates are the weights that the round could train. The count follows the last current mask (`--rate_mode round`)
+    or the original size (`target`), so that it is the same for Refill and RSST.
+    """
+    held = held_masks(previous, rules)
+    alive = {n: held.get(n, torch.ones_like(weights[n])) for n in names}
+    total = sum(weights[n].numel() for n in names)
+    cumulative = previous is not None and rules.rate_mode == "round"
+    left = count_ones(by_parameter(previous.current), names) if cumulative and previous is not None else total
+    keep = min(left - round(rules.rate * left), count_ones(alive, names))
+    return l1_mask({n: weights[n] for n in names}, alive, keep)
+
+
+def follow_units(groups: Sequence[UnitGroup], current: Mask, weights: Mapping[str, Tensor]) -> Mask:
+    """Complete a mask by the parameters that are not ranked (BatchNorm, biases): 1 while their unit has a weight left."""
+    complete = dict(current)
+    for group in groups:
+        alive = kept_units(group, current[group.root.name])
+        for part in group.slices:
+            if not part.ranked:
+                complete[part.name] = part.spread(alive, weights[part.name])
+    return complete
+
+
+def decide(
+    model: nn.Module,
+    groups: Sequence[UnitGroup],
+    rules: RoundRules,
+    state: int,
+    *,
+    ranked: Mapping[str, Tensor],
+    trained: Mapping[str, Tensor],
+    previous: MaskPair | None,
+    batches: Iterable[tuple[Tensor, Tensor]],
+) -> MaskPair:
+    """The masks for the round after `state`.
+
+    Args:
+        ranked: Weights that global L1 ranks, by parameter name.
+        trained: The trained state dict: evidence for the criteria.
+        previous: The masks that round `state` trained under; None in round 0.
+        batches: Fixed batches for criteria on feature maps.
+    """
+    names = ranked_names(model, groups)
+    pruned = follow_units(groups, rank_and_prune(ranked, names, rules, previous), ranked)
+    current = {current_key(n): m for n, m in pruned.items()}
+    if not rules.structured:
+        fillback = rules.fillback_rate if rules.struct == "refill" else 0.0
+        return MaskPair(current, refill_rows(model, groups, current, trained, rules.criteria, fillback, batches))
+    budgets = rules.budgets(state)
+    scored = [g for g in groups if g.kind in budgets]
+    evidence = collect_evidence(model, scored, trained, current, rules.criteria, batches, rules.criteria_batches)
+    return MaskPair(current, regroup(groups, current, evidence, rules.criteria, budgets))
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Where the prunable weights stand during a round, in percent."""
+
+    zero: float
+    squeezed: float
+    kept: float
+
+
+def shares(pair: MaskPair | None, names: Sequence[str], rules: RoundRules) -> Shares:
+    """Exactly zero, being squeezed, kept by the structure."""
+    if pair is None:
+        return Shares(0.0, 0.0, 100.0)
+    total = sum(pair.structure[n].numel() for n in names)
+    held = held_masks(pair, rules)
+    zero = sum(held[n].numel() - int(held[n].sum()) for n in names) if held else 0
+    squeezed = count_ones(pair.doomed, names) if rules.struct == "rsst" else 0
+    return Shares(100 * zero / total, 100 * squeezed / total, 100 * count_ones(pair.structure, names) / total)
+
+
+def kept_per_group(groups: Sequence[UnitGroup], pair: MaskPair | None) -> dict[str, tuple[int, int]]:
+    """Group name -> (units with anything left in the structure, units)."""
+    if pair is None:
+        return {g.name: (g.units, g.units) for g in groups}
+    return {g.name: (int(kept_units(g, pair.structure[g.root.name]).sum()), g.units) for g in groups}
+
+
+def kept_per_kind(groups: Sequence[UnitGroup], pair: MaskPair | None) -> dict[str, list[int]]:
+    """Kind of unit -> [kept, all]."""
+    counts = kept_per_group(groups, pair)
+    return {
+        kind: [sum(counts[g.name][i] for g in groups if g.kind == kind) for i in (0, 1)] for kind in kinds(groups)
+    }

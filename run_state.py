@@ -1,0 +1,213 @@
+"""A run on disk: its folder, its checkpoints, and the state from which it goes on."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import yaml
+from torch import Tensor
+
+from errors import DataError, StorageError, UsageError
+from masks import Mask, effective_state, pruning_state
+
+VERSION = 1
+CHECKPOINT = re.compile(r"(\d+)checkpoint\.pth\.tar")
+STATE_DICTS = ("state_dict", "init_weight", "rewind_weight")
+
+Row = dict[str, Any]
+
+
+@dataclass
+class RunState:
+    """All that a run needs to go on as if it had never stopped.
+
+    Attributes:
+        state: The round, from 0.
+        epoch: Epochs of it that are done.
+        step: Batches of the next epoch that are done (0 but after an interruption), with their `partial` sums.
+        state_dict: The model, masked parameters under torch's pruning keys.
+        init_weight: The ticket: what every round rewinds to.
+        current_mask, refill_mask: What the round trains under; empty in round 0.
+        reg_lambda: The penalty strength last applied.
+        best_sa: Best validation accuracy of the round, in percent, and the test accuracy of that epoch.
+        doomed_norm: Norm of the doomed weights when the round began.
+        history: A row per epoch; `rounds`: a row per finished round.
+        args: The settings of the run.
+        data: Fingerprint of the images and labels.
+    """
+
+    args: dict[str, Any]
+    data: str
+    state: int = 0
+    epoch: int = 0
+    step: int = 0
+    partial: dict[str, float] = field(default_factory=dict)
+    state_dict: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    init_weight: dict[str, Tensor] = field(default_factory=dict)
+    current_mask: Mask = field(default_factory=dict)
+    refill_mask: Mask = field(default_factory=dict)
+    reg_lambda: float = 0.0
+    best_sa: list[float] = field(default_factory=lambda: [-1.0, -1.0, -1.0])
+    doomed_norm: float = 0.0
+    rng: dict[str, Any] = field(default_factory=dict)
+    history: list[Row] = field(default_factory=list)
+    rounds: list[Row] = field(default_factory=list)
+    version: int = VERSION
+
+
+def save_atomically(value: Any, path: Path) -> None:
+    """`torch.save` to a temporary name, then rename: the file is whole, or it is the one before.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    write_atomically(buffer.getbuffer(), path)
+
+
+def write_atomically(content: bytes | memoryview | str, path: Path) -> None:
+    """Write a file under a temporary name, then rename it.
+
+    Raises:
+        StorageError: The folder cannot be written; the file is as it was before.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {path}: {error.strerror}; what was saved before is intact") from error
+
+
+def load_safely(path: Path) -> Any:
+    """`torch.load` without unpickling code.
+
+    Raises:
+        DataError: The file is not a checkpoint that torch reads that way.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a wide family for damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"cannot read the checkpoint {path}: {reason}") from error
+
+
+def random_states() -> dict[str, Any]:
+    """The states of all random generators, as plain values that load without unpickling code."""
+    name, keys, *rest = numpy.random.get_state()
+    version, internal, gauss = random.getstate()
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": [name, torch.from_numpy(numpy.asarray(keys).astype("int64")), *rest],
+        "python": [version, list(internal), gauss],
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """The inverse of `random_states`."""
+    torch.set_rng_state(states["torch"])
+    name, keys, *rest = states["numpy"]
+    numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+class RunFolder:
+    """The folder of one run, and the names in it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            for folder in (self.path, self.path / "masks"):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot make the run folder {self.path}: {error.strerror}") from error
+
+    def checkpoint(self, state: int) -> Path:
+        return self.path / f"{state}checkpoint.pth.tar"
+
+    def best(self, state: int) -> Path:
+        return self.path / f"{state}model_SA_best.pth.tar"
+
+    @property
+    def ticket(self) -> Path:
+        """The hardened network of the last round."""
+        return self.path / "ticket.pth.tar"
+
+    def masks(self, state: int) -> Path:
+        """The masks decided at the end of a round, under which the next one trains."""
+        return self.path / "masks" / f"round_{state}.pt"
+
+    def newest(self) -> Path | None:
+        """The checkpoint of the furthest round."""
+        found = [(int(m.group(1)), p) for p in self.path.iterdir() if (m := CHECKPOINT.fullmatch(p.name))]
+        return max(found)[1] if found else None
+
+    def save(self, run: RunState, path: Path | None = None, masked: Mapping[str, Tensor] | None = None) -> None:
+        """Write a checkpoint; parameters in `masked` (by name) get torch's pruning keys."""
+        fields = {k: getattr(run, k) for k in RunState.__dataclass_fields__}
+        fields["state_dict"] = pruning_state(run.state_dict, masked or {})
+        fields["rng"] = random_states()
+        save_atomically(fields, path or self.checkpoint(run.state))
+
+    @staticmethod
+    def load(path: Path) -> RunState:
+        """Read a checkpoint back; the model's weights come under their plain names.
+
+        Raises:
+            DataError: Unreadable, or written by another version.
+        """
+        fields = load_safely(path)
+        if not isinstance(fields, dict) or fields.get("version") != VERSION:
+            raise DataError(f"{path} is not a checkpoint of this program's version {VERSION}")
+        run = RunState(**{k: v for k, v in fields.items() if k in RunState.__dataclass_fields__})
+        run.state_dict = effective_state(run.state_dict)
+        return run
+
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        write_atomically(yaml.safe_dump(dict(settings), sort_keys=True), self.path / "args.yaml")
+
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        write_atomically(json.dumps(environment, indent=2) + "\n", self.path / "env.json")
+
+
+def check_same_run(run: RunState, identity: Mapping[str, Any], saved_identity: Mapping[str, Any], data: str) -> None:
+    """Refuse to continue a run whose settings or data were others.
+
+    Raises:
+        UsageError: The message names the first difference.
+    """
+    for key in identity:
+        if identity[key] != saved_identity.get(key):
+            raise UsageError(
+                f"argument --{key}: the run folder holds a run with {saved_identity.get(key)!r}, not {identity[key]!r}; "
+                "choose another --save_dir"
+            )
+    if run.data != data:
+        raise UsageError("argument --data: the images or labels are not those that the run began with")
+
+
+def as_row(value: Any) -> Row:
+    """A dataclass as a plain dict."""
+    return asdict(value)

@@ -1,0 +1,134 @@
+"""What is pruned: units (channels, heads, neurons) and the slices of parameters that live or die with each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from models.registry import spec_of
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The positions along one axis of one parameter that belong to each unit.
+
+    A convolution of 4 filters, one filter a unit: `Slice("conv", 0, tensor([[0], [1], [2], [3]]))`.
+
+    Attributes:
+        layer: Name of the module that owns the parameter.
+        axis: Axis of the parameter along which the units lie.
+        index: int64 [units, width]; row u holds the positions of unit u.
+        param: "weight" or "bias".
+        ranked: Whether global L1 ranks the parameter's entries. Normalisation weights and biases are not
+            ranked: they only follow their unit.
+    """
+
+    layer: str
+    axis: int
+    index: Tensor
+    param: str = "weight"
+    ranked: bool = True
+
+    @property
+    def name(self) -> str:
+        """The parameter's full name, as in `model.named_parameters()`."""
+        return f"{self.layer}.{self.param}"
+
+    def spread(self, kept: Tensor, like: Tensor) -> Tensor:
+        """Turn one flag per unit (bool [units]) into a 0/1 mask of `like`'s shape; positions in no unit stay 1."""
+        line = torch.ones(like.shape[self.axis], dtype=torch.float32, device=like.device)
+        line[self.index.to(like.device).flatten()] = kept.to(line).repeat_interleave(self.index.shape[1])
+        shape = [1] * like.ndim
+        shape[self.axis] = -1
+        return line.view(shape).expand(like.shape).contiguous()
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """Units of one kind in one place of the network, and every slice that they tie together.
+
+    The first slice is the one that criteria look at: its layer produces the units' outputs.
+    """
+
+    name: str
+    kind: str
+    slices: tuple[Slice, ...]
+
+    @property
+    def root(self) -> Slice:
+        return self.slices[0]
+
+    @property
+    def units(self) -> int:
+        return self.root.index.shape[0]
+
+
+def parameter_of(model: nn.Module, name: str) -> Tensor:
+    """The trainable tensor behind a parameter's name, also while torch's pruning holds it as `<name>_orig`."""
+    layer, _, param = name.rpartition(".")
+    module = model.get_submodule(layer)
+    return getattr(module, f"{param}_orig", None) if hasattr(module, f"{param}_orig") else getattr(module, param)
+
+
+def ranked_names(model: nn.Module, groups: Iterable[UnitGroup]) -> list[str]:
+    """Names of the parameters that global L1 ranks (the prunable layers' weights), in module order."""
+    wanted = {s.layer: s.name for g in groups for s in g.slices if s.ranked}
+    return [wanted[layer] for layer, _ in model.named_modules() if layer in wanted]
+
+
+def rows(layer: str, units: int, param: str = "weight", ranked: bool = True) -> Slice:
+    """One unit per position of a parameter's first axis."""
+    return Slice(layer, 0, torch.arange(units).unsqueeze(1), param, ranked)
+
+
+def channel_groups(model: nn.Module, conv1: bool = False) -> list[UnitGroup]:
+    """One group per convolution: its filters, with what keeps a dropped channel from speaking.
+
+    That is the weight and bias of the BatchNorm behind it (a masked filter alone still emits the BatchNorm's shift),
+    or the convolution's own bias where no BatchNorm follows.
+
+    Args:
+        conv1: Include the stem convolution.
+    """
+    stem = spec_of(model).stem
+    convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and (conv1 or n != stem)}
+    norms = _norm_behind(model) if convs else {}
+    return [UnitGroup(n, "channel", _channel_slices(n, m, norms.get(n))) for n, m in convs.items()]
+
+
+def _channel_slices(name: str, conv: nn.Conv2d, norm: str | None) -> tuple[Slice, ...]:
+    filters = rows(name, conv.out_channels)
+    if norm is not None:
+        return (filters, *(rows(norm, conv.out_channels, p, ranked=False) for p in ("weight", "bias")))
+    if conv.bias is not None:
+        return filters, rows(name, conv.out_channels, "bias", ranked=False)
+    return (filters,)
+
+
+def _norm_behind(model: nn.Module) -> dict[str, str]:
+    """Convolution -> the affine BatchNorm that reads its output and nothing else does."""
+    graph = fx.symbolic_trace(model).graph
+    modules = dict(model.named_modules())
+    found = {}
+    for node in graph.nodes:
+        if node.op == "call_module" and isinstance(modules[node.target], nn.Conv2d) and len(node.users) == 1:
+            user = next(iter(node.users))
+            norm = modules.get(str(user.target)) if user.op == "call_module" else None
+            if isinstance(norm, nn.BatchNorm2d) and norm.affine:
+                found[node.target] = str(user.target)
+    return found
+
+
+def kinds(groups: Sequence[UnitGroup]) -> list[str]:
+    """The kinds of unit that occur, in order of appearance."""
+    return list(dict.fromkeys(g.kind for g in groups))
+
+
+def kept_units(group: UnitGroup, mask: Tensor) -> Tensor:
+    """Which units have anything left in the mask of the group's first slice: bool [units]."""
+    others = [d for d in range(mask.ndim) if d != group.root.axis]
+    alive = mask.ne(0).any(dim=others) if others else mask.ne(0)
+    return alive[group.root.index.to(mask.device)].any(dim=1)

@@ -1,0 +1,118 @@
+"""From settings to a model, loaders and a device."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from dataset import DATASETS, Loaders, load_splits, make_loaders
+from errors import DataError
+from models import build_model
+from models.layers import Normalize
+from models.vit import load_pretrained_weights, set_fused_attention
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch. 0 is a seed."""
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def choose_device(gpu: int) -> torch.device:
+    """The CUDA device of that number; the CPU if `gpu` is negative or there is no CUDA.
+
+    Raises:
+        DataError: CUDA is there, but no such device.
+    """
+    if gpu < 0 or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if gpu >= torch.cuda.device_count():
+        raise DataError(f"--gpu {gpu}: this machine has {torch.cuda.device_count()} CUDA device(s), numbered from 0")
+    return torch.device("cuda", gpu)
+
+
+def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
+    """The type of matrix products: bfloat16 where asked for, or (auto) where the processor computes in it natively."""
+    if wanted == "auto":
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
+        return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if wanted == "bf16" else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def setup_model_dataset(args: Any) -> tuple[nn.Module, Any, Any, Any]:
+    """Build the model (`model.normalize` set) and the train, validation and test loaders.
+
+    Reads `arch`, `dataset`, `data`, `batch_size` and, where given, `image_size`, `seed`, `gpu`, `workers`,
+    `precision`, `vit_pretrained` and `pretrained`.
+
+    Raises:
+        DataError: Data or weights are missing or unreadable.
+    """
+    settings = vars(args)
+    device = choose_device(settings.get("gpu", 0))
+    source = DATASETS[args.dataset]
+    size = settings.get("image_size") or source.image_size
+    splits = load_splits(args.dataset, Path(args.data), size, settings.get("workers", 4))
+    seed = settings.get("seed") or 0
+    seed_everything(seed)
+    model = build_model(args.arch, len(splits.classes), size)
+    load_start_weights(model, settings)
+    model.normalize = Normalize(splits.mean, splits.std)
+    model.to(device)
+    prepare_for_speed(model, choose_precision(settings.get("precision", "auto"), device))
+    loaders: Loaders = make_loaders(splits, args.batch_size, device, source.flip, seed)
+    return model, *loaders
+
+
+def load_start_weights(model: nn.Module, settings: dict[str, Any]) -> None:
+    """Put pretrained weights in place where the settings ask for them; the classifier stays fresh unless `fc`."""
+    file, from_file = settings.get("pretrained"), settings.get("prune_type") == "pt"
+    if settings.get("vit_pretrained") or (from_file and file):
+        load_pretrained_weights(model, model.spec, file, with_classifier=settings.get("fc", False))  # type: ignore[arg-type]
+
+
+def prepare_for_speed(model: nn.Module, precision: torch.dtype) -> None:
+    """Set `model.precision`, and layouts and kernels that do not change what is computed.
+
+    On CPUs the fused attention kernel is the faster one in float32 only; its backward is slow in bfloat16.
+    """
+    model.precision = precision  # type: ignore[assignment]
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    set_fused_attention(model, fused=not (on_cpu and precision == torch.bfloat16))
+    if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def load_initial_weights(model: nn.Module, file: Path) -> None:
+    """Load a state dict that `--init` names; normalisation constants stay the data set's own.
+
+    Raises:
+        DataError: The file cannot be read, or holds another network.
+    """
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a wide family for a file that is not a checkpoint
+        raise DataError(f"--init {file}: not a readable state dict ({(str(error).splitlines() or ['?'])[0]})") from error
+    state = state.get("state_dict", state)
+    state = {k: v for k, v in state.items() if not k.startswith("normalize.")}
+    own = {k: v.shape for k, v in model.state_dict().items() if not k.startswith("normalize.")}
+    wrong = sorted(k for k in own.keys() | state.keys() if own.get(k) != getattr(state.get(k), "shape", None))
+    if wrong:
+        raise DataError(f"--init {file}: another network's weights (first difference: {wrong[0]})")
+    model.load_state_dict(state, strict=False)
+
+
+def cloned_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as copies on the CPU: a value, not a view of a network that goes on training."""
+    return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}

@@ -1,0 +1,201 @@
+"""Vision Transformers: their unit groups, and the documents' functions for them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from criteria import CRITERIA, collect_evidence
+from masks import Mask, apply_masks, current_key, effective_state, own_mask, refill_key, remove_masks
+from models.registry import spec_of
+from pruning_utils import (
+    complete_mask,
+    extract_mask,
+    prune_by_magnitude,
+    refill_masks,
+    remaining_percent,
+    restart_under_masks,
+)
+from regroup import best_units, budget, score_units
+from regroup_report import banner, summary
+from units import Slice, UnitGroup, parameter_of, ranked_names, rows
+
+log = logging.getLogger("rsst.pruning")
+
+
+def _attention_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {n: m for n, m in model.named_modules() if hasattr(m, "qkv") and hasattr(m, "num_heads")}
+
+
+def is_vit_model(model: nn.Module) -> bool:
+    """Whether the network has attention layers with a joint qkv projection."""
+    return bool(_attention_layers(model))
+
+
+def head_groups(model: nn.Module) -> list[UnitGroup]:
+    """One group per attention layer. Head h owns its rows of q, k and v in `qkv`, and its columns of `proj`."""
+    groups = []
+    for name, attention in _attention_layers(model).items():
+        heads, dim = int(attention.num_heads), int(attention.head_dim)  # type: ignore[arg-type]
+        columns = torch.arange(heads * dim).view(heads, dim)
+        qkv = torch.cat([columns + part * heads * dim for part in range(3)], dim=1)
+        slices = (Slice(f"{name}.qkv", 0, qkv), Slice(f"{name}.proj", 1, columns))
+        groups.append(UnitGroup(f"{name}.qkv", "head", slices))
+    return groups
+
+
+def neuron_groups(model: nn.Module) -> list[UnitGroup]:
+    """One group per MLP. Neuron n owns row n of `fc1` and column n of `fc2`."""
+    groups = []
+    for name, mlp in model.named_modules():
+        if isinstance(getattr(mlp, "fc1", None), nn.Linear) and isinstance(getattr(mlp, "fc2", None), nn.Linear):
+            hidden = mlp.fc1.out_features  # type: ignore[union-attr]
+            columns = torch.arange(hidden).unsqueeze(1)
+            slices = (rows(f"{name}.fc1", hidden), Slice(f"{name}.fc2", 1, columns))
+            groups.append(UnitGroup(f"{name}.fc1", "neuron", slices))
+    return groups
+
+
+def vit_groups(model: nn.Module, prune_patch_embed: bool = False) -> list[UnitGroup]:
+    """All that can be pruned in a ViT: heads, neurons and, if asked for, the patch embedding weight by weight."""
+    groups = head_groups(model) + neuron_groups(model)
+    if prune_patch_embed:
+        stem = spec_of(model).stem
+        groups.append(UnitGroup(stem, "patch", (rows(stem, parameter_of(model, f"{stem}.weight").shape[0]),)))
+    return groups
+
+
+def pruning_model_vit(model: nn.Module, px: float, prune_patch_embed: bool = False) -> None:
+    """Global L1 over qkv, proj, fc1 and fc2 of all blocks: mask the share `px` of what is left.
+
+    Args:
+        px: Share in [0, 1] of the weights still unmasked; the count is rounded to the nearest, halves to even.
+        prune_patch_embed: Include the patch embedding.
+    """
+    prune_by_magnitude(model, ranked_names(model, vit_groups(model, prune_patch_embed)), px)
+
+
+def prune_model_custom_vit(model: nn.Module, mask_dict: Mapping[str, Tensor]) -> None:
+    """Put every prunable layer under its mask (`"<layer>.weight_mask"` -> 0/1).
+
+    Raises:
+        KeyError: A prunable layer has no mask.
+    """
+    groups = vit_groups(model, prune_patch_embed=f"{spec_of(model).stem}.weight_mask" in mask_dict)
+    apply_masks(model, {k.removesuffix("_mask"): m for k, m in complete_mask(model, groups, mask_dict).items()})
+
+
+def extract_mask_vit(state_dict: Mapping[str, Tensor]) -> Mask:
+    """The masks in a state dict, as copies: `"<layer>.weight_mask"` -> 0/1."""
+    return extract_mask(state_dict)
+
+
+def remove_prune_vit(model: nn.Module, prune_patch_embed: bool = False) -> None:
+    """Make masked layers plain again; masked weights become zeros."""
+    remove_masks(model, ranked_names(model, vit_groups(model, prune_patch_embed)))
+
+
+def check_sparsity_vit(model: nn.Module, prune_patch_embed: bool = False) -> float:
+    """Report every prunable layer's zeros; return the percentage of weights that remain."""
+    names = ranked_names(model, vit_groups(model, prune_patch_embed))
+    remaining = remaining_percent(model, names)
+    log.info("%s\n[ViT Sparsity Report]\n%s", "=" * 80, "-" * 80)
+    zeros = total = 0
+    for name in names:
+        value = parameter_of(model, name).detach() * own_mask(model, name)
+        count = value.numel() - int(value.count_nonzero())
+        zeros, total = zeros + count, total + value.numel()
+        layer = name.removesuffix(".weight")
+        log.info("%-50s | Sparsity: %6.2f%% | Zeros: %8d/%8d", layer, 100 * count / value.numel(), count, value.numel())
+    log.info("%s\nTotal zeros: %d / %d", "-" * 80, zeros, total)
+    log.info("Overall sparsity: %.2f%%\nRemaining weights: %.2f%%\n%s", 100 - remaining, remaining, "=" * 80)
+    return remaining
+
+
+def refill_rows(
+    model: nn.Module,
+    groups: Sequence[UnitGroup],
+    mask_dict: Mapping[str, Tensor],
+    trained_weight: Mapping[str, Tensor],
+    criteria: str,
+    fillback_rate: float,
+    train_loader: Iterable[tuple[Tensor, Tensor]] | None,
+) -> Mask:
+    """The element-wise fillback: per layer, bring back whole dead rows worth `fillback_rate` of its pruned weights.
+
+    Only rows without a single kept weight come back, the most important first. `remain` has nothing to say about
+    such rows (all count zero) and brings none back.
+
+    Returns:
+        A new refill mask: the current one with those rows filled.
+    """
+    current = complete_mask(model, groups, mask_dict)
+    names = ranked_names(model, groups)
+    refill = {refill_key(n): current[current_key(n)].clone() for n in names}
+    budgets = {n: _rows_to_refill(current[current_key(n)], fillback_rate) for n in names}
+    if criteria == "remain" or not any(budgets.values()):
+        return refill
+    lines = [UnitGroup(n, "row", (rows(refill_key(n), refill[refill_key(n)].shape[0]),)) for n in names]
+    evidence = collect_evidence(model, lines, trained_weight, current, criteria, train_loader)
+    scores = score_units(lines, evidence, criteria)
+    for name, count in budgets.items():
+        mask = refill[refill_key(name)]
+        dead = ~mask.flatten(1).bool().any(dim=1)
+        mask[best_units(torch.where(dead, scores[name], -1.0), count)] = 1
+    return refill
+
+
+def _rows_to_refill(mask: Tensor, fillback_rate: float) -> int:
+    lines = mask.flatten(1)
+    dead = int((~lines.bool().any(dim=1)).sum())
+    weights = int((lines.numel() - int(lines.sum())) * fillback_rate + 1e-9)
+    return min(dead, weights // lines.shape[1])
+
+
+def prune_model_custom_fillback_vit(
+    model: nn.Module,
+    mask_dict: Mapping[str, Tensor],
+    train_loader: Iterable[tuple[Tensor, Tensor]] | None,
+    trained_weight: Mapping[str, Tensor],
+    init_weight: Mapping[str, Tensor],
+    criteria: str = "l1",
+    fillback_rate: float = 0.0,
+    return_mask_only: bool = False,
+) -> nn.Module | Mask:
+    """Element-wise ViT pruning: `refill_rows`, and unless `return_mask_only` the initial weights under that mask."""
+    if criteria not in CRITERIA:
+        raise ValueError(f"criteria {criteria!r}: choose from {', '.join(CRITERIA)}")
+    trained = effective_state(trained_weight)
+    refill = refill_rows(model, vit_groups(model), mask_dict, trained, criteria, fillback_rate, train_loader)
+    return refill if return_mask_only else restart_under_masks(model, init_weight, refill)
+
+
+def prune_model_custom_fillback_vit_by_head(
+    model: nn.Module,
+    mask_dict: Mapping[str, Tensor],
+    train_loader: Iterable[tuple[Tensor, Tensor]] | None,
+    trained_weight: Mapping[str, Tensor],
+    init_weight: Mapping[str, Tensor],
+    criteria: str = "l1",
+    prune_ratio: float = 0.2,
+    return_mask_only: bool = False,
+) -> nn.Module | Mask:
+    """Regroup attention into whole heads, the same share in each block; MLPs keep their element-wise mask.
+
+    Args:
+        mask_dict: `"<layer>.weight_mask"` -> 0/1.
+        train_loader: (images, labels), read by criteria on feature maps.
+        trained_weight: State to judge the heads by (plain or pruning keys).
+        init_weight: State to restart from unless `return_mask_only`.
+        prune_ratio: Share of the heads that goes, in [0, 1]; one head per block stays at least.
+    """
+    rule = {"head": budget("layer-wise", ratio=prune_ratio)}
+    trained = effective_state(trained_weight)
+    groups = vit_groups(model)
+    log.debug("%s", banner(["head"], criteria, {"Prune Ratio": prune_ratio}, refill=not return_mask_only))
+    refill = refill_masks(model, groups, mask_dict, trained, criteria, rule, train_loader)
+    log.debug("%s", summary(groups, refill))
+    return refill if return_mask_only else restart_under_masks(model, init_weight, refill)

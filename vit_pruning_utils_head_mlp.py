@@ -1,0 +1,55 @@
+"""Vision Transformers: attention heads and MLP neurons regrouped together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from masks import Mask, effective_state
+from pruning_utils import refill_masks, restart_under_masks
+from regroup import budget
+from regroup_report import banner, summary
+from vit_pruning_utils import vit_groups
+
+log = logging.getLogger("rsst.pruning")
+
+
+def prune_model_custom_fillback_vit_head_and_mlp(
+    model: nn.Module,
+    mask_dict: Mapping[str, Tensor],
+    train_loader: Iterable[tuple[Tensor, Tensor]] | None,
+    trained_weight: Mapping[str, Tensor],
+    init_weight: Mapping[str, Tensor],
+    criteria: str = "l1",
+    head_prune_ratio: float = 0.2,
+    mlp_prune_ratio: float = 0.2,
+    return_mask_only: bool = False,
+    sorting_mode: str = "layer-wise",
+) -> nn.Module | Mask:
+    """Regroup an element-wise mask into whole heads and whole neurons.
+
+    Args:
+        mask_dict: `"<layer>.weight_mask"` -> 0/1.
+        train_loader: (images, labels), read by criteria on feature maps.
+        trained_weight: State to judge the units by (plain or pruning keys).
+        init_weight: State to restart from unless `return_mask_only`.
+        head_prune_ratio: Share of the heads that goes, in [0, 1].
+        mlp_prune_ratio: Share of the neurons that goes, in [0, 1].
+        sorting_mode: "layer-wise": that share in each block, one unit stays at least; "global": that share of all
+            units of the kind, so that a block may lose all of them.
+
+    Returns:
+        `{"<layer>": mask}` for RSST (`return_mask_only`), else the model at its initial weights under the masks.
+    """
+    rules = {
+        "head": budget(sorting_mode, ratio=head_prune_ratio),
+        "neuron": budget(sorting_mode, ratio=mlp_prune_ratio),
+    }
+    ratios = {"Head Prune Ratio": head_prune_ratio, "MLP Prune Ratio": mlp_prune_ratio}
+    groups = vit_groups(model)
+    log.debug("%s", banner(["head", "neuron"], criteria, ratios, refill=not return_mask_only))
+    refill = refill_masks(model, groups, mask_dict, effective_state(trained_weight), criteria, rules, train_loader)
+    log.debug("%s", summary(groups, refill))
+    return refill if return_mask_only else restart_under_masks(model, init_weight, refill)
