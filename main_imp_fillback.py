@@ -169,7 +169,7 @@ class Experiment:
         run, args = self.state, self.args
         rate = LearningRate(args.lr, args.epochs, len(self.train_loader), args.warmup, args.lr_schedule, args.decreasing_lr)
         passer = Passer(args, run.current_mask, run.refill_mask, held=self.held, rate=rate, stop=self.stop,
-                        reporter=self.reporter)  # fmt: skip
+                        reporter=self.reporter, decoupled=args.penalty == "decoupled")  # fmt: skip
         for epoch in range(run.epoch, args.epochs):
             if state == 0 and args.prune_type == "rewind_lt" and epoch == args.rewind_epoch and run.step == 0:
                 run.init_weight = cloned_state(self.model)

@@ -208,6 +208,9 @@ def _add_rsst(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--reg_guard", type=_truth, nargs="?", const=True, default=False,
                        help="raise lambda only while delta * batch < 1, as the documents have it")  # fmt: skip
     group.add_argument("--reg_upper_limit", type=_LIMIT, default=1.0, help="cap on lambda; inf for none")
+    group.add_argument("--penalty", choices=("auto", "gradient", "decoupled"), default="auto",
+                       help="gradient: add lambda * w to it; decoupled: w *= 1 - lambda * lr / peak lr; auto: gradient for "
+                       "sgd, decoupled for adamw")  # fmt: skip
     group.add_argument("--block_loss_grad", type=_truth, nargs="?", const=True, default=False,
                        help="doomed weights follow the penalty alone, not the loss")  # fmt: skip
     group.add_argument("--rsst_dead", choices=("zero", "free"), default="zero",
@@ -250,6 +253,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         args.rate_mode = "target" if args.vit_structured else "round"
     if args.mlp_prune_ratio is None:
         args.mlp_prune_ratio = args.rate
+    if args.penalty == "auto":
+        args.penalty = "decoupled" if args.optimizer == "adamw" else "gradient"
     if args.image_size is None:
         args.image_size = DATASETS[args.dataset].image_size
     _check(args, explicit)
@@ -305,8 +310,10 @@ def _warnings(args: argparse.Namespace, explicit: set[str]) -> list[str]:
         (early, f"--decreasing_lr: epoch {', '.join(map(str, early))} lies inside the warm-up and has no effect"),
         (args.warmup >= args.epochs, f"--warmup {args.warmup} is not over within --epochs {args.epochs}"),
         (not multistep and "decreasing_lr" in explicit, "--decreasing_lr has no effect with --lr_schedule cosine"),
-        (rsst and args.optimizer == "sgd" and step > 1,
+        (rsst and args.penalty == "gradient" and args.optimizer == "sgd" and step > 1,
          f"the penalty may be unstable: lr * lambda / (1 - momentum) reaches {step:.3g} (above 1); lower --lr or --reg_upper_limit"),
+        (rsst and args.penalty == "decoupled" and args.reg_upper_limit > 1,
+         f"the penalty may be unstable: decoupled, --reg_upper_limit {args.reg_upper_limit:g} takes more than all of a weight"),
         (rsst and args.fillback_rate > 0, "--fillback_rate has no effect with --struct rsst"),
         (rsst and is_vit and not args.vit_structured,
          "without --vit_structured RSST has nothing to squeeze: this is unstructured magnitude pruning"),

@@ -87,6 +87,8 @@ class Passer:
         meter: Sums of an epoch taken up in the middle.
         stop: Asked after every step.
         reporter: Shows a progress bar.
+        decoupled: Whether the penalty shrinks weights directly instead of entering the gradient.
+        lr_share: Learning rate of the step over its peak.
     """
 
     args: Any
@@ -98,6 +100,8 @@ class Passer:
     meter: Meter | None = None
     stop: StopRequest | None = None
     reporter: Reporter | None = None
+    decoupled: bool = False
+    lr_share: float = 1.0
 
 
 @contextmanager
@@ -136,7 +140,9 @@ def train(
     model.train()
     for i, (image, target) in enumerate(_shown(train_loader, passer, state, epoch), meter.steps):
         if passer.rate is not None:
-            set_learning_rate(optimizer, passer.rate.at(epoch, i))
+            lr = passer.rate.at(epoch, i)
+            set_learning_rate(optimizer, lr)
+            passer.lr_share = lr / passer.rate.base
         with computing(model):
             output = model(image)
         loss = criterion(output.float(), target)
@@ -174,8 +180,16 @@ def update_reg(passer: Any, pruner: Pruner, model: nn.Module, state: int, i: int
 
 
 def apply_reg(pruner: Pruner, model: nn.Module, passer: Any) -> nn.Module:
-    """gradient += lambda * weight on the doomed weights (`block_loss_grad`: in place of their gradient)."""
-    pruner.add_penalty(passer.args.block_loss_grad)
+    """gradient += lambda * weight on the doomed weights (`block_loss_grad`: in place of their gradient).
+
+    With a decoupled penalty (see `Pruner`) the weights shrink directly instead.
+    """
+    if not getattr(passer, "decoupled", False):
+        pruner.add_penalty(passer.args.block_loss_grad)
+        return model
+    if passer.args.block_loss_grad:
+        pruner.block_gradient()
+    pruner.shrink(passer.lr_share)
     return model
 
 

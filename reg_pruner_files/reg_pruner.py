@@ -15,6 +15,10 @@ from units import parameter_of
 class Pruner:
     """RSST's penalty on the doomed weights of one round: gradient += lambda * weight.
 
+    Adaptive optimizers divide the gradient by its own size, lambda included, so that a doomed weight would move by the
+    learning rate whatever lambda is. For them the penalty is decoupled, as AdamW decouples weight decay (Loshchilov and
+    Hutter 2019, algorithm 2): `shrink` takes the share lambda of the weight, times the schedule's place between 0 and 1.
+
     Attributes:
         doomed: Parameter name -> float 0/1 mask; only parameters with at least one doomed weight.
         reg: Layer name -> lambda of each weight, of the weight's shape; zero but for doomed weights.
@@ -56,10 +60,29 @@ class Pruner:
         live = {n: p for n, p in self._parameters.items() if p.grad is not None}
         if not live:
             return
-        gradients = [p.grad for p in live.values()]
         if block_loss_grad:
-            torch._foreach_mul_(gradients, [1 - self.doomed[n] for n in live])
+            self.block_gradient()
+        gradients = [p.grad for p in live.values()]
         torch._foreach_addcmul_(gradients, [self.reg[refill_key(n)] for n in live], list(live.values()))
+
+    @torch.no_grad()
+    def shrink(self, rate: float) -> None:
+        """The penalty decoupled from the gradient: weight *= 1 - rate * lambda.
+
+        Args:
+            rate: Learning rate over its peak, in [0, 1].
+        """
+        if self._parameters:
+            factors = torch._foreach_mul([self.reg[refill_key(n)] for n in self._parameters], -rate)
+            torch._foreach_add_(factors, 1.0)
+            torch._foreach_mul_(list(self._parameters.values()), factors)
+
+    @torch.no_grad()
+    def block_gradient(self) -> None:
+        """Doomed weights get no gradient of the loss."""
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                parameter.grad.mul_(1 - self.doomed[name])
 
     def doomed_norm(self) -> float:
         """Euclidean norm of all doomed weights together."""
