@@ -101,7 +101,10 @@ def _uses(model: nn.Module, masks: Mapping[str, Tensor], image_size: int) -> dic
             if isinstance(module, nn.Conv2d):
                 live, positions = features.flatten(1).ne(0).any(1), output[0, 0].numel()
             else:
-                live, positions = features.reshape(-1, features.shape[-1]).ne(0).any(0), output[0].numel() // output.shape[-1]
+                live, positions = (
+                    features.reshape(-1, features.shape[-1]).ne(0).any(0),
+                    output[0].numel() // output.shape[-1],
+                )
             found[layer] = _Use(positions, torch.ones_like(live).cpu() if residual_norms else live.cpu())
 
         return hook

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -110,7 +111,8 @@ def _load_cifar(root: Path, size: int, dataset_name: str, statistics: Any) -> Sp
 
 def _open_cifar(dataset_class: Any, root: Path, train: bool) -> Any:
     """torchvision's data set: from its folder or archive under `root`, else downloaded there."""
-    here = f"{root / dataset_class.filename} (md5 {dataset_class.tgz_md5}) or its unpacked folder {dataset_class.base_folder}/"
+    archive = f"{root / dataset_class.filename} (md5 {dataset_class.tgz_md5})"
+    here = f"{archive} or its unpacked folder {dataset_class.base_folder}/"
     try:
         return dataset_class(root, train=train, download=False)
     except RuntimeError:
@@ -136,7 +138,7 @@ def _cifar100(root: Path, size: int, workers: int) -> Splits:
 
 
 def _digits(root: Path, size: int, workers: int) -> Splits:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels (they come with the package), enlarged; 20 % are the test set."""
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, enlarged; a fifth is the test set. Needs no folder."""
     import sklearn.datasets
 
     raw = sklearn.datasets.load_digits()
@@ -287,7 +289,7 @@ class BatchLoader:
         self.start = 0
 
     def __len__(self) -> int:
-        return -(-len(self.data) // self.batch_size)
+        return math.ceil(len(self.data) / self.batch_size)
 
     def seek(self, state: int, epoch: int, start: int = 0) -> None:
         """Say which epoch of which round comes next, and the batch to begin with; the batch applies once."""

@@ -6,10 +6,11 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from counting import cost_of
 from dataset import Loaders
 from environment import describe_environment, fingerprint
 from errors import DivergedError, Interrupted, RunError, StorageError, UsageError
-from masks import HeldMask, MaskPair, count_ones
+from masks import HeldMask, MaskPair, by_parameter, count_ones, pruning_state
 from models.registry import spec_of
 from optimization import OPTIMIZERS, LearningRate
 from options import default_run_folder, identity_of, parse_args, settings_of, tracker_name
@@ -29,7 +30,7 @@ from reg_pruner_files.reg_pruner import Pruner
 from regroup_report import banner, summary
 from reporter import Reporter, log_to_file, rounds_table, start_logging
 from rounds import TARGET_KINDS, RoundRules, decide, held_masks, kept_per_group, kept_per_kind, shares, unit_groups
-from run_state import Row, RunFolder, RunState, check_same_run, load_safely, save_atomically
+from run_state import Row, RunFolder, RunState, check_same_run, packed, save_atomically
 from tracker import Tracker
 from training import Meter, Passer, StopRequest, apply_reg, hardened, train, update_reg, validate
 from units import UnitGroup, ranked_names
@@ -52,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as error:
         log.error("%s", error)
         return error.exit_code
+    except KeyboardInterrupt:
+        log.error("stopped before training began")
+        return 128 + signal.SIGINT
     except OSError as error:
         log.error("%s", error)
         return StorageError.exit_code
@@ -118,35 +122,37 @@ class Experiment:
         self.rules = rules_from(args, model)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
         self.device = next(model.parameters()).device
+        self.rate = LearningRate(
+            args.lr, args.epochs, len(self.train_loader), args.warmup, args.lr_schedule, args.decreasing_lr
+        )
         self.stop = StopRequest()
-        self.tracker = Tracker("disabled", folder.path, "", {}, "")
+        self.tracker = Tracker("disabled")
+        self.run = RunState(args=settings_of(args), data=fingerprint(*loaders))
 
     def open(self) -> None:
         """Take up the run in the folder, or begin one there."""
         log_to_file(self.folder.path / "log.txt")
-        settings, data = settings_of(self.args), fingerprint(self.train_loader, self.val_loader, self.test_loader)
         newest = Path(self.args.checkpoint) if self.args.checkpoint else self.folder.newest()
         if newest is None:
             if self.args.resume:
                 raise UsageError(f"argument --resume: {self.folder.path} holds no run to continue")
-            self.state = RunState(args=settings, data=data)
             self._choose_initial_weights()
         else:
-            self.state = RunFolder.load(newest)
-            check_same_run(self.state, identity_of(settings), identity_of(self.state.args), data)
-            log.info("continuing %s: round %d, %d epochs done", self.folder.path, self.state.state, self.state.epoch)
-        self.folder.write_settings(settings)
+            found = RunFolder.load(newest)
+            check_same_run(found, identity_of(self.run.args), identity_of(found.args), self.run.data)
+            self.run = replace(found, args=self.run.args)
+            log.info("continuing %s: round %d, %d epochs done", self.folder.path, found.state, found.epoch)
         precision = getattr(self.model, "precision", torch.float32)
+        self.folder.write_settings(self.run.args)
         self.folder.write_environment(describe_environment(self.device, precision))
-        stamp = datetime.now().strftime("%m%d_%H%M")
         if self.next_state < self.args.pruning_times:
-            name = tracker_name(self.args, stamp)
-            self.tracker = Tracker(self.args.wandb, self.folder.path, name, settings, self.folder.path.name)
+            name = tracker_name(self.args, datetime.now().strftime("%m%d_%H%M"))
+            self.tracker = Tracker(self.args.wandb, self.folder.path, name, self.run.args, self.folder.path.name)
         self.reporter = Reporter(self.folder.path, self.tracker, self.args.quiet)
-        self.reporter.restore(self.state.history, self.state.rounds)
-        log.info("%s on %s (%s), %d prunable layers, %d weights; run folder %s", self.args.arch, self.device,
-                 str(precision).removeprefix("torch."), len(self.names),
-                 sum(self.state.init_weight[n].numel() for n in self.names), self.folder.path)  # fmt: skip
+        self.reporter.restore(self.run.history, self.run.rounds)
+        weights = sum(self.run.init_weight[n].numel() for n in self.names)
+        log.info("%s on %s in %s: %d prunable layers, %d weights; run folder %s", self.args.arch, self.device,
+                 str(precision).removeprefix("torch."), len(self.names), weights, self.folder.path)  # fmt: skip
 
     def _choose_initial_weights(self) -> None:
         file = Path(self.args.init) if self.args.init else self.folder.path / "init.pth.tar"
@@ -156,20 +162,17 @@ class Experiment:
         else:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_atomically(cloned_state(self.model), file)
-        self.state.init_weight = cloned_state(self.model)
+        self.run.init_weight = cloned_state(self.model)
 
     @property
     def next_state(self) -> int:
         """The round to train next, or to go on with."""
-        return len(self.state.rounds)
+        return len(self.run.rounds)
 
     def train_round(self, state: int) -> None:
         """Train round `state` from its ticket, or from where it was broken off."""
-        self._begin(state)
-        run, args = self.state, self.args
-        rate = LearningRate(args.lr, args.epochs, len(self.train_loader), args.warmup, args.lr_schedule, args.decreasing_lr)
-        passer = Passer(args, run.current_mask, run.refill_mask, held=self.held, rate=rate, stop=self.stop,
-                        reporter=self.reporter, decoupled=args.penalty == "decoupled")  # fmt: skip
+        passer = self._begin(state)
+        run, args = self.run, self.args
         for epoch in range(run.epoch, args.epochs):
             if state == 0 and args.prune_type == "rewind_lt" and epoch == args.rewind_epoch and run.step == 0:
                 run.init_weight = cloned_state(self.model)
@@ -177,50 +180,49 @@ class Experiment:
             passer.meter = Meter.start(self.device, run.partial) if run.step else None
             began, first = time.perf_counter(), run.step
             try:
-                meter = train(state, self.train_loader, self.model, self.criterion, self.optimizer, epoch, passer, self.pruner)
+                meter = train(
+                    state, self.train_loader, self.model, self.criterion, self.optimizer, epoch, passer, self.pruner
+                )
             except Interrupted:
+                assert passer.meter is not None
                 run.epoch, run.step, run.partial = epoch, passer.meter.steps, passer.meter.sums()
                 self._save()
                 raise
             except DivergedError as error:
-                save_atomically({"state_dict": cloned_state(self.model)}, self.folder.path / "diverged.pth.tar")
-                raise DivergedError(f"{error}; the weights are in {self.folder.path / 'diverged.pth.tar'}, the last "
-                                    f"good state is the newest checkpoint") from error  # fmt: skip
-            self._close_epoch(epoch, meter, rate, (meter.steps - first) / (time.perf_counter() - began))
+                file = self.folder.path / "diverged.pth.tar"
+                save_atomically({"state_dict": cloned_state(self.model)}, file)
+                raise DivergedError(f"{error}; its weights are in {file}, the last good state in the newest checkpoint"
+                                    ) from error  # fmt: skip
+            self._close_epoch(epoch, meter, (meter.steps - first) / (time.perf_counter() - began))
+            self.stop.obey(f"after round {state}, epoch {epoch}")
 
-    def _begin(self, state: int) -> None:
+    def _begin(self, state: int) -> Passer:
         """Model, masks, penalty and optimizer as they are at the start of the round, or where it was broken off."""
-        run = self.state
+        run, args = self.run, self.args
         fresh = run.state != state or not run.state_dict
         if fresh:
-            masks = load_safely(self.folder.masks(state - 1)) if state else {"current": {}, "refill": {}}
             run.state, run.epoch, run.step, run.best_sa = state, 0, 0, [-1.0, -1.0, -1.0]
-            run.current_mask, run.refill_mask = masks["current"], masks["refill"]
+            run.current_mask, run.refill_mask = run.following.get("current", {}), run.following.get("refill", {})
         self.pair = MaskPair(run.current_mask, run.refill_mask) if state else None
         self.model.load_state_dict(run.init_weight if fresh else run.state_dict)
         self.held = HeldMask(self.model, held_masks(self.pair, self.rules))
         self.held.apply()
-        self.pruner = Pruner(self.model, self.args, self) if self.pair and self.args.struct == "rsst" else None
-        self.optimizer = new_optimizer(self.args, self.model)
+        passer = Passer(args, run.current_mask, run.refill_mask, held=self.held, rate=self.rate, stop=self.stop,
+                        reporter=self.reporter, decoupled=args.penalty == "decoupled")  # fmt: skip
+        self.pruner = Pruner(self.model, args, passer) if self.pair and args.struct == "rsst" else None
+        self.optimizer = new_optimizer(args, self.model)
         if fresh:
             run.doomed_norm = self.pruner.doomed_norm() if self.pruner else 0.0
         else:
             self.optimizer.load_state_dict(run.optimizer)
         part = shares(self.pair, self.names, self.rules)
-        log.info("round %d: %.2f %% of the prunable weights zero, %.2f %% being squeezed, %.2f %% kept by the structure",
-                 state, part.zero, part.squeezed, part.kept)  # fmt: skip
-        self.tracker.log({"remain_weight": 100 - part.zero, "prune_times": state})
+        log.info("round %d: %.2f %% of the prunable weights are zero, %.2f %% being squeezed, %.2f %% kept by the "
+                 "structure", state, part.zero, part.squeezed, part.kept)  # fmt: skip
+        self.tracker.log({"remain_weight": 100 - part.zero, "prune_times": state, "step": state * args.epochs})
+        return passer
 
-    @property
-    def current_mask(self) -> dict[str, torch.Tensor]:
-        return self.state.current_mask
-
-    @property
-    def refill_mask(self) -> dict[str, torch.Tensor]:
-        return self.state.refill_mask
-
-    def _close_epoch(self, epoch: int, meter: Meter, rate: LearningRate, steps_per_second: float) -> None:
-        run = self.state
+    def _close_epoch(self, epoch: int, meter: Meter, steps_per_second: float) -> None:
+        run = self.run
         val, test = (validate(loader, self.model, self.criterion) for loader in (self.val_loader, self.test_loader))
         if broken := self.held.broken():
             raise AssertionError(f"weights held at zero have moved: {broken[:3]}")
@@ -228,7 +230,7 @@ class Experiment:
         run.history.append({
             "round": run.state, "prune_times": run.state, "epoch": epoch, "step": run.state * self.args.epochs + epoch,
             "loss": meter.mean_loss, "accuracy": meter.accuracy, "val_accuracy": val, "test_accuracy": test,
-            "lr": rate.at(epoch, len(self.train_loader) - 1), "reg_lambd": run.reg_lambda,
+            "lr": self.rate.at(epoch, len(self.train_loader) - 1), "reg_lambd": run.reg_lambda,
             "train_batch_time": 1 / steps_per_second, "images_per_second": steps_per_second * self.args.batch_size,
         })  # fmt: skip
         run.epoch, run.step, run.partial = epoch + 1, 0, {}
@@ -237,41 +239,42 @@ class Experiment:
             run.best_sa = [val, test, float(epoch)]
         self._save()
         if better:
-            shutil.copyfile(self.folder.checkpoint(run.state), self.folder.best(run.state))
+            self._save(self.folder.best(run.state))
         self.reporter.epoch(run.history[-1])
 
-    def _save(self) -> None:
-        self.state.state_dict, self.state.optimizer = cloned_state(self.model), self.optimizer.state_dict()
-        self.folder.save(self.state, masked=held_masks(self.pair, self.rules))
+    def _save(self, path: Path | None = None) -> None:
+        self.run.state_dict, self.run.optimizer = cloned_state(self.model), self.optimizer.state_dict()
+        self.folder.save(self.run, path, held_masks(self.pair, self.rules))
 
     def close_round(self, state: int) -> None:
         """Judge the round, then decide the masks of the next."""
-        run = self.state
-        trained = cloned_state(self.model)
-        row = self._judge(state)
+        run = self.run
+        row, trained = self._judge(state), cloned_state(self.model)
         if self.rules.structured:
-            log.debug("%s", banner(self.rules.targets, self.args.criteria, {"Prune Ratio": self.args.rate},
-                                   refill=self.args.struct == "refill"))  # fmt: skip
+            ratios = {"Prune Ratio": self.args.rate}
+            log.debug("%s", banner(self.rules.targets, self.args.criteria, ratios, self.args.struct == "refill"))
         following = decide(
             self.model, self.groups, self.rules, state, previous=self.pair, trained=trained,
             ranked=run.init_weight if self.args.rank_weights == "initial" else trained,
             batches=self.train_loader.fixed_batches(self.args.criteria_batches),
         )  # fmt: skip
         log.debug("%s", summary(self.groups, following.refill))
-        total = sum(trained[n].numel() for n in self.names)
-        row["remain_weight_after"] = 100 * count_ones({n: following.current[f"{n}_mask"] for n in self.names}, self.names) / total
-        save_atomically({"current": following.current, "refill": following.refill}, self.folder.masks(state))
+        left = count_ones(by_parameter(following.current), self.names)
+        row["remain_weight_after"] = 100 * left / sum(trained[n].numel() for n in self.names)
+        run.following = {"current": following.current, "refill": following.refill}
+        save_atomically(packed(run.following), self.folder.masks(state))
         run.rounds.append(row)
         self._save()
         self.reporter.round(row, run.rounds)
+        self.stop.obey(f"after round {state}")
 
     def _judge(self, state: int) -> Row:
         """The row of a finished round."""
-        run, last = self.state, self.state.history[-1]
+        run, last = self.run, self.run.history[-1]
         structure = self.pair.structure if self.pair else {}
         cost = cost_of(self.model, self.groups, structure, self.train_loader.data.images.shape[-1])
         row: Row = {
-            "round": state, "density": shares(self.pair, self.names, self.rules).kept,
+            "round": state, "step": last["step"], "density": shares(self.pair, self.names, self.rules).kept,
             "kept_units": kept_per_kind(self.groups, self.pair), "parameters": cost.parameters, "macs": cost.macs,
             "accuracy": last["accuracy"], "val_accuracy": last["val_accuracy"], "test_accuracy": last["test_accuracy"],
             "hardened_val_accuracy": None, "hardened_test_accuracy": None, "squeeze_ratio": None,
@@ -290,27 +293,30 @@ class Experiment:
 
     def _warn_if_not_squeezed(self, state: int, ratio: float) -> None:
         if ratio > SQUEEZE_GOAL:
-            log.warning("round %d: the doomed weights kept %.0f %% of their norm (goal: at most %.0f %%); train longer, or "
-                        "raise --lr or --reg_granularity_prune", state, 100 * ratio, 100 * SQUEEZE_GOAL)  # fmt: skip
+            log.warning(
+                "round %d: the doomed weights kept %.0f %% of their norm (goal: at most %.0f %%); train longer, or "
+                "raise --lr or --reg_granularity_prune", state, 100 * ratio, 100 * SQUEEZE_GOAL,
+            )  # fmt: skip
 
     def finish(self) -> None:
-        """Save the ticket and print the table."""
-        run = self.state
-        if not self.folder.ticket.exists() or self.next_state > 0:
-            self._save_ticket()
-        print(rounds_table(run.rounds))
-        log.info("finished: %d rounds in %s", len(run.rounds), self.folder.path)
-
-    def _save_ticket(self) -> None:
-        """The last round's weights with its structure applied: what RSST was for."""
-        run = self.state
+        """Save the ticket (the last round's weights, hardened) and print the table of rounds."""
+        run = self.run
         structure = MaskPair(run.current_mask, run.refill_mask).structure if run.current_mask else {}
         hard = {n: v * structure[n] if n in structure else v for n, v in run.state_dict.items()}
-        save_atomically({"arch": self.args.arch, "round": run.state, "state_dict": hard, "refill_mask": run.refill_mask,
-                         "args": run.args}, self.folder.ticket)  # fmt: skip
+        ticket = {
+            "arch": self.args.arch,
+            "round": run.state,
+            "state_dict": pruning_state(hard, structure),
+            "args": run.args,
+        }
+        save_atomically(ticket, self.folder.ticket)
+        print(rounds_table(run.rounds))
+        log.info("finished: %d rounds; the ticket is %s", len(run.rounds), self.folder.ticket)
 
     def close(self) -> None:
+        """Let trackers and signals go."""
         self.tracker.finish()
+        self.stop.restore()
 
 
 if __name__ == "__main__":

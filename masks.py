@@ -122,13 +122,13 @@ def effective_weight(state: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def effective_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without pruning keys: every `X_orig`, `X_mask` pair becomes `X`. Tensors are new where they change."""
+    """A state dict without pruning keys: every pair `X_orig`, `X_mask` becomes `X`, their product."""
     names = (k.removesuffix("_orig") for k in state if not (k.endswith("_mask") and f"{k[:-5]}_orig" in state))
     return {n: effective_weight(state, n) for n in names}
 
 
 def pruning_state(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `effective_state`: masked parameters as `X_orig` and `X_mask`, the way torch's pruning saves them."""
+    """The inverse of `effective_state`: masked parameters under the keys with which torch's pruning saves them."""
     out: dict[str, Tensor] = {}
     for name, value in state.items():
         if name in masks:
@@ -161,10 +161,19 @@ def top_mask(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor] | None, k
         flat, candidates = torch.where(living, flat, -torch.inf), int(living.sum())
     if keep > candidates:
         raise ValueError(f"cannot keep {keep} weights: only {candidates} are alive")
-    kept = torch.zeros(flat.numel(), device=flat.device)
-    kept[torch.sort(flat, descending=True, stable=True).indices[:keep]] = 1
+    kept = _best(flat, keep)
     parts = kept.split([s.numel() for s in scores.values()])
     return {n: part.view(s.shape).clone() for part, (n, s) in zip(parts, scores.items(), strict=True)}
+
+
+def _best(flat: Tensor, keep: int) -> Tensor:
+    """0/1 for the `keep` largest, of equals the first: what a stable sort would give, in linear time."""
+    if keep <= 0:
+        return torch.zeros_like(flat)
+    worst = flat.kthvalue(flat.numel() - keep + 1).values
+    kept = (flat > worst).float()
+    kept[(flat == worst).nonzero().flatten()[: keep - int(kept.sum(dtype=torch.float64))]] = 1
+    return kept
 
 
 def l1_mask(weights: Mapping[str, Tensor], alive: Mapping[str, Tensor] | None, keep: int) -> Mask:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn, optim
 
@@ -51,7 +52,7 @@ def _adamw(model: nn.Module, lr: float, momentum: float, weight_decay: float) ->
     plain = [p for n, p in model.named_parameters() if p.ndim < 2 or n.endswith(("pos_embed", "cls_token"))]
     taken = {id(p) for p in plain}
     decayed = [p for p in model.parameters() if id(p) not in taken]
-    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
     return optim.AdamW(groups, lr, betas=(momentum, 0.999), weight_decay=weight_decay, foreach=True)
 
 

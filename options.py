@@ -21,15 +21,32 @@ from reg_pruner_files.schedules import SCHEDULES
 
 PRESETS: dict[str, dict[str, Any]] = {
     "as_documented": {
-        "rank_weights": "initial", "rsst_dead": "free", "reg_horizon": "epoch", "reg_guard": True,
+        "rank_weights": "initial",
+        "rsst_dead": "free",
+        "reg_horizon": "epoch",
+        "reg_guard": True,
     },
-}  # fmt: skip
+}
 
 # Flags that do not change what a run computes (or, for pruning_times, only how far it goes).
-NOT_IDENTITY = frozenset({
-    "data", "save_dir", "exp_name", "resume", "checkpoint", "print_freq", "workers", "gpu", "pruning_times",
-    "dry_run", "wandb", "quiet", "verbose", "preset",
-})  # fmt: skip
+NOT_IDENTITY = frozenset(
+    {
+        "data",
+        "save_dir",
+        "exp_name",
+        "resume",
+        "checkpoint",
+        "print_freq",
+        "workers",
+        "gpu",
+        "pruning_times",
+        "dry_run",
+        "wandb",
+        "quiet",
+        "verbose",
+        "preset",
+    }
+)
 
 EXAMPLES = """examples:
   python main_imp_fillback.py --dataset digits --arch vit_tiny --struct rsst --vit_structured
@@ -53,7 +70,7 @@ class _OneLineParser(argparse.ArgumentParser):
         choice = re.match(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message)
         if choice:
             flag, value, allowed = choice.group(1), choice.group(2), choice.group(3).replace("'", "")
-            near = difflib.get_close_matches(value, allowed.split(", "), 1)
+            near = difflib.get_close_matches(value, allowed.split(", "), 1, cutoff=0.5)
             hint = f" (did you mean {near[0]}?)" if near else ""
             return f"argument {flag}: {value!r} is not one of {allowed}{hint}"
         return message
@@ -108,10 +125,12 @@ def _rows(table: Iterable[tuple[str, str]]) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """The parser, its flags in groups; choices and help come from the tables that implement them."""
     parser = _OneLineParser(
-        prog="main_imp_fillback.py", allow_abbrev=False, epilog=EXAMPLES,
+        prog="main_imp_fillback.py",
+        allow_abbrev=False,
+        epilog=EXAMPLES,
         description="Find structured lottery tickets: train, prune globally by L1, regroup into whole units, rewind.",
         formatter_class=_HelpFormatter,
-    )  # fmt: skip
+    )
     for add in (_add_data, _add_model, _add_training, _add_pruning, _add_vit, _add_rsst, _add_output, _add_tracking):
         add(parser)
     return parser
@@ -128,20 +147,29 @@ def _flag(group: Any, name: str, help: str) -> None:
 def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="data", metavar="DIR", help="folder that holds, or is to hold, the data set")
-    group.add_argument("--dataset", default="cifar100", choices=DATASETS,
-                       help=_rows((n, d.summary) for n, d in DATASETS.items()))  # fmt: skip
-    group.add_argument("--image_size", type=_SIZE, metavar="PIXELS",
-                       help="side of the images that the model sees (None: 16 for digits, 64 for tiny-imagenet, else 32)")  # fmt: skip
+    group.add_argument(
+        "--dataset", default="cifar100", choices=DATASETS, help=_rows((n, d.summary) for n, d in DATASETS.items())
+    )
+    group.add_argument(
+        "--image_size",
+        type=_SIZE,
+        metavar="PIXELS",
+        help="side of the images that the model sees (None: 16 for digits, 64 for tiny-imagenet, else 32)",
+    )
     group.add_argument("--workers", type=_NATURAL, default=4, help="threads that decode image files")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--arch", default="res20s", choices=MODELS, help="network")
-    group.add_argument("--init", metavar="FILE",
-                       help="initial weights: loaded if the file exists, else written there (None: the run's own folder)")  # fmt: skip
-    group.add_argument("--pretrained", metavar="FILE",
-                       help="weights file for --prune_type pt or --vit_pretrained (.safetensors, .pth)")  # fmt: skip
+    group.add_argument(
+        "--init",
+        metavar="FILE",
+        help="initial weights: loaded if the file exists, else written there (None: the run folder)",
+    )
+    group.add_argument(
+        "--pretrained", metavar="FILE", help="weights file for --prune_type pt or --vit_pretrained (.safetensors, .pth)"
+    )
     _flag(group, "fc", "with --prune_type pt: take the classifier from the file too, instead of a fresh one")
 
 
@@ -154,38 +182,72 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--momentum", type=_SHARE, default=0.9, help="momentum of SGD, beta 1 of AdamW")
     group.add_argument("--weight_decay", type=_NONNEGATIVE, default=1e-4, help="weight decay (AdamW: decoupled)")
     group.add_argument("--warmup", type=_NATURAL, default=20, help="epochs of linear warm-up")
-    group.add_argument("--lr_schedule", choices=LR_SCHEDULES, default="multistep",
-                       help="multistep: times 0.1 at each of --decreasing_lr; cosine: falls to 0")  # fmt: skip
-    group.add_argument("--decreasing_lr", type=_milestones, default="91,136", metavar="EPOCHS", help="multistep's epochs")
+    group.add_argument(
+        "--lr_schedule",
+        choices=LR_SCHEDULES,
+        default="multistep",
+        help="multistep: times 0.1 at each of --decreasing_lr; cosine: falls to 0",
+    )
+    group.add_argument(
+        "--decreasing_lr", type=_milestones, default="91,136", metavar="EPOCHS", help="multistep's epochs"
+    )
     group.add_argument("--label_smoothing", type=_SHARE, default=0.0, help="share of the label spread over all classes")
-    group.add_argument("--seed", type=_SEED, default=0, help="everything random comes from it; 0 is a seed like any other")
+    group.add_argument(
+        "--seed", type=_SEED, default=0, help="everything random comes from it; 0 is a seed like any other"
+    )
     group.add_argument("--gpu", type=int, default=0, help="CUDA device; the CPU where there is none, or with -1")
-    group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                       help="of matrix products and convolutions; auto: bf16 where the processor has it, else fp32")  # fmt: skip
+    group.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="of matrix products and convolutions; auto: bf16 where the processor has it, else fp32",
+    )
 
 
 def _add_pruning(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pruning")
-    group.add_argument("--struct", choices=("refill", "rsst"), default="rsst",
-                       help="refill: the structure as a hard mask; rsst: squeeze what is outside it")  # fmt: skip
-    group.add_argument("--pruning_times", type=_COUNT, default=20, metavar="ROUNDS", help="rounds, the dense one included")
+    group.add_argument(
+        "--struct",
+        choices=("refill", "rsst"),
+        default="rsst",
+        help="refill: the structure as a hard mask; rsst: squeeze what is outside it",
+    )
+    group.add_argument(
+        "--pruning_times", type=_COUNT, default=20, metavar="ROUNDS", help="rounds, the dense one included"
+    )
     group.add_argument("--rate", type=_SHARE, default=0.2, help="share pruned by global L1, and share of heads")
-    group.add_argument("--rate_mode", choices=("round", "target"),
-                       help="rate is a share of what is left, or of the original (None: target with --vit_structured)")  # fmt: skip
-    group.add_argument("--prune_type", choices=("lt", "pt", "rewind_lt"), default="lt",
-                       help="rewind to: initial weights; a pretrained backbone; the weights of --rewind_epoch")  # fmt: skip
+    group.add_argument(
+        "--rate_mode",
+        choices=("round", "target"),
+        help="rate is a share of what is left, or of the original (None: target with --vit_structured)",
+    )
+    group.add_argument(
+        "--prune_type",
+        choices=("lt", "pt", "rewind_lt"),
+        default="lt",
+        help="rewind to: initial weights; a pretrained backbone; the weights of --rewind_epoch",
+    )
     group.add_argument("--rewind_epoch", type=_NATURAL, default=24, help="epoch of round 0 that rewind_lt returns to")
-    group.add_argument("--criteria", choices=CRITERIA, default="l1",
-                       help=_rows((n, c.summary) for n, c in CRITERIA.items()))  # fmt: skip
-    group.add_argument("--criteria_batches", type=_COUNT, default=CRITERIA_BATCHES,
-                       help="fixed batches that criteria on feature maps look at")  # fmt: skip
+    group.add_argument(
+        "--criteria", choices=CRITERIA, default="l1", help=_rows((n, c.summary) for n, c in CRITERIA.items())
+    )
+    group.add_argument(
+        "--criteria_batches",
+        type=_COUNT,
+        default=CRITERIA_BATCHES,
+        help="fixed batches that criteria on feature maps look at",
+    )
     group.add_argument("--rank_weights", choices=("trained", "initial"), default="trained", help="what global L1 ranks")
-    group.add_argument("--fillback_rate", type=_CLOSED_SHARE, default=0.0,
-                       help="refill: share of what would go that is kept after all")  # fmt: skip
+    group.add_argument(
+        "--fillback_rate", type=_CLOSED_SHARE, default=0.0, help="refill: share of what would go that is kept after all"
+    )
     group.add_argument("--min_units", type=_NATURAL, default=0, help="units that every layer keeps at least")
     _flag(group, "conv1", "prune the stem too (first convolution; of a ViT the patch embedding, weight by weight)")
-    group.add_argument("--preset", choices=PRESETS,
-                       help="as_documented: " + " ".join(f"{k}={v}" for k, v in PRESETS["as_documented"].items()))  # fmt: skip
+    group.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="as_documented: " + " ".join(f"{k}={v}" for k, v in PRESETS["as_documented"].items()),
+    )
 
 
 def _add_vit(parser: argparse.ArgumentParser) -> None:
@@ -193,28 +255,58 @@ def _add_vit(parser: argparse.ArgumentParser) -> None:
     _flag(group, "vit_structured", "prune whole heads and neurons; without it ViTs are pruned weight by weight")
     group.add_argument("--vit_prune_target", choices=("head", "mlp", "both"), default="head", help="which units")
     group.add_argument("--mlp_prune_ratio", type=_SHARE, help="share of neurons (None: --rate)")
-    group.add_argument("--sorting_mode", choices=("layer-wise", "global"), default="layer-wise",
-                       help="rank units within each block, or all units of the network together")  # fmt: skip
+    group.add_argument(
+        "--sorting_mode",
+        choices=("layer-wise", "global"),
+        default="layer-wise",
+        help="rank units within each block, or all units of the network together",
+    )
     _flag(group, "vit_pretrained", "start from ImageNet weights (timm, or the file of --pretrained)")
 
 
 def _add_rsst(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("RSST")
-    group.add_argument("--RST_schedule", choices=SCHEDULES, default="exp_custom_exponents",
-                       help="lambda after n updates of K; " + _rows((n, s.summary) for n, s in SCHEDULES.items()))  # fmt: skip
+    group.add_argument(
+        "--RST_schedule",
+        choices=SCHEDULES,
+        default="exp_custom_exponents",
+        help="lambda after n updates of K; " + _rows((n, s.summary) for n, s in SCHEDULES.items()),
+    )
     group.add_argument("--reg_granularity_prune", type=_POSITIVE, default=1.0, help="delta in those formulas")
     group.add_argument("--exponents", type=_POSITIVE, default=4, help="power in exp_custom_exponents")
-    group.add_argument("--reg_horizon", choices=("state", "epoch"), default="state", help="what K counts: a round or an epoch")
-    group.add_argument("--reg_guard", type=_truth, nargs="?", const=True, default=False,
-                       help="raise lambda only while delta * batch < 1, as the documents have it")  # fmt: skip
+    group.add_argument(
+        "--reg_horizon", choices=("state", "epoch"), default="state", help="what K counts: a round or an epoch"
+    )
+    group.add_argument(
+        "--reg_guard",
+        type=_truth,
+        nargs="?",
+        const=True,
+        default=False,
+        help="raise lambda only while delta * batch < 1, as the documents have it",
+    )
     group.add_argument("--reg_upper_limit", type=_LIMIT, default=1.0, help="cap on lambda; inf for none")
-    group.add_argument("--penalty", choices=("auto", "gradient", "decoupled"), default="auto",
-                       help="gradient: add lambda * w to it; decoupled: w *= 1 - lambda * lr / peak lr; auto: gradient for "
-                       "sgd, decoupled for adamw")  # fmt: skip
-    group.add_argument("--block_loss_grad", type=_truth, nargs="?", const=True, default=False,
-                       help="doomed weights follow the penalty alone, not the loss")  # fmt: skip
-    group.add_argument("--rsst_dead", choices=("zero", "free"), default="zero",
-                       help="weights outside both masks: held at zero, or trained like the others")  # fmt: skip
+    group.add_argument(
+        "--penalty",
+        choices=("auto", "gradient", "decoupled"),
+        default="auto",
+        help="gradient: add lambda * w to it; decoupled: w *= 1 - lambda * lr / peak lr; auto: gradient "
+        "for sgd, decoupled for adamw",
+    )
+    group.add_argument(
+        "--block_loss_grad",
+        type=_truth,
+        nargs="?",
+        const=True,
+        default=False,
+        help="doomed weights follow the penalty alone, not the loss",
+    )
+    group.add_argument(
+        "--rsst_dead",
+        choices=("zero", "free"),
+        default="zero",
+        help="weights outside both masks: held at zero, or trained like the others",
+    )
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -222,7 +314,9 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--save_dir", metavar="DIR", help="run folder (None: named after the settings)")
     _flag(group, "resume", "insist on continuing: an error if the run folder holds nothing to continue")
     group.add_argument("--checkpoint", metavar="FILE", help="continue from this checkpoint instead of the newest")
-    group.add_argument("--print_freq", type=_COUNT, default=200, metavar="BATCHES", help="batches between lines in the log")
+    group.add_argument(
+        "--print_freq", type=_COUNT, default=200, metavar="BATCHES", help="batches between lines in the log"
+    )
     _flag(group, "dry_run", "print the plan and train nothing")
     _flag(group, "quiet", "only warnings and the final table")
     _flag(group, "verbose", "every layer's decision at every round")
@@ -230,8 +324,12 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def _add_tracking(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("tracking")
-    group.add_argument("--wandb", choices=("auto", "online", "offline", "disabled"), default="auto",
-                       help="auto: online where a key is configured, else local files only")  # fmt: skip
+    group.add_argument(
+        "--wandb",
+        choices=("auto", "online", "offline", "disabled"),
+        default="auto",
+        help="auto: online where a key is configured, else local files only",
+    )
     group.add_argument("--exp_name", metavar="NAME", help="name of the run at WandB (None: made from the settings)")
 
 
@@ -278,22 +376,37 @@ def _preset_parser() -> argparse.ArgumentParser:
 def _check(args: argparse.Namespace, explicit: set[str]) -> None:
     family = MODELS[args.arch].spec.family
     rules = (
-        (args.vit_structured and family != "vit",
-         f"argument --vit_structured: {args.arch} has no heads; choose a ViT or leave the flag out"),
+        (
+            args.vit_structured and family != "vit",
+            f"argument --vit_structured: {args.arch} has no heads; choose a ViT or leave the flag out",
+        ),
         (args.vit_pretrained and family != "vit", f"argument --vit_pretrained: {args.arch} is not a ViT"),
-        (args.vit_pretrained and not args.pretrained and MODELS[args.arch].spec.pretrained is None,
-         f"argument --vit_pretrained: no ImageNet weights are published for {args.arch}; give a file by --pretrained"),
-        (args.prune_type == "pt" and not (args.pretrained or args.vit_pretrained),
-         "argument --prune_type: pt needs weights: --pretrained FILE, or --vit_pretrained"),
-        (args.pretrained and args.prune_type != "pt" and not args.vit_pretrained,
-         "argument --pretrained: only read by --prune_type pt or --vit_pretrained"),
-        (args.prune_type == "rewind_lt" and args.rewind_epoch >= args.epochs,
-         f"argument --rewind_epoch: {args.rewind_epoch} is never reached in --epochs {args.epochs}; allowed are 0 to "
-         f"{args.epochs - 1}"),
+        (
+            args.vit_pretrained and not args.pretrained and MODELS[args.arch].spec.pretrained is None,
+            f"argument --vit_pretrained: no ImageNet weights fit {args.arch}; give a file by --pretrained",
+        ),
+        (
+            args.prune_type == "pt" and not (args.pretrained or args.vit_pretrained),
+            "argument --prune_type: pt needs weights: --pretrained FILE, or --vit_pretrained",
+        ),
+        (
+            args.pretrained and args.prune_type != "pt" and not args.vit_pretrained,
+            "argument --pretrained: only read by --prune_type pt or --vit_pretrained",
+        ),
+        (
+            args.prune_type == "rewind_lt" and args.rewind_epoch >= args.epochs,
+            f"argument --rewind_epoch: {args.rewind_epoch} is never reached in --epochs {args.epochs}; give less",
+        ),
         (args.quiet and args.verbose, "argument --quiet: not together with --verbose"),
-        (args.pretrained and not Path(args.pretrained).is_file(), f"argument --pretrained: no such file: {args.pretrained}"),
-        (args.checkpoint and not Path(args.checkpoint).is_file(), f"argument --checkpoint: no such file: {args.checkpoint}"),
-    )  # fmt: skip
+        (
+            args.pretrained and not Path(args.pretrained).is_file(),
+            f"argument --pretrained: no such file: {args.pretrained}",
+        ),
+        (
+            args.checkpoint and not Path(args.checkpoint).is_file(),
+            f"argument --checkpoint: no such file: {args.checkpoint}",
+        ),
+    )
     for broken, message in rules:
         if broken:
             raise UsageError(message)
@@ -310,19 +423,30 @@ def _warnings(args: argparse.Namespace, explicit: set[str]) -> list[str]:
         (early, f"--decreasing_lr: epoch {', '.join(map(str, early))} lies inside the warm-up and has no effect"),
         (args.warmup >= args.epochs, f"--warmup {args.warmup} is not over within --epochs {args.epochs}"),
         (not multistep and "decreasing_lr" in explicit, "--decreasing_lr has no effect with --lr_schedule cosine"),
-        (rsst and args.penalty == "gradient" and args.optimizer == "sgd" and step > 1,
-         f"the penalty may be unstable: lr * lambda / (1 - momentum) reaches {step:.3g} (above 1); lower --lr or --reg_upper_limit"),
-        (rsst and args.penalty == "decoupled" and args.reg_upper_limit > 1,
-         f"the penalty may be unstable: decoupled, --reg_upper_limit {args.reg_upper_limit:g} takes more than all of a weight"),
+        (
+            rsst and args.penalty == "gradient" and args.optimizer == "sgd" and step > 1,
+            f"the penalty may be unstable: lr * lambda / (1 - momentum) reaches {step:.3g} (above 1); lower --lr or "
+            "--reg_upper_limit",
+        ),
+        (
+            rsst and args.penalty == "decoupled" and args.reg_upper_limit > 1,
+            "the penalty may be unstable: a decoupled one above 1 (--reg_upper_limit) takes more than all of a weight",
+        ),
         (rsst and args.fillback_rate > 0, "--fillback_rate has no effect with --struct rsst"),
-        (rsst and is_vit and not args.vit_structured,
-         "without --vit_structured RSST has nothing to squeeze: this is unstructured magnitude pruning"),
+        (
+            rsst and is_vit and not args.vit_structured,
+            "without --vit_structured RSST has nothing to squeeze: this is unstructured magnitude pruning",
+        ),
         (args.fc and args.prune_type != "pt", "--fc has no effect without --prune_type pt"),
-        (not is_vit and explicit & {"vit_prune_target", "mlp_prune_ratio", "sorting_mode"},
-         f"ViT flags have no effect with --arch {args.arch}"),
-        (args.preset == "as_documented" and rsst,
-         "--preset as_documented is the documents' literal text: its penalty hardly acts (docs/deviations.md)"),
-    )  # fmt: skip
+        (
+            not is_vit and explicit & {"vit_prune_target", "mlp_prune_ratio", "sorting_mode"},
+            f"ViT flags have no effect with --arch {args.arch}",
+        ),
+        (
+            args.preset == "as_documented" and rsst,
+            "--preset as_documented is the documents' literal text: its penalty hardly acts (docs/deviations.md)",
+        ),
+    )
     return [message for holds, message in rules if holds]
 
 

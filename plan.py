@@ -59,7 +59,9 @@ def describe_plan(
     for name in names:
         shape = tuple(parameter_of(model, name).shape)
         group = owner[name]
-        lines.append(f"  {name:40s} {shape!s:20s} {parameter_of(model, name).numel():>10,}  {group.units} {group.kind}s")
+        lines.append(
+            f"  {name:40s} {shape!s:20s} {parameter_of(model, name).numel():>10,}  {group.units} {group.kind}s"
+        )
     total = sum(parameter_of(model, n).numel() for n in names)
     lines.append(f"  {len(names)} layers, {total:,} weights")
     lines.append("")
@@ -69,7 +71,9 @@ def describe_plan(
         cost: Cost = cost_of(model, groups, structure, size)
         units = ", ".join(f"{kept}/{of} {kind}s" for kind, (kept, of) in kept_per_kind(groups, pair).items())
         density = 100 if pair is None else 100 * sum(float(structure[n].sum()) for n in names) / total
-        lines.append(f"  {state:3d}  {density:6.2f} %  {units}  {cost.parameters:,} parameters  {cost.macs / 1e6:.1f} M MACs")
+        lines.append(
+            f"  {state:3d}  {density:6.2f} %  {units}  {cost.parameters:,} parameters  {cost.macs / 1e6:.1f} M MACs"
+        )
     each = seconds_per_step(step)
     minutes = each * len(train_loader) * epochs / 60
     lines.append("")

@@ -197,7 +197,10 @@ def prune_model_custom_fillback(
     groups = channel_groups(model, conv1)
     own = effective_state(model.state_dict())
     trained = own if trained_weight is None else effective_state(trained_weight)
-    trained = trained if strict else own | trained
+    missing = sorted(own.keys() - trained.keys())
+    if strict and missing:
+        raise KeyError(f"trained_weight has no weights for {missing[0]}")
+    trained = own | trained
     rule = {"channel": budget("density", fillback_rate=fillback_rate)}
     refill = refill_masks(model, groups, mask_dict, trained, criteria, rule, train_loader)
     if return_mask_only:

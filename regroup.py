@@ -125,7 +125,9 @@ def regroup(
     for group in groups:
         for part in group.slices:
             current = current_mask[current_key(part.name)]
-            refill[refill_key(part.name)] = part.spread(kept[group.name], current) if group.name in kept else current.clone()
+            refill[refill_key(part.name)] = (
+                part.spread(kept[group.name], current) if group.name in kept else current.clone()
+            )
     return refill
 
 

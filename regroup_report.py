@@ -58,7 +58,10 @@ def group_block(group: UnitGroup, scores: Tensor, kept: Tensor, current_mask: Ma
 
 def summary(groups: Sequence[UnitGroup], refill: Mask) -> str:
     """Counts of masks and the overall sparsity of the prunable weights."""
-    ranked = {k: list(dict.fromkeys(s.name for g in groups if g.kind == k for s in g.slices if s.ranked)) for k in kinds(groups)}
+    ranked = {
+        k: list(dict.fromkeys(s.name for g in groups if g.kind == k for s in g.slices if s.ranked))
+        for k in kinds(groups)
+    }
     masks = by_parameter(refill)
     names = [n for of_kind in ranked.values() for n in of_kind]
     lines = ["=" * 80, "Summary:", f"  Total masks generated: {len(names)}"]

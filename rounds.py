@@ -90,7 +90,7 @@ def rank_and_prune(
 
 
 def follow_units(groups: Sequence[UnitGroup], current: Mask, weights: Mapping[str, Tensor]) -> Mask:
-    """Complete a mask by the parameters that are not ranked (BatchNorm, biases): 1 while their unit has a weight left."""
+    """Add the parameters that are not ranked (BatchNorm, biases) to a mask: 1 while their unit has a weight left."""
     complete = dict(current)
     for group in groups:
         alive = kept_units(group, current[group.root.name])
@@ -161,6 +161,4 @@ def kept_per_group(groups: Sequence[UnitGroup], pair: MaskPair | None) -> dict[s
 def kept_per_kind(groups: Sequence[UnitGroup], pair: MaskPair | None) -> dict[str, list[int]]:
     """Kind of unit -> [kept, all]."""
     counts = kept_per_group(groups, pair)
-    return {
-        kind: [sum(counts[g.name][i] for g in groups if g.kind == kind) for i in (0, 1)] for kind in kinds(groups)
-    }
+    return {kind: [sum(counts[g.name][i] for g in groups if g.kind == kind) for i in (0, 1)] for kind in kinds(groups)}

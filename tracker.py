@@ -1,4 +1,4 @@
-"""WandB, kept at arm's length: in a thread of its own, so that a slow, absent or failing server never stops training."""
+"""WandB in a thread of its own, so that a slow, absent or failing server never stops training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,14 @@ class Tracker:
         folder: Where WandB keeps its files.
     """
 
-    def __init__(self, mode: str, folder: Path, name: str, settings: dict[str, Any], run_id: str) -> None:
+    def __init__(
+        self,
+        mode: str,
+        folder: Path | None = None,
+        name: str = "",
+        settings: dict[str, Any] | None = None,
+        run_id: str = "",
+    ) -> None:
         if mode == "auto":
             mode = "online" if key_is_configured() else "disabled"
             if mode == "disabled":

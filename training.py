@@ -30,13 +30,22 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
+        self._before = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in self._before:
             signal.signal(each, signal.SIG_DFL)
+
+    def restore(self) -> None:
+        """Hand the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def obey(self, where: str) -> None:
+        """Raise `Interrupted` if a signal has come."""
+        if self.signal is not None:
+            raise Interrupted(f"stopped {where}; the same command continues", self.signal)
 
 
 @dataclass
@@ -162,8 +171,8 @@ def train(
         if (i + 1) % print_freq == 0:
             log.info("Epoch: [%d][%d/%d]\tLoss %.4f\tAccuracy %.2f\tTime %.1f", epoch, i + 1, batches,
                      meter.mean_loss, meter.accuracy, time.perf_counter() - began)  # fmt: skip
-        if passer.stop is not None and passer.stop.signal is not None:
-            raise Interrupted(f"stopped in round {state}, epoch {epoch}, after step {i + 1}", passer.stop.signal)
+        if passer.stop is not None and not last:
+            passer.stop.obey(f"in round {state}, epoch {epoch}, after step {i + 1} of {batches}")
     passer.meter = None
     return meter
 

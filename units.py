@@ -70,7 +70,8 @@ def parameter_of(model: nn.Module, name: str) -> Tensor:
     """The trainable tensor behind a parameter's name, also while torch's pruning holds it as `<name>_orig`."""
     layer, _, param = name.rpartition(".")
     module = model.get_submodule(layer)
-    return getattr(module, f"{param}_orig", None) if hasattr(module, f"{param}_orig") else getattr(module, param)
+    masked = getattr(module, f"{param}_orig", None)
+    return getattr(module, param) if masked is None else masked
 
 
 def ranked_names(model: nn.Module, groups: Iterable[UnitGroup]) -> list[str]:

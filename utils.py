@@ -103,7 +103,9 @@ def load_initial_weights(model: nn.Module, file: Path) -> None:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a wide family for a file that is not a checkpoint
-        raise DataError(f"--init {file}: not a readable state dict ({(str(error).splitlines() or ['?'])[0]})") from error
+        raise DataError(
+            f"--init {file}: not a readable state dict ({(str(error).splitlines() or ['?'])[0]})"
+        ) from error
     state = state.get("state_dict", state)
     state = {k: v for k, v in state.items() if not k.startswith("normalize.")}
     own = {k: v.shape for k, v in model.state_dict().items() if not k.startswith("normalize.")}

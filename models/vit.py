@@ -101,10 +101,14 @@ def load_pretrained_weights(
             weights = vision_transformer.checkpoint_filter_fn(weights, model)
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except (RuntimeError, KeyError) as error:
-        raise DataError(f"the weights of {source} do not fit the model: {str(error).splitlines()[-1].strip()}") from error
+        raise DataError(
+            f"the weights of {source} do not fit the model: {str(error).splitlines()[-1].strip()}"
+        ) from error
     left = [k for k in missing if not k.startswith(own)]
     if left or unexpected:
-        raise DataError(f"the weights of {source} do not fit the model: missing {left[:3]}, unexpected {unexpected[:3]}")
+        raise DataError(
+            f"the weights of {source} do not fit the model: missing {left[:3]}, unexpected {unexpected[:3]}"
+        )
     log.info("loaded %d tensors from %s", len(weights), source)
 
 

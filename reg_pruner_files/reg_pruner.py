@@ -17,7 +17,7 @@ class Pruner:
 
     Adaptive optimizers divide the gradient by its own size, lambda included, so that a doomed weight would move by the
     learning rate whatever lambda is. For them the penalty is decoupled, as AdamW decouples weight decay (Loshchilov and
-    Hutter 2019, algorithm 2): `shrink` takes the share lambda of the weight, times the schedule's place between 0 and 1.
+    Hutter 2019, algorithm 2): `shrink` takes the share lambda of the weight, times the rate's place in its schedule.
 
     Attributes:
         doomed: Parameter name -> float 0/1 mask; only parameters with at least one doomed weight.
@@ -62,7 +62,7 @@ class Pruner:
             return
         if block_loss_grad:
             self.block_gradient()
-        gradients = [p.grad for p in live.values()]
+        gradients = [p.grad for p in live.values() if p.grad is not None]
         torch._foreach_addcmul_(gradients, [self.reg[refill_key(n)] for n in live], list(live.values()))
 
     @torch.no_grad()

@@ -1,0 +1,52 @@
+"""Small networks, small data, and a way to run the program."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ["WANDB_MODE"] = "disabled"
+torch.set_num_threads(1)
+
+# A run of a few seconds: 8-pixel digits, one epoch a round.
+TINY = {
+    "dataset": "digits", "image_size": 8, "arch": "res20s", "struct": "rsst", "rate": 0.4, "epochs": 1, "warmup": 0,
+    "decreasing_lr": 1, "pruning_times": 2, "lr": 0.05, "batch_size": 256, "wandb": "disabled", "criteria_batches": 1,
+}  # fmt: skip
+
+
+def flags(**settings) -> list[str]:
+    """Settings as a command line; True is a bare flag, None leaves a flag out."""
+    words = []
+    for name, value in settings.items():
+        if value is not None and value is not False:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
+def tiny(save_dir, **settings) -> list[str]:
+    """The command line of a tiny run."""
+    return flags(**{**TINY, "save_dir": save_dir, **settings})
+
+
+def start(words, cwd=ROOT, **environment) -> subprocess.Popen:
+    """The program in a process of its own, single-threaded so that tests can run side by side."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, str(ROOT / "main_imp_fillback.py"), *words]
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def images_and_labels():
+    return torch.rand(8, 3, 32, 32), torch.randint(0, 10, (8,))

@@ -1,0 +1,321 @@
+"""Whole runs of the program: rounds, rewinding, resuming, stopping, and what they leave on disk."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import random
+import re
+import signal
+import time
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, start, tiny
+
+import main_imp_fillback
+from masks import effective_state
+from run_state import RunFolder
+from training import train
+
+COMPARED = ("state_dict", "init_weight", "current_mask", "refill_mask", "following", "optimizer")
+
+
+def run(*words) -> int:
+    return main_imp_fillback.main([str(w) for w in words])
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def assert_same_runs(one, other) -> None:
+    """Bit for bit the same weights, masks and metrics (times aside)."""
+    for path in sorted(one.glob("*checkpoint.pth.tar")):
+        ours, theirs = RunFolder.load(path), RunFolder.load(other / path.name)
+        for field in COMPARED:
+            assert equal(getattr(ours, field), getattr(theirs, field)), (path.name, field)
+    timing = {"train_batch_time", "images_per_second"}
+    rows = [[json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (one, other)]
+    assert [{k: v for k, v in r.items() if k not in timing} for r in rows[0]] == [
+        {k: v for k, v in r.items() if k not in timing} for r in rows[1]
+    ]
+    assert (one / "summary.csv").read_text() == (other / "summary.csv").read_text()
+
+
+@pytest.mark.parametrize("struct", ["refill", "rsst"])
+def test_three_rounds_start_from_the_ticket_under_the_mask(struct, tmp_path, monkeypatch):
+    starts = []
+
+    def watching(state, loader, model, criterion, optimizer, epoch, passer, pruner):
+        if epoch == 0:
+            starts.append(({k: v.clone() for k, v in model.state_dict().items()}, pruner is not None))
+        return train(state, loader, model, criterion, optimizer, epoch, passer, pruner)
+
+    monkeypatch.setattr(main_imp_fillback, "train", watching)
+    assert run(*tiny(tmp_path, struct=struct, pruning_times=3, epochs=2, criteria="l2")) == 0
+    ticket = torch.load(tmp_path / "init.pth.tar", weights_only=True)
+    assert [penalised for _, penalised in starts] == [False, struct == "rsst", struct == "rsst"]
+    for state, (weights, _) in enumerate(starts):
+        saved = RunFolder.load(tmp_path / f"{state}checkpoint.pth.tar")
+        assert equal(saved.init_weight, ticket), "the ticket is bit for bit that of round 0"
+        masks = {}
+        if state:
+            pair = main_imp_fillback.MaskPair(saved.current_mask, saved.refill_mask)
+            masks = pair.structure if struct == "refill" else pair.alive
+            assert any(bool(d.any()) for d in pair.doomed.values())
+            assert any(bool(d.any()) for d in pair.dead.values())
+        for name, value in weights.items():
+            assert torch.equal(value, ticket[name] * masks[name] if name in masks else ticket[name]), (state, name)
+
+
+def test_what_a_run_leaves_on_disk(tmp_path, capsys):
+    assert run(*tiny(tmp_path / "run", pruning_times=3, epochs=2)) == 0
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names >= {"args.yaml", "env.json", "metrics.jsonl", "summary.csv", "log.txt", "ticket.pth.tar", "init.pth.tar",
+                     "0checkpoint.pth.tar", "2checkpoint.pth.tar", "0model_SA_best.pth.tar"}  # fmt: skip
+    assert not [n for n in names if n.endswith(".tmp")]
+    assert {p.name for p in (tmp_path / "run" / "masks").iterdir()} == {f"round_{k}.pt" for k in range(3)}
+    settings = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
+    assert (settings["rate"], settings["decreasing_lr"], settings["rate_mode"]) == (0.4, [1], "round")
+    rows = list(csv.DictReader((tmp_path / "run" / "summary.csv").open()))
+    assert [r["round"] for r in rows] == ["0", "1", "2"]
+    assert rows[0]["squeeze_ratio"] == "" and float(rows[1]["squeeze_ratio"]) > 0
+    assert float(rows[1]["hardened_test_accuracy"]) >= 0
+    densities = [float(r["remain_weight_after"]) for r in rows]
+    assert densities == pytest.approx([60, 36, 21.6], abs=0.01)
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(m["round"], m["epoch"], m["step"]) for m in metrics] == [(k // 2, k % 2, k) for k in range(6)]
+    assert metrics[-1]["reg_lambd"] == pytest.approx(1.0)
+    raw = torch.load(tmp_path / "run" / "2checkpoint.pth.tar", weights_only=True)
+    assert "layer1.0.conv1.weight_orig" in raw["state_dict"] and "layer1.0.conv1.weight_mask" in raw["state_dict"]
+    ticket = torch.load(tmp_path / "run" / "ticket.pth.tar", weights_only=True)
+    structure = main_imp_fillback.MaskPair(*(RunFolder.load(tmp_path / "run" / "2checkpoint.pth.tar").__dict__[k]
+                                             for k in ("current_mask", "refill_mask"))).structure  # fmt: skip
+    hard = effective_state(ticket["state_dict"])
+    assert all(not hard[n][m == 0].any() for n, m in structure.items())
+    table = capsys.readouterr().out
+    assert re.search(r"round\s+density %\s+channels", table) and len(table.strip().splitlines()) == 4
+
+
+def test_the_same_command_again_says_finished_and_changes_nothing(tmp_path, capsys):
+    words = tiny(tmp_path)
+    assert run(*words) == 0
+    first = capsys.readouterr().out
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("*checkpoint.pth.tar")}
+    assert run(*words) == 0
+    assert capsys.readouterr().out == first
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("*checkpoint.pth.tar")} == before
+
+
+def test_more_rounds_continue_a_finished_run(tmp_path):
+    assert run(*tiny(tmp_path / "a", pruning_times=3)) == 0
+    assert run(*tiny(tmp_path / "b", pruning_times=1)) == 0
+    assert run(*tiny(tmp_path / "b", pruning_times=3)) == 0
+    assert_same_runs(tmp_path / "a", tmp_path / "b")
+
+
+def test_another_run_is_never_overwritten(tmp_path, capsys):
+    assert run(*tiny(tmp_path)) == 0
+    assert run(*tiny(tmp_path, rate=0.3)) == 2
+    assert "argument --rate: the run folder holds a run with 0.4, not 0.3" in capsys.readouterr().err
+    assert run(*tiny(tmp_path, image_size=12)) == 2
+
+
+def test_resume_insists_and_a_checkpoint_can_be_chosen(tmp_path, capsys):
+    assert run(*tiny(tmp_path / "a"), "--resume") == 2
+    assert "holds no run to continue" in capsys.readouterr().err
+    assert run(*tiny(tmp_path / "b", pruning_times=3)) == 0
+    words = [w for w in tiny("", pruning_times=3) if w not in ("--save_dir", "")]
+    assert run(*words, "--save_dir", tmp_path / "c", "--checkpoint", tmp_path / "b" / "0checkpoint.pth.tar") == 0
+    for name in ("1checkpoint.pth.tar", "2checkpoint.pth.tar"):
+        one, other = (RunFolder.load(tmp_path / d / name) for d in ("b", "c"))
+        assert equal(one.state_dict, other.state_dict) and equal(one.following, other.following)
+
+
+@pytest.mark.parametrize("struct", ["refill", "rsst"])
+def test_resumed_after_any_epoch_or_step_it_ends_bit_for_bit_the_same(struct, tmp_path, monkeypatch):
+    words = {"struct": struct, "pruning_times": 3, "epochs": 2, "batch_size": 512, "arch": "vit_tiny", "optimizer": "adamw",
+             "vit_structured": True, "vit_prune_target": "both", "rate_mode": "round", "lr": 0.001}  # fmt: skip
+    assert run(*tiny(tmp_path / "whole", **words)) == 0
+    steps = {"n": 0}
+    real = main_imp_fillback.StopRequest.obey
+
+    def obey(self, where):
+        steps["n"] += 1
+        if steps["n"] % 4 == 0:
+            self.signal = signal.SIGTERM
+        real(self, where)
+
+    monkeypatch.setattr(main_imp_fillback.StopRequest, "obey", obey)
+    status, stops = 143, 0
+    while status == 143:
+        status = run(*tiny(tmp_path / "broken", **words))
+        stops += status == 143
+        assert stops < 20
+    assert status == 0 and stops >= 5
+    assert_same_runs(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(tmp_path):
+    words = {"epochs": 4, "pruning_times": 3, "image_size": 12}
+    began = time.monotonic()
+    process = start(tiny(tmp_path / "whole", **words))
+    assert process.wait(300) == 0
+    duration = time.monotonic() - began
+    chance = random.Random(5)
+    for _ in range(3):
+        process = start(tiny(tmp_path / "killed", **words))
+        time.sleep(chance.uniform(0.3, 0.9) * duration)
+        process.kill()
+        process.wait()
+    process = start(tiny(tmp_path / "killed", **words))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert_same_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_step_saves_and_the_run_goes_on(number, status, tmp_path):
+    process = start(tiny(tmp_path, epochs=200))
+    for line in process.stderr:
+        if "epoch   1" in line:
+            break
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert re.search(r"stopped in round 0, epoch \d+, after step|stopped after round 0, epoch", errors)
+    assert "Traceback" not in errors
+    saved = RunFolder.load(tmp_path / "0checkpoint.pth.tar")
+    assert saved.epoch >= 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path, capsys):
+    assert run(*tiny(tmp_path, lr=1e30, epochs=2)) == 4
+    assert re.search(r"the loss is not finite in round 0, epoch \d, step \d of", capsys.readouterr().err)
+    assert (tmp_path / "diverged.pth.tar").exists()
+
+
+def test_rewind_lt_returns_to_the_weights_of_its_epoch(tmp_path, monkeypatch):
+    starts = {}
+
+    def watching(state, loader, model, criterion, optimizer, epoch, passer, pruner):
+        starts[state, epoch] = {k: v.clone() for k, v in model.state_dict().items()}
+        return train(state, loader, model, criterion, optimizer, epoch, passer, pruner)
+
+    monkeypatch.setattr(main_imp_fillback, "train", watching)
+    assert run(*tiny(tmp_path, prune_type="rewind_lt", rewind_epoch=1, epochs=3, struct="refill")) == 0
+    saved = RunFolder.load(tmp_path / "1checkpoint.pth.tar")
+    assert equal(saved.init_weight, starts[0, 1])
+    assert not equal(starts[0, 0], starts[0, 1])
+    assert torch.equal(starts[1, 0]["fc.weight"], starts[0, 1]["fc.weight"])
+
+
+def test_pt_takes_the_backbone_and_starts_the_classifier_afresh(tmp_path):
+    assert run(*tiny(tmp_path / "a", pruning_times=1, seed=1)) == 0
+    weights = effective_state(torch.load(tmp_path / "a" / "ticket.pth.tar", weights_only=True)["state_dict"])
+    torch.save(weights, tmp_path / "backbone.pth")
+    for fc in (False, True):
+        words = tiny(tmp_path / f"b{fc}", pruning_times=1, prune_type="pt", pretrained=tmp_path / "backbone.pth", fc=fc)
+        assert run(*words) == 0
+        ticket = RunFolder.load(tmp_path / f"b{fc}" / "0checkpoint.pth.tar").init_weight
+        assert torch.equal(ticket["layer1.0.conv1.weight"], weights["layer1.0.conv1.weight"])
+        assert torch.equal(ticket["fc.weight"], weights["fc.weight"]) is fc
+
+
+def test_init_is_written_once_and_then_read(tmp_path, capsys):
+    file = tmp_path / "init" / "start.pth.tar"
+    assert run(*tiny(tmp_path / "a", pruning_times=1, init=file)) == 0
+    assert run(*tiny(tmp_path / "b", pruning_times=1, init=file, seed=7)) == 0
+    a, b = (RunFolder.load(tmp_path / d / "0checkpoint.pth.tar") for d in "ab")
+    assert equal(a.init_weight, b.init_weight) and not equal(a.state_dict, b.state_dict)
+    assert run(*tiny(tmp_path / "c", init=file, arch="res56s")) == 3
+    assert "another network's weights" in capsys.readouterr().err
+
+
+def _few_images(monkeypatch) -> None:
+    import dataset
+
+    real = dataset._digits
+
+    def few(root, size, workers):
+        splits = real(root, size, workers)
+        parts = {k: getattr(splits, k).subset(torch.arange(16)) for k in ("train", "val", "test")}
+        return dataclasses.replace(splits, **parts)
+
+    monkeypatch.setitem(dataset.DATASETS, "digits", dataset.DataSource(few, 16, False, ""))
+
+
+@pytest.mark.parametrize("words", [
+    {"struct": "refill", "fillback_rate": 0.5}, {"min_units": 4}, {"rank_weights": "initial"}, {"rsst_dead": "free"},
+    {"conv1": True}, {"label_smoothing": 0.1}, {"lr_schedule": "cosine"}, {"block_loss_grad": "true"},
+    {"optimizer": "adamw", "lr": 0.001}, {"penalty": "decoupled"}, {"reg_horizon": "epoch"}, {"weight_decay": 0.01},
+    {"precision": "bf16"}, {"momentum": 0.5}, {"warmup": 1, "epochs": 2}, {"criteria": "l1", "criteria_batches": 4},
+    {"reg_upper_limit": 0.01}, {"reg_granularity_prune": 0.1}, {"exponents": 1}, {"reg_guard": True}, {"seed": 3},
+    {"rate_mode": "target", "pruning_times": 3},
+])  # fmt: skip
+def test_no_flag_is_parsed_and_ignored(words, tmp_path, baseline):
+    """Each of these changes the weights or the masks of the last round."""
+    other = {**{k: v for k, v in words.items() if k == "struct"}, "precision": "fp32"}
+    settings = {"epochs": 2, "decreasing_lr": 1, "criteria": "magnitude", **other, **words}
+    assert run(*tiny(tmp_path, **settings)) == 0
+    last = settings.get("pruning_times", 2) - 1
+    ours = RunFolder.load(tmp_path / f"{last}checkpoint.pth.tar")
+    theirs = RunFolder.load(baseline[words.get("struct", "rsst")] / f"{last}checkpoint.pth.tar")
+    same = equal(ours.state_dict, theirs.state_dict) and equal(ours.following, theirs.following)
+    assert not same
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory):
+    folders = {}
+    for struct in ("rsst", "refill"):
+        folders[struct] = tmp_path_factory.mktemp(struct)
+        words = {"epochs": 2, "decreasing_lr": 1, "criteria": "magnitude", "precision": "fp32", "struct": struct}
+        assert run(*tiny(folders[struct], pruning_times=3, **words)) == 0
+    return folders
+
+
+def test_vit_without_structure_is_pruned_weight_by_weight(tmp_path, monkeypatch):
+    _few_images(monkeypatch)
+    words = {"arch": "vit_tiny", "batch_size": 16, "criteria": "magnitude", "pruning_times": 3}
+    for struct, fillback in (("rsst", 0.0), ("refill", 0.5)):
+        folder = tmp_path / struct
+        assert run(*tiny(folder, struct=struct, fillback_rate=fillback, **words)) == 0
+        assert RunFolder.load(folder / "2checkpoint.pth.tar").rounds[2]["density"] == pytest.approx(36, abs=0.1)
+
+
+def test_the_readme_command_without_data_says_what_to_put_where(tmp_path):
+    process = start(["--arch", "vit_tiny", "--struct", "rsst", "--vit_structured", "--data", str(tmp_path / "data")],
+                    cwd=tmp_path)  # fmt: skip
+    _, errors = process.communicate(timeout=120)
+    if process.returncode != 0:  # where a network is, this would download
+        assert process.returncode == 3
+        assert "cifar-100-python.tar.gz" in errors and "Traceback" not in errors
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
+    words = tiny(
+        tmp_path / "run", arch="vit_tiny", vit_structured=True, vit_prune_target="both", rate=0.3, dry_run=True
+    )
+    assert run(*words) == 0
+    plan = capsys.readouterr().out
+    assert "36 layers, 2,654,208 weights" in plan
+    assert "18/27 heads, 2412/3456 neurons" in plan
+    assert re.search(r"time: [\d.]+ s a step", plan)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_program_starts_as_a_script():
+    process = start(["--help"])
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--vit_structured" in out and not errors
+    assert (ROOT / "main_imp_fillback.py").stat().st_size < 40_000
