@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from units import UnitGroup, kept_units
+from units import UnitGroup
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def cost_of(model: nn.Module, groups: Sequence[UnitGroup], masks: Mapping[str, T
     A weight counts if its mask is 1 and its input can be other than zero: inputs that only dropped channels feed are
     gone as well. Weights that are pruned one by one are counted as if hardware could skip them.
     """
-    kept = {g.name: kept_units(g, masks[g.root.name]).cpu() for g in groups if g.root.name in masks}
+    kept = {g.name: _live_units(g, masks) for g in groups if g.root.name in masks and g.kind != "patch"}
     uses = _uses(model, masks, image_size)
     modules = dict(model.named_modules())
     macs = _attention_macs(modules, groups, kept, uses)
@@ -54,6 +54,12 @@ def cost_of(model: nn.Module, groups: Sequence[UnitGroup], masks: Mapping[str, T
         saved += pairs.numel() - left
     saved += _dropped_vectors(model, groups, kept, masks)
     return Cost(sum(p.numel() for p in model.parameters()) - saved, macs)
+
+
+def _live_units(group: UnitGroup, masks: Mapping[str, Tensor]) -> Tensor:
+    """Units of which any slice has a weight left: a row of zeros alone still passes its bias on. bool [units]."""
+    flags = [part.units_with_weights(masks[part.name]) for part in group.slices if part.ranked and part.name in masks]
+    return torch.stack(flags).any(dim=0)
 
 
 def _dropped_vectors(

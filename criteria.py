@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import prune
 
-from masks import effective_weight
+from masks import effective_state, effective_weight, in_place_of
 from units import Slice, UnitGroup
 
 CRITERIA_BATCHES = 4
@@ -155,24 +155,13 @@ def _evaluating(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[dic
     model.eval()
     try:
         with torch.autocast(next(model.parameters()).device.type, enabled=False):
-            yield _substitute(model, weights)
+            yield in_place_of(model, {n: w.detach() for n, w in effective_state(weights).items()})
     finally:
         for module, mode in modes.items():
             module.training = mode
             for hook in module._forward_pre_hooks.values():
                 if isinstance(hook, prune.BasePruningMethod):
                     hook(module, None)
-
-
-def _substitute(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` under the keys that the model has now, be it masked or not."""
-    state = {}
-    for name, own in model.state_dict().items():
-        if name.endswith("_mask"):
-            state[name] = torch.ones_like(own)
-        else:
-            state[name] = effective_weight(weights, name.removesuffix("_orig")).detach().to(own.device)
-    return state
 
 
 def _statistics(
@@ -207,7 +196,7 @@ def _summary(output: Tensor, slope: Tensor | None) -> FeatureStatistics:
     others = [d for d in range(output.ndim) if d != (1 if output.ndim == 4 else output.ndim - 1)]
 
     def mean(values: Tensor) -> Tensor:
-        return values.double().mean(dim=others)
+        return values.double().mean(dim=others).cpu()
 
     saliency = None if slope is None else mean((output * slope).abs())
     return FeatureStatistics(mean(output.abs()), mean(output.square()), saliency)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -219,7 +220,6 @@ def decode_images(paths: Sequence[str], size: int, workers: int) -> Tensor:
 
 
 def _decode(path: str, size: int) -> Tensor:
-    import numpy
     from PIL import Image, ImageOps
 
     try:
@@ -269,6 +269,11 @@ def crop_and_flip(images: Tensor, offsets: Tensor, mirrored: Tensor, padding: in
     return padded[which, :, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
 
 
+def mixed_seed(*parts: int) -> int:
+    """One 32-bit seed (all that torch's CPU generator takes) out of several whole numbers, each of which matters."""
+    return int(numpy.random.SeedSequence(parts).generate_state(1)[0])
+
+
 class BatchLoader:
     """Iterates over an image set in batches of (float images in [0, 1], labels) on a device.
 
@@ -307,7 +312,7 @@ class BatchLoader:
     def _augmented(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         n, padding = len(self.data), self.data.images.shape[-1] // 8
         state, epoch = self.place
-        draw = torch.Generator().manual_seed((self.seed << 40) + (state << 20) + epoch)
+        draw = torch.Generator().manual_seed(mixed_seed(self.seed, state, epoch))
         order = torch.randperm(n, generator=draw)
         offsets = torch.randint(0, 2 * padding + 1, (n, 2), generator=draw)
         mirrored = (torch.rand(n, generator=draw) < 0.5) & self.flip

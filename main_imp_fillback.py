@@ -18,7 +18,7 @@ import torch
 from torch import nn, optim
 
 from counting import cost_of
-from dataset import Loaders
+from dataset import Loaders, mixed_seed
 from environment import describe_environment, fingerprint
 from errors import DivergedError, Interrupted, RunError, StorageError, UsageError
 from masks import HeldMask, MaskPair, by_parameter, count_ones, pruning_state
@@ -30,11 +30,11 @@ from reg_pruner_files.reg_pruner import Pruner
 from regroup_report import banner, summary
 from reporter import Reporter, log_to_file, rounds_table, start_logging
 from rounds import TARGET_KINDS, RoundRules, decide, held_masks, kept_per_group, kept_per_kind, shares, unit_groups
-from run_state import Row, RunFolder, RunState, check_same_run, packed, save_atomically
+from run_state import Row, RunFolder, RunState, check_same_run, packed, restore_random_states, save_atomically
 from tracker import Tracker
 from training import Meter, Passer, StopRequest, apply_reg, hardened, train, update_reg, validate
 from units import UnitGroup, ranked_names
-from utils import cloned_state, load_initial_weights, setup_model_dataset
+from utils import cloned_state, load_initial_weights, seed_everything, setup_model_dataset
 
 __all__ = ["apply_reg", "main", "train", "update_reg", "validate"]
 
@@ -132,7 +132,7 @@ class Experiment:
     def open(self) -> None:
         """Take up the run in the folder, or begin one there."""
         log_to_file(self.folder.path / "log.txt")
-        newest = Path(self.args.checkpoint) if self.args.checkpoint else self.folder.newest()
+        newest = self.folder.newest() or (Path(self.args.checkpoint) if self.args.checkpoint else None)
         if newest is None:
             if self.args.resume:
                 raise UsageError(f"argument --resume: {self.folder.path} holds no run to continue")
@@ -213,8 +213,10 @@ class Experiment:
         self.optimizer = new_optimizer(args, self.model)
         if fresh:
             run.doomed_norm = self.pruner.doomed_norm() if self.pruner else 0.0
+            seed_everything(mixed_seed(args.seed, state))
         else:
             self.optimizer.load_state_dict(run.optimizer)
+            restore_random_states(run.rng)
         part = shares(self.pair, self.names, self.rules)
         log.info("round %d: %.2f %% of the prunable weights are zero, %.2f %% being squeezed, %.2f %% kept by the "
                  "structure", state, part.zero, part.squeezed, part.kept)  # fmt: skip
@@ -237,9 +239,9 @@ class Experiment:
         better = val > run.best_sa[0]
         if better:
             run.best_sa = [val, test, float(epoch)]
-        self._save()
-        if better:
+        if better:  # before the checkpoint, which already says that this epoch is the best
             self._save(self.folder.best(run.state))
+        self._save()
         self.reporter.epoch(run.history[-1])
 
     def _save(self, path: Path | None = None) -> None:

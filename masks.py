@@ -127,6 +127,21 @@ def effective_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n: effective_weight(state, n) for n in names}
 
 
+def in_place_of(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Plain `values` under the keys that the model has now, masked or not, for `torch.func.functional_call`.
+
+    Raises:
+        KeyError: A value is missing; the message names it.
+    """
+    state = {}
+    for key, own in model.state_dict().items():
+        if key.endswith("_mask"):
+            state[key] = torch.ones_like(own)
+        else:
+            state[key] = effective_weight(values, key.removesuffix("_orig")).to(own.device)
+    return state
+
+
 def pruning_state(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `effective_state`: masked parameters under the keys with which torch's pruning saves them."""
     out: dict[str, Tensor] = {}
@@ -152,9 +167,11 @@ def top_mask(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor] | None, k
         A new mask by parameter name.
 
     Raises:
-        ValueError: `keep` exceeds the number of candidates.
+        ValueError: `keep` exceeds the number of candidates, or a score is not a number.
     """
     flat = torch.cat([s.detach().flatten() for s in scores.values()])
+    if bool(flat.isnan().any()):
+        raise ValueError("cannot rank weights that are not a number")
     candidates = flat.numel()
     if alive is not None:
         living = torch.cat([alive[n].to(s.device).flatten() for n, s in scores.items()]) != 0

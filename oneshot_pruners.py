@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.func import functional_call
 
-from masks import Mask, current_key, effective_state, top_mask
+from masks import Mask, count_ones, current_key, effective_state, in_place_of, own_mask, top_mask
 from units import channel_groups, parameter_of, ranked_names
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -27,16 +27,18 @@ def _prunable(model: nn.Module) -> list[str]:
     return ranked_names(model, channel_groups(model))
 
 
-def _keep(scores: Mapping[str, Tensor], rate: float) -> Mask:
-    total = sum(s.numel() for s in scores.values())
-    return {current_key(n): m for n, m in top_mask(scores, None, total - round(total * rate)).items()}
+def _keep(model: nn.Module, scores: Mapping[str, Tensor], rate: float) -> Mask:
+    """Remove the share `rate` of the weights that are not masked yet, the lowest scores first."""
+    alive = {n: own_mask(model, n) for n in scores}
+    left = count_ones(alive, scores)
+    return {current_key(n): m for n, m in top_mask(scores, alive, left - round(left * rate)).items()}
 
 
-def _copied_state(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A private copy of the model's state, and its leaves that want a gradient."""
-    state = {k: v.detach().clone() for k, v in effective_state(model.state_dict()).items()}
-    leaves = {n: state[n].requires_grad_() for n in names}
-    return state, leaves
+def _leaves(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A private copy of the model's state for `functional_call`, and its leaves that want a gradient."""
+    values = {k: v.detach().clone() for k, v in effective_state(model.state_dict()).items()}
+    leaves = {n: values[n].requires_grad_() for n in names}
+    return in_place_of(model, values), leaves
 
 
 def _gradients(
@@ -55,14 +57,14 @@ def _gradients(
 
 def prune_snip(model: nn.Module, train_loader: Batches, loss: Loss, rate: float) -> Mask:
     """SNIP: |gradient * weight|, the gradient summed over the loader (Lee et al. 2019, eq. 5)."""
-    state, leaves = _copied_state(model, _prunable(model))
+    state, leaves = _leaves(model, _prunable(model))
     gradients = _gradients(model, train_loader, loss, state, leaves)
-    return _keep({n: (g * w).detach().abs() for (n, w), g in zip(leaves.items(), gradients, strict=True)}, rate)
+    return _keep(model, {n: (g * w).detach().abs() for (n, w), g in zip(leaves.items(), gradients, strict=True)}, rate)
 
 
 def prune_grasp(model: nn.Module, train_loader: Batches, loss: Loss, rate: float) -> Mask:
     """GraSP: remove the weights with the largest -w * Hg, which hinder the gradient flow (Wang et al. 2020, eq. 8)."""
-    state, leaves = _copied_state(model, _prunable(model))
+    state, leaves = _leaves(model, _prunable(model))
     batches = list(train_loader)
     flow = [g.detach() for g in _gradients(model, batches, loss, state, leaves, GRASP_TEMPERATURE)]
     product = [torch.zeros_like(leaf) for leaf in leaves.values()]
@@ -73,7 +75,7 @@ def prune_grasp(model: nn.Module, train_loader: Batches, loss: Loss, rate: float
         inner = sum((s * f).sum() for s, f in zip(slopes, flow, strict=True))
         parts = torch.autograd.grad(inner, list(leaves.values()))  # type: ignore[arg-type]
         product = [t + p for t, p in zip(product, parts, strict=True)]
-    return _keep({n: (w * h).detach() for (n, w), h in zip(leaves.items(), product, strict=True)}, rate)
+    return _keep(model, {n: (w * h).detach() for (n, w), h in zip(leaves.items(), product, strict=True)}, rate)
 
 
 def prune_synflow(model: nn.Module, train_loader: Batches, loss: Loss, rate: float) -> Mask:
@@ -85,17 +87,20 @@ def prune_synflow(model: nn.Module, train_loader: Batches, loss: Loss, rate: flo
     shape = next(iter(train_loader))[0].shape[1:]
     modes = {m: m.training for m in model.modules()}
     model.eval()
-    state = {k: v.detach().abs().double() if v.is_floating_point() else v.detach()
-             for k, v in effective_state(model.state_dict()).items()}  # fmt: skip
-    ones = torch.ones(1, *shape, dtype=torch.float64, device=state[names[0]].device)
-    total = sum(state[n].numel() for n in names)
-    masks = {n: torch.ones_like(state[n]) for n in names}
+    values = {
+        k: v.detach().abs().double() if v.is_floating_point() else v.detach()
+        for k, v in effective_state(model.state_dict()).items()
+    }
+    ones = torch.ones(1, *shape, dtype=torch.float64, device=values[names[0]].device)
+    masks = {n: own_mask(model, n).double() for n in names}
+    total = count_ones(masks, names)
     for k in range(1, SYNFLOW_ROUNDS + 1):
-        leaves = {n: (state[n] * masks[n]).requires_grad_() for n in names}
-        output = functional_call(model, state | leaves, (ones,)).sum()
+        leaves = {n: (values[n] * masks[n]).requires_grad_() for n in names}
+        output = functional_call(model, in_place_of(model, values | leaves), (ones,)).sum()
         gradients = torch.autograd.grad(output, list(leaves.values()))
         scores = {n: (g * w).detach().abs() for (n, w), g in zip(leaves.items(), gradients, strict=True)}
-        keep = total - round(total * rate) if k == SYNFLOW_ROUNDS else round(total * (1 - rate) ** (k / SYNFLOW_ROUNDS))
+        last = total - round(total * rate)
+        keep = last if k == SYNFLOW_ROUNDS else round(total * (1 - rate) ** (k / SYNFLOW_ROUNDS))
         masks = {n: m.double() for n, m in top_mask(scores, masks, keep).items()}
     for module, mode in modes.items():
         module.training = mode
@@ -105,12 +110,12 @@ def prune_synflow(model: nn.Module, train_loader: Batches, loss: Loss, rate: flo
 def prune_omp(model: nn.Module, train_loader: Batches, loss: Loss, rate: float) -> Mask:
     """One-shot magnitude pruning: |weight|. Reads no data."""
     state = effective_state(model.state_dict())
-    return _keep({n: state[n].abs() for n in _prunable(model)}, rate)
+    return _keep(model, {n: state[n].abs() for n in _prunable(model)}, rate)
 
 
 def prune_rp(model: nn.Module, train_loader: Batches, loss: Loss, rate: float) -> Mask:
     """Random pruning, from torch's global generator: the baseline. Reads no data."""
-    return _keep({n: torch.rand_like(parameter_of(model, n)) for n in _prunable(model)}, rate)
+    return _keep(model, {n: torch.rand_like(parameter_of(model, n)) for n in _prunable(model)}, rate)
 
 
 def prune_admm(model: nn.Module, train_loader: Batches, loss: Loss, rate: float, optimizer: optim.Optimizer) -> Mask:
@@ -121,7 +126,7 @@ def prune_admm(model: nn.Module, train_loader: Batches, loss: Loss, rate: float,
     """
     weights = {n: parameter_of(model, n) for n in _prunable(model)}
     dual = {n: torch.zeros_like(w) for n, w in weights.items()}
-    target = _project({n: w.detach() for n, w in weights.items()}, rate)
+    target = _project(model, {n: w.detach() for n, w in weights.items()}, rate)
     device = next(model.parameters()).device
     for _ in range(ADMM_EPOCHS):
         for images, labels in train_loader:
@@ -130,11 +135,11 @@ def prune_admm(model: nn.Module, train_loader: Batches, loss: Loss, rate: float,
             optimizer.zero_grad()
             objective.backward()
             optimizer.step()
-        target = _project({n: w.detach() + dual[n] for n, w in weights.items()}, rate)
+        target = _project(model, {n: w.detach() + dual[n] for n, w in weights.items()}, rate)
         dual = {n: dual[n] + w.detach() - target[n] for n, w in weights.items()}
-    return _keep({n: w.detach().abs() for n, w in weights.items()}, rate)
+    return _keep(model, {n: w.detach().abs() for n, w in weights.items()}, rate)
 
 
-def _project(values: dict[str, Tensor], rate: float) -> dict[str, Tensor]:
-    masks = _keep({n: v.abs() for n, v in values.items()}, rate)
+def _project(model: nn.Module, values: dict[str, Tensor], rate: float) -> dict[str, Tensor]:
+    masks = _keep(model, {n: v.abs() for n, v in values.items()}, rate)
     return {n: v * masks[current_key(n)] for n, v in values.items()}

@@ -17,7 +17,7 @@ from dataset import DATASETS
 from errors import UsageError
 from models import MODELS
 from optimization import LR_SCHEDULES, OPTIMIZERS
-from reg_pruner_files.schedules import SCHEDULES
+from reg_pruner_files.schedules import SCHEDULES, Clock
 
 PRESETS: dict[str, dict[str, Any]] = {
     "as_documented": {
@@ -97,7 +97,7 @@ _POSITIVE = _number(float, "a number above 0", lambda v: 0 < v < math.inf)
 _NONNEGATIVE = _number(float, "a number of at least 0", lambda v: 0 <= v < math.inf)
 _LIMIT = _number(float, "a number above 0, or inf", lambda v: v > 0)
 _SIZE = _number(int, "a multiple of 4 of at least 8", lambda v: v >= 8 and v % 4 == 0)
-_SEED = _number(int, "a whole number in [0, 8388607]", lambda v: 0 <= v < 2**23)
+_SEED = _number(int, "a whole number in [0, 4294967295]", lambda v: 0 <= v < 2**32)
 
 
 def _truth(text: str) -> bool:
@@ -313,7 +313,9 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--save_dir", metavar="DIR", help="run folder (None: named after the settings)")
     _flag(group, "resume", "insist on continuing: an error if the run folder holds nothing to continue")
-    group.add_argument("--checkpoint", metavar="FILE", help="continue from this checkpoint instead of the newest")
+    group.add_argument(
+        "--checkpoint", metavar="FILE", help="continue from this checkpoint if the run folder holds none"
+    )
     group.add_argument(
         "--print_freq", type=_COUNT, default=200, metavar="BATCHES", help="batches between lines in the log"
     )
@@ -397,6 +399,10 @@ def _check(args: argparse.Namespace, explicit: set[str]) -> None:
             args.prune_type == "rewind_lt" and args.rewind_epoch >= args.epochs,
             f"argument --rewind_epoch: {args.rewind_epoch} is never reached in --epochs {args.epochs}; give less",
         ),
+        (
+            args.init and Path(args.init).exists() and (args.prune_type == "pt" or args.vit_pretrained),
+            f"argument --init: {args.init} exists and would replace the pretrained weights",
+        ),
         (args.quiet and args.verbose, "argument --quiet: not together with --verbose"),
         (
             args.pretrained and not Path(args.pretrained).is_file(),
@@ -412,42 +418,84 @@ def _check(args: argparse.Namespace, explicit: set[str]) -> None:
             raise UsageError(message)
 
 
+# Flags that only some runs read: (flags, whether this run reads them, where they are read).
+_READ_WHERE: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], bool], str], ...] = (
+    (("vit_prune_target", "sorting_mode"), lambda a: a.vit_structured, "with --vit_structured"),
+    (
+        ("mlp_prune_ratio",),
+        lambda a: a.vit_structured and a.vit_prune_target != "head",
+        "with --vit_structured --vit_prune_target mlp or both",
+    ),
+    (
+        ("min_units",),
+        lambda a: a.vit_structured or MODELS[a.arch].spec.family != "vit",
+        "where whole units are pruned (for a ViT, --vit_structured)",
+    ),
+    (
+        (
+            "RST_schedule",
+            "reg_granularity_prune",
+            "reg_guard",
+            "reg_upper_limit",
+            "penalty",
+            "block_loss_grad",
+            "rsst_dead",
+        ),
+        lambda a: a.struct == "rsst",
+        "with --struct rsst",
+    ),
+    (
+        ("exponents",),
+        lambda a: a.struct == "rsst" and a.RST_schedule == "exp_custom_exponents",
+        "by --struct rsst with --RST_schedule exp_custom_exponents",
+    ),
+    (
+        ("reg_horizon",),
+        lambda a: a.struct == "rsst" and SCHEDULES[a.RST_schedule].cyclic,
+        "by --struct rsst with the exp_custom schedules",
+    ),
+    (("fillback_rate",), lambda a: a.struct == "refill", "with --struct refill"),
+    (("rewind_epoch",), lambda a: a.prune_type == "rewind_lt", "with --prune_type rewind_lt"),
+    (("fc",), lambda a: a.prune_type == "pt" or a.vit_pretrained, "with --prune_type pt or --vit_pretrained"),
+    (("criteria_batches",), lambda a: CRITERIA[a.criteria].reads != "weights", "by criteria l1, l2 and saliency"),
+    (("decreasing_lr",), lambda a: a.lr_schedule == "multistep", "with --lr_schedule multistep"),
+)
+
+
 def _warnings(args: argparse.Namespace, explicit: set[str]) -> list[str]:
-    multistep = args.lr_schedule == "multistep"
+    multistep, rsst = args.lr_schedule == "multistep", args.struct == "rsst"
     late = [m for m in args.decreasing_lr if multistep and m >= args.epochs]
     early = [m for m in args.decreasing_lr if multistep and m < min(args.warmup, args.epochs)]
-    step = args.lr * args.reg_upper_limit / (1 - args.momentum)
-    rsst, is_vit = args.struct == "rsst", MODELS[args.arch].spec.family == "vit"
+    peak = _peak_strength(args)
+    step = peak if args.penalty == "decoupled" else args.lr * peak / (1 - args.momentum)
     rules = (
         (late, f"--decreasing_lr: epoch {', '.join(map(str, late))} is not reached in --epochs {args.epochs}"),
         (early, f"--decreasing_lr: epoch {', '.join(map(str, early))} lies inside the warm-up and has no effect"),
         (args.warmup >= args.epochs, f"--warmup {args.warmup} is not over within --epochs {args.epochs}"),
-        (not multistep and "decreasing_lr" in explicit, "--decreasing_lr has no effect with --lr_schedule cosine"),
-        (
-            rsst and args.penalty == "gradient" and args.optimizer == "sgd" and step > 1,
-            f"the penalty may be unstable: lr * lambda / (1 - momentum) reaches {step:.3g} (above 1); lower --lr or "
-            "--reg_upper_limit",
-        ),
-        (
-            rsst and args.penalty == "decoupled" and args.reg_upper_limit > 1,
-            "the penalty may be unstable: a decoupled one above 1 (--reg_upper_limit) takes more than all of a weight",
-        ),
-        (rsst and args.fillback_rate > 0, "--fillback_rate has no effect with --struct rsst"),
-        (
-            rsst and is_vit and not args.vit_structured,
-            "without --vit_structured RSST has nothing to squeeze: this is unstructured magnitude pruning",
-        ),
-        (args.fc and args.prune_type != "pt", "--fc has no effect without --prune_type pt"),
-        (
-            not is_vit and explicit & {"vit_prune_target", "mlp_prune_ratio", "sorting_mode"},
-            f"ViT flags have no effect with --arch {args.arch}",
-        ),
-        (
-            args.preset == "as_documented" and rsst,
-            "--preset as_documented is the documents' literal text: its penalty hardly acts (docs/deviations.md)",
-        ),
-    )
-    return [message for holds, message in rules if holds]
+        (rsst and step > 1 and not (args.penalty == "gradient" and args.optimizer == "adamw"),
+         f"the penalty may be unstable: it takes up to {step:.3g} of a weight in a step (above 1; it is lr * lambda "
+         "/ (1 - momentum), or lambda if decoupled); lower --lr or --reg_upper_limit"),
+        (rsst and MODELS[args.arch].spec.family == "vit" and not args.vit_structured,
+         "without --vit_structured RSST has nothing to squeeze: this is unstructured magnitude pruning"),
+        (args.preset == "as_documented" and rsst,
+         "--preset as_documented is the documents' literal text: its penalty hardly acts (docs/deviations.md)"),
+    )  # fmt: skip
+    unread = [
+        f"--{flag} is only read {where}: it has no effect here"
+        for flags, reads, where in _READ_WHERE
+        for flag in flags
+        if flag in explicit and not reads(args)
+    ]
+    return [message for holds, message in rules if holds] + unread
+
+
+def _peak_strength(args: argparse.Namespace) -> float:
+    """The largest lambda that the schedule can reach within a round of many steps."""
+    clock = Clock(
+        args.RST_schedule, args.reg_granularity_prune, args.exponents, args.epochs, args.reg_horizon, args.reg_guard,
+        args.reg_upper_limit,
+    )  # fmt: skip
+    return clock.strength(args.epochs - 1, 999, 1000)
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -13,9 +13,11 @@ from torch import Tensor
 from criteria import CRITERIA, Evidence
 from masks import Mask, current_key, refill_key
 from regroup_report import group_block, part_heading
-from units import UnitGroup
+from units import UnitGroup, kept_units
 
 log = logging.getLogger("rsst.pruning")
+
+NOTHING_LEFT = -1.0
 
 Scores = Mapping[str, Tensor]
 Budget = Callable[[Sequence[UnitGroup], Scores, Mapping[str, Tensor]], dict[str, int]]
@@ -115,6 +117,10 @@ def regroup(
     """
     scored = [g for g in groups if g.kind in budgets]
     scores = score_units(scored, evidence, criterion)
+    for group in scored:
+        # What L1 has wholly removed says nothing: feature maps would only show its bias.
+        alive = kept_units(group, current_mask[current_key(group.root.name)])
+        scores[group.name] = scores[group.name].where(alive.to(scores[group.name].device), NOTHING_LEFT)
     counts: dict[str, int] = {}
     for kind, rule in budgets.items():
         counts |= rule([g for g in scored if g.kind == kind], scores, current_mask)

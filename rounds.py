@@ -124,7 +124,8 @@ def decide(
     current = {current_key(n): m for n, m in pruned.items()}
     if not rules.structured:
         fillback = rules.fillback_rate if rules.struct == "refill" else 0.0
-        return MaskPair(current, refill_rows(model, groups, current, trained, rules.criteria, fillback, batches))
+        refill = refill_rows(model, groups, current, trained, rules.criteria, fillback, batches, rules.criteria_batches)
+        return MaskPair(current, refill)
     budgets = rules.budgets(state)
     scored = [g for g in groups if g.kind in budgets]
     evidence = collect_evidence(model, scored, trained, current, rules.criteria, batches, rules.criteria_batches)

@@ -173,6 +173,8 @@ def train(
                      meter.mean_loss, meter.accuracy, time.perf_counter() - began)  # fmt: skip
         if passer.stop is not None and not last:
             passer.stop.obey(f"in round {state}, epoch {epoch}, after step {i + 1} of {batches}")
+    if not all(bool(torch.isfinite(v).all()) for v in model.state_dict().values() if v.is_floating_point()):
+        raise DivergedError(f"a weight is not finite after the last step of round {state}, epoch {epoch}")
     passer.meter = None
     return meter
 

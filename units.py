@@ -45,6 +45,12 @@ class Slice:
         shape[self.axis] = -1
         return line.view(shape).expand(like.shape).contiguous()
 
+    def units_with_weights(self, mask: Tensor) -> Tensor:
+        """Which units have a one in the parameter's mask: bool [units], on the CPU."""
+        others = [d for d in range(mask.ndim) if d != self.axis]
+        alive = mask.ne(0).any(dim=others) if others else mask.ne(0)
+        return alive.cpu()[self.index].any(dim=1)
+
 
 @dataclass(frozen=True)
 class UnitGroup:
@@ -130,6 +136,4 @@ def kinds(groups: Sequence[UnitGroup]) -> list[str]:
 
 def kept_units(group: UnitGroup, mask: Tensor) -> Tensor:
     """Which units have anything left in the mask of the group's first slice: bool [units]."""
-    others = [d for d in range(mask.ndim) if d != group.root.axis]
-    alive = mask.ne(0).any(dim=others) if others else mask.ne(0)
-    return alive[group.root.index.to(mask.device)].any(dim=1)
+    return group.root.units_with_weights(mask)

@@ -106,7 +106,9 @@ def load_initial_weights(model: nn.Module, file: Path) -> None:
         raise DataError(
             f"--init {file}: not a readable state dict ({(str(error).splitlines() or ['?'])[0]})"
         ) from error
-    state = state.get("state_dict", state)
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict):
+        raise DataError(f"--init {file}: holds no state dict")
     state = {k: v for k, v in state.items() if not k.startswith("normalize.")}
     own = {k: v.shape for k, v in model.state_dict().items() if not k.startswith("normalize.")}
     wrong = sorted(k for k in own.keys() | state.keys() if own.get(k) != getattr(state.get(k), "shape", None))

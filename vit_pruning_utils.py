@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from criteria import CRITERIA, collect_evidence
+from criteria import CRITERIA, CRITERIA_BATCHES, collect_evidence
 from masks import Mask, apply_masks, current_key, effective_state, own_mask, refill_key, remove_masks
 from models.registry import spec_of
 from pruning_utils import (
@@ -123,6 +123,7 @@ def refill_rows(
     criteria: str,
     fillback_rate: float,
     train_loader: Iterable[tuple[Tensor, Tensor]] | None,
+    batches: int = CRITERIA_BATCHES,
 ) -> Mask:
     """The element-wise fillback: per layer, bring back whole dead rows worth `fillback_rate` of its pruned weights.
 
@@ -139,12 +140,12 @@ def refill_rows(
     if criteria == "remain" or not any(budgets.values()):
         return refill
     lines = [UnitGroup(n, "row", (rows(refill_key(n), refill[refill_key(n)].shape[0]),)) for n in names]
-    evidence = collect_evidence(model, lines, trained_weight, current, criteria, train_loader)
+    evidence = collect_evidence(model, lines, trained_weight, current, criteria, train_loader, batches)
     scores = score_units(lines, evidence, criteria)
     for name, count in budgets.items():
         mask = refill[refill_key(name)]
         dead = ~mask.flatten(1).bool().any(dim=1)
-        mask[best_units(torch.where(dead, scores[name], -1.0), count)] = 1
+        mask[best_units(torch.where(dead, scores[name].to(mask.device), -1.0), count)] = 1
     return refill
 
 

@@ -354,7 +354,7 @@ def test_apply_reg_gradient(block):
     pruner.reg["attn.qkv"] = torch.from_numpy(uniform(55, 108).astype(np.float32)).reshape(18, 6)
     attention.qkv.weight.grad = torch.ones(18, 6)
     apply_reg(pruner, model, passer)
-    (key,) = [k for k in arrays("lambda") if k.startswith(f"apply_reg__block{block}")]
+    key = f"apply_reg__block{block}__qkv_grad"
     expected = arrays("lambda")[key].reshape(18, 6)
     np.testing.assert_allclose(attention.qkv.weight.grad, expected, rtol=1e-6, atol=1e-7)
 

@@ -1,0 +1,148 @@
+"""The command line: documented flags and defaults, and one helpful line for every mistake."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import ROOT
+
+import main_imp_fillback
+from errors import UsageError
+from options import NOT_IDENTITY, build_parser, default_run_folder, identity_of, parse_args, settings_of, tracker_name
+
+DOCUMENTED = {
+    "data": "data", "dataset": "cifar100", "arch": "res20s", "exp_name": None, "gpu": 0, "resume": False,
+    "checkpoint": None, "batch_size": 128, "workers": 4, "lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4,
+    "epochs": 120, "warmup": 20, "print_freq": 200, "decreasing_lr": (91, 136), "pruning_times": 20, "rate": 0.2,
+    "prune_type": "lt", "pretrained": None, "conv1": False, "fc": False, "rewind_epoch": 24, "struct": "rsst",
+    "fillback_rate": 0.0, "block_loss_grad": False, "RST_schedule": "exp_custom_exponents", "reg_granularity_prune": 1.0,
+    "criteria": "l1", "exponents": 4, "vit_structured": False, "vit_prune_target": "head", "sorting_mode": "layer-wise",
+    "vit_pretrained": False,
+}  # fmt: skip
+
+
+def test_documented_flags_have_their_documented_defaults():
+    args = vars(parse_args([]))
+    assert {k: args[k] for k in DOCUMENTED} == DOCUMENTED
+
+
+def test_every_flag_has_a_help_text_and_a_group():
+    parser = build_parser()
+    for action in parser._actions:
+        assert action.help, action.option_strings
+    titles = [g.title for g in parser._action_groups if g._group_actions]
+    assert titles[1:] == ["data", "model", "training (of each round)", "pruning", "ViT", "RSST", "output", "tracking"]
+    assert "(default: 0.01)" in parser.format_help()
+
+
+def test_hyphens_stand_for_underscores():
+    args = parse_args(["--vit-structured", "--arch=vit_tiny", "--vit-prune-target=both", "--mlp-prune-ratio", "0.4"])
+    assert (args.vit_structured, args.vit_prune_target, args.mlp_prune_ratio) == (True, "both", 0.4)
+
+
+@pytest.mark.parametrize("words, parts", [
+    (["--criteria", "magnitud"], ["--criteria", "'magnitud'", "remain, magnitude", "did you mean magnitude?"]),
+    (["--critera", "l1"], ["--critera", "did you mean --criteria?"]),
+    (["--arch", "resnet20"], ["--arch", "'resnet20'", "res20s"]),
+    (["--rate", "1"], ["--rate", "'1'", "[0, 1)"]),
+    (["--rate", "-0.1"], ["--rate", "[0, 1)"]),
+    (["--rate", "nan"], ["--rate", "[0, 1)"]),
+    (["--mlp_prune_ratio", "2"], ["--mlp_prune_ratio", "[0, 1)"]),
+    (["--epochs", "0"], ["--epochs", "'0'", "at least 1"]),
+    (["--epochs", "ten"], ["--epochs", "'ten'"]),
+    (["--lr", "0"], ["--lr", "above 0"]),
+    (["--lr", "inf"], ["--lr", "above 0"]),
+    (["--decreasing_lr", "9;13"], ["--decreasing_lr", "such as 91,136"]),
+    (["--image_size", "30"], ["--image_size", "multiple of 4"]),
+    (["--seed", "-1"], ["--seed"]),
+    (["--block_loss_grad", "perhaps"], ["--block_loss_grad", "not true or false"]),
+    (["--vit_structured"], ["--vit_structured", "res20s", "no heads"]),
+    (["--vit_pretrained"], ["--vit_pretrained", "not a ViT"]),
+    (["--vit_pretrained", "--arch", "vit_tiny"], ["--vit_pretrained", "vit_tiny"]),
+    (["--prune_type", "pt"], ["--prune_type", "--pretrained FILE"]),
+    (["--pretrained", "x.pth"], ["--pretrained"]),
+    (["--pretrained", "nowhere.pth", "--prune_type", "pt"], ["--pretrained", "no such file", "nowhere.pth"]),
+    (["--prune_type", "rewind_lt", "--epochs", "10"], ["--rewind_epoch", "24", "--epochs 10"]),
+    (["--quiet", "--verbose"], ["--quiet"]),
+    (["--preset", "as_documente"], ["--preset", "did you mean as_documented?"]),
+    (["--checkpoint", "none.tar"], ["--checkpoint", "no such file"]),
+    (["--init", str(ROOT / "README.md"), "--vit_pretrained", "--arch", "vit_small"], ["--init", "pretrained"]),
+    (["stray"], ["unrecognized arguments: stray"]),
+])  # fmt: skip
+def test_a_mistake_gets_one_line_and_status_2(words, parts, capsys):
+    assert main_imp_fillback.main(words) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "Traceback" not in message
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("words, part", [
+    (["--epochs", "100"], "epoch 136 is not reached in --epochs 100"),
+    ([], "epoch 136 is not reached in --epochs 120"),
+    (["--decreasing_lr", "5"], "epoch 5 lies inside the warm-up"),
+    (["--epochs", "5", "--decreasing_lr", "3"], "--warmup 20 is not over"),
+    (["--lr", "0.5"], "may be unstable"),
+    (["--penalty", "decoupled", "--reg_upper_limit", "2", "--RST_schedule", "x"], "may be unstable"),
+    (["--fillback_rate", "0.1"], "--fillback_rate is only read with --struct refill"),
+    (["--arch", "vit_tiny"], "nothing to squeeze"),
+    (["--fc"], "--fc is only read"),
+    (["--sorting_mode", "global"], "--sorting_mode is only read with --vit_structured"),
+    (["--arch", "vit_tiny", "--vit_structured", "--mlp_prune_ratio", "0.3"], "--mlp_prune_ratio is only read"),
+    (["--struct", "refill", "--exponents", "2"], "--exponents is only read"),
+    (["--criteria", "magnitude", "--criteria_batches", "2"], "--criteria_batches is only read"),
+    (["--preset", "as_documented"], "hardly acts"),
+])  # fmt: skip
+def test_what_is_doubtful_gets_a_warning(words, part):
+    assert any(part in w for w in parse_args(words).warnings)
+
+
+def test_a_sound_command_gets_no_warning():
+    words = ["--arch", "vit_tiny", "--vit_structured", "--decreasing_lr", "91", "--vit_prune_target", "both"]
+    assert parse_args(words).warnings == []
+    assert (
+        parse_args([*words, "--RST_schedule", "exp_custom", "--reg_granularity_prune", "0.01", "--lr", "0.5"]).warnings
+        == []
+    )
+
+
+def test_the_preset_sets_the_documents_text_and_explicit_flags_win():
+    args = parse_args(["--preset", "as_documented", "--rsst_dead", "zero"])
+    assert (args.rank_weights, args.reg_horizon, args.reg_guard, args.rsst_dead) == ("initial", "epoch", True, "zero")
+
+
+def test_defaults_that_depend_on_other_flags():
+    assert parse_args([]).rate_mode == "round"
+    vit = parse_args(["--arch", "vit_tiny", "--vit_structured", "--rate", "0.3", "--dataset", "digits"])
+    assert (vit.rate_mode, vit.mlp_prune_ratio, vit.image_size) == ("target", 0.3, 16)
+    assert parse_args(["--optimizer", "adamw"]).penalty == "decoupled"
+    assert parse_args(["--optimizer", "adamw", "--penalty", "gradient"]).penalty == "gradient"
+
+
+def test_the_run_folder_is_named_by_what_is_computed():
+    names = {
+        default_run_folder(parse_args(w)) for w in ([], ["--rate", "0.3"], ["--seed", "1"], ["--struct", "refill"])
+    }
+    assert len(names) == 4
+    same = [[], ["--verbose"], ["--wandb", "disabled"], ["--pruning_times", "3"], ["--rate_mode", "round"]]
+    assert len({default_run_folder(parse_args(w)) for w in same}) == 1
+    assert default_run_folder(parse_args([])).startswith("cifar100_rsst_output_res20s_l1_")
+
+
+def test_identity_leaves_out_only_what_changes_no_result():
+    settings = settings_of(parse_args([]))
+    assert settings.keys() >= NOT_IDENTITY
+    assert {"rate", "seed", "epochs", "struct", "precision"} <= identity_of(settings).keys()
+
+
+def test_tracker_names_are_the_documents():
+    args = parse_args(["--arch", "vit_tiny", "--vit_structured", "--criteria", "magnitude", "--rate", "0.3"])
+    assert tracker_name(args, "0116_1200") == (
+        "rsst_vit_tiny_cifar100_sched_exp_custom_exponents_reg_1.0_exp4_crit_magnitude_rate_0.3_struct_head_0116_1200"
+    )
+    refill = parse_args(["--struct", "refill", "--fillback_rate", "0.1"])
+    assert tracker_name(refill, "t") == "refill_res20s_cifar100_fill_0.1_crit_l1_rate_0.2_t"
+    assert tracker_name(parse_args(["--exp_name", "mine"]), "t") == "mine"
+
+
+def test_errors_are_raised_not_printed():
+    with pytest.raises(UsageError):
+        parse_args(["--lr", "x"])
