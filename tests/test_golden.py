@@ -353,7 +353,12 @@ def test_apply_reg_gradient(block):
     assert pruner.reg["attn.qkv"].unique().tolist() == [1.0]
     pruner.reg["attn.qkv"] = torch.from_numpy(uniform(55, 108).astype(np.float32)).reshape(18, 6)
     attention.qkv.weight.grad = torch.ones(18, 6)
+    model.head = torch.nn.Linear(6, 2)
+    model.head.weight.grad = torch.ones(2, 6)
     apply_reg(pruner, model, passer)
+    # The reference's block_loss_grad blocks the classifier too (defect D32); ours touches doomed weights only.
+    assert float(arrays("lambda")[f"apply_reg__block{block}__head_grad_sum"]) == (0 if block else 12)
+    assert float(model.head.weight.grad.sum()) == 12
     key = f"apply_reg__block{block}__qkv_grad"
     expected = arrays("lambda")[key].reshape(18, 6)
     np.testing.assert_allclose(attention.qkv.weight.grad, expected, rtol=1e-6, atol=1e-7)
