@@ -93,6 +93,8 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 
 def _with_validation(train: ImageSet, test: ImageSet, classes: Sequence[str], statistics: Any = None) -> Splits:
     rest, held_out = split_indices(len(train))
+    if not len(held_out):
+        raise DataError(f"{len(train)} training images are too few: a tenth of them is held out for validation")
     training = train.subset(rest)
     mean, std = statistics or channel_statistics(training.images)
     return Splits(training, train.subset(held_out), test, mean, std, tuple(classes))
@@ -195,10 +197,10 @@ def _listing(folder: Path) -> Any:
 
     try:
         return torchvision.datasets.ImageFolder(str(folder))
-    except FileNotFoundError as error:
+    except OSError as error:
         raise DataError(
             f"{folder} is not an image folder ({str(error).splitlines()[0]}); "
-            "imagefolder wants train/<class>/* and test/<class>/* with at least one image per class"
+            "what is wanted is <part>/<class>/* with at least one image per class"
         ) from error
 
 

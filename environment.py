@@ -17,7 +17,7 @@ import torch
 from dataset import BatchLoader
 
 
-def describe_environment(device: torch.device, precision: torch.dtype) -> dict[str, Any]:
+def describe_environment(device: torch.device, precision: str) -> dict[str, Any]:
     """Versions, device, git commit and command, as plain values. Holds no environment variable."""
     packages = ("torch", "torchvision", "timm", "numpy", "wandb")
     return {
@@ -29,7 +29,7 @@ def describe_environment(device: torch.device, precision: torch.dtype) -> dict[s
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "precision": str(precision).removeprefix("torch."),
+        "precision": precision,
         "commit": _commit(),
     }
 

@@ -64,11 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Plan, or carry out, the experiment that the arguments describe."""
-    for warning in args.warnings:
-        log.warning("%s", warning)
     model, *loaders = setup_model_dataset(args)
     groups = unit_groups(model, args.conv1)
     if args.dry_run:
+        tell_warnings(args)
         step = one_step(copy.deepcopy(model), loaders[0], args)
         print(describe_plan(model, groups, rules_from(args, model), loaders[0], args.pruning_times, args.epochs, step))
         return
@@ -84,6 +83,11 @@ def run(args: argparse.Namespace) -> None:
         experiment.close()
 
 
+def tell_warnings(args: argparse.Namespace) -> None:
+    for warning in args.warnings:
+        log.warning("%s", warning)
+
+
 def rules_from(args: argparse.Namespace, model: nn.Module) -> RoundRules:
     """The pruning rules that the arguments ask for."""
     names = ("struct", "rate", "rate_mode", "criteria", "mlp_prune_ratio", "sorting_mode", "fillback_rate", "min_units",
@@ -95,7 +99,7 @@ def rules_from(args: argparse.Namespace, model: nn.Module) -> RoundRules:
 
 
 def new_optimizer(args: argparse.Namespace, model: nn.Module) -> optim.Optimizer:
-    return OPTIMIZERS[args.optimizer](model, args.lr, args.momentum, args.weight_decay)
+    return OPTIMIZERS[args.optimizer].build(model, args.lr, args.momentum, args.weight_decay)
 
 
 def one_step(model: nn.Module, loader: object, args: argparse.Namespace) -> Callable[[], None]:
@@ -131,28 +135,37 @@ class Experiment:
 
     def open(self) -> None:
         """Take up the run in the folder, or begin one there."""
-        log_to_file(self.folder.path / "log.txt")
-        newest = self.folder.newest() or (Path(self.args.checkpoint) if self.args.checkpoint else None)
-        if newest is None:
+        self.folder.lock()
+        found = self.folder.newest_run()
+        if found is None:
+            self.folder.refuse_foreign_results()
             if self.args.resume:
                 raise UsageError(f"argument --resume: {self.folder.path} holds no run to continue")
+            found = RunFolder.load(Path(self.args.checkpoint)) if self.args.checkpoint else None
+        elif self.args.checkpoint:
+            log.warning("--checkpoint is not read: %s holds a run, which continues", self.folder.path)
+        log_to_file(self.folder.path / "log.txt")
+        tell_warnings(self.args)
+        precision = str(getattr(self.model, "precision", torch.float32)).removeprefix("torch.")
+        if found is None:
+            self.run.precision = precision
             self._choose_initial_weights()
         else:
-            found = RunFolder.load(newest)
             check_same_run(found, identity_of(self.run.args), identity_of(found.args), self.run.data)
             self.run = replace(found, args=self.run.args)
             log.info("continuing %s: round %d, %d epochs done", self.folder.path, found.state, found.epoch)
-        precision = getattr(self.model, "precision", torch.float32)
-        self.folder.write_settings(self.run.args)
-        self.folder.write_environment(describe_environment(self.device, precision))
+            if found.precision != precision:
+                log.warning("the run began in %s and goes on in %s", found.precision, precision)
         if self.next_state < self.args.pruning_times:
+            self.folder.write_settings(self.run.args)
+            self.folder.write_environment(describe_environment(self.device, precision))
             name = tracker_name(self.args, datetime.now().strftime("%m%d_%H%M"))
-            self.tracker = Tracker(self.args.wandb, self.folder.path, name, self.run.args, self.folder.path.name)
+            self.tracker = Tracker(self.args.wandb, self.folder.path, name, self.run.args, self.run.tracker_id)
         self.reporter = Reporter(self.folder.path, self.tracker, self.args.quiet)
         self.reporter.restore(self.run.history, self.run.rounds)
         weights = sum(self.run.init_weight[n].numel() for n in self.names)
         log.info("%s on %s in %s: %d prunable layers, %d weights; run folder %s", self.args.arch, self.device,
-                 str(precision).removeprefix("torch."), len(self.names), weights, self.folder.path)  # fmt: skip
+                 precision, len(self.names), weights, self.folder.path)  # fmt: skip
 
     def _choose_initial_weights(self) -> None:
         file = Path(self.args.init) if self.args.init else self.folder.path / "init.pth.tar"
@@ -191,9 +204,8 @@ class Experiment:
             except DivergedError as error:
                 file = self.folder.path / "diverged.pth.tar"
                 save_atomically({"state_dict": cloned_state(self.model)}, file)
-                raise DivergedError(f"{error}; its weights are in {file}, the last good state in the newest checkpoint"
-                                    ) from error  # fmt: skip
-            self._close_epoch(epoch, meter, (meter.steps - first) / (time.perf_counter() - began))
+                raise DivergedError(f"{error}; its weights are in {file}") from error
+            self._close_epoch(epoch, meter, (time.perf_counter() - began) / (meter.steps - first))
             self.stop.obey(f"after round {state}, epoch {epoch}")
 
     def _begin(self, state: int) -> Passer:
@@ -223,7 +235,7 @@ class Experiment:
         self.tracker.log({"remain_weight": 100 - part.zero, "prune_times": state, "step": state * args.epochs})
         return passer
 
-    def _close_epoch(self, epoch: int, meter: Meter, steps_per_second: float) -> None:
+    def _close_epoch(self, epoch: int, meter: Meter, seconds_per_step: float) -> None:
         run = self.run
         val, test = (validate(loader, self.model, self.criterion) for loader in (self.val_loader, self.test_loader))
         if broken := self.held.broken():
@@ -233,7 +245,7 @@ class Experiment:
             "round": run.state, "prune_times": run.state, "epoch": epoch, "step": run.state * self.args.epochs + epoch,
             "loss": meter.mean_loss, "accuracy": meter.accuracy, "val_accuracy": val, "test_accuracy": test,
             "lr": self.rate.at(epoch, len(self.train_loader) - 1), "reg_lambd": run.reg_lambda,
-            "train_batch_time": 1 / steps_per_second, "images_per_second": steps_per_second * self.args.batch_size,
+            "train_batch_time": seconds_per_step, "images_per_second": meter.seen / meter.steps / seconds_per_step,
         })  # fmt: skip
         run.epoch, run.step, run.partial = epoch + 1, 0, {}
         better = val > run.best_sa[0]
@@ -281,7 +293,7 @@ class Experiment:
             "accuracy": last["accuracy"], "val_accuracy": last["val_accuracy"], "test_accuracy": last["test_accuracy"],
             "hardened_val_accuracy": None, "hardened_test_accuracy": None, "squeeze_ratio": None,
             "best_val_accuracy": run.best_sa[0], "test_at_best_val": run.best_sa[1], "best_epoch": int(run.best_sa[2]),
-            "reg_lambda": run.reg_lambda,
+            "reg_lambd": run.reg_lambda,
             "kept_per_layer": {name: kept for name, (kept, _) in kept_per_group(self.groups, self.pair).items()},
         }  # fmt: skip
         if self.pruner is not None:
@@ -302,7 +314,9 @@ class Experiment:
 
     def finish(self) -> None:
         """Save the ticket (the last round's weights, hardened) and print the table of rounds."""
-        run = self.run
+        last = self.run.rounds[-1]["round"]
+        # The state may be that of a later round, broken off when more rounds were wanted.
+        run = self.run if self.run.state == last else RunFolder.load(self.folder.checkpoint(last))
         structure = MaskPair(run.current_mask, run.refill_mask).structure if run.current_mask else {}
         hard = {n: v * structure[n] if n in structure else v for n, v in run.state_dict.items()}
         ticket = {
@@ -319,6 +333,7 @@ class Experiment:
         """Let trackers and signals go."""
         self.tracker.finish()
         self.stop.restore()
+        self.folder.unlock()
 
 
 if __name__ == "__main__":

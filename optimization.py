@@ -56,7 +56,20 @@ def _adamw(model: nn.Module, lr: float, momentum: float, weight_decay: float) ->
     return optim.AdamW(groups, lr, betas=(momentum, 0.999), weight_decay=weight_decay, foreach=True)
 
 
-OPTIMIZERS: dict[str, Callable[[nn.Module, float, float, float], optim.Optimizer]] = {"sgd": _sgd, "adamw": _adamw}
+@dataclass(frozen=True)
+class OptimizerKind:
+    """A row of `OPTIMIZERS`.
+
+    Attributes:
+        build: (model, learning rate, momentum, weight decay) -> optimizer.
+        adaptive: Whether it divides the gradient by its own size, so that RSST's penalty had better not be part of it.
+    """
+
+    build: Callable[[nn.Module, float, float, float], optim.Optimizer]
+    adaptive: bool
+
+
+OPTIMIZERS: dict[str, OptimizerKind] = {"sgd": OptimizerKind(_sgd, False), "adamw": OptimizerKind(_adamw, True)}
 
 
 def set_learning_rate(optimizer: optim.Optimizer, lr: float) -> None:

@@ -18,6 +18,7 @@ from errors import UsageError
 from models import MODELS
 from optimization import LR_SCHEDULES, OPTIMIZERS
 from reg_pruner_files.schedules import SCHEDULES, Clock
+from rounds import SORTING_MODES, TARGET_KINDS
 
 PRESETS: dict[str, dict[str, Any]] = {
     "as_documented": {
@@ -253,11 +254,11 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
 def _add_vit(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("ViT")
     _flag(group, "vit_structured", "prune whole heads and neurons; without it ViTs are pruned weight by weight")
-    group.add_argument("--vit_prune_target", choices=("head", "mlp", "both"), default="head", help="which units")
+    group.add_argument("--vit_prune_target", choices=TARGET_KINDS, default="head", help="which units")
     group.add_argument("--mlp_prune_ratio", type=_SHARE, help="share of neurons (None: --rate)")
     group.add_argument(
         "--sorting_mode",
-        choices=("layer-wise", "global"),
+        choices=SORTING_MODES,
         default="layer-wise",
         help="rank units within each block, or all units of the network together",
     )
@@ -354,9 +355,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     if args.mlp_prune_ratio is None:
         args.mlp_prune_ratio = args.rate
     if args.penalty == "auto":
-        args.penalty = "decoupled" if args.optimizer == "adamw" else "gradient"
+        args.penalty = "decoupled" if OPTIMIZERS[args.optimizer].adaptive else "gradient"
     if args.image_size is None:
         args.image_size = DATASETS[args.dataset].image_size
+    for name in ("init", "pretrained"):
+        if getattr(args, name):
+            setattr(args, name, str(Path(getattr(args, name)).resolve()))
     _check(args, explicit)
     args.warnings, args.explicit = _warnings(args, explicit), sorted(explicit)
     return args
@@ -400,8 +404,8 @@ def _check(args: argparse.Namespace, explicit: set[str]) -> None:
             f"argument --rewind_epoch: {args.rewind_epoch} is never reached in --epochs {args.epochs}; give less",
         ),
         (
-            args.init and Path(args.init).exists() and (args.prune_type == "pt" or args.vit_pretrained),
-            f"argument --init: {args.init} exists and would replace the pretrained weights",
+            args.init and (args.prune_type == "pt" or args.vit_pretrained),
+            "argument --init: not together with pretrained weights, which it would replace",
         ),
         (args.quiet and args.verbose, "argument --quiet: not together with --verbose"),
         (
@@ -472,7 +476,7 @@ def _warnings(args: argparse.Namespace, explicit: set[str]) -> list[str]:
         (late, f"--decreasing_lr: epoch {', '.join(map(str, late))} is not reached in --epochs {args.epochs}"),
         (early, f"--decreasing_lr: epoch {', '.join(map(str, early))} lies inside the warm-up and has no effect"),
         (args.warmup >= args.epochs, f"--warmup {args.warmup} is not over within --epochs {args.epochs}"),
-        (rsst and step > 1 and not (args.penalty == "gradient" and args.optimizer == "adamw"),
+        (rsst and step > 1 and not (args.penalty == "gradient" and OPTIMIZERS[args.optimizer].adaptive),
          f"the penalty may be unstable: it takes up to {step:.3g} of a weight in a step (above 1; it is lr * lambda "
          "/ (1 - momentum), or lambda if decoupled); lower --lr or --reg_upper_limit"),
         (rsst and MODELS[args.arch].spec.family == "vit" and not args.vit_structured,
@@ -505,8 +509,12 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def identity_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide what a run computes."""
-    return {k: v for k, v in settings.items() if k not in NOT_IDENTITY}
+    """The settings that decide what a run computes, as far as they are not the parser's defaults.
+
+    So a flag that is added later does not make strangers of older runs.
+    """
+    defaults = settings_of(build_parser().parse_args([]))
+    return {k: v for k, v in settings.items() if k not in NOT_IDENTITY and v != defaults.get(k)}
 
 
 def default_run_folder(args: argparse.Namespace) -> str:

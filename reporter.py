@@ -90,6 +90,7 @@ class Reporter:
     def round(self, row: Row, rounds: Sequence[Row]) -> None:
         """One finished round: a row in summary.csv and at the tracker."""
         self.write_summary(rounds)
+        log.info("%s", rounds_table([row]))
         self.tracker.log({k: v for k, v in row.items() if isinstance(v, int | float)} | {"prune_times": row["round"]})
 
     def write_summary(self, rounds: Sequence[Row]) -> None:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from criteria import collect_evidence
 from masks import Mask, MaskPair, by_parameter, count_ones, current_key, l1_mask
-from regroup import Budget, budget, regroup
+from regroup import BUDGETS, Budget, budget, regroup
 from units import UnitGroup, channel_groups, kept_units, kinds, ranked_names
 from vit_pruning_utils import is_vit_model, refill_rows, vit_groups
 
+SORTING_MODES = tuple(name for name in BUDGETS if name != "density")
 TARGET_KINDS = {"head": ("head",), "mlp": ("neuron",), "both": ("head", "neuron")}
 
 

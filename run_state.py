@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import logging
 import os
 import random
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy
 import torch
@@ -19,6 +22,8 @@ from torch import Tensor
 
 from errors import DataError, StorageError, UsageError
 from masks import Mask, effective_state, pruning_state
+
+log = logging.getLogger("rsst")
 
 VERSION = 1
 CHECKPOINT = re.compile(r"(\d+)checkpoint\.pth\.tar")
@@ -46,6 +51,8 @@ class RunState:
         history: A row per epoch; `rounds`: a row per finished round.
         args: The settings of the run.
         data: Fingerprint of the images and labels.
+        precision: Type of matrix products that the run began with.
+        tracker_id: Name of the run for trackers, drawn once.
     """
 
     args: dict[str, Any]
@@ -66,6 +73,8 @@ class RunState:
     rng: dict[str, Any] = field(default_factory=dict)
     history: list[Row] = field(default_factory=list)
     rounds: list[Row] = field(default_factory=list)
+    precision: str = ""
+    tracker_id: str = field(default_factory=lambda: secrets.token_hex(4))
     version: int = VERSION
 
 
@@ -131,7 +140,7 @@ def random_states() -> dict[str, Any]:
         "python": [version, list(internal), gauss],
     }
     if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
+        states["cuda"] = torch.cuda.get_rng_state()
     return states
 
 
@@ -143,7 +152,7 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 class RunFolder:
@@ -151,6 +160,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._lock: IO[str] | None = None
         try:
             for folder in (self.path, self.path / "masks"):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -172,10 +182,54 @@ class RunFolder:
         """The masks decided at the end of a round, under which the next one trains."""
         return self.path / "masks" / f"round_{state}.pt"
 
-    def newest(self) -> Path | None:
-        """The checkpoint of the furthest round."""
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints of all rounds, the furthest first."""
         found = [(int(m.group(1)), p) for p in self.path.iterdir() if (m := CHECKPOINT.fullmatch(p.name))]
-        return max(found)[1] if found else None
+        return [path for _, path in sorted(found, reverse=True)]
+
+    def newest_run(self) -> RunState | None:
+        """The furthest state that can be read; None if there is no checkpoint.
+
+        Raises:
+            DataError: There are checkpoints, but none can be read.
+        """
+        paths = self.checkpoints()
+        for path in paths:
+            try:
+                return self.load(path)
+            except DataError as error:
+                if path == paths[-1]:
+                    raise
+                log.warning("%s; going back to the checkpoint of the round before", error)
+        return None
+
+    def refuse_foreign_results(self) -> None:
+        """Refuse a folder that holds somebody's results but no checkpoint to continue from.
+
+        Raises:
+            UsageError: The message names the file.
+        """
+        for name in ("metrics.jsonl", "summary.csv"):
+            file = self.path / name
+            if file.exists() and file.stat().st_size:
+                raise UsageError(f"argument --save_dir: {file} holds results, but there is no checkpoint beside it")
+
+    def lock(self) -> None:
+        """Keep other processes out of the folder until this one ends.
+
+        Raises:
+            UsageError: Another process has it.
+        """
+        self._lock = (self.path / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(f"argument --save_dir: another process is running in {self.path}") from error
+
+    def unlock(self) -> None:
+        """Let others in."""
+        if self._lock is not None:
+            self._lock.close()
 
     def save(self, run: RunState, path: Path | None = None, masked: Mapping[str, Tensor] | None = None) -> None:
         """Write a checkpoint; parameters in `masked` (by name) get torch's pruning keys."""
@@ -213,11 +267,11 @@ def check_same_run(run: RunState, identity: Mapping[str, Any], saved_identity: M
     Raises:
         UsageError: The message names the first difference.
     """
-    for key in identity:
-        if identity[key] != saved_identity.get(key):
+    for key in dict.fromkeys([*identity, *saved_identity]):
+        ours, theirs = (d.get(key, "its default") for d in (identity, saved_identity))
+        if ours != theirs:
             raise UsageError(
-                f"argument --{key}: the run folder holds a run with {saved_identity.get(key)!r}, "
-                f"not {identity[key]!r}; choose another --save_dir"
+                f"argument --{key}: the run folder holds a run with {theirs}, not {ours}; choose another --save_dir"
             )
     if run.data != data:
         raise UsageError("argument --data: the images or labels are not those that the run began with")

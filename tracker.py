@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import netrc
 import os
@@ -84,7 +85,8 @@ class Tracker:
     def finish(self) -> None:
         """Let what is pending go out, for half a minute at most."""
         if self._thread is not None and self._thread.is_alive():
-            self._rows.put(None)
+            with contextlib.suppress(queue.Full):
+                self._rows.put(None, timeout=FINISH_SECONDS)
             self._thread.join(FINISH_SECONDS)
             if self._thread.is_alive():
                 log.warning("WandB did not finish in %d s; `wandb sync` sends the rest", FINISH_SECONDS)

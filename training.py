@@ -171,7 +171,7 @@ def train(
         if (i + 1) % print_freq == 0:
             log.info("Epoch: [%d][%d/%d]\tLoss %.4f\tAccuracy %.2f\tTime %.1f", epoch, i + 1, batches,
                      meter.mean_loss, meter.accuracy, time.perf_counter() - began)  # fmt: skip
-        if passer.stop is not None and not last:
+        if passer.stop is not None and not last and math.isfinite(float(meter.loss) if passer.stop.signal else 0.0):
             passer.stop.obey(f"in round {state}, epoch {epoch}, after step {i + 1} of {batches}")
     if not all(bool(torch.isfinite(v).all()) for v in model.state_dict().values() if v.is_floating_point()):
         raise DivergedError(f"a weight is not finite after the last step of round {state}, epoch {epoch}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset import DATASETS, Loaders, load_splits, make_loaders
-from errors import DataError
+from errors import DataError, UsageError
 from models import build_model
 from models.layers import Normalize
 from models.vit import load_pretrained_weights, set_fused_attention
@@ -28,12 +28,14 @@ def choose_device(gpu: int) -> torch.device:
     """The CUDA device of that number; the CPU if `gpu` is negative or there is no CUDA.
 
     Raises:
-        DataError: CUDA is there, but no such device.
+        UsageError: CUDA is there, but no such device.
     """
     if gpu < 0 or not torch.cuda.is_available():
         return torch.device("cpu")
     if gpu >= torch.cuda.device_count():
-        raise DataError(f"--gpu {gpu}: this machine has {torch.cuda.device_count()} CUDA device(s), numbered from 0")
+        raise UsageError(
+            f"argument --gpu: {gpu}; this machine has {torch.cuda.device_count()} CUDA device(s), numbered from 0"
+        )
     return torch.device("cuda", gpu)
 
 
@@ -46,8 +48,8 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def _cpu_has_bf16() -> bool:
-    features = torch.cpu.get_capabilities()
-    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def setup_model_dataset(args: Any) -> tuple[nn.Module, Any, Any, Any]:

@@ -379,7 +379,7 @@ def test_counting_leaves_the_model_alone():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_and_the_cosine(name):
     model = build_model("vit_tiny", 10, 8)
-    optimizer = OPTIMIZERS[name](model, 0.1, 0.8, 0.05)
+    optimizer = OPTIMIZERS[name].build(model, 0.1, 0.8, 0.05)
     count = sum(p.numel() for g in optimizer.param_groups for p in g["params"])
     assert count == sum(p.numel() for p in model.parameters())
     if name == "adamw":

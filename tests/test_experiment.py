@@ -123,10 +123,48 @@ def test_more_rounds_continue_a_finished_run(tmp_path):
     assert_same_runs(tmp_path / "a", tmp_path / "b")
 
 
+def test_fewer_rounds_than_were_begun_give_the_ticket_of_a_finished_round(tmp_path, monkeypatch):
+    assert run(*tiny(tmp_path, pruning_times=2)) == 0
+    before = torch.load(tmp_path / "ticket.pth.tar", weights_only=True)
+    stopped = lambda self, where: setattr(self, "signal", signal.SIGTERM) or real(self, where)  # noqa: E731
+    real = main_imp_fillback.StopRequest.obey
+    monkeypatch.setattr(main_imp_fillback.StopRequest, "obey", stopped)
+    assert run(*tiny(tmp_path, pruning_times=3)) == 143
+    monkeypatch.setattr(main_imp_fillback.StopRequest, "obey", real)
+    assert run(*tiny(tmp_path, pruning_times=2)) == 0
+    after = torch.load(tmp_path / "ticket.pth.tar", weights_only=True)
+    assert after["round"] == 1 and equal(before["state_dict"], after["state_dict"])
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_round_before(tmp_path, capsys):
+    assert run(*tiny(tmp_path / "a", pruning_times=3)) == 0
+    assert run(*tiny(tmp_path / "b", pruning_times=3)) == 0
+    (tmp_path / "b" / "2checkpoint.pth.tar").write_bytes(b"half a file")
+    assert run(*tiny(tmp_path / "b", pruning_times=3)) == 0
+    assert "going back to the checkpoint of the round before" in capsys.readouterr().err
+    assert_same_runs(tmp_path / "a", tmp_path / "b")
+
+
+def test_somebodys_results_without_checkpoints_are_left_alone(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("results\n")
+    assert run(*tiny(tmp_path)) == 2
+    assert "holds results, but there is no checkpoint" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_text() == "results\n"
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path, capsys):
+    folder = RunFolder(tmp_path)
+    folder.lock()
+    assert run(*tiny(tmp_path)) == 2
+    assert "another process is running in" in capsys.readouterr().err
+    folder.unlock()
+    assert run(*tiny(tmp_path, pruning_times=1)) == 0
+
+
 def test_another_run_is_never_overwritten(tmp_path, capsys):
     assert run(*tiny(tmp_path)) == 0
     assert run(*tiny(tmp_path, rate=0.3)) == 2
-    assert "argument --rate: the run folder holds a run with 0.4, not 0.3" in capsys.readouterr().err
+    assert "argument --rate: the run folder holds a run with 0.4, not 0.3;" in capsys.readouterr().err
     assert run(*tiny(tmp_path, image_size=12)) == 2
 
 

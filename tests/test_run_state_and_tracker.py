@@ -76,7 +76,7 @@ def test_a_run_state_survives_the_disk(tmp_path):
                    state_dict={"a.weight": torch.tensor([5.0, 0.0])}, current_mask={"a.weight_mask": mask},
                    refill_mask={"a": mask}, history=[{"round": 0}], best_sa=[1.0, 2.0, 3.0])  # fmt: skip
     folder.save(run, masked={"a.weight": mask})
-    assert folder.newest() == tmp_path / "3checkpoint.pth.tar"
+    assert folder.checkpoints() == [tmp_path / "3checkpoint.pth.tar"]
     raw = load_safely(folder.checkpoint(3))
     assert set(raw["state_dict"]) == {"a.weight_orig", "a.weight_mask"}
     assert raw["current_mask"]["a.weight_mask"].dtype == torch.uint8
@@ -85,7 +85,7 @@ def test_a_run_state_survives_the_disk(tmp_path):
     assert back.refill_mask["a"].dtype == torch.float32
     assert (back.epoch, back.step, back.partial, back.history) == (2, 1, {"loss": 0.5}, [{"round": 0}])
     folder.save(RunState(args={}, data="", state=10))
-    assert folder.newest() == tmp_path / "10checkpoint.pth.tar"
+    assert folder.checkpoints()[0] == tmp_path / "10checkpoint.pth.tar"
     save_atomically({"version": 99}, tmp_path / "11checkpoint.pth.tar")
     with pytest.raises(DataError, match="version 1"):
         RunFolder.load(tmp_path / "11checkpoint.pth.tar")
