@@ -139,7 +139,7 @@ class Experiment:
         found = self.folder.newest_run()
         if found is None:
             self.folder.refuse_foreign_results()
-            if self.args.resume:
+            if self.args.resume and not self.args.checkpoint:
                 raise UsageError(f"argument --resume: {self.folder.path} holds no run to continue")
             found = RunFolder.load(Path(self.args.checkpoint)) if self.args.checkpoint else None
         elif self.args.checkpoint:
