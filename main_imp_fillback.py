@@ -25,8 +25,8 @@ from masks import HeldMask, MaskPair, by_parameter, count_ones, pruning_state
 from models.registry import spec_of
 from optimization import OPTIMIZERS, LearningRate
 from options import default_run_folder, identity_of, parse_args, settings_of, tracker_name
-from plan import describe_plan
-from reg_pruner_files.reg_pruner import Pruner
+from plan import describe_plan, expected_squeeze
+from reg_pruner_files.reg_pruner import Pruner, clock_from
 from regroup_report import banner, summary
 from reporter import Reporter, log_to_file, rounds_table, start_logging
 from rounds import TARGET_KINDS, RoundRules, decide, held_masks, kept_per_group, kept_per_kind, shares, unit_groups
@@ -157,6 +157,7 @@ class Experiment:
             if found.precision != precision:
                 log.warning("the run began in %s and goes on in %s", found.precision, precision)
         if self.next_state < self.args.pruning_times:
+            self._warn_if_the_penalty_is_weak()
             self.folder.write_settings(self.run.args)
             self.folder.write_environment(describe_environment(self.device, precision))
             name = tracker_name(self.args, datetime.now().strftime("%m%d_%H%M"))
@@ -166,6 +167,15 @@ class Experiment:
         weights = sum(self.run.init_weight[n].numel() for n in self.names)
         log.info("%s on %s in %s: %d prunable layers, %d weights; run folder %s", self.args.arch, self.device,
                  precision, len(self.names), weights, self.folder.path)  # fmt: skip
+
+    def _warn_if_the_penalty_is_weak(self) -> None:
+        args = self.args
+        decoupled = args.penalty == "decoupled"
+        if args.struct == "rsst" and self.rules.structured and (decoupled or not OPTIMIZERS[args.optimizer].adaptive):
+            left = expected_squeeze(clock_from(args), self.rate, args.momentum, decoupled)
+            if left > SQUEEZE_GOAL:
+                log.warning("the penalty is weak for so short a round: alone it leaves %.0f %% of doomed weights; "
+                            "train longer, raise --lr, or try --penalty decoupled", 100 * left)  # fmt: skip
 
     def _choose_initial_weights(self) -> None:
         file = Path(self.args.init) if self.args.init else self.folder.path / "init.pth.tar"

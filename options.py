@@ -17,7 +17,8 @@ from dataset import DATASETS
 from errors import UsageError
 from models import MODELS
 from optimization import LR_SCHEDULES, OPTIMIZERS
-from reg_pruner_files.schedules import SCHEDULES, Clock
+from reg_pruner_files.reg_pruner import clock_from
+from reg_pruner_files.schedules import SCHEDULES
 from rounds import SORTING_MODES, TARGET_KINDS
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -495,11 +496,7 @@ def _warnings(args: argparse.Namespace, explicit: set[str]) -> list[str]:
 
 def _peak_strength(args: argparse.Namespace) -> float:
     """The largest lambda that the schedule can reach within a round of many steps."""
-    clock = Clock(
-        args.RST_schedule, args.reg_granularity_prune, args.exponents, args.epochs, args.reg_horizon, args.reg_guard,
-        args.reg_upper_limit,
-    )  # fmt: skip
-    return clock.strength(args.epochs - 1, 999, 1000)
+    return clock_from(args).strength(args.epochs - 1, 999, 1000)
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

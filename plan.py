@@ -11,6 +11,8 @@ from torch import nn
 from counting import Cost, cost_of
 from dataset import BatchLoader
 from masks import MaskPair
+from optimization import LearningRate
+from reg_pruner_files.schedules import Clock
 from rounds import RoundRules, decide, kept_per_kind
 from units import UnitGroup, parameter_of, ranked_names
 from utils import cloned_state
@@ -26,6 +28,20 @@ def seconds_per_step(step: Callable[[], None]) -> float:
         step()
         times.append(time.perf_counter() - began)
     return sorted(times[1:])[TIMED_STEPS // 2]
+
+
+def expected_squeeze(clock: Clock, rate: LearningRate, momentum: float, decoupled: bool) -> float:
+    """The share of a doomed weight that a round's penalty alone would leave, in [0, 1].
+
+    A step takes lr * lambda / (1 - momentum) of the weight, or lambda * lr / peak lr if the penalty is decoupled. The
+    gradient of the loss, which may hold against it, is not known beforehand.
+    """
+    left = 1.0
+    for epoch in range(rate.epochs):
+        for i in range(rate.steps):
+            pace = rate.at(epoch, i) / (rate.base if decoupled else 1 - momentum)
+            left *= max(0.0, 1 - pace * clock.strength(epoch, i, rate.steps))
+    return left
 
 
 def simulate_rounds(

@@ -12,6 +12,14 @@ from reg_pruner_files.schedules import Clock
 from units import parameter_of
 
 
+def clock_from(args: Any) -> Clock:
+    """Lambda's clock as the arguments set it."""
+    return Clock(
+        schedule=args.RST_schedule, delta=args.reg_granularity_prune, exponents=args.exponents,
+        epochs=args.epochs, horizon=args.reg_horizon, guard=args.reg_guard, upper_limit=args.reg_upper_limit,
+    )  # fmt: skip
+
+
 class Pruner:
     """RSST's penalty on the doomed weights of one round: gradient += lambda * weight.
 
@@ -27,10 +35,7 @@ class Pruner:
     """
 
     def __init__(self, model: nn.Module, args: Any, passer: Any) -> None:
-        self.clock = Clock(
-            schedule=args.RST_schedule, delta=args.reg_granularity_prune, exponents=args.exponents,
-            epochs=args.epochs, horizon=args.reg_horizon, guard=args.reg_guard, upper_limit=args.reg_upper_limit,
-        )  # fmt: skip
+        self.clock = clock_from(args)
         masks = MaskPair(passer.current_mask, passer.refill_mask).doomed
         self._parameters = {n: parameter_of(model, n) for n, doomed in masks.items() if bool(doomed.any())}
         self.doomed = {n: torch.empty_like(p.detach()).copy_(masks[n]) for n, p in self._parameters.items()}

@@ -173,7 +173,10 @@ def test_resume_insists_and_a_checkpoint_can_be_chosen(tmp_path, capsys):
     assert "holds no run to continue" in capsys.readouterr().err
     assert run(*tiny(tmp_path / "b", pruning_times=3)) == 0
     words = [w for w in tiny("", pruning_times=3) if w not in ("--save_dir", "")]
-    assert run(*words, "--save_dir", tmp_path / "c", "--resume", "--checkpoint", tmp_path / "b" / "0checkpoint.pth.tar") == 0
+    assert (
+        run(*words, "--save_dir", tmp_path / "c", "--resume", "--checkpoint", tmp_path / "b" / "0checkpoint.pth.tar")
+        == 0
+    )
     for name in ("1checkpoint.pth.tar", "2checkpoint.pth.tar"):
         one, other = (RunFolder.load(tmp_path / d / name) for d in ("b", "c"))
         assert equal(one.state_dict, other.state_dict) and equal(one.following, other.following)

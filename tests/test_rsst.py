@@ -12,6 +12,8 @@ from golden_data import MiniVGG
 from criteria import CRITERIA
 from masks import HeldMask, MaskPair
 from models import MODELS, build_model
+from optimization import LearningRate
+from plan import expected_squeeze
 from reg_pruner_files.reg_pruner import Pruner
 from reg_pruner_files.schedules import SCHEDULES, Clock
 from rounds import RoundRules, decide, held_masks, shares, unit_groups
@@ -264,3 +266,12 @@ def test_every_model_criterion_and_schedule_runs_a_tiny_round(arch, criterion, t
         train(1, [batch], model, torch.nn.CrossEntropyLoss(), optimizer, 0, passer, pruner)
         assert pruner.strength == 0.5, "one batch is the whole round: lambda is at its full value, the cap"
         assert pruner.doomed_norm() == pytest.approx(0.5 * before) and before > 0
+
+
+def test_what_the_penalty_alone_would_leave_is_known_beforehand():
+    rate = LearningRate(0.1, 2, 3)
+    clock = Clock("x", 1.0, upper_limit=0.5)
+    assert expected_squeeze(clock, rate, 0.9, decoupled=False) == pytest.approx(0.5**6)
+    assert expected_squeeze(clock, rate, 0.9, decoupled=True) == pytest.approx(0.5**6)
+    assert expected_squeeze(clock, rate, 0.5, decoupled=False) == pytest.approx(0.9**6)
+    assert expected_squeeze(Clock("x", 1.0, upper_limit=9), rate, 0.9, decoupled=False) == 0
