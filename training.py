@@ -17,6 +17,7 @@ from torch import Tensor, nn, optim
 
 from errors import DivergedError, Interrupted
 from masks import HeldMask, Mask
+from models.vit import frugal
 from optimization import LearningRate, set_learning_rate
 from reg_pruner_files.reg_pruner import Pruner
 from reporter import Reporter
@@ -115,10 +116,10 @@ class Passer:
 
 @contextmanager
 def computing(model: nn.Module) -> Iterator[None]:
-    """Autocast to the model's `.precision`, if it has one other than float32."""
+    """Autocast to the model's `.precision`, if it has one other than float32, and skip what the logits do not need."""
     precision = getattr(model, "precision", torch.float32)
     device = next(model.parameters()).device.type
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+    with frugal(model), torch.autocast(device, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
         yield
 
 
