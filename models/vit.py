@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import timm
 import timm.models
@@ -51,7 +52,7 @@ class VisionTransformer(vision_transformer.VisionTransformer):
         return self.forward_head(self.norm(_class_token_after(last, x)))
 
 
-def _class_token_after(block: nn.Module, x: Tensor) -> Tensor:
+def _class_token_after(block: Any, x: Tensor) -> Tensor:
     """A block's output for the first token alone: [batch, tokens, dim] -> [batch, 1, dim]."""
     attention = block.attn
     batch, tokens, _ = x.shape
