@@ -121,7 +121,7 @@ def _uses(model: nn.Module, masks: Mapping[str, Tensor], image_size: int) -> dic
     model.eval()
     try:
         device = next(model.parameters()).device
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled code would pass the hooks by
             functional_call(model, state, (torch.ones(1, 3, image_size, image_size, device=device),))
     finally:
         for handle in handles:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dataset import BatchLoader
+from batches import BatchLoader
 
 
 def describe_environment(device: torch.device, precision: str) -> dict[str, Any]:
@@ -55,9 +55,8 @@ def _commit() -> str | None:
 
 
 def fingerprint(*loaders: BatchLoader) -> str:
-    """A hash of all images and labels, by which a continued run recognises its data."""
+    """A hash of the images and labels, by which a continued run recognises its data."""
     digest = hashlib.sha256()
     for loader in loaders:
-        for tensor in (loader.data.images, loader.data.labels):
-            digest.update(tensor.cpu().numpy().tobytes())
+        digest.update(loader.data.digest())
     return digest.hexdigest()[:16]

@@ -3,44 +3,30 @@
 
 from __future__ import annotations
 
-import argparse
-import copy
+import importlib
 import logging
 import signal
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from datetime import datetime
-from pathlib import Path
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn, optim
+from console import start_logging
+from errors import RunError, StorageError
+from options import parse_args
 
-from counting import cost_of
-from dataset import Loaders, mixed_seed
-from environment import describe_environment, fingerprint
-from errors import DivergedError, Interrupted, RunError, StorageError, UsageError
-from masks import HeldMask, MaskPair, by_parameter, count_ones, pruning_state
-from models.registry import spec_of
-from optimization import OPTIMIZERS, LearningRate
-from options import default_run_folder, identity_of, parse_args, settings_of, tracker_name
-from plan import describe_plan, expected_squeeze
-from reg_pruner_files.reg_pruner import Pruner, clock_from
-from regroup_report import banner, summary
-from reporter import Reporter, log_to_file, rounds_table, start_logging
-from rounds import TARGET_KINDS, RoundRules, decide, held_masks, kept_per_group, kept_per_kind, shares, unit_groups
-from run_state import Row, RunFolder, RunState, check_same_run, packed, restore_random_states, save_atomically
-from tracker import Tracker
-from training import Meter, Passer, StopRequest, apply_reg, hardened, train, update_reg, validate
-from units import UnitGroup, ranked_names
-from utils import cloned_state, load_initial_weights, seed_everything, setup_model_dataset
+if TYPE_CHECKING:
+    from training import apply_reg, train, update_reg, validate
 
 __all__ = ["apply_reg", "main", "train", "update_reg", "validate"]
 
 log = logging.getLogger("rsst")
 
-SQUEEZE_GOAL = 0.05
+
+def __getattr__(name: str) -> Any:
+    """The documents' functions of a training step, from `training`: imported when asked for, since torch takes long."""
+    if name in __all__:
+        return getattr(importlib.import_module("training"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
         start_logging(args.quiet, args.verbose)
-        run(args)
+        importlib.import_module("experiment").run(args)
     except RunError as error:
         log.error("%s", error)
         return error.exit_code
@@ -60,290 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("%s", error)
         return StorageError.exit_code
     return 0
-
-
-def run(args: argparse.Namespace) -> None:
-    """Plan, or carry out, the experiment that the arguments describe."""
-    model, *loaders = setup_model_dataset(args)
-    groups = unit_groups(model, args.conv1)
-    if args.dry_run:
-        tell_warnings(args)
-        step = one_step(copy.deepcopy(model), loaders[0], args)
-        print(describe_plan(model, groups, rules_from(args, model), loaders[0], args.pruning_times, args.epochs, step))
-        return
-    folder = RunFolder(args.save_dir or (Path(args.checkpoint).parent if args.checkpoint else default_run_folder(args)))
-    experiment = Experiment(args, model, (loaders[0], loaders[1], loaders[2]), groups, folder)
-    try:
-        experiment.open()
-        for state in range(experiment.next_state, args.pruning_times):
-            experiment.train_round(state)
-            experiment.close_round(state)
-        experiment.finish()
-    finally:
-        experiment.close()
-
-
-def tell_warnings(args: argparse.Namespace) -> None:
-    for warning in args.warnings:
-        log.warning("%s", warning)
-
-
-def rules_from(args: argparse.Namespace, model: nn.Module) -> RoundRules:
-    """The pruning rules that the arguments ask for."""
-    names = ("struct", "rate", "rate_mode", "criteria", "mlp_prune_ratio", "sorting_mode", "fillback_rate", "min_units",
-             "rsst_dead", "criteria_batches")  # fmt: skip
-    is_vit = spec_of(model).family == "vit"
-    targets = TARGET_KINDS[args.vit_prune_target] if is_vit else ("channel",)
-    structured = args.vit_structured or not is_vit
-    return RoundRules(**{n: getattr(args, n) for n in names}, structured=structured, targets=targets)
-
-
-def new_optimizer(args: argparse.Namespace, model: nn.Module) -> optim.Optimizer:
-    return OPTIMIZERS[args.optimizer].build(model, args.lr, args.momentum, args.weight_decay)
-
-
-def one_step(model: nn.Module, loader: object, args: argparse.Namespace) -> Callable[[], None]:
-    """A function that makes one training step, the way a round makes them."""
-    optimizer = new_optimizer(args, model)
-    passer, criterion = Passer(args), nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
-    batch = next(iter(loader))  # type: ignore[call-overload]
-
-    def step() -> None:
-        train(0, [batch], model, criterion, optimizer, 0, passer, None)
-
-    return step
-
-
-class Experiment:
-    """One run: a model, its data, its folder, and the state in which it is."""
-
-    def __init__(
-        self, args: argparse.Namespace, model: nn.Module, loaders: Loaders, groups: list[UnitGroup], folder: RunFolder
-    ) -> None:
-        self.args, self.model, self.groups, self.folder = args, model, groups, folder
-        self.train_loader, self.val_loader, self.test_loader = loaders
-        self.names = ranked_names(model, groups)
-        self.rules = rules_from(args, model)
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
-        self.device = next(model.parameters()).device
-        self.rate = LearningRate(
-            args.lr, args.epochs, len(self.train_loader), args.warmup, args.lr_schedule, args.decreasing_lr
-        )
-        self.stop = StopRequest()
-        self.tracker = Tracker("disabled")
-        self.run = RunState(args=settings_of(args), data=fingerprint(*loaders))
-
-    def open(self) -> None:
-        """Take up the run in the folder, or begin one there."""
-        self.folder.lock()
-        found = self.folder.newest_run()
-        if found is None:
-            self.folder.refuse_foreign_results()
-            if self.args.resume and not self.args.checkpoint:
-                raise UsageError(f"argument --resume: {self.folder.path} holds no run to continue")
-            found = RunFolder.load(Path(self.args.checkpoint)) if self.args.checkpoint else None
-        elif self.args.checkpoint:
-            log.warning("--checkpoint is not read: %s holds a run, which continues", self.folder.path)
-        log_to_file(self.folder.path / "log.txt")
-        tell_warnings(self.args)
-        precision = str(getattr(self.model, "precision", torch.float32)).removeprefix("torch.")
-        if found is None:
-            self.run.precision = precision
-            self._choose_initial_weights()
-        else:
-            check_same_run(found, identity_of(self.run.args), identity_of(found.args), self.run.data)
-            self.run = replace(found, args=self.run.args)
-            log.info("continuing %s: round %d, %d epochs done", self.folder.path, found.state, found.epoch)
-            if found.precision != precision:
-                log.warning("the run began in %s and goes on in %s", found.precision, precision)
-        if self.next_state < self.args.pruning_times:
-            self._warn_if_the_penalty_is_weak()
-            self.folder.write_settings(self.run.args)
-            self.folder.write_environment(describe_environment(self.device, precision))
-            name = tracker_name(self.args, datetime.now().strftime("%m%d_%H%M"))
-            self.tracker = Tracker(self.args.wandb, self.folder.path, name, self.run.args, self.run.tracker_id)
-        self.reporter = Reporter(self.folder.path, self.tracker, self.args.quiet)
-        self.reporter.restore(self.run.history, self.run.rounds)
-        weights = sum(self.run.init_weight[n].numel() for n in self.names)
-        log.info("%s on %s in %s: %d prunable layers, %d weights; run folder %s", self.args.arch, self.device,
-                 precision, len(self.names), weights, self.folder.path)  # fmt: skip
-
-    def _warn_if_the_penalty_is_weak(self) -> None:
-        args = self.args
-        decoupled = args.penalty == "decoupled"
-        if args.struct == "rsst" and self.rules.structured and (decoupled or not OPTIMIZERS[args.optimizer].adaptive):
-            left = expected_squeeze(clock_from(args), self.rate, args.momentum, decoupled)
-            if left > SQUEEZE_GOAL:
-                log.warning("the penalty is weak for so short a round: alone it leaves %.0f %% of doomed weights; "
-                            "train longer, raise --lr, or try --penalty decoupled", 100 * left)  # fmt: skip
-
-    def _choose_initial_weights(self) -> None:
-        file = Path(self.args.init) if self.args.init else self.folder.path / "init.pth.tar"
-        if self.args.init and file.exists():
-            load_initial_weights(self.model, file)
-            log.info("initial weights from %s", file)
-        else:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_atomically(cloned_state(self.model), file)
-        self.run.init_weight = cloned_state(self.model)
-
-    @property
-    def next_state(self) -> int:
-        """The round to train next, or to go on with."""
-        return len(self.run.rounds)
-
-    def train_round(self, state: int) -> None:
-        """Train round `state` from its ticket, or from where it was broken off."""
-        passer = self._begin(state)
-        run, args = self.run, self.args
-        for epoch in range(run.epoch, args.epochs):
-            if state == 0 and args.prune_type == "rewind_lt" and epoch == args.rewind_epoch and run.step == 0:
-                run.init_weight = cloned_state(self.model)
-            self.train_loader.seek(state, epoch, run.step)
-            passer.meter = Meter.start(self.device, run.partial) if run.step else None
-            began, first = time.perf_counter(), run.step
-            try:
-                meter = train(
-                    state, self.train_loader, self.model, self.criterion, self.optimizer, epoch, passer, self.pruner
-                )
-            except Interrupted:
-                assert passer.meter is not None
-                run.epoch, run.step, run.partial = epoch, passer.meter.steps, passer.meter.sums()
-                self._save()
-                raise
-            except DivergedError as error:
-                file = self.folder.path / "diverged.pth.tar"
-                save_atomically({"state_dict": cloned_state(self.model)}, file)
-                raise DivergedError(f"{error}; its weights are in {file}") from error
-            self._close_epoch(epoch, meter, (time.perf_counter() - began) / (meter.steps - first))
-            self.stop.obey(f"after round {state}, epoch {epoch}")
-
-    def _begin(self, state: int) -> Passer:
-        """Model, masks, penalty and optimizer as they are at the start of the round, or where it was broken off."""
-        run, args = self.run, self.args
-        fresh = run.state != state or not run.state_dict
-        if fresh:
-            run.state, run.epoch, run.step, run.best_sa = state, 0, 0, [-1.0, -1.0, -1.0]
-            run.current_mask, run.refill_mask = run.following.get("current", {}), run.following.get("refill", {})
-        self.pair = MaskPair(run.current_mask, run.refill_mask) if state else None
-        self.model.load_state_dict(run.init_weight if fresh else run.state_dict)
-        self.held = HeldMask(self.model, held_masks(self.pair, self.rules))
-        self.held.apply()
-        passer = Passer(args, run.current_mask, run.refill_mask, held=self.held, rate=self.rate, stop=self.stop,
-                        reporter=self.reporter, decoupled=args.penalty == "decoupled")  # fmt: skip
-        self.pruner = Pruner(self.model, args, passer) if self.pair and args.struct == "rsst" else None
-        self.optimizer = new_optimizer(args, self.model)
-        if fresh:
-            run.doomed_norm = self.pruner.doomed_norm() if self.pruner else 0.0
-            seed_everything(mixed_seed(args.seed, state))
-        else:
-            self.optimizer.load_state_dict(run.optimizer)
-            restore_random_states(run.rng)
-        part = shares(self.pair, self.names, self.rules)
-        log.info("round %d: %.2f %% of the prunable weights are zero, %.2f %% being squeezed, %.2f %% kept by the "
-                 "structure", state, part.zero, part.squeezed, part.kept)  # fmt: skip
-        self.tracker.log({"remain_weight": 100 - part.zero, "prune_times": state, "step": state * args.epochs})
-        return passer
-
-    def _close_epoch(self, epoch: int, meter: Meter, seconds_per_step: float) -> None:
-        run = self.run
-        val, test = (validate(loader, self.model, self.criterion) for loader in (self.val_loader, self.test_loader))
-        if broken := self.held.broken():
-            raise AssertionError(f"weights held at zero have moved: {broken[:3]}")
-        run.reg_lambda = self.pruner.strength if self.pruner else 0.0
-        run.history.append({
-            "round": run.state, "prune_times": run.state, "epoch": epoch, "step": run.state * self.args.epochs + epoch,
-            "loss": meter.mean_loss, "accuracy": meter.accuracy, "val_accuracy": val, "test_accuracy": test,
-            "lr": self.rate.at(epoch, len(self.train_loader) - 1), "reg_lambd": run.reg_lambda,
-            "train_batch_time": seconds_per_step, "images_per_second": meter.seen / meter.steps / seconds_per_step,
-        })  # fmt: skip
-        run.epoch, run.step, run.partial = epoch + 1, 0, {}
-        better = val > run.best_sa[0]
-        if better:
-            run.best_sa = [val, test, float(epoch)]
-        if better:  # before the checkpoint, which already says that this epoch is the best
-            self._save(self.folder.best(run.state))
-        self._save()
-        self.reporter.epoch(run.history[-1])
-
-    def _save(self, path: Path | None = None) -> None:
-        self.run.state_dict, self.run.optimizer = cloned_state(self.model), self.optimizer.state_dict()
-        self.folder.save(self.run, path, held_masks(self.pair, self.rules))
-
-    def close_round(self, state: int) -> None:
-        """Judge the round, then decide the masks of the next."""
-        run = self.run
-        row, trained = self._judge(state), cloned_state(self.model)
-        if self.rules.structured:
-            ratios = {"Prune Ratio": self.args.rate}
-            log.debug("%s", banner(self.rules.targets, self.args.criteria, ratios, self.args.struct == "refill"))
-        following = decide(
-            self.model, self.groups, self.rules, state, previous=self.pair, trained=trained,
-            ranked=run.init_weight if self.args.rank_weights == "initial" else trained,
-            batches=self.train_loader.fixed_batches(self.args.criteria_batches),
-        )  # fmt: skip
-        log.debug("%s", summary(self.groups, following.refill))
-        left = count_ones(by_parameter(following.current), self.names)
-        row["remain_weight_after"] = 100 * left / sum(trained[n].numel() for n in self.names)
-        run.following = {"current": following.current, "refill": following.refill}
-        save_atomically(packed(run.following), self.folder.masks(state))
-        run.rounds.append(row)
-        self._save()
-        self.reporter.round(row, run.rounds)
-        self.stop.obey(f"after round {state}")
-
-    def _judge(self, state: int) -> Row:
-        """The row of a finished round."""
-        run, last = self.run, self.run.history[-1]
-        structure = self.pair.structure if self.pair else {}
-        cost = cost_of(self.model, self.groups, structure, self.train_loader.data.images.shape[-1])
-        row: Row = {
-            "round": state, "step": last["step"], "density": shares(self.pair, self.names, self.rules).kept,
-            "kept_units": kept_per_kind(self.groups, self.pair), "parameters": cost.parameters, "macs": cost.macs,
-            "accuracy": last["accuracy"], "val_accuracy": last["val_accuracy"], "test_accuracy": last["test_accuracy"],
-            "hardened_val_accuracy": None, "hardened_test_accuracy": None, "squeeze_ratio": None,
-            "best_val_accuracy": run.best_sa[0], "test_at_best_val": run.best_sa[1], "best_epoch": int(run.best_sa[2]),
-            "reg_lambd": run.reg_lambda,
-            "kept_per_layer": {name: kept for name, (kept, _) in kept_per_group(self.groups, self.pair).items()},
-        }  # fmt: skip
-        if self.pruner is not None:
-            with hardened(self.model, structure):
-                row["hardened_val_accuracy"] = validate(self.val_loader, self.model, self.criterion)
-                row["hardened_test_accuracy"] = validate(self.test_loader, self.model, self.criterion)
-            if run.doomed_norm:
-                row["squeeze_ratio"] = self.pruner.doomed_norm() / run.doomed_norm
-                self._warn_if_not_squeezed(state, row["squeeze_ratio"])
-        return row
-
-    def _warn_if_not_squeezed(self, state: int, ratio: float) -> None:
-        if ratio > SQUEEZE_GOAL:
-            log.warning(
-                "round %d: the doomed weights kept %.0f %% of their norm (goal: at most %.0f %%); train longer, or "
-                "raise --lr or --reg_granularity_prune", state, 100 * ratio, 100 * SQUEEZE_GOAL,
-            )  # fmt: skip
-
-    def finish(self) -> None:
-        """Save the ticket (the last round's weights, hardened) and print the table of rounds."""
-        last = self.run.rounds[-1]["round"]
-        # The state may be that of a later round, broken off when more rounds were wanted.
-        run = self.run if self.run.state == last else RunFolder.load(self.folder.checkpoint(last))
-        structure = MaskPair(run.current_mask, run.refill_mask).structure if run.current_mask else {}
-        hard = {n: v * structure[n] if n in structure else v for n, v in run.state_dict.items()}
-        ticket = {
-            "arch": self.args.arch,
-            "round": run.state,
-            "state_dict": pruning_state(hard, structure),
-            "args": run.args,
-        }
-        save_atomically(ticket, self.folder.ticket)
-        print(rounds_table(run.rounds))
-        log.info("finished: %d rounds; the ticket is %s", len(run.rounds), self.folder.ticket)
-
-    def close(self) -> None:
-        """Let trackers and signals go."""
-        self.tracker.finish()
-        self.stop.restore()
-        self.folder.unlock()
 
 
 if __name__ == "__main__":

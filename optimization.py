@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn, optim
+if TYPE_CHECKING:  # the command line reads this table, and must not wait for torch
+    from torch import nn, optim
 
 LR_SCHEDULES = ("multistep", "cosine")
 GAMMA = 0.1
@@ -44,16 +45,20 @@ class LearningRate:
 
 
 def _sgd(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> optim.Optimizer:
-    return optim.SGD(model.parameters(), lr, momentum=momentum, weight_decay=weight_decay, foreach=True)
+    from torch import optim
+
+    return optim.SGD(model.parameters(), lr, momentum=momentum, weight_decay=weight_decay, fused=True)
 
 
 def _adamw(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> optim.Optimizer:
     """`momentum` is beta 1. Vectors (norms, biases) and embeddings do not decay, as is usual for transformers."""
+    from torch import optim
+
     plain = [p for n, p in model.named_parameters() if p.ndim < 2 or n.endswith(("pos_embed", "cls_token"))]
     taken = {id(p) for p in plain}
     decayed = [p for p in model.parameters() if id(p) not in taken]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-    return optim.AdamW(groups, lr, betas=(momentum, 0.999), weight_decay=weight_decay, foreach=True)
+    return optim.AdamW(groups, lr, betas=(momentum, 0.999), weight_decay=weight_decay, fused=True)
 
 
 @dataclass(frozen=True)

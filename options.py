@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from criteria import CRITERIA, CRITERIA_BATCHES
-from dataset import DATASETS
+from dataset import DATASETS, IMAGE_STORES
 from errors import UsageError
 from models import MODELS
 from optimization import LR_SCHEDULES, OPTIMIZERS
-from reg_pruner_files.reg_pruner import clock_from
-from reg_pruner_files.schedules import SCHEDULES
-from rounds import SORTING_MODES, TARGET_KINDS
+from reg_pruner_files.schedules import SCHEDULES, clock_from
+from rules import SORTING_MODES, TARGET_KINDS
 
 PRESETS: dict[str, dict[str, Any]] = {
     "as_documented": {
@@ -40,6 +39,9 @@ NOT_IDENTITY = frozenset(
         "checkpoint",
         "print_freq",
         "workers",
+        "compile",
+        "deterministic",
+        "image_store",
         "gpu",
         "pruning_times",
         "dry_run",
@@ -158,7 +160,10 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="side of the images that the model sees (None: 16 for digits, 64 for tiny-imagenet, else 32)",
     )
-    group.add_argument("--workers", type=_NATURAL, default=4, help="threads that decode image files")
+    group.add_argument(
+        "--image_store", choices=IMAGE_STORES, default="auto", help="image files: " + _rows(IMAGE_STORES.items())
+    )
+    group.add_argument("--workers", type=_NATURAL, default=4, help="threads or processes that decode image files")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -202,8 +207,10 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("auto", "fp32", "bf16"),
         default="auto",
-        help="of matrix products and convolutions; auto: bf16 where the processor has it, else fp32",
+        help="of matrix products and convolutions; auto: bf16 where the processor has it, else fp32 (never TF32)",
     )
+    _flag(group, "compile", "compile the network by torch.compile: a minute or two of waiting, then faster steps")
+    _flag(group, "deterministic", "only kernels that give the same bits every time (CUDA: slower; CPUs have no others)")
 
 
 def _add_pruning(parser: argparse.ArgumentParser) -> None:

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 from torch import nn
 
+from batches import BatchLoader
 from counting import Cost, cost_of
-from dataset import BatchLoader
 from masks import MaskPair
 from optimization import LearningRate
 from reg_pruner_files.schedules import Clock
-from rounds import RoundRules, decide, kept_per_kind
+from rounds import decide, kept_per_kind
+from rules import RoundRules
 from units import UnitGroup, parameter_of, ranked_names
 from utils import cloned_state
 
@@ -68,7 +69,7 @@ def describe_plan(
     step: Callable[[], None],
 ) -> str:
     """The plan as text. `step` makes one training step of a copy of the model."""
-    size = train_loader.data.images.shape[-1]
+    size = train_loader.image_size
     names = ranked_names(model, groups)
     lines = ["prunable layers"]
     owner = {s.name: g for g in groups for s in g.slices}

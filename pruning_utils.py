@@ -11,7 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from criteria import CRITERIA, CRITERIA_BATCHES, Evidence, collect_evidence
+from budgets import BUDGETS, Budget, budget, kept_count
+from criteria import CRITERIA, CRITERIA_BATCHES
+from evidence import Evidence, collect_evidence
 from masks import (
     Mask,
     MaskPair,
@@ -26,7 +28,7 @@ from masks import (
     remove_masks,
 )
 from oneshot_pruners import prune_admm, prune_grasp, prune_omp, prune_rp, prune_snip, prune_synflow
-from regroup import BUDGETS, Budget, budget, kept_count, regroup
+from regroup import regroup
 from units import Slice, UnitGroup, channel_groups, parameter_of, ranked_names
 
 __all__ = [

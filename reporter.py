@@ -20,47 +20,6 @@ from tracker import Tracker
 log = logging.getLogger("rsst")
 
 
-class _ConsoleFormatter(logging.Formatter):
-    """Bare messages; warnings are marked, in colour where the terminal takes it."""
-
-    def __init__(self, colour: bool) -> None:
-        super().__init__("%(message)s")
-        self.colour = colour
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        if record.levelno < logging.WARNING:
-            return text
-        word = record.levelname.lower()
-        return f"\033[33m{word}:\033[0m {text}" if self.colour else f"{word}: {text}"
-
-
-class _ConsoleHandler(logging.StreamHandler):
-    """Writes above a progress bar instead of through it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with tqdm.external_write_mode(file=self.stream):
-            super().emit(record)
-
-
-def start_logging(quiet: bool, verbose: bool) -> None:
-    """Log to stderr at the wanted level."""
-    terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-    console = _ConsoleHandler(sys.stderr)
-    console.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
-    console.setFormatter(_ConsoleFormatter(colour=terminal and "NO_COLOR" not in os.environ))
-    log.handlers = [console]
-    log.setLevel(logging.DEBUG if verbose else logging.INFO)
-    log.propagate = False
-
-
-def log_to_file(path: Path) -> None:
-    """Append everything to a file as well, with the time."""
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(handler)
-
-
 class Reporter:
     """Writes rows where they belong. Files are rewritten from the run's history, so that no row is lost or doubled."""
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn, optim
 
 from errors import DivergedError, Interrupted
 from masks import HeldMask, Mask
-from models.vit import frugal
+from models.vision_transformer import frugal
 from optimization import LearningRate, set_learning_rate
 from reg_pruner_files.reg_pruner import Pruner
 from reporter import Reporter

@@ -48,8 +48,8 @@ class Slice:
     def units_with_weights(self, mask: Tensor) -> Tensor:
         """Which units have a one in the parameter's mask: bool [units], on the CPU."""
         others = [d for d in range(mask.ndim) if d != self.axis]
-        alive = mask.ne(0).any(dim=others) if others else mask.ne(0)
-        return alive.cpu()[self.index].any(dim=1)
+        ones = mask.sum(dim=others) if others else mask
+        return (ones > 0).cpu()[self.index].any(dim=1)
 
 
 @dataclass(frozen=True)

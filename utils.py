@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from dataset import DATASETS, Loaders, load_splits, make_loaders
+from batches import Loaders, make_loaders
+from dataset import DATASETS, load_splits
 from errors import DataError, UsageError
 from models import build_model
 from models.layers import Normalize
-from models.vit import load_pretrained_weights, set_fused_attention
+from models.pretrained import load_pretrained_weights
+from models.vision_transformer import set_fused_attention
 
 
 def seed_everything(seed: int) -> None:
@@ -56,23 +60,28 @@ def setup_model_dataset(args: Any) -> tuple[nn.Module, Any, Any, Any]:
     """Build the model (`model.normalize` set) and the train, validation and test loaders.
 
     Reads `arch`, `dataset`, `data`, `batch_size` and, where given, `image_size`, `seed`, `gpu`, `workers`,
-    `precision`, `vit_pretrained` and `pretrained`.
+    `image_store`, `precision`, `compile`, `deterministic`, `vit_pretrained` and `pretrained`.
 
     Raises:
         DataError: Data or weights are missing or unreadable.
     """
     settings = vars(args)
+    choose_kernels(settings.get("deterministic", False))
     device = choose_device(settings.get("gpu", 0))
     source = DATASETS[args.dataset]
     size = settings.get("image_size") or source.image_size
-    splits = load_splits(args.dataset, Path(args.data), size, settings.get("workers", 4))
+    splits = load_splits(
+        args.dataset, Path(args.data), size, settings.get("workers", 4), settings.get("image_store", "auto")
+    )
     seed = settings.get("seed") or 0
     seed_everything(seed)
     model = build_model(args.arch, len(splits.classes), size)
     load_start_weights(model, settings)
     model.normalize = Normalize(splits.mean, splits.std)
     model.to(device)
-    prepare_for_speed(model, choose_precision(settings.get("precision", "auto"), device))
+    prepare_for_speed(
+        model, choose_precision(settings.get("precision", "auto"), device), settings.get("compile", False)
+    )
     loaders: Loaders = make_loaders(splits, args.batch_size, device, source.flip, seed)
     return model, *loaders
 
@@ -84,16 +93,40 @@ def load_start_weights(model: nn.Module, settings: dict[str, Any]) -> None:
         load_pretrained_weights(model, model.spec, file, with_classifier=settings.get("fc", False))  # type: ignore[arg-type]
 
 
-def prepare_for_speed(model: nn.Module, precision: torch.dtype) -> None:
+def choose_kernels(deterministic: bool) -> None:
+    """Set torch's global choices of kernel: the fastest, or only those that give the same bits every time.
+
+    fp32 means fp32: TF32, which keeps 10 bits of mantissa, stays off. For less there is `--precision bf16`.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def prepare_for_speed(model: nn.Module, precision: torch.dtype, compiled: bool = False) -> None:
     """Set `model.precision`, and layouts and kernels that do not change what is computed.
 
     On CPUs the fused attention kernel is the faster one in float32 only; its backward is slow in bfloat16.
+
+    Args:
+        compiled: Let torch.compile make one kernel out of many, when the model is first called.
+
+    Raises:
+        UsageError: `compiled`, on a CPU, without a C++ compiler.
     """
     model.precision = precision  # type: ignore[assignment]
     on_cpu = next(model.parameters()).device.type == "cpu"
     set_fused_attention(model, fused=not (on_cpu and precision == torch.bfloat16))
     if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if compiled:
+        if on_cpu and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+            raise UsageError("argument --compile: needs a C++ compiler; none was found (g++, clang++ or CXX)")
+        model.compile()
 
 
 def load_initial_weights(model: nn.Module, file: Path) -> None:

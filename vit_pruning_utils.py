@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from criteria import CRITERIA, CRITERIA_BATCHES, collect_evidence
+from budgets import budget
+from criteria import CRITERIA, CRITERIA_BATCHES
+from evidence import collect_evidence
 from masks import Mask, apply_masks, current_key, effective_state, own_mask, refill_key, remove_masks
 from models.registry import spec_of
 from pruning_utils import (
@@ -19,7 +21,7 @@ from pruning_utils import (
     remaining_percent,
     restart_under_masks,
 )
-from regroup import best_units, budget, score_units
+from regroup import best_units, score_units
 from regroup_report import banner, summary
 from units import Slice, UnitGroup, parameter_of, ranked_names, rows
 

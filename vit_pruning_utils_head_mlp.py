@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from budgets import budget
 from masks import Mask, effective_state
 from pruning_utils import refill_masks, restart_under_masks
-from regroup import budget
 from regroup_report import banner, summary
 from vit_pruning_utils import vit_groups
 

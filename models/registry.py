@@ -1,4 +1,7 @@
-"""One row per model: how to build it, and which of its layers are never pruned."""
+"""One row per model: how to build it, and which of its layers are never pruned.
+
+Modules that register models import torch only when they build one, so that the command line can list them at once.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from masks import MaskPair, refill_key
-from reg_pruner_files.schedules import Clock
+from reg_pruner_files.schedules import clock_from
 from units import parameter_of
-
-
-def clock_from(args: Any) -> Clock:
-    """Lambda's clock as the arguments set it."""
-    return Clock(
-        schedule=args.RST_schedule, delta=args.reg_granularity_prune, exponents=args.exponents,
-        epochs=args.epochs, horizon=args.reg_horizon, guard=args.reg_guard, upper_limit=args.reg_upper_limit,
-    )  # fmt: skip
 
 
 class Pruner:
@@ -29,7 +22,6 @@ class Pruner:
 
     Attributes:
         doomed: Parameter name -> float 0/1 mask; only parameters with at least one doomed weight.
-        reg: Layer name -> lambda of each weight, of the weight's shape; zero but for doomed weights.
         strength: The lambda last set.
         updates: How many times it has been set in this round.
     """
@@ -39,9 +31,19 @@ class Pruner:
         masks = MaskPair(passer.current_mask, passer.refill_mask).doomed
         self._parameters = {n: parameter_of(model, n) for n, doomed in masks.items() if bool(doomed.any())}
         self.doomed = {n: torch.empty_like(p.detach()).copy_(masks[n]) for n, p in self._parameters.items()}
-        self.reg = {refill_key(n): torch.zeros_like(d) for n, d in self.doomed.items()}
+        self._reg: dict[str, Tensor] | None = None
         self.strength = 0.0
         self.updates = 0
+
+    @property
+    def reg(self) -> dict[str, Tensor]:
+        """Layer name -> lambda of each weight, of the weight's shape: `strength` where doomed, else zero.
+
+        A step without it multiplies by the one number instead. Values that are changed in it apply until lambda moves.
+        """
+        if self._reg is None:
+            self._reg = {refill_key(n): doomed * self.strength for n, doomed in self.doomed.items()}
+        return self._reg
 
     @property
     def reg_(self) -> dict[str, Tensor]:
@@ -55,20 +57,15 @@ class Pruner:
         self.updates = self.clock.updates(epoch, i, batches)[0]
         strength = self.clock.strength(epoch, i, batches)
         if strength != self.strength:
-            self.strength = strength
-            for name, doomed in self.doomed.items():
-                torch.mul(doomed, strength, out=self.reg[refill_key(name)])
+            self.strength, self._reg = strength, None
 
     @torch.no_grad()
     def add_penalty(self, block_loss_grad: bool = False) -> None:
         """gradient += lambda * weight, or (`block_loss_grad`) gradient = lambda * weight where doomed."""
-        live = {n: p for n, p in self._parameters.items() if p.grad is not None}
-        if not live:
-            return
         if block_loss_grad:
             self.block_gradient()
-        gradients = [p.grad for p in live.values() if p.grad is not None]
-        torch._foreach_addcmul_(gradients, [self.reg[refill_key(n)] for n in live], list(live.values()))
+        live = {n: p for n, p in self._parameters.items() if p.grad is not None}
+        self._add([p.grad for p in live.values() if p.grad is not None], live, 1.0)
 
     @torch.no_grad()
     def shrink(self, rate: float) -> None:
@@ -77,17 +74,24 @@ class Pruner:
         Args:
             rate: Learning rate over its peak, in [0, 1].
         """
-        if self._parameters:
-            factors = torch._foreach_mul([self.reg[refill_key(n)] for n in self._parameters], -rate)
-            torch._foreach_add_(factors, 1.0)
-            torch._foreach_mul_(list(self._parameters.values()), factors)
+        self._add(list(self._parameters.values()), self._parameters, -rate)
+
+    def _add(self, targets: list[Tensor], parameters: Mapping[str, Tensor], share: float) -> None:
+        """targets += share * lambda * parameters on doomed weights, all parameters in one operation."""
+        if targets and self._reg is None:
+            masks = [self.doomed[n] for n in parameters]
+            torch._foreach_addcmul_(targets, masks, list(parameters.values()), value=share * self.strength)
+        elif targets:
+            own = [self.reg[refill_key(n)] for n in parameters]
+            torch._foreach_addcmul_(targets, own, list(parameters.values()), value=share)
 
     @torch.no_grad()
     def block_gradient(self) -> None:
         """Doomed weights get no gradient of the loss."""
-        for name, parameter in self._parameters.items():
-            if parameter.grad is not None:
-                parameter.grad.mul_(1 - self.doomed[name])
+        pairs = [(p.grad, self.doomed[n]) for n, p in self._parameters.items() if p.grad is not None]
+        if pairs:
+            gradients, doomed = zip(*pairs, strict=True)
+            torch._foreach_addcmul_(gradients, gradients, doomed, value=-1.0)
 
     def doomed_norm(self) -> float:
         """Euclidean norm of all doomed weights together."""

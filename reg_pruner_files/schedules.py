@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 E_MINUS_1 = math.e - 1
 
@@ -96,3 +97,11 @@ class Clock:
         except OverflowError:
             return self.upper_limit
         return min(value, self.upper_limit)
+
+
+def clock_from(args: Any) -> Clock:
+    """Lambda's clock as the arguments set it."""
+    return Clock(
+        schedule=args.RST_schedule, delta=args.reg_granularity_prune, exponents=args.exponents,
+        epochs=args.epochs, horizon=args.reg_horizon, guard=args.reg_guard, upper_limit=args.reg_upper_limit,
+    )  # fmt: skip

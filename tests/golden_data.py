@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models import build_model
 from models.layers import Normalize
-from models.vit import VisionTransformer
+from models.vision_transformer import VisionTransformer
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the reference values lie beside the checkout, not in it")

@@ -12,12 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pruning_utils
-from criteria import CRITERIA, Evidence, collect_evidence
+from budgets import BUDGETS, budget, global_budget, kept_count, layer_wise_budget
+from criteria import CRITERIA
+from evidence import Evidence, collect_evidence
 from masks import MaskPair, effective_state
 from models import MODELS, build_model
-from models.vit import VisionTransformer
-from regroup import BUDGETS, best_units, budget, global_budget, kept_count, layer_wise_budget, regroup, score_units
-from rounds import RoundRules, decide, unit_groups
+from models.vision_transformer import VisionTransformer
+from regroup import best_units, regroup, score_units
+from rounds import decide, unit_groups
+from rules import RoundRules
 from units import Slice, UnitGroup, channel_groups, rows
 from vit_pruning_utils import head_groups, neuron_groups, prune_model_custom_fillback_vit, vit_groups
 from vit_pruning_utils_head_mlp import prune_model_custom_fillback_vit_head_and_mlp

@@ -15,15 +15,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dataset
 import main_imp_fillback
+from batches import BatchLoader, crop_and_flip, mixed_seed
 from counting import cost_of
-from dataset import BatchLoader, ImageSet, channel_statistics, crop_and_flip, load_splits, mixed_seed, split_indices
+from dataset import load_splits
 from errors import DataError, UsageError
+from image_sets import ImageSet, channel_statistics, split_indices
 from models import MODELS, build_model, register_model
 from models.layers import Normalize
-from models.vit import load_pretrained_weights, set_fused_attention, vit_small
+from models.pretrained import load_pretrained_weights
+from models.vision_transformer import set_fused_attention
+from models.vit import vit_small
 from optimization import OPTIMIZERS, LearningRate
 from options import parse_args
-from rounds import RoundRules, decide, kept_per_kind, unit_groups
+from rounds import decide, kept_per_kind, unit_groups
+from rules import RoundRules
 from utils import choose_device, choose_precision, setup_model_dataset
 
 

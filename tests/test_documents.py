@@ -7,10 +7,11 @@ import re
 import pytest
 import torch
 
-from criteria import Evidence
+from budgets import budget
+from evidence import Evidence
 from masks import MaskPair, l1_mask
 from models import build_model
-from regroup import budget, regroup
+from regroup import regroup
 from units import Slice, UnitGroup
 from vit_pruning_utils import extract_mask_vit, prune_model_custom_fillback_vit_by_head, pruning_model_vit
 from vit_pruning_utils_head_mlp import prune_model_custom_fillback_vit_head_and_mlp

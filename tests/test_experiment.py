@@ -15,6 +15,7 @@ import torch
 import yaml
 from conftest import ROOT, start, tiny
 
+import experiment
 import main_imp_fillback
 from masks import effective_state
 from run_state import RunFolder
@@ -60,7 +61,7 @@ def test_three_rounds_start_from_the_ticket_under_the_mask(struct, tmp_path, mon
             starts.append(({k: v.clone() for k, v in model.state_dict().items()}, pruner is not None))
         return train(state, loader, model, criterion, optimizer, epoch, passer, pruner)
 
-    monkeypatch.setattr(main_imp_fillback, "train", watching)
+    monkeypatch.setattr(experiment, "train", watching)
     assert run(*tiny(tmp_path, struct=struct, pruning_times=3, epochs=2, criteria="l2")) == 0
     ticket = torch.load(tmp_path / "init.pth.tar", weights_only=True)
     assert [penalised for _, penalised in starts] == [False, struct == "rsst", struct == "rsst"]
@@ -69,7 +70,7 @@ def test_three_rounds_start_from_the_ticket_under_the_mask(struct, tmp_path, mon
         assert equal(saved.init_weight, ticket), "the ticket is bit for bit that of round 0"
         masks = {}
         if state:
-            pair = main_imp_fillback.MaskPair(saved.current_mask, saved.refill_mask)
+            pair = experiment.MaskPair(saved.current_mask, saved.refill_mask)
             masks = pair.structure if struct == "refill" else pair.alive
             assert any(bool(d.any()) for d in pair.doomed.values())
             assert any(bool(d.any()) for d in pair.dead.values())
@@ -98,7 +99,7 @@ def test_what_a_run_leaves_on_disk(tmp_path, capsys):
     raw = torch.load(tmp_path / "run" / "2checkpoint.pth.tar", weights_only=True)
     assert "layer1.0.conv1.weight_orig" in raw["state_dict"] and "layer1.0.conv1.weight_mask" in raw["state_dict"]
     ticket = torch.load(tmp_path / "run" / "ticket.pth.tar", weights_only=True)
-    structure = main_imp_fillback.MaskPair(*(RunFolder.load(tmp_path / "run" / "2checkpoint.pth.tar").__dict__[k]
+    structure = experiment.MaskPair(*(RunFolder.load(tmp_path / "run" / "2checkpoint.pth.tar").__dict__[k]
                                              for k in ("current_mask", "refill_mask"))).structure  # fmt: skip
     hard = effective_state(ticket["state_dict"])
     assert all(not hard[n][m == 0].any() for n, m in structure.items())
@@ -127,10 +128,10 @@ def test_fewer_rounds_than_were_begun_give_the_ticket_of_a_finished_round(tmp_pa
     assert run(*tiny(tmp_path, pruning_times=2)) == 0
     before = torch.load(tmp_path / "ticket.pth.tar", weights_only=True)
     stopped = lambda self, where: setattr(self, "signal", signal.SIGTERM) or real(self, where)  # noqa: E731
-    real = main_imp_fillback.StopRequest.obey
-    monkeypatch.setattr(main_imp_fillback.StopRequest, "obey", stopped)
+    real = experiment.StopRequest.obey
+    monkeypatch.setattr(experiment.StopRequest, "obey", stopped)
     assert run(*tiny(tmp_path, pruning_times=3)) == 143
-    monkeypatch.setattr(main_imp_fillback.StopRequest, "obey", real)
+    monkeypatch.setattr(experiment.StopRequest, "obey", real)
     assert run(*tiny(tmp_path, pruning_times=2)) == 0
     after = torch.load(tmp_path / "ticket.pth.tar", weights_only=True)
     assert after["round"] == 1 and equal(before["state_dict"], after["state_dict"])
@@ -191,7 +192,7 @@ def test_resumed_after_any_epoch_or_step_it_ends_bit_for_bit_the_same(words, tmp
     words = {"pruning_times": 3, "batch_size": 512, **words}
     assert run(*tiny(tmp_path / "whole", **words)) == 0
     steps = {"n": 0}
-    real = main_imp_fillback.StopRequest.obey
+    real = experiment.StopRequest.obey
 
     def obey(self, where):
         steps["n"] += 1
@@ -199,7 +200,7 @@ def test_resumed_after_any_epoch_or_step_it_ends_bit_for_bit_the_same(words, tmp
             self.signal = signal.SIGTERM
         real(self, where)
 
-    monkeypatch.setattr(main_imp_fillback.StopRequest, "obey", obey)
+    monkeypatch.setattr(experiment.StopRequest, "obey", obey)
     status, stops = 143, 0
     while status == 143:
         status = run(*tiny(tmp_path / "broken", **words))
@@ -257,7 +258,7 @@ def test_rewind_lt_returns_to_the_weights_of_its_epoch(tmp_path, monkeypatch):
         starts[state, epoch] = {k: v.clone() for k, v in model.state_dict().items()}
         return train(state, loader, model, criterion, optimizer, epoch, passer, pruner)
 
-    monkeypatch.setattr(main_imp_fillback, "train", watching)
+    monkeypatch.setattr(experiment, "train", watching)
     assert run(*tiny(tmp_path, prune_type="rewind_lt", rewind_epoch=1, epochs=3, struct="refill")) == 0
     saved = RunFolder.load(tmp_path / "1checkpoint.pth.tar")
     assert equal(saved.init_weight, starts[0, 1])
@@ -289,8 +290,9 @@ def test_init_is_written_once_and_then_read(tmp_path, capsys):
 
 def _few_images(monkeypatch) -> None:
     import dataset
+    import image_sets
 
-    real = dataset._digits
+    real = image_sets.read_digits
 
     def few(root, size, workers):
         splits = real(root, size, workers)

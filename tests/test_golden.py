@@ -23,13 +23,14 @@ from golden_data import (
 
 import pruning_utils
 import vit_pruning_utils
-from criteria import Evidence, collect_evidence
+from budgets import kept_count
+from evidence import Evidence, collect_evidence
 from masks import by_parameter
 from models.layers import Normalize
 from optimization import LearningRate
 from reg_pruner_files.reg_pruner import Pruner
 from reg_pruner_files.schedules import SCHEDULES, Clock
-from regroup import kept_count, score_units
+from regroup import score_units
 from training import apply_reg, update_reg
 from units import channel_groups, ranked_names
 from vit_pruning_utils_head_mlp import prune_model_custom_fillback_vit_head_and_mlp

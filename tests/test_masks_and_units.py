@@ -174,3 +174,19 @@ def test_held_entries_stay_zero_through_momentum_and_decay(optimizer):
         held.apply()
     assert held.broken() == []
     assert bool((layer.weight.detach()[mask == 1] != 0).all())
+
+
+@pytest.mark.parametrize("values", ["continuous", "few", "sorted", "periodic", "outliers"])
+def test_among_many_weights_exactly_the_largest_stay(values):
+    n = 600_000
+    scores = {
+        "continuous": lambda: torch.randn(n).abs(),
+        "few": lambda: torch.randint(0, 3, (n,)).float(),
+        "sorted": lambda: torch.arange(n).float(),
+        "periodic": lambda: (torch.arange(n) % 9 == 0).float() * torch.rand(n),
+        "outliers": lambda: torch.cat([torch.full((9,), 1e9), torch.zeros(n - 9)]),
+    }[values]()
+    for keep in (1, 5, 1000, n // 3, n - 1, n):
+        best = torch.zeros(n)
+        best[scores.sort(descending=True, stable=True).indices[:keep]] = 1
+        assert torch.equal(top_mask({"a": scores}, None, keep)["a"], best)

@@ -16,7 +16,8 @@ from optimization import LearningRate
 from plan import expected_squeeze
 from reg_pruner_files.reg_pruner import Pruner
 from reg_pruner_files.schedules import SCHEDULES, Clock
-from rounds import RoundRules, decide, held_masks, shares, unit_groups
+from rounds import decide, held_masks, shares, unit_groups
+from rules import RoundRules
 from training import Passer, apply_reg, hardened, train, update_reg, validate
 from units import ranked_names
 
@@ -203,7 +204,7 @@ def test_the_shares_of_rate_over_rounds():
 @pytest.mark.parametrize("target, kinds", [("head", ("head",)), ("mlp", ("neuron",)), ("both", ("head", "neuron"))])
 @pytest.mark.parametrize("sorting", ["layer-wise", "global"])
 def test_vit_rounds_keep_what_the_rules_say(struct, target, kinds, sorting):
-    from models.vit import VisionTransformer
+    from models.vision_transformer import VisionTransformer
     from rounds import kept_per_kind
 
     model = VisionTransformer(10, 32, 8, 24, 2, 3, 2)

@@ -1,0 +1,162 @@
+"""Batches on the device: augmentation of whole batches, and loaders that can be taken up anywhere."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from errors import DataError
+from image_sets import SPLIT_SEED, ImageSet, Splits
+from image_store import LazyImages
+
+DEVICE_SHARE = 0.25  # of the memory that is free on the device, for one image set
+
+
+def crop_and_flip(images: Tensor, offsets: Tensor, mirrored: Tensor, padding: int) -> Tensor:
+    """Shift each image inside a border of zeros, and mirror some.
+
+    Args:
+        images: [batch, channels, size, size].
+        offsets: int64 [batch, 2]: row and column of the crop's corner in the padded image, in [0, 2 * padding].
+        mirrored: bool [batch].
+
+    Returns:
+        [batch, channels, size, size] of the same type, in channels-last memory.
+    """
+    size = images.shape[-1]
+    padded = torch.nn.functional.pad(images, (padding,) * 4)
+    line = torch.arange(size, device=images.device)
+    row = offsets[:, :1] + line
+    column = offsets[:, 1:] + torch.where(mirrored.unsqueeze(1), line.flip(0), line)
+    which = torch.arange(len(images), device=images.device)[:, None, None]
+    return padded[which, :, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
+
+
+def mixed_seed(*parts: int) -> int:
+    """One 32-bit seed (all that torch's CPU generator takes) out of several whole numbers, each of which matters."""
+    return int(numpy.random.SeedSequence(parts).generate_state(1)[0])
+
+
+class BatchLoader:
+    """Iterates over an image set in batches of (float images in [0, 1], labels) on a device.
+
+    What it yields is a function of (seed, round, epoch) alone, so that an interrupted epoch can be taken up anywhere.
+    Images that fit are kept on the device; of others each batch comes over while the one before is computed on.
+
+    Args:
+        augment: Shuffle, and draw crops (padding an eighth of the side, 4 pixels at 32) and, if `flip`, mirrorings.
+    """
+
+    def __init__(
+        self, data: ImageSet, batch_size: int, device: torch.device, *, augment: bool = False, flip: bool = False,
+        seed: int = 0,
+    ) -> None:  # fmt: skip
+        images = data.images.to(device) if isinstance(data.images, Tensor) and _fits(data.images, device) else None
+        self.data = replace(data, images=data.images if images is None else images, labels=data.labels.to(device))
+        self.device = device
+        self.batch_size = batch_size
+        self.augment, self.flip, self.seed = augment, flip, seed
+        self.place = (0, 0)
+        self.start = 0
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.data) / self.batch_size)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images, in pixels."""
+        return self.data.images.shape[-1]
+
+    def seek(self, state: int, epoch: int, start: int = 0) -> None:
+        """Say which epoch of which round comes next, and the batch to begin with; the batch applies once."""
+        self.place, self.start = (state, epoch), start
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        start, self.start = self.start * self.batch_size, 0
+        yield from self._augmented(start) if self.augment else self._plain(torch.arange(start, len(self.data)))
+
+    def _plain(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        parts = order.split(self.batch_size)
+        labels = self.data.labels[order.to(self.device)].split(self.batch_size)
+        for images, targets in zip(self._fetched(parts), labels, strict=True):
+            yield images.float() / 255, targets
+
+    def _augmented(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        n, padding = len(self.data), self.image_size // 8
+        draw = torch.Generator().manual_seed(mixed_seed(self.seed, *self.place))
+        order = torch.randperm(n, generator=draw)
+        offsets = torch.randint(0, 2 * padding + 1, (n, 2), generator=draw)
+        mirrored = (torch.rand(n, generator=draw) < 0.5) & self.flip
+        # One transfer an epoch: a small one in each step would make the host wait for the device.
+        drawn = [values[start:].to(self.device).split(self.batch_size) for values in (offsets, mirrored)]
+        labels = self.data.labels[order[start:].to(self.device)].split(self.batch_size)
+        fetched = self._fetched(order[start:].split(self.batch_size))
+        for images, corner, mirror, targets in zip(fetched, *drawn, labels, strict=True):
+            yield crop_and_flip(images, corner, mirror, padding).float() / 255, targets
+
+    def _fetched(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The uint8 images at these positions, batch by batch, on the device."""
+        images = self.data.images
+        if isinstance(images, Tensor) and images.device == self.device:
+            whole = torch.cat(list(parts)).to(self.device) if parts else torch.empty(0, dtype=torch.long)
+            return (images[which] for which in whole.split(self.batch_size))
+        source = (
+            images if isinstance(images, LazyImages) else LazyImages(images.__getitem__, torch.arange(len(images)), 0)
+        )
+        return _ahead(batch.to(self.device, non_blocking=True) for batch in _read(source, parts, self.device))
+
+    def fixed_batches(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        """The first `count` batches of a fixed permutation, without augmentation."""
+        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(SPLIT_SEED))
+        return list(self._plain(order[: count * self.batch_size]))
+
+
+def _fits(images: Tensor, device: torch.device) -> bool:
+    """Whether the device has memory to spare for the images."""
+    return device.type != "cuda" or images.numel() < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+def _read(images: LazyImages, parts: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Batches on the host, read by the images' own workers, in memory that a device can copy from by itself.
+
+    Raises:
+        DataError: A file cannot be read; the message names it.
+    """
+    workers = min(images.workers, len(parts), os.cpu_count() or 1)
+    loader: DataLoader[Tensor] = DataLoader(
+        images, batch_sampler=[part.tolist() for part in parts], num_workers=workers, collate_fn=_as_it_is,
+        pin_memory=device.type == "cuda",
+    )  # fmt: skip
+    try:
+        yield from loader
+    except DataError as error:  # from a worker process it comes with that process's traceback
+        raise DataError(str(error).strip().splitlines()[-1].removeprefix("errors.DataError: ")) from None
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _ahead(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same batches, each asked for before the one ahead of it is used up."""
+    waiting = next(batches, None)
+    while waiting is not None:
+        current, waiting = waiting, next(batches, None)
+        yield current
+
+
+Loaders = tuple[BatchLoader, BatchLoader, BatchLoader]
+
+
+def make_loaders(splits: Splits, batch_size: int, device: torch.device, flip: bool, seed: int = 0) -> Loaders:
+    """Train (augmented), validation and test loaders."""
+    train = BatchLoader(splits.train, batch_size, device, augment=True, flip=flip, seed=seed)
+    return train, BatchLoader(splits.val, batch_size, device), BatchLoader(splits.test, batch_size, device)

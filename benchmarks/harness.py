@@ -1,0 +1,85 @@
+"""What the benchmarks share: the machine, timing in turns, and the medians with their spread."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+Times = dict[str, list[float]]
+
+
+def describe_machine(device: torch.device) -> str:
+    """Processor, threads and versions, in one line."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "torchvision", "timm"))
+    return f"{name}, {torch.get_num_threads()} threads; Python {platform.python_version()}, {versions}"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    known = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags.split()]
+    return f"{names[0] if names else platform.processor() or 'CPU'} ({' '.join(known)})"
+
+
+def timed(action: Callable[[], object], device: torch.device) -> float:
+    """Seconds that the action takes, the device's work included."""
+    _wait(device)
+    began = time.perf_counter()
+    action()
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def alternate(actions: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 2) -> Times:
+    """Time the actions in turns, so that a slow minute of the machine falls on all of them."""
+    times: Times = {name: [] for name in actions}
+    for k in range(warmup + rounds):
+        for name, action in actions.items():
+            seconds = timed(action, device)
+            if k >= warmup:
+                times[name].append(seconds)
+    return times
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median and the two quartiles around it."""
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return f"{statistics.median(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def ratios(times: Times, base: str, name: str) -> list[float]:
+    """How many times faster than `base`, turn by turn."""
+    return [slow / fast for slow, fast in zip(times[base], times[name], strict=True)]
+
+
+def matrix_limit(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
+    """The best rate of square matrix products that torch reaches here, in operations per second."""
+    a = torch.rand(size, size, device=device).to(dtype)
+    times = [timed(lambda: a @ a, device) for _ in range(40)]
+    return 2 * size**3 / min(times[2:])
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it reads as text too."""
+    lines = [list(head), *[list(r) for r in rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *text[1:]])
+
+
+def verdict(reached: bool) -> str:
+    return "reached" if reached else "NOT reached"

@@ -1,0 +1,95 @@
+"""What RSST's penalty and held masks add to a training step."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from batches import BatchLoader
+from benchmarks import harness
+from experiment import rules_from
+from image_sets import ImageSet
+from masks import HeldMask
+from models import MODELS, build_model
+from models.layers import Normalize
+from optimization import OPTIMIZERS
+from options import parse_args
+from reg_pruner_files.reg_pruner import Pruner
+from rounds import decide, held_masks, unit_groups
+from training import Passer, apply_reg, train, update_reg
+from utils import choose_device, choose_kernels, choose_precision, cloned_state, prepare_for_speed
+
+GOAL = 1.02
+
+
+def steps(
+    arch: str, optimizer_name: str, batch: tuple[torch.Tensor, torch.Tensor], device: torch.device
+) -> dict[str, Callable[[], object]]:
+    """The same step of the same network without and with the round's penalty and held masks; and these alone."""
+    structured = ["--vit_structured", "--vit_prune_target", "both"] if MODELS[arch].spec.family == "vit" else []
+    args = parse_args(
+        ["--arch", arch, "--criteria", "magnitude", "--rate", "0.3", "--optimizer", optimizer_name, *structured]
+    )
+    torch.manual_seed(0)
+    model = build_model(arch, 10, batch[0].shape[-1])
+    model.normalize = Normalize((0.5,) * 3, (0.25,) * 3)
+    model.to(device)
+    prepare_for_speed(model, choose_precision("auto", device))
+    groups, rules, weights = unit_groups(model), rules_from(args, model), cloned_state(model)
+    pair = decide(model, groups, rules, 0, ranked=weights, trained=weights, previous=None, batches=[])
+    optimizer = OPTIMIZERS[optimizer_name].build(model, 0.01, 0.9, 1e-4)
+    held = HeldMask(model, held_masks(pair, rules))
+    passers = [
+        Passer(args, pair.current, pair.refill, held=h, decoupled=args.penalty == "decoupled") for h in (None, held)
+    ]
+    pruner = Pruner(model, args, passers[1])
+    criterion = nn.CrossEntropyLoss()
+    count = [0]
+
+    def penalty_alone() -> None:
+        count[0] += 1  # lambda moves with every step, as it does in a round
+        update_reg(passers[1], pruner, model, 1, count[0] % 1000, 1000)
+        apply_reg(pruner, model, passers[1])
+        held.apply()
+
+    return {
+        "without": lambda: train(1, [batch], model, criterion, optimizer, 0, passers[0], None),
+        "with": lambda: train(1, [batch], model, criterion, optimizer, 0, passers[1], pruner),
+        "penalty and masks alone": penalty_alone,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", nargs="+", choices=MODELS, default=["vit_tiny", "res20s"])
+    parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--gpu", type=int, default=0)
+    args = parser.parse_args()
+    device = choose_device(args.gpu)
+    choose_kernels(deterministic=False)
+    print(harness.describe_machine(device))
+    n = args.batch_size
+    data = ImageSet(torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 10, (n,)))
+    batch = next(iter(BatchLoader(data, n, device, augment=True)))
+    rows = []
+    for arch in args.arch:
+        for optimizer in args.optimizer:
+            times = harness.alternate(steps(arch, optimizer, batch, device), args.rounds, device)
+            alone = [a / w for a, w in zip(times["penalty and masks alone"], times["without"], strict=True)]
+            share = 1 + statistics.median(alone)
+            rows.append([
+                arch, optimizer, harness.spread(harness.ratios(times, "with", "without"), 3),
+                harness.spread([1e3 * s for s in times["penalty and masks alone"]]), f"{share:.4f}",
+                f"<= {GOAL}: {harness.verdict(share <= GOAL)}",
+            ])  # fmt: skip
+    print(harness.table(["model", "optimizer", "step with / without", "alone, ms", "1 + alone / step", "goal"], rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Image files as uint8 tensors: decoded once into a cache beside them, mapped from there, or decoded batch by batch.
+
+The cache is `<data>/.decoded/<part>_<size>_<key>.uint8`: the images [n, 3, size, size] as they lie in memory. Its key
+hashes the names, sizes and time stamps of the files, so that a changed folder is decoded again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import struct
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from errors import DataError
+
+log = logging.getLogger("rsst.data")
+
+FORMAT = 1
+MEMORY_SHARE = 0.25  # of the free memory, for one part of a data set
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How image files are read.
+
+    Attributes:
+        store: A row of `dataset.IMAGE_STORES`.
+        workers: Threads (or, batch by batch, processes) that decode.
+    """
+
+    store: str = "auto"
+    workers: int = 4
+
+
+class LazyImages(Dataset):
+    """Images that are not (all) in memory; indexes like a uint8 tensor [n, 3, size, size].
+
+    Args:
+        load: int64 [batch] of positions in the whole -> uint8 [batch, 3, size, size].
+        rows: int64 [n]: which of the whole these are.
+        size: Side of the images, in pixels.
+        workers: Processes that should call `load`; 0 if it is quick.
+    """
+
+    def __init__(self, load: Callable[[Tensor], Tensor], rows: Tensor, size: int, workers: int = 0) -> None:
+        self.load, self.rows, self.size, self.workers = load, rows, size, workers
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self.rows), 3, self.size, self.size))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, which: Tensor) -> Tensor:
+        return self.load(self.rows[which])
+
+    def __getitems__(self, which: Sequence[int]) -> Tensor:
+        return self[torch.as_tensor(which)]
+
+    def select(self, which: Tensor) -> LazyImages:
+        """These images alone, none of them read."""
+        return LazyImages(self.load, self.rows[which], self.size, self.workers)
+
+
+Images = Tensor | LazyImages
+
+
+def open_images(paths: Sequence[str], size: int, folder: Path, part: str, decoding: Decoding) -> Images:
+    """Images of files under `folder`, kept as `decoding` says.
+
+    Args:
+        size: Side of the images; others are cropped to the middle square and resized.
+        part: Name for the cache, such as "train".
+
+    Raises:
+        DataError: A file cannot be read; the message names it. (Batch by batch: when its batch comes.)
+    """
+    store = _chosen(len(paths), size, folder, decoding.store)
+    if store != "stream":
+        try:
+            images = _cached(paths, size, folder, part, decoding.workers)
+        except OSError as error:
+            log.info("decoded images cannot be kept in %s (%s)", folder, error.strerror)
+        else:
+            if store == "memory":
+                return images.clone()
+            return LazyImages(images.__getitem__, torch.arange(len(paths)), size)
+    if store == "memory":
+        images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+        decode_into(images, paths, decoding.workers)
+        return images
+    log.info("%s: %d images are decoded for each batch", folder / part, len(paths))
+    return LazyImages(_Decoder(list(paths), size, decoding.workers), torch.arange(len(paths)), size, decoding.workers)
+
+
+def _chosen(count: int, size: int, folder: Path, store: str) -> str:
+    """The store that "auto" stands for: memory, else the disk if it has room for a copy, else neither."""
+    if store != "auto":
+        return store
+    needed = count * 3 * size * size
+    if needed <= MEMORY_SHARE * _free_memory():
+        return "memory"
+    return "mapped" if needed < 0.9 * shutil.disk_usage(folder).free else "stream"
+
+
+def _free_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _cached(paths: Sequence[str], size: int, folder: Path, part: str, workers: int) -> Tensor:
+    """All images, mapped from the cache, which is made if it is not there."""
+    home = folder / ".decoded"
+    file = home / f"{part}_{size}_{_key(paths, size, folder)}.uint8"
+    shape = (len(paths), 3, size, size)
+    count = len(paths) * 3 * size * size
+    if not file.is_file() or file.stat().st_size != count:
+        home.mkdir(exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as new:
+                os.posix_fallocate(new.fileno(), 0, count)  # a full disk must show now: later it would kill the process
+            decode_into(torch.from_file(str(temporary), True, count, dtype=torch.uint8).view(shape), paths, workers)
+            for old in home.glob(f"{part}_{size}_*.uint8"):
+                old.unlink()
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+        log.info("decoded %d images into %s", len(paths), file)
+    return torch.from_file(str(file), False, count, dtype=torch.uint8).view(shape)
+
+
+def _key(paths: Sequence[str], size: int, folder: Path) -> str:
+    digest = hashlib.sha256(struct.pack("2q", FORMAT, size))
+    for path in paths:
+        status = os.stat(path)  # noqa: PTH116 (a Path for each of a million files takes seconds)
+        digest.update(os.path.relpath(path, folder).encode())
+        digest.update(struct.pack("2q", status.st_size, status.st_mtime_ns))
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """Decodes the files of a batch; a class, so that worker processes can be sent it."""
+
+    paths: list[str]
+    size: int
+    threads: int
+
+    def __call__(self, which: Tensor) -> Tensor:
+        images = torch.empty(len(which), 3, self.size, self.size, dtype=torch.uint8)
+        threads = self.threads if get_worker_info() is None else 1
+        decode_into(images, [self.paths[row] for row in which.tolist()], threads)
+        return images
+
+
+def decode_into(images: Tensor, paths: Sequence[str], workers: int) -> None:
+    """Read image files into uint8 [n, 3, size, size], several at a time.
+
+    Raises:
+        DataError: A file cannot be read; the message names it.
+    """
+
+    def decode(k: int) -> None:
+        images[k] = _decode(paths[k], images.shape[-1])
+
+    pool = ThreadPoolExecutor(max(1, workers))
+    try:
+        for _ in pool.map(decode, range(len(paths))):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _decode(path: str, size: int) -> Tensor:
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+            if image.size != (size, size):
+                image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+            return torch.from_numpy(numpy.array(image)).permute(2, 0, 1)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"cannot read the image {path}: {error}") from error

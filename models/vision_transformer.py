@@ -1,0 +1,78 @@
+"""The Vision Transformer for small images (Dosovitskiy et al. 2021): timm's, behind a normalisation layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from timm.models import vision_transformer
+from torch import Tensor, nn
+
+
+class VisionTransformer(vision_transformer.VisionTransformer):
+    """timm's network behind a normalisation layer; images [batch, 3, size, size] in [0, 1] -> logits.
+
+    Attributes:
+        class_token_only: Leave out what the classifier never reads: the last block's other tokens after its keys and
+            values. The logits and gradients are the same up to rounding. Off unless `frugal` turns it on, since
+            criteria and counters look at every token of every layer.
+    """
+
+    def __init__(
+        self, num_classes: int, img_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int,
+        mlp_ratio: float,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads,
+            mlp_ratio=mlp_ratio, num_classes=num_classes, norm_layer=_layer_norm,
+        )  # fmt: skip
+        # timm starts the class token near zero; the documents' networks start it like the position embedding.
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        self.normalize: nn.Module = nn.Identity()
+        self.class_token_only = False
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        x = self.normalize(x)
+        if not self.class_token_only:
+            return super().forward(x)
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block(x)
+        return self.forward_head(self.norm(_class_token_after(last, x)))
+
+
+def _class_token_after(block: Any, x: Tensor) -> Tensor:
+    """A block's output for the first token alone: [batch, tokens, dim] -> [batch, 1, dim]."""
+    attention = block.attn
+    batch, tokens, _ = x.shape
+    shape = (batch, tokens, 3, attention.num_heads, attention.head_dim)
+    query, key, value = attention.qkv(block.norm1(x)).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
+    weights = (query[:, :, :1] * attention.scale @ key.transpose(-2, -1)).softmax(dim=-1)
+    x = x[:, :1] + attention.proj((weights @ value).transpose(1, 2).reshape(batch, 1, -1))
+    return x + block.mlp(block.norm2(x))
+
+
+@contextmanager
+def frugal(model: nn.Module) -> Iterator[None]:
+    """For a while, a ViT of this module computes no more than its logits need; other networks do as ever."""
+    able = isinstance(model, VisionTransformer)
+    if able:
+        model.class_token_only = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if able:
+            model.class_token_only = False  # type: ignore[assignment]
+
+
+def _layer_norm(dim: int, **kwargs: object) -> nn.LayerNorm:
+    return nn.LayerNorm(dim, eps=1e-5, **kwargs)  # type: ignore[arg-type]
+
+
+def set_fused_attention(model: nn.Module, fused: bool) -> None:
+    """Choose the attention kernel of a ViT; other networks are left alone."""
+    for module in model.modules():
+        if isinstance(getattr(module, "fused_attn", None), bool):
+            module.fused_attn = fused  # type: ignore[assignment]

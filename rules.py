@@ -1,0 +1,50 @@
+"""How a run prunes, as named values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from budgets import BUDGETS, Budget, budget
+
+SORTING_MODES = tuple(name for name in BUDGETS if name != "density")
+TARGET_KINDS = {"head": ("head",), "mlp": ("neuron",), "both": ("head", "neuron")}
+
+
+@dataclass(frozen=True)
+class RoundRules:
+    """How a run prunes. Names and values are those of the command line.
+
+    Attributes:
+        structured: Whether units are dropped whole; without it masks stay element-wise (ViT only).
+        targets: Kinds of unit that are dropped.
+    """
+
+    struct: str
+    rate: float
+    rate_mode: str
+    criteria: str
+    structured: bool = True
+    targets: tuple[str, ...] = ("channel",)
+    mlp_prune_ratio: float = 0.0
+    sorting_mode: str = "layer-wise"
+    fillback_rate: float = 0.0
+    min_units: int = 0
+    rsst_dead: str = "zero"
+    criteria_batches: int = 4
+
+    def share(self, rate: float, state: int) -> float:
+        """Share of the original that is gone after round `state`."""
+        return rate if self.rate_mode == "target" else 1 - (1 - rate) ** (state + 1)
+
+    def budgets(self, state: int) -> dict[str, Budget]:
+        """How many units of each kind stay after round `state`."""
+        fillback = self.fillback_rate if self.struct == "refill" else 0.0
+        if "channel" in self.targets:
+            return {"channel": budget("density", fillback_rate=fillback, min_units=self.min_units)}
+        rates = {"head": self.rate, "neuron": self.mlp_prune_ratio}
+        return {
+            kind: budget(
+                self.sorting_mode, ratio=self.share(rates[kind], state) * (1 - fillback), min_units=self.min_units
+            )
+            for kind in self.targets
+        }

@@ -1,0 +1,130 @@
+"""Image files: decoded once, mapped or streamed, always the same images."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny
+from PIL import Image
+
+import image_store
+import main_imp_fillback
+from batches import BatchLoader, make_loaders
+from dataset import IMAGE_STORES, load_splits
+from environment import fingerprint
+from errors import DataError
+from image_store import Decoding, LazyImages, open_images
+
+STORES = [store for store in IMAGE_STORES if store != "auto"]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    noise = np.random.default_rng(0)
+    for part, count in (("train", 15), ("test", 4)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / part / name
+            folder.mkdir(parents=True)
+            for k in range(count):
+                Image.fromarray(noise.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / f"{k}.png")
+    return tmp_path
+
+
+def loaders_of(photos, store, workers=2):
+    splits = load_splits("imagefolder", photos, 8, workers, store)
+    return make_loaders(splits, 4, torch.device("cpu"), flip=True, seed=3)
+
+
+def test_every_store_gives_the_same_batches_statistics_and_fingerprint(photos):
+    found = {}
+    for store in STORES:
+        loaders = loaders_of(photos, store)
+        loaders[0].seek(1, 2, 1)
+        batches = [batch for loader in loaders for batch in loader]
+        statistics = load_splits("imagefolder", photos, 8, 2, store)
+        found[store] = batches, loaders[0].fixed_batches(2), (statistics.mean, statistics.std), fingerprint(*loaders)
+    batches, fixed, statistics, print_ = found["memory"]
+    assert len(batches) == 6 + 1 + 2
+    for store in ("mapped", "stream"):
+        for ours, theirs in zip(found[store][0] + found[store][1], batches + fixed, strict=True):
+            assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+        assert found[store][2:] == (statistics, print_)
+
+
+def test_a_run_takes_up_another_store_where_it_was(photos, tmp_path):
+    words = {"dataset": "imagefolder", "data": photos, "save_dir": tmp_path / "run", "batch_size": 8, "criteria": "l1"}
+    assert main_imp_fillback.main([*tiny(**words), "--image_store", "stream"]) == 0
+    assert main_imp_fillback.main([*tiny(**words, pruning_times=3), "--image_store", "mapped"]) == 0
+
+
+def test_files_are_decoded_once_and_again_when_one_changes(photos, monkeypatch):
+    decoded = []
+    real = image_store._decode
+    monkeypatch.setattr(image_store, "_decode", lambda path, size: decoded.append(path) or real(path, size))
+    load_splits("imagefolder", photos, 8, 2)
+    assert len(decoded) == 38
+    first = load_splits("imagefolder", photos, 8, 2)
+    assert len(decoded) == 38
+    changed = photos / "train" / "cat" / "3.png"
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(changed)
+    second = load_splits("imagefolder", photos, 8, 2)
+    assert len(decoded) == 38 + 30
+    assert not torch.equal(first.train.sample(99), second.train.sample(99))
+    assert len(list((photos / ".decoded").iterdir())) == 2
+    os.utime(changed, ns=(1, 1))
+    load_splits("imagefolder", photos, 8, 2)
+    assert len(decoded) == 38 + 60
+    load_splits("imagefolder", photos, 16, 2)
+    assert len(decoded) == 38 + 60 + 38
+
+
+def test_another_size_has_its_own_cache_and_a_torn_one_is_made_again(photos):
+    paths = [str(p) for p in sorted((photos / "train" / "cat").iterdir())]
+    wanted = open_images(paths, 8, photos, "train", Decoding())
+    (file,) = (photos / ".decoded").iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    assert torch.equal(open_images(paths, 8, photos, "train", Decoding()), wanted)
+    assert open_images(paths, 12, photos, "train", Decoding()).shape == (15, 3, 12, 12)
+    assert len(list((photos / ".decoded").iterdir())) == 2
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize("store", STORES)
+def test_where_nothing_can_be_written_images_are_read_all_the_same(store, reason, photos, monkeypatch):
+    wanted = load_splits("imagefolder", photos, 8, 2, "memory").test.images
+    for file in (photos / ".decoded").iterdir():
+        file.unlink()
+
+    def refuse(*_):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    images = load_splits("imagefolder", photos, 8, 2, store).test.images
+    assert torch.equal(images[torch.arange(8)], wanted)
+    assert isinstance(images, LazyImages) == (store != "memory")
+    assert list((photos / ".decoded").iterdir()) == []
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_damaged_file_is_named_whoever_reads_it(store, photos, capsys):
+    (photos / "test" / "dog" / "2.png").write_bytes(b"nothing")
+    if store == "stream":
+        loader = BatchLoader(load_splits("imagefolder", photos, 8, 2, store).test, 4, torch.device("cpu"))
+        with pytest.raises(DataError, match=r"^cannot read the image \S*2\.png[^\n]*$"):
+            list(loader)
+    else:
+        with pytest.raises(DataError, match=r"^cannot read the image \S*2\.png"):
+            load_splits("imagefolder", photos, 8, 2, store)
+        assert list((photos / ".decoded").glob("*.tmp")) == []
+
+
+def test_auto_takes_memory_then_disk_then_neither(monkeypatch, tmp_path):
+    monkeypatch.setattr(image_store, "_free_memory", lambda: 4 * 3072)
+    for free, count, store in ((10**6, 1, "memory"), (10**6, 2, "mapped"), (6000, 2, "stream")):
+        monkeypatch.setattr(image_store.shutil, "disk_usage", lambda _, free=free: type("", (), {"free": free}))
+        assert image_store._chosen(count, 32, Path(tmp_path), "auto") == store
