@@ -45,13 +45,19 @@ class VisionTransformer(vision_transformer.VisionTransformer):
 
 def _class_token_after(block: Any, x: Tensor) -> Tensor:
     """A block's output for the first token alone: [batch, tokens, dim] -> [batch, 1, dim]."""
-    attention = block.attn
+    x = x[:, :1] + _first_of(block.attn, block.norm1(x))
+    return x + block.mlp(block.norm2(x))
+
+
+def _first_of(attention: Any, x: Tensor) -> Tensor:
+    """What attention gives the first token: [batch, tokens, dim] -> [batch, 1, dim]."""
+    if not hasattr(attention, "qkv"):  # a branch without heads asks nothing of the other tokens
+        return attention(x[:, :1])
     batch, tokens, _ = x.shape
     shape = (batch, tokens, 3, attention.num_heads, attention.head_dim)
-    query, key, value = attention.qkv(block.norm1(x)).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
+    query, key, value = attention.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
     weights = (query[:, :, :1] * attention.scale @ key.transpose(-2, -1)).softmax(dim=-1)
-    x = x[:, :1] + attention.proj((weights @ value).transpose(1, 2).reshape(batch, 1, -1))
-    return x + block.mlp(block.norm2(x))
+    return attention.proj((weights @ value).transpose(1, 2).reshape(batch, 1, -1))
 
 
 @contextmanager

@@ -1,0 +1,291 @@
+"""A convolutional network without its dead channels: its graph, followed from the image to the logits.
+
+Every tensor carries only the channels that can differ from zero. A convolution makes just its living filters and reads
+just the channels that arrive. Where two tensors that are added carry other channels, `Place` puts them in their places;
+in front of an operation that is not known here, all channels are put back.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+Cuts = dict[str, dict[int, Tensor]]
+"""Name of a parameter or buffer -> axis -> positions that stay (int64)."""
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Which channels of a tensor exist; the others are zero.
+
+    Attributes:
+        present: int64, ascending.
+        channels: How many there would be.
+    """
+
+    present: Tensor
+    channels: int
+
+    @property
+    def whole(self) -> bool:
+        return len(self.present) == self.channels
+
+
+class Place(nn.Module):
+    """Puts channels at their places among others, which are zero.
+
+    Args:
+        source: int64 [channels]: for each channel its position in the input, or the input's number of channels.
+    """
+
+    source: Tensor
+
+    def __init__(self, source: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("source", source, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, present, ...] -> [batch, channels, ...]."""
+        return F.pad(x, [0, 0] * (x.ndim - 2) + [0, 1]).index_select(1, self.source)
+
+
+def _all(count: int) -> Tensor:
+    return torch.arange(count)
+
+
+def _union(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cat([a, b]).unique()
+
+
+ZERO_STAYS_ZERO = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Identity, nn.Dropout, nn.Dropout2d,
+    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten,
+    torch.relu, torch.flatten, F.relu, F.relu6, F.leaky_relu, F.silu, F.gelu, F.hardswish, F.dropout, F.max_pool2d,
+    F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d,
+    "relu", "relu_", "contiguous", "flatten", "mean",
+)  # fmt: skip
+"""Modules, functions and methods that work on each channel by itself and leave zeros zero."""
+
+
+class Follower:
+    """Walks through the graph of a network (which it takes over and changes) and cuts what is dead.
+
+    Args:
+        masks: Parameter name -> 0/1. The network's weights must be masked already.
+
+    Attributes:
+        cuts: What was kept of each parameter and buffer that is smaller now.
+    """
+
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        self.masks = masks
+        self.graph = fx.Tracer().trace(model)
+        self.model = fx.GraphModule(model, self.graph)
+        self.modules = dict(self.model.named_modules())
+        self.flows: dict[fx.Node, Flow | None] = {}
+        self.cuts: Cuts = {}
+
+    def follow(self) -> fx.GraphModule:
+        """The network at its real size."""
+        for node in list(self.graph.nodes):
+            self.flows[node] = self._step(node)
+        self.graph.lint()
+        self.model.recompile()
+        return self.model
+
+    def _step(self, node: fx.Node) -> Flow | None:
+        called: Any = self.modules[str(node.target)] if node.op == "call_module" else node.target
+        kind = type(called) if node.op == "call_module" else called
+        if kind in HANDLERS:
+            return HANDLERS[kind](self, node, called)
+        if kind in ZERO_STAYS_ZERO and _keeps_channels(node, called):
+            return self._flow(node.args[0])
+        return self._whole(node)
+
+    def _flow(self, node: Any) -> Flow | None:
+        return self.flows.get(node)
+
+    def _whole(self, node: fx.Node) -> Flow | None:
+        """Whatever this is, it gets all channels; what comes out is not known."""
+        for source in node.all_input_nodes:
+            flow = self._flow(source)
+            if flow is not None and not flow.whole:
+                node.replace_input_with(source, self._placed(source, _all(flow.channels), node))
+        return None
+
+    def _placed(self, source: fx.Node, present: Tensor, before: fx.Node) -> fx.Node:
+        """A node that carries these channels of the source."""
+        flow = self.flows[source]
+        assert flow is not None
+        if torch.equal(flow.present, present):
+            return source
+        where = torch.full((flow.channels,), len(flow.present))
+        where[flow.present] = _all(len(flow.present))
+        name = f"place_{sum(isinstance(m, Place) for m in self.model.modules())}"
+        self.model.add_submodule(name, Place(where[present]).to(next(self.model.parameters()).device))
+        with self.graph.inserting_before(before):
+            node = self.graph.call_module(name, (source,))
+        self.flows[node] = Flow(present, flow.channels)
+        return node
+
+    def _alive(self, name: str, count: int) -> Tensor:
+        """Positions along a parameter's first axis where its mask has a one; all where it has no mask."""
+        mask = self.masks.get(name)
+        return _all(count) if mask is None else mask.reshape(count, -1).sum(1).nonzero().flatten().cpu()
+
+    def _cut(self, layer: str, module: nn.Module, param: str, kept: dict[int, Tensor]) -> None:
+        value = getattr(module, param)
+        if value is None:
+            return
+        kept = {axis: index for axis, index in kept.items() if len(index) < value.shape[axis]}
+        if not kept:
+            return
+        smaller = value.detach()
+        for axis, index in kept.items():
+            smaller = smaller.index_select(axis, index.to(value.device))
+        if isinstance(value, nn.Parameter):
+            setattr(module, param, nn.Parameter(_laid_out_like(value, smaller), value.requires_grad))
+        else:
+            setattr(module, param, smaller)
+        self.cuts[f"{layer}.{param}"] = kept
+
+
+def _laid_out_like(value: Tensor, smaller: Tensor) -> Tensor:
+    channels_last = value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last)
+    return smaller.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _keeps_channels(node: fx.Node, what: Any) -> bool:
+    """Whether a reduction or flattening leaves axis 1 to itself."""
+    words = [*node.args[1:], *node.kwargs.values()]
+    if what == "mean":
+        axes = words[0] if words else None
+        axes = axes if isinstance(axes, tuple | list) else (axes,)
+        return all(a in (2, 3, -1, -2) for a in axes)
+    if what in ("flatten", torch.flatten):
+        return words[:1] == [1]
+    return not isinstance(what, nn.Flatten) or bool(what.start_dim == 1)
+
+
+def _convolution(self: Follower, node: fx.Node, conv: nn.Conv2d) -> Flow:
+    layer, source = str(node.target), node.all_input_nodes[0]
+    flow = self.flows[source] = self._flow(source) or Flow(_all(conv.in_channels), conv.in_channels)
+    arriving = flow.present
+    speaking = _all(0) if conv.bias is None else self._alive(f"{layer}.bias", conv.out_channels)
+    if conv.groups == 1:
+        leaving = _heard(self, node, _union(self._alive(f"{layer}.weight", conv.out_channels), speaking))
+        cut = {0: leaving, 1: arriving}
+    elif conv.groups == conv.in_channels == conv.out_channels:
+        leaving = _heard(self, node, _union(arriving, speaking))
+        node.replace_input_with(source, self._placed(source, leaving, node))
+        cut, conv.groups, arriving = {0: leaving}, len(leaving), leaving
+    else:
+        self._whole(node)
+        return Flow(_all(conv.out_channels), conv.out_channels)
+    result = Flow(leaving, conv.out_channels)
+    self._cut(layer, conv, "weight", cut)
+    self._cut(layer, conv, "bias", {0: leaving})
+    conv.in_channels, conv.out_channels = len(arriving), len(leaving)
+    return result
+
+
+def _heard(self: Follower, node: fx.Node, own: Tensor) -> Tensor:
+    """Channels that a convolution has to make: its own living ones, or those that a norm behind it lets through."""
+    users = [self.modules.get(str(u.target)) if u.op == "call_module" else None for u in node.users]
+    if len(users) == 1 and isinstance(users[0], nn.BatchNorm2d):
+        own = _speaking(self, str(next(iter(node.users)).target), users[0])
+    return own if len(own) else _all(1)  # torch has no convolutions without filters
+
+
+def _speaking(self: Follower, layer: str, norm: nn.BatchNorm2d) -> Tensor:
+    """Channels that the normalisation can make differ from zero, whatever arrives; without masks, all."""
+    if not norm.affine:
+        return _all(norm.num_features)
+    return _union(*(self._alive(f"{layer}.{p}", norm.num_features) for p in ("weight", "bias")))
+
+
+def _normalisation(self: Follower, node: fx.Node, norm: nn.BatchNorm2d) -> Flow:
+    layer, source = str(node.target), node.all_input_nodes[0]
+    flow = self._flow(source)
+    if flow is None:
+        return Flow(_all(norm.num_features), norm.num_features)
+    present = _speaking(self, layer, norm)
+    present = present if len(present) else _all(1)
+    node.replace_input_with(source, self._placed(source, present, node))
+    for param in ("weight", "bias", "running_mean", "running_var"):
+        self._cut(layer, norm, param, {0: present})
+    norm.num_features = len(present)
+    return Flow(present, flow.channels)
+
+
+def _linear(self: Follower, node: fx.Node, linear: nn.Linear) -> None:
+    flow = self._flow(node.args[0])
+    if flow is not None and not flow.whole:
+        width = linear.in_features // flow.channels  # positions of a channel, laid out one after another
+        columns = (flow.present.unsqueeze(1) * width + _all(width)).flatten()
+        self._cut(str(node.target), linear, "weight", {1: columns})
+        linear.in_features = len(columns)
+
+
+def _addition(self: Follower, node: fx.Node, called: Any) -> Flow | None:
+    args: Any = node.args
+    one, other = self._flow(args[0]), self._flow(args[1])
+    if len(args) != 2 or node.kwargs or one is None or other is None:
+        return self._whole(node)
+    present = _union(one.present, other.present)
+    for source in args:
+        node.replace_input_with(source, self._placed(source, present, node))
+    return Flow(present, one.channels)
+
+
+def _concatenation(self: Follower, node: fx.Node, called: Any) -> Flow | None:
+    sources: Any = node.args[0]
+    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    flows = [self._flow(s) for s in sources]
+    if axis != 1 or any(f is None for f in flows):
+        return self._whole(node)
+    present, offset = [], 0
+    for flow in flows:
+        assert flow is not None
+        present.append(flow.present + offset)
+        offset += flow.channels
+    return Flow(torch.cat(present), offset)
+
+
+def _selection(self: Follower, node: fx.Node, called: Any) -> Flow | None:
+    index = node.args[1]
+    untouched = isinstance(index, tuple) and len(index) >= 2 and all(i == slice(None) for i in index[:2])
+    slices = isinstance(index, tuple) and all(isinstance(i, slice) for i in index)
+    return self._flow(node.args[0]) if untouched and slices else self._whole(node)
+
+
+def _padding(self: Follower, node: fx.Node, called: Any) -> Flow | None:
+    args: Any = node.args
+    source, pads = args[:2]
+    flow = self._flow(source)
+    plain = isinstance(pads, tuple | list) and len(node.args) == 2 and not node.kwargs and min(pads, default=0) >= 0
+    if flow is None or not plain or len(pads) not in (2, 4, 6):
+        return self._whole(node)
+    before, after = pads[4:] or (0, 0)
+    node.update_arg(1, tuple(pads[:4]))
+    return Flow(flow.present + before, flow.channels + before + after)
+
+
+HANDLERS: dict[Any, Callable[[Follower, fx.Node, Any], Flow | None]] = {
+    nn.Conv2d: _convolution,
+    nn.BatchNorm2d: _normalisation,
+    nn.Linear: _linear,
+    operator.add: _addition,
+    operator.iadd: _addition,
+    torch.add: _addition,
+    torch.cat: _concatenation,
+    operator.getitem: _selection,
+    F.pad: _padding,
+}
+"""What to do at a call: type of module, function, or name of method -> handler."""

@@ -1,0 +1,128 @@
+"""The network that a mask describes, at its real size: `shrink` cuts away what is masked, `expand` puts it back.
+
+A Vision Transformer loses heads and neurons, and with the last of them the branch, down to its bias. A convolutional
+network loses channels wherever `channel_flow` finds that they are zero.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from channel_flow import Cuts, Follower
+from models.registry import spec_of
+from rounds import unit_groups
+from units import UnitGroup
+
+
+class Constant(nn.Module):
+    """What a branch without units still gives: the bias of its last layer.
+
+    Args:
+        layer: Name of that layer, under which the bias stays.
+    """
+
+    def __init__(self, layer: str, bias: Tensor | None) -> None:
+        super().__init__()
+        last = nn.Module()
+        last.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
+        self.add_module(layer, last)
+        self.layer = layer
+
+    def forward(self, x: Tensor, **kwargs: object) -> Tensor:
+        """[batch, tokens, dim] -> the same shape."""
+        bias = self.get_submodule(self.layer).bias
+        return torch.zeros_like(x) if bias is None else bias.to(x.dtype).expand_as(x)  # type: ignore[operator]
+
+
+def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the model without what the masks leave at zero; the same function of its input, up to rounding.
+
+    Args:
+        masks: Parameter name -> 0/1. Units that are masked whole are cut, and what only they fed; other zeros stay.
+
+    Returns:
+        A smaller network with the same parameter names. Its `.cuts` say what was kept of each.
+    """
+    small: Any = copy.deepcopy(model)
+    parameters = dict(small.named_parameters())
+    with torch.no_grad():
+        for name, mask in masks.items():
+            parameters[name].mul_(mask.to(parameters[name].device))
+    groups = unit_groups(model, f"{spec_of(model).stem}.weight" in masks)
+    if any(g.kind == "channel" for g in groups):
+        follower = Follower(small, masks)
+        small, cuts = follower.follow(), follower.cuts
+        small.spec, small.precision = spec_of(model), vars(model).get("precision", torch.float32)
+    else:
+        cuts = _cut_branches(small, groups, masks)
+    small.train(model.training)
+    small.cuts = cuts
+    return small
+
+
+def cut_state(state: Mapping[str, Tensor], small: nn.Module) -> dict[str, Tensor]:
+    """What is left of a whole network's state dict in the shrunk network."""
+    cuts: Cuts = small.cuts  # type: ignore[assignment]
+    left = {}
+    for name in small.state_dict():
+        value = state[name]
+        for axis, index in cuts.get(name, {}).items():
+            value = value.index_select(axis, index.to(value.device))
+        left[name] = value.clone()
+    return left
+
+
+def expand(small: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole network's state dict again: the shrunk network's values, and those of `state` where it has none."""
+    cuts: Cuts = small.cuts  # type: ignore[assignment]
+    whole = {name: value.detach().clone() for name, value in state.items()}
+    for name, value in small.state_dict().items():
+        kept = cuts.get(name, {})
+        lines = [kept.get(axis, torch.arange(size)) for axis, size in enumerate(whole[name].shape)]
+        if lines:
+            whole[name][torch.meshgrid(*lines, indexing="ij")] = value.detach().to(whole[name].device)
+        else:
+            whole[name] = value.detach().clone()
+    return whole
+
+
+def _cut_branches(model: nn.Module, groups: Sequence[UnitGroup], masks: Mapping[str, Tensor]) -> Cuts:
+    """Cut the units that speak to nobody: those whose entries in the layer that reads them are masked."""
+    cuts: Cuts = {}
+    for group in groups:
+        readers = [s for s in group.slices if s.axis == 1]
+        if not readers or not all(s.name in masks for s in readers):
+            continue
+        kept = torch.stack([s.units_with_weights(masks[s.name]) for s in readers]).any(0)
+        branch, _, _ = group.root.layer.rpartition(".")
+        if not bool(kept.any()):
+            _replace_branch(model, branch, readers[0].layer)
+            continue
+        for part in group.slices:
+            positions = part.index[kept].flatten().sort().values
+            _cut_linear(model.get_submodule(part.layer), part.layer, part.axis, positions, cuts)
+        attention: Any = model.get_submodule(branch)
+        if hasattr(attention, "num_heads"):
+            attention.num_heads = int(kept.sum())
+            attention.attn_dim = attention.num_heads * attention.head_dim
+    return cuts
+
+
+def _replace_branch(model: nn.Module, branch: str, last: str) -> None:
+    parent, _, name = branch.rpartition(".")
+    constant = Constant(last.removeprefix(f"{branch}."), model.get_submodule(last).bias)  # type: ignore[arg-type]
+    setattr(model.get_submodule(parent), name, constant)
+
+
+def _cut_linear(layer: Any, name: str, axis: int, positions: Tensor, cuts: Cuts) -> None:
+    params = ["weight"] if axis or layer.bias is None else ["weight", "bias"]
+    for param in params:
+        value = getattr(layer, param)
+        setattr(layer, param, nn.Parameter(value.detach().index_select(axis, positions.to(value.device))))
+        cuts.setdefault(f"{name}.{param}", {})[axis] = positions
+    layer.out_features, layer.in_features = layer.weight.shape

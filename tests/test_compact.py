@@ -1,0 +1,133 @@
+"""A shrunk network computes what the masked one does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from compact import Constant, cut_state, expand, shrink
+from models import MODELS, build_model
+from models.layers import Normalize
+from models.registry import ModelSpec
+from models.vision_transformer import frugal
+from rounds import unit_groups
+from units import kinds
+
+
+def build(arch):
+    torch.manual_seed(0)
+    model = build_model(arch, 10, 32)
+    model.normalize = Normalize((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+    return speaking(model)
+
+
+def speaking(model):
+    """The model with normalisations that have something to say, in eval mode."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for value in (module.weight, module.running_var):
+                nn.init.uniform_(value, 0.5, 1.5)
+            for value in (module.bias, module.running_mean):
+                nn.init.uniform_(value, -0.5, 0.5)
+    return model.eval()
+
+
+def random_structure(model, seed, share, prune_stem=False):
+    """Whole units at random, about `share` of each group (0 and 1 included)."""
+    draw = torch.Generator().manual_seed(seed)
+    parameters, masks = dict(model.named_parameters()), {}
+    for group in unit_groups(model, prune_stem):
+        kept = torch.rand(group.units, generator=draw) < share
+        for part in group.slices:
+            masks[part.name] = part.spread(kept, parameters[part.name])
+    return masks
+
+
+def masked_logits(model, masks, images):
+    state = model.state_dict()
+    state = {n: v * masks[n] if n in masks else v for n, v in state.items()}
+    return torch.func.functional_call(model, state, (images,))
+
+
+WHOLE = {arch: build(arch) for arch in MODELS if arch != "vit_base"}
+IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("arch", WHOLE)
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 2**31), share=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), stem=st.booleans())
+@torch.no_grad()
+def test_the_shrunk_network_is_the_masked_one(arch, seed, share, stem):
+    model = WHOLE[arch]
+    masks = random_structure(model, seed, share, stem and MODELS[arch].spec.family == "cnn")
+    small = shrink(model, masks)
+    wanted = masked_logits(model, masks, IMAGES)
+    assert (small(IMAGES) - wanted).abs().max() <= 1e-5
+    with frugal(small):
+        assert (small(IMAGES) - wanted).abs().max() <= 1e-5
+    if share < 1:
+        assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+@torch.no_grad()
+def test_the_largest_model_too():
+    model = build("vit_base")
+    masks = random_structure(model, 3, 0.4)
+    assert (shrink(model, masks)(IMAGES) - masked_logits(model, masks, IMAGES)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("arch", WHOLE)
+def test_what_was_cut_can_be_put_back(arch):
+    model = WHOLE[arch]
+    masks = random_structure(model, 5, 0.5)
+    small = shrink(model, masks)
+    state = {n: v * masks[n] if n in masks else v for n, v in model.state_dict().items()}
+    names = small.state_dict().keys()
+    assert names <= state.keys()
+    left = cut_state(state, small)
+    for name, value in small.state_dict().items():
+        assert torch.equal(value, left[name]), name
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.add_(1)
+    whole = expand(small, state)
+    for name, value in cut_state(whole, small).items():
+        assert torch.equal(value, small.state_dict()[name])
+    assert whole.keys() == state.keys()
+    for name, value in state.items():
+        assert whole[name].shape == value.shape
+        moved = (whole[name] != value).sum()
+        assert moved <= (small.state_dict()[name].numel() if name in names else 0)
+
+
+def test_shrinking_leaves_the_model_alone_and_empty_branches_give_their_bias():
+    model = WHOLE["vit_tiny"]
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    masks = random_structure(model, 0, 0.0)
+    small = shrink(model, masks)
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    assert sum(isinstance(m, Constant) for m in small.modules()) == 18
+    assert "blocks.0.attn.proj.bias" in small.state_dict() and "blocks.0.attn.qkv.bias" not in small.state_dict()
+    assert kinds(unit_groups(model)) == ["head", "neuron"]
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "vgg11_bn", "mobilenet_v2", "densenet121", "shufflenet_v2_x0_5", "googlenet"]
+)
+@torch.no_grad()
+def test_channels_are_followed_through_every_kind_of_layer(name):
+    """Depth-wise and grouped convolutions, concatenations, shuffled channels, normalisations in front."""
+    own = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
+    model = speaking(getattr(torchvision.models, name)(num_classes=10, **own))
+    model.spec = ModelSpec(name, "conv1", "fc")
+    images = torch.rand(2, 3, 64, 64)
+    for share in (0.0, 0.3, 0.7):
+        masks = random_structure(model, 1, share)
+        small = shrink(model, masks)
+        assert (small(images) - masked_logits(model, masks, images)).abs().max() <= 1e-5
+        convolutions = [sum(m.weight.numel() for m in n.modules() if isinstance(m, nn.Conv2d)) for n in (small, model)]
+        assert convolutions[0] < share * convolutions[1] + 40_000
