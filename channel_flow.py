@@ -269,8 +269,9 @@ def _padding(self: Follower, node: fx.Node, called: Any) -> Flow | None:
     args: Any = node.args
     source, pads = args[:2]
     flow = self._flow(source)
-    plain = isinstance(pads, tuple | list) and len(node.args) == 2 and not node.kwargs and min(pads, default=0) >= 0
-    if flow is None or not plain or len(pads) not in (2, 4, 6):
+    zeros = len(args) == 2 and node.kwargs.get("mode", "constant") == "constant" and not node.kwargs.get("value")
+    known = isinstance(pads, tuple | list) and len(pads) in (2, 4, 6) and min(pads) >= 0
+    if flow is None or not zeros or not known:
         return self._whole(node)
     before, after = pads[4:] or (0, 0)
     node.update_arg(1, tuple(pads[:4]))

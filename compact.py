@@ -7,16 +7,25 @@ network loses channels wherever `channel_flow` finds that they are zero.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from channel_flow import Cuts, Follower
-from models.registry import spec_of
+from errors import DataError
+from models import MODELS, build_model, spec_of
+from models.layers import Normalize
 from rounds import unit_groups
+from run_state import write_atomically
 from units import UnitGroup
+
+FORMAT = 1
 
 
 class Constant(nn.Module):
@@ -126,3 +135,76 @@ def _cut_linear(layer: Any, name: str, axis: int, positions: Tensor, cuts: Cuts)
         setattr(layer, param, nn.Parameter(value.detach().index_select(axis, positions.to(value.device))))
         cuts.setdefault(f"{name}.{param}", {})[axis] = positions
     layer.out_features, layer.in_features = layer.weight.shape
+
+
+def kept_units_of(model: nn.Module, masks: Mapping[str, Tensor], multiple: int = 1) -> dict[str, list[int]]:
+    """Unit group -> which of its units the masks leave, ascending.
+
+    Args:
+        multiple: Keep more, up to the next multiple of this: those with the largest weights, of equals the first.
+    """
+    parameters = dict(model.named_parameters())
+    kept = {}
+    for group in unit_groups(model):
+        root = group.root
+        alive = root.units_with_weights(masks[root.name]) if root.name in masks else torch.ones(group.units).bool()
+        missing = min(-int(alive.sum()) % multiple, group.units - int(alive.sum()))
+        weight = parameters[root.name].detach().abs().cpu()
+        size = weight.sum([d for d in range(weight.ndim) if d != root.axis])[root.index].sum(1)
+        best = torch.sort(size.where(~alive, -1.0), descending=True, stable=True).indices[:missing]
+        alive[best] = True
+        kept[group.name] = alive.nonzero().flatten().tolist()
+    return kept
+
+
+def structure_of(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """The masks (by parameter name) that leave exactly these units of each group.
+
+    Raises:
+        DataError: The model has no such group or unit.
+    """
+    parameters = dict(model.named_parameters())
+    masks: dict[str, Tensor] = {}
+    for group in unit_groups(model):
+        flags = torch.zeros(group.units, dtype=torch.bool)
+        units = kept.get(group.name)
+        if units is None or any(not 0 <= u < group.units for u in units):
+            raise DataError(f"the kept units do not fit the model: {group.name} has {group.units} units")
+        flags[list(units)] = True
+        masks |= {part.name: part.spread(flags, parameters[part.name]) for part in group.slices}
+    return masks
+
+
+def save(small: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
+    """Write `model.safetensors` and `config.json` into a folder that exists.
+
+    Args:
+        config: `arch`, `classes`, `image_size`, `kept` (see `kept_units_of`), and whatever else should stand there.
+    """
+    tensors = {n: v.detach().cpu().contiguous().clone() for n, v in small.state_dict().items()}
+    write_atomically(safetensors.torch.save(tensors), folder / "model.safetensors")
+    write_atomically(json.dumps({"format": FORMAT, **config}, indent=1) + "\n", folder / "config.json")
+
+
+def load(folder: str | Path) -> nn.Module:
+    """The network that `save` wrote, in eval mode; runs no code from the files.
+
+    It takes images [batch, 3, size, size] in [0, 1] and gives logits.
+
+    Raises:
+        DataError: A file is missing, damaged, or of another version or model.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        tensors = safetensors.torch.load_file(folder / "model.safetensors")
+        if config["format"] != FORMAT or config["arch"] not in MODELS:
+            raise DataError(f"{folder} was written by another version of this program")
+        with torch.random.fork_rng(devices=[]):
+            model = build_model(config["arch"], len(config["classes"]), config["image_size"])
+        model.normalize = Normalize((0.0,) * 3, (1.0,) * 3)
+        small = shrink(model, structure_of(model, config["kept"]))
+        small.load_state_dict(tensors)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+        raise DataError(f"cannot read the network in {folder}: {(str(error).splitlines() or ['?'])[0]}") from error
+    return small.eval()

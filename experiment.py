@@ -110,7 +110,7 @@ class Experiment:
         )
         self.stop = StopRequest()
         self.tracker = Tracker("disabled")
-        self.run = RunState(args=settings_of(args), data=fingerprint(*loaders))
+        self.run = RunState(settings_of(args), fingerprint(*loaders), classes=list(getattr(model, "classes", ())))
 
     def open(self) -> None:
         """Take up the run in the folder, or begin one there."""

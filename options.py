@@ -58,7 +58,7 @@ EXAMPLES = """examples:
 """
 
 
-class _OneLineParser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are one line each, with the nearest flag for a misspelt one."""
 
     def error(self, message: str) -> NoReturn:
@@ -93,8 +93,12 @@ def _number(kind: Callable[[str], Any], allowed: str, test: Callable[[Any], bool
     return parse
 
 
-_COUNT = _number(int, "a whole number of at least 1", lambda v: v >= 1)
-_NATURAL = _number(int, "a whole number of at least 0", lambda v: v >= 0)
+def count(least: int) -> Callable[[str], Any]:
+    """A parser of whole numbers."""
+    return _number(int, f"a whole number of at least {least}", lambda v: v >= least)
+
+
+_COUNT, _NATURAL = count(1), count(0)
 _SHARE = _number(float, "a number in [0, 1)", lambda v: 0 <= v < 1)
 _CLOSED_SHARE = _number(float, "a number in [0, 1]", lambda v: 0 <= v <= 1)
 _POSITIVE = _number(float, "a number above 0", lambda v: 0 < v < math.inf)
@@ -128,7 +132,7 @@ def _rows(table: Iterable[tuple[str, str]]) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser, its flags in groups; choices and help come from the tables that implement them."""
-    parser = _OneLineParser(
+    parser = OneLineParser(
         prog="main_imp_fillback.py",
         allow_abbrev=False,
         epilog=EXAMPLES,
@@ -382,7 +386,7 @@ def _underscored(word: str) -> str:
 
 
 def _preset_parser() -> argparse.ArgumentParser:
-    parser = _OneLineParser(add_help=False, allow_abbrev=False)
+    parser = OneLineParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset")
     return parser
 

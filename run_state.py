@@ -53,6 +53,7 @@ class RunState:
         data: Fingerprint of the images and labels.
         precision: Type of matrix products that the run began with.
         tracker_id: Name of the run for trackers, drawn once.
+        classes: Names of the classes, in the order of the logits.
     """
 
     args: dict[str, Any]
@@ -75,6 +76,7 @@ class RunState:
     rounds: list[Row] = field(default_factory=list)
     precision: str = ""
     tracker_id: str = field(default_factory=lambda: secrets.token_hex(4))
+    classes: list[str] = field(default_factory=list)
     version: int = VERSION
 
 

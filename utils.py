@@ -57,7 +57,7 @@ def _cpu_has_bf16() -> bool:
 
 
 def setup_model_dataset(args: Any) -> tuple[nn.Module, Any, Any, Any]:
-    """Build the model (`model.normalize` set) and the train, validation and test loaders.
+    """Build the model (`model.normalize` and `model.classes` set) and the train, validation and test loaders.
 
     Reads `arch`, `dataset`, `data`, `batch_size` and, where given, `image_size`, `seed`, `gpu`, `workers`,
     `image_store`, `precision`, `compile`, `deterministic`, `vit_pretrained` and `pretrained`.
@@ -78,6 +78,7 @@ def setup_model_dataset(args: Any) -> tuple[nn.Module, Any, Any, Any]:
     model = build_model(args.arch, len(splits.classes), size)
     load_start_weights(model, settings)
     model.normalize = Normalize(splits.mean, splits.std)
+    model.classes = splits.classes  # type: ignore[assignment]
     model.to(device)
     prepare_for_speed(
         model, choose_precision(settings.get("precision", "auto"), device), settings.get("compile", False)

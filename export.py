@@ -1,0 +1,53 @@
+#!/usr/bin/env python3
+"""Write the ticket of a run at its real size: model.safetensors and config.json, ONNX, torch.export."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from console import start_logging
+from errors import RunError, StorageError
+from options import OneLineParser, count
+
+log = logging.getLogger("rsst")
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """Raises: UsageError."""
+    parser = OneLineParser(prog="export.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN_DIR", type=Path, help="folder of the run")
+    parser.add_argument("--round", type=count(0), help="which round (default: the last that is finished)")
+    parser.add_argument("--best", action="store_true", help="its weights of best validation accuracy, not its last")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/export/round_<k>")
+    parser.add_argument("--round_to", type=count(1), default=1, metavar="N",
+                        help="keep more units, up to a multiple of N in each layer")  # fmt: skip
+    parser.add_argument("--onnx", action="store_true", help="also model.onnx, compared with ONNX Runtime's outputs")
+    parser.add_argument("--pt2", action="store_true", help="also model.pt2, by torch.export")
+    parser.add_argument("--quiet", action="store_true", help="only the table")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status (see `errors`)."""
+    start_logging(quiet=False, verbose=False)
+    try:
+        args = parse_args(sys.argv[1:] if argv is None else argv)
+        start_logging(args.quiet, verbose=False)
+        ticket = importlib.import_module("ticket_files")
+        print(ticket.export(args.run, args.round, args.best, args.out, args.round_to, args.onnx, args.pt2))
+    except RunError as error:
+        log.error("%s", error)
+        return error.exit_code
+    except OSError as error:
+        log.error("%s", error)
+        return StorageError.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
