@@ -20,7 +20,7 @@ log = logging.getLogger("rsst.data")
 
 SPLIT_SEED = 20260105  # the split must not depend on the run's seed: validation images stay validation images
 VALIDATION_SHARE = 0.1
-STATISTICS_SAMPLE = 4096
+STATISTICS_SAMPLE = 10_000  # wherever the images are kept, so that a run does not depend on it
 DIGEST_SAMPLE = 256
 
 
@@ -100,8 +100,7 @@ def _with_validation(train: ImageSet, test: ImageSet, classes: Sequence[str], st
     if not len(held_out):
         raise DataError(f"{len(train)} training images are too few: a tenth of them is held out for validation")
     training = train.subset(rest)
-    images = training.images if isinstance(training.images, Tensor) else training.sample(STATISTICS_SAMPLE)
-    mean, std = statistics or channel_statistics(images)
+    mean, std = statistics or channel_statistics(training.sample(STATISTICS_SAMPLE))
     return Splits(training, train.subset(held_out), test, mean, std, tuple(classes))
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import struct
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from errors import DataError
 log = logging.getLogger("rsst.data")
 
 FORMAT = 1
+STALE_SECONDS = 3600
 MEMORY_SHARE = 0.25  # of the free memory, for one part of a data set
 
 
@@ -127,6 +129,9 @@ def _cached(paths: Sequence[str], size: int, folder: Path, part: str, workers: i
     count = len(paths) * 3 * size * size
     if not file.is_file() or file.stat().st_size != count:
         home.mkdir(exist_ok=True)
+        for left in home.glob("*.tmp"):  # by a process that was killed
+            if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                left.unlink(missing_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         try:
             with temporary.open("wb") as new:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -88,9 +89,14 @@ def test_another_size_has_its_own_cache_and_a_torn_one_is_made_again(photos):
     wanted = open_images(paths, 8, photos, "train", Decoding())
     (file,) = (photos / ".decoded").iterdir()
     file.write_bytes(file.read_bytes()[:-1])
+    for name, age in (("killed", 4000), ("at_work", 0)):
+        other = photos / ".decoded" / f"train_8_{name}.99999.tmp"
+        other.touch()
+        os.utime(other, (time.time() - age,) * 2)
     assert torch.equal(open_images(paths, 8, photos, "train", Decoding()), wanted)
     assert open_images(paths, 12, photos, "train", Decoding()).shape == (15, 3, 12, 12)
-    assert len(list((photos / ".decoded").iterdir())) == 2
+    assert [p.name for p in (photos / ".decoded").glob("*.tmp")] == ["train_8_at_work.99999.tmp"]
+    assert len(list((photos / ".decoded").glob("*.uint8"))) == 2
 
 
 @pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EROFS])
