@@ -23,6 +23,7 @@ from masks import HeldMask, MaskPair, by_parameter, count_ones, pruning_state
 from models.registry import spec_of
 from optimization import OPTIMIZERS, LearningRate
 from options import default_run_folder, identity_of, settings_of, tracker_name
+from pictures import draw_kept_units
 from plan import describe_plan, expected_squeeze
 from reg_pruner_files.reg_pruner import Pruner
 from reg_pruner_files.schedules import clock_from
@@ -315,6 +316,7 @@ class Experiment:
             "args": run.args,
         }
         save_atomically(ticket, self.folder.ticket)
+        draw_kept_units(run.rounds, self.folder.path)
         print(rounds_table(run.rounds))
         log.info("finished: %d rounds; the ticket is %s", len(run.rounds), self.folder.ticket)
 

@@ -43,6 +43,13 @@ def start(words, cwd=ROOT, **environment) -> subprocess.Popen:
 
 
 @pytest.fixture(autouse=True)
+def _no_pictures(request, monkeypatch):
+    """Drawing takes longer than a tiny run; tests of pictures are marked."""
+    if "pictures" not in request.keywords:
+        monkeypatch.setattr("experiment.draw_kept_units", lambda *_: None)
+
+
+@pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
 
