@@ -38,21 +38,72 @@ class Flow:
 
 
 class Place(nn.Module):
-    """Puts channels at their places among others, which are zero.
+    """Puts channels at their places among others, which are zero: [batch, present, ...] -> [batch, channels, ...].
 
     Args:
-        source: int64 [channels]: for each channel its position in the input, or the input's number of channels.
+        places: int64 [present].
+        channels: How many there are in all.
     """
 
     source: Tensor
+    one_hot: Tensor
 
-    def __init__(self, source: Tensor) -> None:
+    def __init__(self, places: Tensor, channels: int) -> None:
         super().__init__()
+        source = torch.full((channels,), len(places))
+        source[places] = _all(len(places))
         self.register_buffer("source", source, persistent=False)
+        one_hot = torch.zeros(channels, len(places), 1, 1)
+        one_hot[places, _all(len(places))] = 1
+        self.register_buffer("one_hot", one_hot, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, present, ...] -> [batch, channels, ...]."""
+        if _is_channels_last(x):  # where channels lie side by side, a product is several times faster than a gather
+            return F.conv2d(x, self.one_hot.to(x.dtype))
         return F.pad(x, [0, 0] * (x.ndim - 2) + [0, 1]).index_select(1, self.source)
+
+
+class Select(nn.Module):
+    """Takes some of the channels.
+
+    Args:
+        index: int64 [kept].
+    """
+
+    index: Tensor
+
+    def __init__(self, index: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("index", index, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_select(1, self.index)
+
+
+class AddAt(nn.Module):
+    """Adds a tensor of few channels to one of many, each at its place.
+
+    Args:
+        places: int64 [few].
+        channels: How many the other has.
+    """
+
+    places: Tensor
+
+    def __init__(self, places: Tensor, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("places", places, persistent=False)
+        self.place = Place(places, channels)
+
+    def forward(self, many: Tensor, few: Tensor) -> Tensor:
+        if _is_channels_last(few):
+            return many + self.place(few)
+        dtype = torch.promote_types(many.dtype, few.dtype)
+        return many.to(dtype).index_add(1, self.places, few.to(dtype))
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _all(count: int) -> Tensor:
@@ -90,6 +141,7 @@ class Follower:
         self.modules = dict(self.model.named_modules())
         self.flows: dict[fx.Node, Flow | None] = {}
         self.cuts: Cuts = {}
+        self.inserted = 0
 
     def follow(self) -> fx.GraphModule:
         """The network at its real size."""
@@ -120,19 +172,24 @@ class Follower:
         return None
 
     def _placed(self, source: fx.Node, present: Tensor, before: fx.Node) -> fx.Node:
-        """A node that carries these channels of the source."""
+        """A node that carries these channels of the source: some are dropped, others come as zeros."""
         flow = self.flows[source]
         assert flow is not None
-        if torch.equal(flow.present, present):
-            return source
-        where = torch.full((flow.channels,), len(flow.present))
-        where[flow.present] = _all(len(flow.present))
-        name = f"place_{sum(isinstance(m, Place) for m in self.model.modules())}"
-        self.model.add_submodule(name, Place(where[present]).to(next(self.model.parameters()).device))
-        with self.graph.inserting_before(before):
-            node = self.graph.call_module(name, (source,))
+        node, carried = source, flow.present
+        stays = torch.isin(carried, present)
+        if not bool(stays.all()):
+            node, carried = self._insert(Select(stays.nonzero().flatten()), (node,), before), carried[stays]
+        if len(carried) < len(present):
+            node = self._insert(Place(torch.searchsorted(present, carried), len(present)), (node,), before)
         self.flows[node] = Flow(present, flow.channels)
         return node
+
+    def _insert(self, module: nn.Module, sources: tuple[fx.Node, ...], before: fx.Node) -> fx.Node:
+        self.inserted += 1
+        name = f"{type(module).__name__.lower()}_{self.inserted}"
+        self.model.add_submodule(name, module.to(next(self.model.parameters()).device))
+        with self.graph.inserting_before(before):
+            return self.graph.call_module(name, sources)
 
     def _alive(self, name: str, count: int) -> Tensor:
         """Positions along a parameter's first axis where its mask has a one; all where it has no mask."""
@@ -238,10 +295,19 @@ def _addition(self: Follower, node: fx.Node, called: Any) -> Flow | None:
     one, other = self._flow(args[0]), self._flow(args[1])
     if len(args) != 2 or node.kwargs or one is None or other is None:
         return self._whole(node)
-    present = _union(one.present, other.present)
+    result = Flow(_union(one.present, other.present), one.channels)
+    present = result.present
+    for many, few in (args, args[::-1]):
+        partial = self.flows[few].present  # type: ignore[union-attr]
+        if len(partial) < len(present) == len(self.flows[many].present):  # type: ignore[union-attr]
+            adding = self._insert(AddAt(torch.searchsorted(present, partial), len(present)), (many, few), node)
+            self.flows[adding] = result
+            node.replace_all_uses_with(adding)
+            self.graph.erase_node(node)
+            return result
     for source in args:
         node.replace_input_with(source, self._placed(source, present, node))
-    return Flow(present, one.channels)
+    return result
 
 
 def _concatenation(self: Follower, node: fx.Node, called: Any) -> Flow | None:
