@@ -167,12 +167,14 @@ def train(
         meter.add(loss, output, target)
         last = i + 1 == batches
         # Reading the loss waits for the device: cheap on a CPU, so that divergence is caught at once.
-        if (device.type == "cpu" or last or (i + 1) % print_freq == 0) and not math.isfinite(float(meter.loss)):
+        stopping = passer.stop is not None and passer.stop.signal is not None
+        read = device.type == "cpu" or last or stopping or (i + 1) % print_freq == 0
+        if read and not math.isfinite(float(meter.loss)):
             raise DivergedError(f"the loss is not finite in round {state}, epoch {epoch}, step {i + 1} of {batches}")
         if (i + 1) % print_freq == 0:
             log.info("Epoch: [%d][%d/%d]\tLoss %.4f\tAccuracy %.2f\tTime %.1f", epoch, i + 1, batches,
                      meter.mean_loss, meter.accuracy, time.perf_counter() - began)  # fmt: skip
-        if passer.stop is not None and not last and math.isfinite(float(meter.loss) if passer.stop.signal else 0.0):
+        if passer.stop is not None and not last:
             passer.stop.obey(f"in round {state}, epoch {epoch}, after step {i + 1} of {batches}")
     if not all(bool(torch.isfinite(v).all()) for v in model.state_dict().values() if v.is_floating_point()):
         raise DivergedError(f"a weight is not finite after the last step of round {state}, epoch {epoch}")
