@@ -15,6 +15,7 @@ COMMANDS = {
     "data": ["--images", "64", "--files", "30", "--rounds", "2"],
     "regroup": ["--arch", "vit_tiny", "--rounds", "2"],
     "rsst_overhead": ["--arch", "res20s", "--optimizer", "sgd", "--batch_size", "4", "--rounds", "2"],
+    "parts": ["--arch", "res20s", "vit_tiny", "--batch_size", "4", "--rounds", "2"],
     "startup": ["--rounds", "2"],
 }
 
@@ -26,7 +27,7 @@ def test_a_benchmark_prints_its_table(name, monkeypatch, capsys):
     importlib.import_module(f"benchmarks.{name}").main()
     out = capsys.readouterr().out
     assert "|---" in out and "torch" in out.splitlines()[0]
-    assert "reached" in out
+    assert "reached" in out or name == "parts"
 
 
 def test_loops_take_turns_and_warm_up(monkeypatch):
