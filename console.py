@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
+
+from errors import RunError, StorageError
 
 log = logging.getLogger("rsst")
 
@@ -51,3 +55,20 @@ def log_to_file(path: Path) -> None:
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
+
+
+def exit_status(program: Callable[[], str]) -> int:
+    """Run a program and print what it returns; an end that the user can act on is one line and its status."""
+    start_logging(quiet=False, verbose=False)
+    try:
+        print(program())
+    except RunError as error:
+        log.error("%s", error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        log.error("stopped")
+        return 128 + signal.SIGINT
+    except OSError as error:
+        log.error("%s", error)
+        return StorageError.exit_code
+    return 0

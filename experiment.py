@@ -42,15 +42,15 @@ log = logging.getLogger("rsst")
 SQUEEZE_GOAL = 0.05
 
 
-def run(args: argparse.Namespace) -> None:
-    """Plan, or carry out, the experiment that the arguments describe."""
+def run(args: argparse.Namespace) -> str:
+    """Plan, or carry out, the experiment that the arguments describe; returns the plan, or the table of rounds."""
     model, *loaders = setup_model_dataset(args)
     groups = unit_groups(model, args.conv1)
     if args.dry_run:
         tell_warnings(args)
         step = one_step(copy.deepcopy(model), loaders[0], args)
-        print(describe_plan(model, groups, rules_from(args, model), loaders[0], args.pruning_times, args.epochs, step))
-        return
+        rules = rules_from(args, model)
+        return describe_plan(model, groups, rules, loaders[0], args.pruning_times, args.epochs, step)
     folder = RunFolder(args.save_dir or (Path(args.checkpoint).parent if args.checkpoint else default_run_folder(args)))
     experiment = Experiment(args, model, (loaders[0], loaders[1], loaders[2]), groups, folder)
     try:
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         for state in range(experiment.next_state, args.pruning_times):
             experiment.train_round(state)
             experiment.close_round(state)
-        experiment.finish()
+        return experiment.finish()
     finally:
         experiment.close()
 
@@ -302,8 +302,8 @@ class Experiment:
                 "raise --lr or --reg_granularity_prune", state, 100 * ratio, 100 * SQUEEZE_GOAL,
             )  # fmt: skip
 
-    def finish(self) -> None:
-        """Save the ticket (the last round's weights, hardened) and print the table of rounds."""
+    def finish(self) -> str:
+        """Save the ticket (the last round's weights, hardened); returns the table of rounds."""
         last = self.run.rounds[-1]["round"]
         # The state may be that of a later round, broken off when more rounds were wanted.
         run = self.run if self.run.state == last else RunFolder.load(self.folder.checkpoint(last))
@@ -317,8 +317,8 @@ class Experiment:
         }
         save_atomically(ticket, self.folder.ticket)
         draw_kept_units(run.rounds, self.folder.path)
-        print(rounds_table(run.rounds))
         log.info("finished: %d rounds; the ticket is %s", len(run.rounds), self.folder.ticket)
+        return rounds_table(run.rounds)
 
     def close(self) -> None:
         """Let trackers and signals go."""

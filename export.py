@@ -5,16 +5,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from console import start_logging
-from errors import RunError, StorageError
+from console import exit_status, start_logging
 from options import OneLineParser, count
-
-log = logging.getLogger("rsst")
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -34,19 +30,14 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status (see `errors`)."""
-    start_logging(quiet=False, verbose=False)
-    try:
-        args = parse_args(sys.argv[1:] if argv is None else argv)
-        start_logging(args.quiet, verbose=False)
-        ticket = importlib.import_module("ticket_files")
-        print(ticket.export(args.run, args.round, args.best, args.out, args.round_to, args.onnx, args.pt2))
-    except RunError as error:
-        log.error("%s", error)
-        return error.exit_code
-    except OSError as error:
-        log.error("%s", error)
-        return StorageError.exit_code
-    return 0
+    return exit_status(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(words: Sequence[str]) -> str:
+    args = parse_args(words)
+    start_logging(args.quiet, verbose=False)
+    ticket_files = importlib.import_module("ticket_files")
+    return ticket_files.export(args.run, args.round, args.best, args.out, args.round_to, args.onnx, args.pt2)
 
 
 if __name__ == "__main__":
