@@ -77,26 +77,30 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 def cut_state(state: Mapping[str, Tensor], small: nn.Module) -> dict[str, Tensor]:
     """What is left of a whole network's state dict in the shrunk network."""
     cuts: Cuts = small.cuts  # type: ignore[assignment]
-    left = {}
-    for name in small.state_dict():
-        value = state[name]
-        for axis, index in cuts.get(name, {}).items():
-            value = value.index_select(axis, index.to(value.device))
-        left[name] = value.clone()
-    return left
+    return {n: cut_value(state[n], cuts.get(n, {})).clone() for n in small.state_dict()}
 
 
 def expand(small: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The whole network's state dict again: the shrunk network's values, and those of `state` where it has none."""
     cuts: Cuts = small.cuts  # type: ignore[assignment]
+    own = small.state_dict()
     whole = {name: value.detach().clone() for name, value in state.items()}
-    for name, value in small.state_dict().items():
-        kept = cuts.get(name, {})
-        lines = [kept.get(axis, torch.arange(size)) for axis, size in enumerate(whole[name].shape)]
-        if lines:
-            whole[name][torch.meshgrid(*lines, indexing="ij")] = value.detach().to(whole[name].device)
-        else:
-            whole[name] = value.detach().clone()
+    return {n: put_back(own[n], v, cuts.get(n, {})) if n in own else v for n, v in whole.items()}
+
+
+def cut_value(whole: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """The kept positions (axis -> int64) of a tensor, in their order; the tensor itself if nothing is cut."""
+    for axis, index in kept.items():
+        whole = whole.index_select(axis, index.to(whole.device))
+    return whole
+
+
+def put_back(small: Tensor, whole: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """Write what `cut_value` took to its places in `whole`, in place; returns `whole`."""
+    if not kept:
+        return whole.copy_(small.detach())
+    lines = [kept.get(axis, torch.arange(size)).to(whole.device) for axis, size in enumerate(whole.shape)]
+    whole[torch.meshgrid(*lines, indexing="ij")] = small.detach().to(whole)
     return whole
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn, optim
@@ -19,7 +20,7 @@ from console import log_to_file
 from counting import cost_of
 from environment import describe_environment, fingerprint
 from errors import DivergedError, Interrupted, UsageError
-from masks import HeldMask, MaskPair, by_parameter, count_ones, pruning_state
+from masks import MaskPair, by_parameter, count_ones, current_key, pruning_state, refill_key
 from models.registry import spec_of
 from optimization import OPTIMIZERS, LearningRate
 from options import default_run_folder, identity_of, settings_of, tracker_name
@@ -29,13 +30,14 @@ from reg_pruner_files.reg_pruner import Pruner
 from reg_pruner_files.schedules import clock_from
 from regroup_report import banner, summary
 from reporter import Reporter, rounds_table
-from rounds import decide, held_masks, kept_per_group, kept_per_kind, shares, unit_groups
+from rounds import decide, faded_units, held_masks, kept_per_group, kept_per_kind, shares, unit_groups
 from rules import TARGET_KINDS, RoundRules
 from run_state import Row, RunFolder, RunState, check_same_run, packed, restore_random_states, save_atomically
 from tracker import Tracker
+from trainee import Trainee
 from training import Meter, Passer, StopRequest, hardened, train, validate
 from units import UnitGroup, ranked_names
-from utils import cloned_state, load_initial_weights, seed_everything, setup_model_dataset
+from utils import cloned_state, load_initial_weights, prepare_for_speed, seed_everything, setup_model_dataset
 
 log = logging.getLogger("rsst")
 
@@ -106,6 +108,7 @@ class Experiment:
         self.rules = rules_from(args, model)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
         self.device = next(model.parameters()).device
+        self.precision: torch.dtype = vars(model).get("precision", torch.float32)
         self.rate = LearningRate(
             args.lr, args.epochs, len(self.train_loader), args.warmup, args.lr_schedule, args.decreasing_lr
         )
@@ -126,7 +129,7 @@ class Experiment:
             log.warning("--checkpoint is not read: %s holds a run, which continues", self.folder.path)
         log_to_file(self.folder.path / "log.txt")
         tell_warnings(self.args)
-        precision = str(getattr(self.model, "precision", torch.float32)).removeprefix("torch.")
+        precision = str(self.precision).removeprefix("torch.")
         if found is None:
             self.run.precision = precision
             self._choose_initial_weights()
@@ -174,18 +177,17 @@ class Experiment:
 
     def train_round(self, state: int) -> None:
         """Train round `state` from its ticket, or from where it was broken off."""
-        passer = self._begin(state)
+        self._begin(state)
         run, args = self.run, self.args
         for epoch in range(run.epoch, args.epochs):
             if state == 0 and args.prune_type == "rewind_lt" and epoch == args.rewind_epoch and run.step == 0:
                 run.init_weight = cloned_state(self.model)
             self.train_loader.seek(state, epoch, run.step)
+            passer, model, optimizer = self.passer, self.trainee.model, self.trainee.optimizer
             passer.meter = Meter.start(self.device, run.partial) if run.step else None
             began, first = time.perf_counter(), run.step
             try:
-                meter = train(
-                    state, self.train_loader, self.model, self.criterion, self.optimizer, epoch, passer, self.pruner
-                )
+                meter = train(state, self.train_loader, model, self.criterion, optimizer, epoch, passer, self.pruner)
             except Interrupted:
                 assert passer.meter is not None
                 run.epoch, run.step, run.partial = epoch, passer.meter.steps, passer.meter.sums()
@@ -193,43 +195,80 @@ class Experiment:
                 raise
             except DivergedError as error:
                 file = self.folder.path / "diverged.pth.tar"
+                self.trainee.write_back()
                 save_atomically({"state_dict": cloned_state(self.model)}, file)
                 raise DivergedError(f"{error}; its weights are in {file}") from error
             self._close_epoch(epoch, meter, (time.perf_counter() - began) / (meter.steps - first))
             self.stop.obey(f"after round {state}, epoch {epoch}")
 
-    def _begin(self, state: int) -> Passer:
+    def _begin(self, state: int) -> None:
         """Model, masks, penalty and optimizer as they are at the start of the round, or where it was broken off."""
         run, args = self.run, self.args
         fresh = run.state != state or not run.state_dict
         if fresh:
-            run.state, run.epoch, run.step, run.best_sa = state, 0, 0, [-1.0, -1.0, -1.0]
+            run.state, run.epoch, run.step, run.best_sa, run.faded = state, 0, 0, [-1.0, -1.0, -1.0], {}
             run.current_mask, run.refill_mask = run.following.get("current", {}), run.following.get("refill", {})
         self.pair = MaskPair(run.current_mask, run.refill_mask) if state else None
         self.model.load_state_dict(run.init_weight if fresh else run.state_dict)
-        self.held = HeldMask(self.model, held_masks(self.pair, self.rules))
-        self.held.apply()
-        passer = Passer(args, run.current_mask, run.refill_mask, held=self.held, rate=self.rate, stop=self.stop,
-                        reporter=self.reporter, decoupled=args.penalty == "decoupled")  # fmt: skip
-        self.pruner = Pruner(self.model, args, passer) if self.pair and args.struct == "rsst" else None
-        self.optimizer = new_optimizer(args, self.model)
+        self._equip({} if fresh else run.optimizer)
         if fresh:
             run.doomed_norm = self.pruner.doomed_norm() if self.pruner else 0.0
             seed_everything(mixed_seed(args.seed, state))
         else:
-            self.optimizer.load_state_dict(run.optimizer)
             restore_random_states(run.rng)
         part = shares(self.pair, self.names, self.rules)
         log.info("round %d: %.2f %% of the prunable weights are zero, %.2f %% being squeezed, %.2f %% kept by the "
-                 "structure", state, part.zero, part.squeezed, part.kept)  # fmt: skip
+                 "structure%s", state, part.zero, part.squeezed, part.kept, self._size_in_words())  # fmt: skip
         self.tracker.log({"remain_weight": 100 - part.zero, "prune_times": state, "step": state * args.epochs})
-        return passer
+
+    def _equip(self, optimizer: dict[str, Any]) -> None:
+        """What trains the model under its masks; `optimizer` is a state to go on from, or empty."""
+        run, args = self.run, self.args
+        compiled = vars(args).get("compile", False)
+        self.held = held_masks(self.pair, self.rules, self.groups, run.faded)
+        self.trainee = Trainee(
+            self.model, self.held, lambda model: new_optimizer(args, model),
+            lambda model: prepare_for_speed(model, self.precision, compiled), args.compact_training,
+        )  # fmt: skip
+        if optimizer:
+            self.trainee.load_optimizer_state(optimizer)
+        current, refill = (self.trainee.cut(by_parameter(m)) for m in (run.current_mask, run.refill_mask))
+        self.passer = Passer(
+            args, {current_key(n): m for n, m in current.items()}, {refill_key(n): m for n, m in refill.items()},
+            held=self.trainee.held, rate=self.rate, stop=self.stop, reporter=self.reporter,
+            decoupled=args.penalty == "decoupled",
+        )  # fmt: skip
+        squeezing = self.pair is not None and args.struct == "rsst"
+        self.pruner = Pruner(self.trainee.model, args, self.passer) if squeezing else None
+
+    def _size_in_words(self) -> str:
+        share = self.trainee.share
+        return "" if share == 1 else f"; the network trains at its real size, {100 * share:.1f} % of the parameters"
+
+    def _let_faded_units_go(self, epoch: int) -> None:
+        """Hold at zero, and leave out of the network, the doomed units of which next to nothing is left."""
+        run, share = self.run, self.args.fade_out
+        if self.pruner is None or self.pair is None or share == 0:
+            return
+        weights = self.model.state_dict()
+        faded = faded_units([g for g in self.groups if g.kind in self.rules.targets], self.pair, weights,
+                            run.init_weight, share)  # fmt: skip
+        if sum(map(len, faded.values())) > sum(map(len, run.faded.values())):
+            state, strength = self.trainee.optimizer_state(), self.pruner.strength
+            run.faded = faded
+            self._equip(state)
+            self.pruner.strength = strength
+            log.info("round %d epoch %3d: %d units have faded out%s", run.state, epoch, sum(map(len, faded.values())),
+                     self._size_in_words())  # fmt: skip
 
     def _close_epoch(self, epoch: int, meter: Meter, seconds_per_step: float) -> None:
         run = self.run
-        val, test = (validate(loader, self.model, self.criterion) for loader in (self.val_loader, self.test_loader))
-        if broken := self.held.broken():
+        if broken := self.trainee.held.broken():
             raise AssertionError(f"weights held at zero have moved: {broken[:3]}")
+        self.trainee.write_back()
+        self._let_faded_units_go(epoch)
+        loaders, model = (self.val_loader, self.test_loader), self.trainee.model
+        val, test = (validate(loader, model, self.criterion) for loader in loaders)
         run.reg_lambda = self.pruner.strength if self.pruner else 0.0
         run.history.append({
             "round": run.state, "prune_times": run.state, "epoch": epoch, "step": run.state * self.args.epochs + epoch,
@@ -247,8 +286,9 @@ class Experiment:
         self.reporter.epoch(run.history[-1])
 
     def _save(self, path: Path | None = None) -> None:
-        self.run.state_dict, self.run.optimizer = cloned_state(self.model), self.optimizer.state_dict()
-        self.folder.save(self.run, path, held_masks(self.pair, self.rules))
+        self.trainee.write_back()
+        self.run.state_dict, self.run.optimizer = cloned_state(self.model), self.trainee.optimizer_state()
+        self.folder.save(self.run, path, self.held)
 
     def close_round(self, state: int) -> None:
         """Judge the round, then decide the masks of the next."""

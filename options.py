@@ -40,6 +40,7 @@ NOT_IDENTITY = frozenset(
         "print_freq",
         "workers",
         "compile",
+        "compact_training",
         "deterministic",
         "image_store",
         "gpu",
@@ -213,6 +214,14 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="of matrix products and convolutions; auto: bf16 where the processor has it, else fp32 (never TF32)",
     )
+    group.add_argument(
+        "--compact_training",
+        type=_truth,
+        nargs="?",
+        const=True,
+        default=True,
+        help="train without the units that are held at zero: the same numbers up to rounding, in less time and memory",
+    )
     _flag(group, "compile", "compile the network by torch.compile: a minute or two of waiting, then faster steps")
     _flag(group, "deterministic", "only kernels that give the same bits every time (CUDA: slower; CPUs have no others)")
 
@@ -319,6 +328,14 @@ def _add_rsst(parser: argparse.ArgumentParser) -> None:
         choices=("zero", "free"),
         default="zero",
         help="weights outside both masks: held at zero, or trained like the others",
+    )
+    group.add_argument(
+        "--fade_out",
+        type=_SHARE,
+        default=0.01,
+        metavar="SHARE",
+        help="after an epoch, leave out the doomed units whose weights' norm is at most this share of the layer's when "
+        "the round began (per weight); 0: never",
     )
 
 
@@ -456,6 +473,7 @@ _READ_WHERE: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], bool], 
             "penalty",
             "block_loss_grad",
             "rsst_dead",
+            "fade_out",
         ),
         lambda a: a.struct == "rsst",
         "with --struct rsst",

@@ -12,7 +12,7 @@ from evidence import collect_evidence
 from masks import Mask, MaskPair, by_parameter, count_ones, current_key, l1_mask
 from regroup import regroup
 from rules import RoundRules
-from units import UnitGroup, channel_groups, kept_units, kinds, ranked_names
+from units import Slice, UnitGroup, channel_groups, kept_units, kinds, ranked_names
 from vit_pruning_utils import is_vit_model, refill_rows, vit_groups
 
 
@@ -21,11 +21,64 @@ def unit_groups(model: nn.Module, prune_stem: bool = False) -> list[UnitGroup]:
     return vit_groups(model, prune_stem) if is_vit_model(model) else channel_groups(model, prune_stem)
 
 
-def held_masks(pair: MaskPair | None, rules: RoundRules) -> Mask:
-    """What a round holds at zero (by parameter name, 0 where held): Refill all but the structure, RSST the dead."""
-    if pair is None or (rules.struct == "rsst" and rules.rsst_dead == "free"):
+def held_masks(
+    pair: MaskPair | None,
+    rules: RoundRules,
+    groups: Sequence[UnitGroup] = (),
+    faded: Mapping[str, Sequence[int]] | None = None,
+) -> Mask:
+    """What a round holds at zero (by parameter name, 0 where held): Refill all but the structure, RSST the dead.
+
+    Args:
+        groups, faded: Unit groups, and for some of them (by name) units that are held at zero besides.
+    """
+    if pair is None:
         return {}
-    return pair.structure if rules.struct == "refill" else pair.alive
+    free = rules.struct == "rsst" and rules.rsst_dead == "free"
+    held = {} if free else pair.structure if rules.struct == "refill" else pair.alive
+    for group in (g for g in groups if faded and g.name in faded):
+        flags = torch.ones(group.units, dtype=torch.bool)
+        flags[list(faded[group.name])] = False  # type: ignore[index]
+        for part in group.slices:
+            like = pair.structure[part.name]
+            held[part.name] = part.spread(flags, like) * held.get(part.name, 1.0)
+    return held
+
+
+def faded_units(
+    groups: Sequence[UnitGroup],
+    pair: MaskPair,
+    weights: Mapping[str, Tensor],
+    initial: Mapping[str, Tensor],
+    share: float,
+) -> dict[str, list[int]]:
+    """Doomed units of which next to nothing is left, by group; groups without any are left out.
+
+    Args:
+        weights: The state dict now.
+        initial: The one that the round began with.
+        share: A unit has faded out if in each of its layers the root mean square of its weights is at most this share
+            of that of the layer's initial weights.
+    """
+    doomed = pair.doomed
+    faded = {}
+    for group in groups:
+        outside = ~kept_units(group, pair.structure[group.root.name])
+        outside &= torch.stack([s.units_with_weights(doomed[s.name].float()) for s in group.slices]).any(0)
+        for layer in dict.fromkeys(s.layer for s in group.slices):
+            parts = [s for s in group.slices if s.layer == layer]
+            now, before = (sum(_squares(state[s.name], s) for s in parts) for state in (weights, initial))
+            outside &= now <= share**2 * before.mean()  # type: ignore[union-attr]
+        if bool(outside.any()):
+            faded[group.name] = outside.nonzero().flatten().tolist()
+    return faded
+
+
+def _squares(value: Tensor, part: Slice) -> Tensor:
+    """Sum of squares of each unit's entries: float64 [units], on the CPU."""
+    others = [d for d in range(value.ndim) if d != part.axis]
+    squares = value.detach().double().square()
+    return (squares.sum(dim=others) if others else squares).cpu()[part.index].sum(dim=1)
 
 
 def rank_and_prune(

@@ -47,6 +47,7 @@ class RunState:
         reg_lambda: The penalty strength last applied.
         best_sa: Best validation accuracy of the round, in percent, and the test accuracy of that epoch.
         doomed_norm: Norm of the doomed weights when the round began.
+        faded: Unit group -> its doomed units that have faded out in this round and are held at zero since.
         following: The masks ("current", "refill") that the finished round decided for the next.
         history: A row per epoch; `rounds`: a row per finished round.
         args: The settings of the run.
@@ -70,6 +71,7 @@ class RunState:
     reg_lambda: float = 0.0
     best_sa: list[float] = field(default_factory=lambda: [-1.0, -1.0, -1.0])
     doomed_norm: float = 0.0
+    faded: dict[str, list[int]] = field(default_factory=dict)
     following: dict[str, Mask] = field(default_factory=dict)
     rng: dict[str, Any] = field(default_factory=dict)
     history: list[Row] = field(default_factory=list)

@@ -158,6 +158,7 @@ def train(
         loss = criterion(output.float(), target)
         optimizer.zero_grad()
         loss.backward()
+        _zero_where_unreached(model)
         if pruner is not None:
             update_reg(passer, pruner, model, state, i, batches)
             apply_reg(pruner, model, passer)
@@ -180,6 +181,13 @@ def train(
         raise DivergedError(f"a weight is not finite after the last step of round {state}, epoch {epoch}")
     passer.meter = None
     return meter
+
+
+def _zero_where_unreached(model: nn.Module) -> None:
+    """No gradient would mean no decay and no penalty; parameters that the loss does not depend on get both."""
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def _shown(batches: Iterable, passer: Any, state: int, epoch: int) -> Iterable:

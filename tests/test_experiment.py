@@ -62,7 +62,7 @@ def test_three_rounds_start_from_the_ticket_under_the_mask(struct, tmp_path, mon
         return train(state, loader, model, criterion, optimizer, epoch, passer, pruner)
 
     monkeypatch.setattr(experiment, "train", watching)
-    assert run(*tiny(tmp_path, struct=struct, pruning_times=3, epochs=2, criteria="l2")) == 0
+    assert run(*tiny(tmp_path, struct=struct, pruning_times=3, epochs=2, criteria="l2", compact_training="false")) == 0
     ticket = torch.load(tmp_path / "init.pth.tar", weights_only=True)
     assert [penalised for _, penalised in starts] == [False, struct == "rsst", struct == "rsst"]
     for state, (weights, _) in enumerate(starts):
@@ -76,6 +76,110 @@ def test_three_rounds_start_from_the_ticket_under_the_mask(struct, tmp_path, mon
             assert any(bool(d.any()) for d in pair.dead.values())
         for name, value in weights.items():
             assert torch.equal(value, ticket[name] * masks[name] if name in masks else ticket[name]), (state, name)
+
+
+def watched_sizes(monkeypatch) -> list[int]:
+    """The parameters that each epoch from now on computes with."""
+    sizes = []
+
+    def watching(state, loader, model, *rest):
+        sizes.append(sum(p.numel() for n, p in model.named_parameters() if not n.startswith("idle.")))
+        return train(state, loader, model, *rest)
+
+    monkeypatch.setattr(experiment, "train", watching)
+    return sizes
+
+
+@pytest.mark.parametrize("struct", ["refill", "rsst"])
+def test_training_at_real_size_changes_nothing_for_the_user(struct, tmp_path, monkeypatch):
+    """But the time. In float32 a fresh network follows its rounding errors, so the learning rate is small here."""
+    sizes = watched_sizes(monkeypatch)
+    words = {"struct": struct, "pruning_times": 3, "precision": "fp32", "criteria": "magnitude", "lr": 1e-4,
+             "rate": 0.4 if struct == "refill" else 0.95}  # fmt: skip
+    runs = []
+    for compact in ("true", "false"):
+        assert run(*tiny(tmp_path / compact, compact_training=compact, **words)) == 0
+        runs.append(RunFolder.load(tmp_path / compact / "2checkpoint.pth.tar"))
+    for name, value in runs[0].state_dict.items():
+        if "running" not in name:
+            assert (value - runs[1].state_dict[name]).abs().max() <= 1e-4, name
+    for field in ("current_mask", "refill_mask", "following", "init_weight"):
+        assert equal(getattr(runs[0], field), getattr(runs[1], field)), field
+    assert runs[0].optimizer["state"].keys() == runs[1].optimizer["state"].keys()
+    assert [r.keys() for r in runs[0].rounds] == [r.keys() for r in runs[1].rounds]
+    assert len(set(sizes[3:])) == 1 and sizes[0] == sizes[3]
+    assert sizes[2] < sizes[1] <= sizes[0]
+
+
+def test_training_at_real_size_can_begin_in_the_middle(tmp_path, monkeypatch):
+    """Checkpoints are the same with and without it."""
+    words = {"struct": "rsst", "pruning_times": 3, "precision": "fp32", "criteria": "magnitude", "lr": 1e-4,
+             "rate": 0.95}  # fmt: skip
+    assert run(*tiny(tmp_path / "whole", compact_training="false", batch_size=512, **words)) == 0
+    real, calls = experiment.StopRequest.obey, {"n": 0}
+
+    def obey(self, where):
+        calls["n"] += 1
+        if calls["n"] % 4 == 0:
+            self.signal = signal.SIGTERM
+        real(self, where)
+
+    monkeypatch.setattr(experiment.StopRequest, "obey", obey)
+    status, turns = 143, 0
+    while status == 143:
+        status = run(*tiny(tmp_path / "mixed", compact_training=["true", "false"][turns % 2], batch_size=512, **words))
+        turns += 1
+    assert status == 0 and turns >= 3
+    one, other = (RunFolder.load(tmp_path / d / "2checkpoint.pth.tar") for d in ("whole", "mixed"))
+    for name, value in one.state_dict.items():
+        if "running" not in name:
+            assert (value - other.state_dict[name]).abs().max() <= 1e-4, name
+    assert equal(one.following, other.following)
+
+
+FADING = {
+    "epochs": 5, "decreasing_lr": 9, "penalty": "decoupled", "RST_schedule": "x", "reg_granularity_prune": 0.05,
+    "reg_upper_limit": 0.5, "criteria": "magnitude", "precision": "fp32", "rate": 0.5,
+}  # fmt: skip
+
+
+def test_units_that_have_faded_out_are_left_out(tmp_path, monkeypatch, capsys):
+    sizes = watched_sizes(monkeypatch)
+    assert run(*tiny(tmp_path / "on", **FADING)) == 0
+    assert "units have faded out; the network trains at its real size" in capsys.readouterr().err
+    assert sizes[:5] == sizes[:1] * 5 and sizes[9] < sizes[5] <= sizes[0]
+    saved = RunFolder.load(tmp_path / "on" / "1checkpoint.pth.tar")
+    pair = experiment.MaskPair(saved.current_mask, saved.refill_mask)
+    assert saved.faded and saved.rounds[1]["squeeze_ratio"] < 0.05
+    for name, units in saved.faded.items():
+        for unit in units:
+            assert not saved.state_dict[f"{name}.weight"][unit].any()
+            assert not pair.structure[f"{name}.weight"][unit].any() and pair.doomed[f"{name}.weight"][unit].any()
+    assert run(*tiny(tmp_path / "off", fade_out=0, **FADING)) == 0
+    assert not RunFolder.load(tmp_path / "off" / "1checkpoint.pth.tar").faded and len(set(sizes[15:])) == 1
+    assert run(*tiny(tmp_path / "masked", compact_training="false", **FADING)) == 0
+    assert len(set(sizes[20:])) == 1
+    assert RunFolder.load(tmp_path / "masked" / "1checkpoint.pth.tar").faded
+
+
+def test_a_run_goes_on_after_units_have_faded_out_bit_for_bit(tmp_path, monkeypatch):
+    assert run(*tiny(tmp_path / "whole", **FADING)) == 0
+    real, calls = experiment.StopRequest.obey, {"n": 0}
+
+    def obey(self, where):
+        calls["n"] += 1
+        if calls["n"] % 9 == 0:
+            self.signal = signal.SIGTERM
+        real(self, where)
+
+    monkeypatch.setattr(experiment.StopRequest, "obey", obey)
+    status, stops = 143, 0
+    while status == 143:
+        status = run(*tiny(tmp_path / "broken", **FADING))
+        stops += status == 143
+    assert status == 0 and stops >= 4
+    assert RunFolder.load(tmp_path / "broken" / "1checkpoint.pth.tar").faded
+    assert_same_runs(tmp_path / "whole", tmp_path / "broken")
 
 
 def test_what_a_run_leaves_on_disk(tmp_path, capsys):
@@ -259,7 +363,7 @@ def test_rewind_lt_returns_to_the_weights_of_its_epoch(tmp_path, monkeypatch):
         return train(state, loader, model, criterion, optimizer, epoch, passer, pruner)
 
     monkeypatch.setattr(experiment, "train", watching)
-    assert run(*tiny(tmp_path, prune_type="rewind_lt", rewind_epoch=1, epochs=3, struct="refill")) == 0
+    assert run(*tiny(tmp_path, prune_type="rewind_lt", rewind_epoch=1, epochs=3, struct="refill", compact_training="no")) == 0
     saved = RunFolder.load(tmp_path / "1checkpoint.pth.tar")
     assert equal(saved.init_weight, starts[0, 1])
     assert not equal(starts[0, 0], starts[0, 1])
