@@ -363,7 +363,10 @@ def test_rewind_lt_returns_to_the_weights_of_its_epoch(tmp_path, monkeypatch):
         return train(state, loader, model, criterion, optimizer, epoch, passer, pruner)
 
     monkeypatch.setattr(experiment, "train", watching)
-    assert run(*tiny(tmp_path, prune_type="rewind_lt", rewind_epoch=1, epochs=3, struct="refill", compact_training="no")) == 0
+    assert (
+        run(*tiny(tmp_path, prune_type="rewind_lt", rewind_epoch=1, epochs=3, struct="refill", compact_training="no"))
+        == 0
+    )
     saved = RunFolder.load(tmp_path / "1checkpoint.pth.tar")
     assert equal(saved.init_weight, starts[0, 1])
     assert not equal(starts[0, 0], starts[0, 1])
