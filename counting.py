@@ -11,6 +11,9 @@ from torch.func import functional_call
 
 from units import UnitGroup
 
+# Kinds of unit that own nothing that is not counted with another kind, or weight by weight.
+OVERLAPPING = ("patch", "block")
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -39,7 +42,7 @@ def cost_of(model: nn.Module, groups: Sequence[UnitGroup], masks: Mapping[str, T
     A weight counts if its mask is 1 and its input can be other than zero: inputs that only dropped channels feed are
     gone as well. Weights that are pruned one by one are counted as if hardware could skip them.
     """
-    kept = {g.name: _live_units(g, masks) for g in groups if g.root.name in masks and g.kind != "patch"}
+    kept = {g.name: _live_units(g, masks) for g in groups if g.root.name in masks and g.kind not in OVERLAPPING}
     uses = _uses(model, masks, image_size)
     modules = dict(model.named_modules())
     macs = _attention_macs(modules, groups, kept, uses)

@@ -31,7 +31,7 @@ from reg_pruner_files.schedules import clock_from
 from regroup_report import banner, summary
 from reporter import Reporter, rounds_table
 from rounds import decide, faded_units, held_masks, kept_per_group, kept_per_kind, shares, unit_groups
-from rules import TARGET_KINDS, RoundRules
+from rules import RoundRules, kinds_of
 from run_state import Row, RunFolder, RunState, check_same_run, packed, restore_random_states, save_atomically
 from tracker import Tracker
 from trainee import Trainee
@@ -47,7 +47,7 @@ SQUEEZE_GOAL = 0.05
 def run(args: argparse.Namespace) -> str:
     """Plan, or carry out, the experiment that the arguments describe; returns the plan, or the table of rounds."""
     model, *loaders = setup_model_dataset(args)
-    groups = unit_groups(model, args.conv1)
+    groups = unit_groups(model, args.conv1, "block" in rules_from(args, model).targets)
     if args.dry_run:
         tell_warnings(args)
         step = one_step(copy.deepcopy(model), loaders[0], args)
@@ -72,10 +72,10 @@ def tell_warnings(args: argparse.Namespace) -> None:
 
 def rules_from(args: argparse.Namespace, model: nn.Module) -> RoundRules:
     """The pruning rules that the arguments ask for."""
-    names = ("struct", "rate", "rate_mode", "criteria", "mlp_prune_ratio", "sorting_mode", "fillback_rate", "min_units",
-             "rsst_dead", "criteria_batches")  # fmt: skip
+    names = ("struct", "rate", "rate_mode", "criteria", "mlp_prune_ratio", "block_prune_ratio", "sorting_mode",
+             "fillback_rate", "min_units", "rsst_dead", "criteria_batches")  # fmt: skip
     is_vit = spec_of(model).family == "vit"
-    targets = TARGET_KINDS[args.vit_prune_target] if is_vit else ("channel",)
+    targets = kinds_of(args.vit_prune_target) if is_vit else ("channel",)
     structured = args.vit_structured or not is_vit
     return RoundRules(**{n: getattr(args, n) for n in names}, structured=structured, targets=targets)
 

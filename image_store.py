@@ -137,9 +137,10 @@ def _cached(paths: Sequence[str], size: int, folder: Path, part: str, workers: i
             with temporary.open("wb") as new:
                 os.posix_fallocate(new.fileno(), 0, count)  # a full disk must show now: later it would kill the process
             decode_into(torch.from_file(str(temporary), True, count, dtype=torch.uint8).view(shape), paths, workers)
+            temporary.replace(file)  # made by another process too? Then it stays, whoever comes last
             for old in home.glob(f"{part}_{size}_*.uint8"):
-                old.unlink()
-            temporary.replace(file)
+                if old != file:
+                    old.unlink(missing_ok=True)
         finally:
             temporary.unlink(missing_ok=True)
         log.info("decoded %d images into %s", len(paths), file)

@@ -18,7 +18,7 @@ from errors import UsageError
 from models import MODELS
 from optimization import LR_SCHEDULES, OPTIMIZERS
 from reg_pruner_files.schedules import SCHEDULES, clock_from
-from rules import SORTING_MODES, TARGET_KINDS
+from rules import SORTING_MODES, TARGET_KINDS, kinds_of
 
 PRESETS: dict[str, dict[str, Any]] = {
     "as_documented": {
@@ -125,6 +125,19 @@ def _milestones(text: str) -> tuple[int, ...]:
     if any(v < 0 for v in values):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of epochs such as 91,136")
     return values
+
+
+def _targets(text: str) -> str:
+    """The targets in the table's order; all of what a row stands for becomes that row."""
+    try:
+        kinds = kinds_of(text)
+    except KeyError as error:
+        near = difflib.get_close_matches(error.args[0], TARGET_KINDS, 1, cutoff=0.5)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        rows = ", ".join(TARGET_KINDS)
+        raise argparse.ArgumentTypeError(f"{error.args[0]!r} is not one of {rows}{hint}") from None
+    names = {row: target for target, row in TARGET_KINDS.items()}
+    return names.get(kinds) or ",".join(names[kind,] for kind in kinds)
 
 
 def _rows(table: Iterable[tuple[str, str]]) -> str:
@@ -275,8 +288,15 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
 def _add_vit(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("ViT")
     _flag(group, "vit_structured", "prune whole heads and neurons; without it ViTs are pruned weight by weight")
-    group.add_argument("--vit_prune_target", choices=TARGET_KINDS, default="head", help="which units")
+    group.add_argument(
+        "--vit_prune_target",
+        type=_targets,
+        default="head",
+        metavar="UNITS",
+        help="which units: head, mlp, both of them, block (whole attention and MLP branches), or several with commas",
+    )
     group.add_argument("--mlp_prune_ratio", type=_SHARE, help="share of neurons (None: --rate)")
+    group.add_argument("--block_prune_ratio", type=_SHARE, help="share of blocks (None: --rate)")
     group.add_argument(
         "--sorting_mode",
         choices=SORTING_MODES,
@@ -383,6 +403,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         args.rate_mode = "target" if args.vit_structured else "round"
     if args.mlp_prune_ratio is None:
         args.mlp_prune_ratio = args.rate
+    if args.block_prune_ratio is None:
+        args.block_prune_ratio = args.rate
     if args.penalty == "auto":
         args.penalty = "decoupled" if OPTIMIZERS[args.optimizer].adaptive else "gradient"
     if args.image_size is None:
@@ -456,8 +478,13 @@ _READ_WHERE: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], bool], 
     (("vit_prune_target", "sorting_mode"), lambda a: a.vit_structured, "with --vit_structured"),
     (
         ("mlp_prune_ratio",),
-        lambda a: a.vit_structured and a.vit_prune_target != "head",
+        lambda a: a.vit_structured and "neuron" in kinds_of(a.vit_prune_target),
         "with --vit_structured --vit_prune_target mlp or both",
+    ),
+    (
+        ("block_prune_ratio",),
+        lambda a: a.vit_structured and "block" in kinds_of(a.vit_prune_target),
+        "with --vit_structured --vit_prune_target block",
     ),
     (
         ("min_units",),

@@ -72,7 +72,7 @@ def describe_plan(
     size = train_loader.image_size
     names = ranked_names(model, groups)
     lines = ["prunable layers"]
-    owner = {s.name: g for g in groups for s in g.slices}
+    owner = {s.name: g for g in reversed(groups) for s in g.slices}  # of a block's layers, the heads and neurons
     for name in names:
         shape = tuple(parameter_of(model, name).shape)
         group = owner[name]

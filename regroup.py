@@ -21,8 +21,12 @@ NOTHING_LEFT = -1.0
 
 
 def score_units(groups: Sequence[UnitGroup], evidence: Evidence, criterion: str) -> dict[str, Tensor]:
-    """Group name -> float64 [units]; the higher stays."""
-    return {g.name: CRITERIA[criterion].score(evidence, g.root) for g in groups}
+    """Group name -> float64 [units]; the higher stays. Blocks differ in size: what sums over weights is per weight."""
+    scores = {g.name: CRITERIA[criterion].score(evidence, g.root) for g in groups}
+    if CRITERIA[criterion].reads == "weights":
+        for group in (g for g in groups if g.kind == "block"):
+            scores[group.name] /= evidence.weight(group.root.name).numel()
+    return scores
 
 
 def best_units(scores: Tensor, count: int) -> Tensor:
@@ -48,7 +52,8 @@ def regroup(
         budgets: Kind of unit -> rule for how many stay. A kind without a rule keeps its element-wise mask.
 
     Returns:
-        The refill mask, new tensors: `"<layer>"` -> 0/1 of the same shapes, in the order of the groups.
+        The refill mask, new tensors: `"<layer>"` -> 0/1 of the same shapes, in the order of the groups. Where groups
+        overlap (a block and its heads), what any of them drops is gone.
     """
     scored = [g for g in groups if g.kind in budgets]
     scores = score_units(scored, evidence, criterion)
@@ -66,9 +71,9 @@ def regroup(
     for group in groups:
         for part in group.slices:
             current = current_mask[current_key(part.name)]
-            refill[refill_key(part.name)] = (
-                part.spread(kept[group.name], current) if group.name in kept else current.clone()
-            )
+            mask = part.spread(kept[group.name], current) if group.name in kept else current.clone()
+            key = refill_key(part.name)
+            refill[key] = refill[key] * mask if key in refill else mask
     return refill
 
 

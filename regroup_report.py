@@ -12,9 +12,11 @@ from units import UnitGroup, kinds
 PARTS = {
     "head": "Attention Head Pruning",
     "neuron": "MLP Neuron Pruning",
+    "block": "Block Pruning",
     "channel": "Channel Pruning",
 }
 LAYERS = {"head": "Attention layers", "neuron": "MLP layers", "channel": "Convolution layers"}
+TITLES = {"head": "Head", "neuron": "MLP", "block": "Block", "channel": "Channel"}
 
 
 def sparsity_percent(masks: Mapping[str, Tensor]) -> float:
@@ -25,7 +27,7 @@ def sparsity_percent(masks: Mapping[str, Tensor]) -> float:
 
 def banner(targets: Sequence[str], criteria: str, ratios: Mapping[str, float], refill: bool) -> str:
     """The block that opens a regrouping. `targets` are the kinds of unit; `ratios` maps a label to a share."""
-    name = " + ".join({"head": "Head", "neuron": "MLP", "channel": "Channel"}[t] for t in targets)
+    name = " + ".join(TITLES[t] for t in targets)
     title = "ViT Head-level" if list(targets) == ["head"] else f"ViT {name}"
     if "channel" in targets:
         title = "Channel-level"
@@ -61,6 +63,7 @@ def summary(groups: Sequence[UnitGroup], refill: Mask) -> str:
     ranked = {
         k: list(dict.fromkeys(s.name for g in groups if g.kind == k for s in g.slices if s.ranked))
         for k in kinds(groups)
+        if k != "block"  # made of the others' layers
     }
     masks = by_parameter(refill)
     names = [n for of_kind in ranked.values() for n in of_kind]

@@ -16,9 +16,9 @@ from units import Slice, UnitGroup, channel_groups, kept_units, kinds, ranked_na
 from vit_pruning_utils import is_vit_model, refill_rows, vit_groups
 
 
-def unit_groups(model: nn.Module, prune_stem: bool = False) -> list[UnitGroup]:
-    """The unit groups of any registered model."""
-    return vit_groups(model, prune_stem) if is_vit_model(model) else channel_groups(model, prune_stem)
+def unit_groups(model: nn.Module, prune_stem: bool = False, blocks: bool = False) -> list[UnitGroup]:
+    """The unit groups of any registered model; of a ViT with its `blocks` as units too, if asked for."""
+    return vit_groups(model, prune_stem, blocks) if is_vit_model(model) else channel_groups(model, prune_stem)
 
 
 def held_masks(

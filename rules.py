@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from budgets import BUDGETS, Budget, budget
 
 SORTING_MODES = tuple(name for name in BUDGETS if name != "density")
-TARGET_KINDS = {"head": ("head",), "mlp": ("neuron",), "both": ("head", "neuron")}
+TARGET_KINDS = {"head": ("head",), "mlp": ("neuron",), "both": ("head", "neuron"), "block": ("block",)}
+
+
+def kinds_of(targets: str) -> tuple[str, ...]:
+    """Kinds of unit that a row of `TARGET_KINDS`, or several with commas between, stands for; in the table's order.
+
+    Raises:
+        KeyError: There is no such row.
+    """
+    wanted = {kind for target in targets.split(",") for kind in TARGET_KINDS[target]}
+    return tuple(k for k in dict.fromkeys(k for row in TARGET_KINDS.values() for k in row) if k in wanted)
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,7 @@ class RoundRules:
     structured: bool = True
     targets: tuple[str, ...] = ("channel",)
     mlp_prune_ratio: float = 0.0
+    block_prune_ratio: float = 0.0
     sorting_mode: str = "layer-wise"
     fillback_rate: float = 0.0
     min_units: int = 0
@@ -41,10 +52,12 @@ class RoundRules:
         fillback = self.fillback_rate if self.struct == "refill" else 0.0
         if "channel" in self.targets:
             return {"channel": budget("density", fillback_rate=fillback, min_units=self.min_units)}
-        rates = {"head": self.rate, "neuron": self.mlp_prune_ratio}
-        return {
-            kind: budget(
-                self.sorting_mode, ratio=self.share(rates[kind], state) * (1 - fillback), min_units=self.min_units
-            )
-            for kind in self.targets
-        }
+        rates = {"head": self.rate, "neuron": self.mlp_prune_ratio, "block": self.block_prune_ratio}
+        budgets = {}
+        for kind in self.targets:
+            ratio = self.share(rates[kind], state) * (1 - fillback)
+            if kind == "block":  # each of them is a layer of one unit
+                budgets[kind] = budget("global", ratio=ratio)
+            else:
+                budgets[kind] = budget(self.sorting_mode, ratio=ratio, min_units=self.min_units)
+        return budgets

@@ -61,9 +61,29 @@ def neuron_groups(model: nn.Module) -> list[UnitGroup]:
     return groups
 
 
-def vit_groups(model: nn.Module, prune_patch_embed: bool = False) -> list[UnitGroup]:
-    """All that can be pruned in a ViT: heads, neurons and, if asked for, the patch embedding weight by weight."""
-    groups = head_groups(model) + neuron_groups(model)
+def block_groups(model: nn.Module) -> list[UnitGroup]:
+    """One group of one unit per attention branch and per MLP: all its weights, the layer that speaks for it first.
+
+    Without them the branch adds the bias of that layer and nothing else.
+    """
+    groups = []
+    for group in head_groups(model) + neuron_groups(model):
+        first, last = (s.layer for s in group.slices)
+        sizes = {layer: parameter_of(model, f"{layer}.weight").shape[0] for layer in (last, first)}
+        slices = tuple(Slice(layer, 0, torch.arange(size).unsqueeze(0)) for layer, size in sizes.items())
+        groups.append(UnitGroup(last.rpartition(".")[0], "block", slices))
+    order = {name: k for k, (name, _) in enumerate(model.named_modules())}
+    return sorted(groups, key=lambda g: order[g.name])
+
+
+def vit_groups(model: nn.Module, prune_patch_embed: bool = False, blocks: bool = False) -> list[UnitGroup]:
+    """All that can be pruned in a ViT: heads, neurons and, if asked for, whole blocks and the patch embedding.
+
+    Args:
+        prune_patch_embed: Include the patch embedding, which is pruned weight by weight.
+        blocks: Include attention and MLP branches as units of their own, over those that they contain.
+    """
+    groups = head_groups(model) + neuron_groups(model) + (block_groups(model) if blocks else [])
     if prune_patch_embed:
         stem = spec_of(model).stem
         groups.append(UnitGroup(stem, "patch", (rows(stem, parameter_of(model, f"{stem}.weight").shape[0]),)))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from compact import Constant, cut_state, expand, shrink
+from counting import cost_of
 from models import MODELS, build_model
 from models.layers import Normalize
 from models.registry import ModelSpec
-from models.vision_transformer import frugal
+from models.vision_transformer import frugal, set_fused_attention
 from rounds import unit_groups
 from units import kinds
 
@@ -102,6 +106,21 @@ def test_what_was_cut_can_be_put_back(arch):
         assert whole[name].shape == value.shape
         moved = (whole[name] != value).sum()
         assert moved <= (small.state_dict()[name].numel() if name in names else 0)
+
+
+@pytest.mark.parametrize("arch", WHOLE)
+@pytest.mark.parametrize("share", [0.34, 0.67])
+def test_the_counted_cost_of_a_mask_is_that_of_the_shrunk_network(arch, share):
+    """By torch's own counter; the runner's reads masks only."""
+    model = WHOLE[arch]
+    masks = random_structure(model, 7, share)
+    small = copy.deepcopy(shrink(model, masks))
+    set_fused_attention(small, fused=False)
+    with FlopCounterMode(display=False) as counter:
+        small(IMAGES[:1])
+    cost = cost_of(model, unit_groups(model), masks, 32)
+    assert cost.parameters == sum(p.numel() for p in small.parameters())
+    assert cost.macs == counter.get_total_flops() / 2
 
 
 def test_shrinking_leaves_the_model_alone_and_empty_branches_give_their_bias():

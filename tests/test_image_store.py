@@ -84,6 +84,26 @@ def test_files_are_decoded_once_and_again_when_one_changes(photos, monkeypatch):
     assert len(decoded) == 38 + 60 + 38
 
 
+def test_two_processes_may_decode_the_same_folder_at_once(photos, monkeypatch):
+    """What one has made, and may be opening, the other does not take away."""
+    reference = load_splits("imagefolder", photos, 8, 2).train.images
+    made = sorted((photos / ".decoded").iterdir())
+    contents = [f.read_bytes() for f in made]
+    for file in made:
+        file.unlink()
+    real, gone = image_store.decode_into, []
+
+    def meanwhile(*arguments):
+        for file, content in zip(made, contents, strict=True):
+            file.write_bytes(content)
+        real(*arguments)
+
+    monkeypatch.setattr(image_store, "decode_into", meanwhile)
+    monkeypatch.setattr(Path, "unlink", lambda self, **_: gone.append(self.name) if self.suffix == ".uint8" else None)
+    assert torch.equal(load_splits("imagefolder", photos, 8, 2).train.images[:], reference[:])
+    assert gone == []
+
+
 def test_another_size_has_its_own_cache_and_a_torn_one_is_made_again(photos):
     paths = [str(p) for p in sorted((photos / "train" / "cat").iterdir())]
     wanted = open_images(paths, 8, photos, "train", Decoding())
