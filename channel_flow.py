@@ -114,6 +114,8 @@ def _union(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([a, b]).unique()
 
 
+ADDITIONS = (operator.add, operator.iadd, torch.add)
+
 ZERO_STAYS_ZERO = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Identity, nn.Dropout, nn.Dropout2d,
     nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten,
@@ -129,13 +131,16 @@ class Follower:
 
     Args:
         masks: Parameter name -> 0/1. The network's weights must be masked already.
+        lanes: What is added to other tensors keeps all its channels where the living ones, rounded up to a multiple of
+            this, are no fewer: processors work on so many at once, and nothing has to be put in its place.
 
     Attributes:
         cuts: What was kept of each parameter and buffer that is smaller now.
     """
 
-    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor], lanes: int = 1) -> None:
         self.masks = masks
+        self.lanes = lanes
         self.graph = fx.Tracer().trace(model)
         self.model = fx.GraphModule(model, self.graph)
         self.modules = dict(self.model.named_modules())
@@ -190,6 +195,18 @@ class Follower:
         self.model.add_submodule(name, module.to(next(self.model.parameters()).device))
         with self.graph.inserting_before(before):
             return self.graph.call_module(name, sources)
+
+    def _normalised(self, node: fx.Node, norm: nn.BatchNorm2d) -> Tensor:
+        """Channels that a normalisation passes on, at least one."""
+        present = _speaking(self, str(node.target), norm)
+        added = len(node.users) == 1 and next(iter(node.users)).target in ADDITIONS
+        present = self.in_lanes(present, norm.num_features) if added else present
+        return present if len(present) else _all(1)  # torch has no layers without channels
+
+    def in_lanes(self, present: Tensor, channels: int) -> Tensor:
+        """All channels, if the living ones fill as many lanes; else these."""
+        filled = -(-len(present) // self.lanes) * self.lanes
+        return _all(channels) if filled >= channels else present
 
     def _alive(self, name: str, count: int) -> Tensor:
         """Positions along a parameter's first axis where its mask has a one; all where it has no mask."""
@@ -256,8 +273,8 @@ def _heard(self: Follower, node: fx.Node, own: Tensor) -> Tensor:
     """Channels that a convolution has to make: its own living ones, or those that a norm behind it lets through."""
     users = [self.modules.get(str(u.target)) if u.op == "call_module" else None for u in node.users]
     if len(users) == 1 and isinstance(users[0], nn.BatchNorm2d):
-        own = _speaking(self, str(next(iter(node.users)).target), users[0])
-    return own if len(own) else _all(1)  # torch has no convolutions without filters
+        return self._normalised(next(iter(node.users)), users[0])
+    return own if len(own) else _all(1)
 
 
 def _speaking(self: Follower, layer: str, norm: nn.BatchNorm2d) -> Tensor:
@@ -272,8 +289,7 @@ def _normalisation(self: Follower, node: fx.Node, norm: nn.BatchNorm2d) -> Flow:
     flow = self._flow(source)
     if flow is None:
         return Flow(_all(norm.num_features), norm.num_features)
-    present = _speaking(self, layer, norm)
-    present = present if len(present) else _all(1)
+    present = self._normalised(node, norm)
     node.replace_input_with(source, self._placed(source, present, node))
     for param in ("weight", "bias", "running_mean", "running_var"):
         self._cut(layer, norm, param, {0: present})
@@ -295,8 +311,8 @@ def _addition(self: Follower, node: fx.Node, called: Any) -> Flow | None:
     one, other = self._flow(args[0]), self._flow(args[1])
     if len(args) != 2 or node.kwargs or one is None or other is None:
         return self._whole(node)
-    result = Flow(_union(one.present, other.present), one.channels)
-    present = result.present
+    present = self.in_lanes(_union(one.present, other.present), one.channels)
+    result = Flow(present, one.channels)
     for many, few in (args, args[::-1]):
         partial = self.flows[few].present  # type: ignore[union-attr]
         if len(partial) < len(present) == len(self.flows[many].present):  # type: ignore[union-attr]
@@ -348,9 +364,7 @@ HANDLERS: dict[Any, Callable[[Follower, fx.Node, Any], Flow | None]] = {
     nn.Conv2d: _convolution,
     nn.BatchNorm2d: _normalisation,
     nn.Linear: _linear,
-    operator.add: _addition,
-    operator.iadd: _addition,
-    torch.add: _addition,
+    **dict.fromkeys(ADDITIONS, _addition),
     torch.cat: _concatenation,
     operator.getitem: _selection,
     F.pad: _padding,

@@ -48,11 +48,12 @@ class Constant(nn.Module):
         return torch.zeros_like(x) if bias is None else bias.to(x.dtype).expand_as(x)  # type: ignore[operator]
 
 
-def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+def shrink(model: nn.Module, masks: Mapping[str, Tensor], lanes: int = 1) -> nn.Module:
     """A copy of the model without what the masks leave at zero; the same function of its input, up to rounding.
 
     Args:
         masks: Parameter name -> 0/1. Units that are masked whole are cut, and what only they fed; other zeros stay.
+        lanes: See `Follower`: with 1 the network is as small as it can be, with 16 it is a little larger and faster.
 
     Returns:
         A smaller network with the same parameter names. Its `.cuts` say what was kept of each.
@@ -64,7 +65,7 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
             parameters[name].mul_(mask.to(parameters[name].device))
     groups = unit_groups(model, f"{spec_of(model).stem}.weight" in masks)
     if any(g.kind == "channel" for g in groups):
-        follower = Follower(small, masks)
+        follower = Follower(small, masks, lanes)
         small, cuts = follower.follow(), follower.cuts
         small.spec, small.precision = spec_of(model), vars(model).get("precision", torch.float32)
     else:

@@ -14,6 +14,7 @@ from compact import cut_value, put_back, shrink
 from masks import HeldMask, Mask
 
 IDLE = "idle."
+LANES = 16  # float32 numbers in a vector register, and channels in a block of the kernels for CPUs
 
 
 class Trainee:
@@ -41,7 +42,7 @@ class Trainee:
         self.whole, self._held, self._build = whole, held, build_optimizer
         whole.zero_grad()
         HeldMask(whole, held).apply()
-        small = shrink(whole, held) if compact and held else whole
+        small = shrink(whole, held, LANES) if compact and held else whole
         self._cuts: Cuts = vars(small).get("cuts", {})
         self._sizes = {n: p.shape for n, p in small.named_parameters()}
         cut = [n for n, p in whole.named_parameters() if self._sizes.get(n) != p.shape]
