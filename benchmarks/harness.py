@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import platform
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 Times = dict[str, list[float]]
 
@@ -37,6 +42,28 @@ def timed(action: Callable[[], object], device: torch.device) -> float:
     action()
     _wait(device)
     return time.perf_counter() - began
+
+
+def keep_memory() -> None:
+    """Let glibc keep freed memory, as a process that trains or serves for long does; elsewhere nothing happens.
+
+    Else every large tensor of a forward pass is made of pages that the system has to clear first.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def peak_megabytes(device: torch.device) -> float:
+    """The most memory that this process has had so far; on CUDA, the most of the device's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # where getrusage would also count the parent, as it was when it forked
+        lines = (line.split() for line in status.read_text().splitlines())
+        return next(int(words[1]) for words in lines if words[0] == "VmHWM:") / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def _wait(device: torch.device) -> None:

@@ -1,0 +1,236 @@
+"""Networks at their real size against the dense ones: latency, training, memory; beside what torch-pruning cuts."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from batches import BatchLoader
+from benchmarks import harness
+from budgets import kept_count
+from compact import shrink
+from counting import cost_of
+from image_sets import ImageSet
+from masks import Mask
+from models import MODELS, build_model
+from models.layers import Normalize
+from optimization import OPTIMIZERS
+from rounds import unit_groups
+from trainee import LANES, Trainee
+from training import Passer, train
+from units import UnitGroup
+from utils import choose_device, choose_kernels, choose_precision, prepare_for_speed
+
+SIZE, LATENCY_BATCH, TRAIN_BATCH = 32, 64, 128
+VIT_GONE, CNN_GONE = (1 / 3, 2 / 3), (1 / 2,)
+GOALS = {"vit": {"latency": 1.15, "epoch": 1.2}, "cnn": {"latency": 1.3, "epoch": 1.4}}  # times the ratio of MACs
+
+
+def network(arch: str, precision: torch.dtype, device: torch.device) -> nn.Module:
+    torch.manual_seed(0)
+    model = build_model(arch, 10, SIZE)
+    model.normalize = Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    model.to(device)
+    prepare_for_speed(model, precision)
+    return model
+
+
+def random_structure(model: nn.Module, gone: float, only: Callable[[UnitGroup], bool] = lambda group: True) -> Mask:
+    """Masks without the share `gone` of the units of each group, chosen at random."""
+    draw, parameters, masks = torch.Generator().manual_seed(0), dict(model.named_parameters()), {}
+    for group in filter(only, unit_groups(model)):
+        kept = torch.zeros(group.units, dtype=torch.bool)
+        kept[torch.randperm(group.units, generator=draw)[: kept_count(group.units, gone)]] = True
+        for part in group.slices:
+            masks[part.name] = part.spread(kept, parameters[part.name].cpu())
+    return masks
+
+
+def share_of_macs(model: nn.Module, masks: Mask) -> float:
+    groups = unit_groups(model)
+    return cost_of(model, groups, masks, SIZE).macs / cost_of(model, groups, {}, SIZE).macs
+
+
+def times_macs(seconds: harness.Times, name: str, share: float) -> tuple[str, str, float]:
+    """Time over the dense network's, that over the share of MACs, and the median of the latter."""
+    slower = harness.ratios(seconds, name, "dense")
+    over = [s / share for s in slower]
+    return harness.spread(slower), harness.spread(over), statistics.median(over)
+
+
+def latency_rows(arch: str, gone: float, turns: int, device: torch.device) -> list[list[str]]:
+    """The dense network, and the compact one as it is exported and as it trains, in eval mode."""
+    model = network(arch, torch.float32, device).eval()
+    masks, images = random_structure(model, gone), torch.rand(LATENCY_BATCH, 3, SIZE, SIZE, device=device)
+    networks = {"dense": model, "smallest": shrink(model, masks).eval(), "in lanes": shrink(model, masks, LANES).eval()}
+    with torch.no_grad():
+        actions = {name: (lambda net=net: net(images)) for name, net in networks.items()}  # type: ignore[misc]
+        seconds = harness.alternate(actions, turns, device, warmup=4)
+    share, goal = share_of_macs(model, masks), GOALS[MODELS[arch].spec.family]["latency"]
+    rows = []
+    for name in ("smallest", "in lanes"):
+        slower, over, median = times_macs(seconds, name, share)
+        judged = f"<= {goal}: {harness.verdict(median <= goal)}"
+        rows.append([arch, f"{gone:.2f}", name, f"{share:.3f}", slower, over, judged])
+    return rows
+
+
+def _loader(batches: int, device: torch.device) -> BatchLoader:
+    count = batches * TRAIN_BATCH
+    photos, labels = torch.randint(0, 256, (count, 3, SIZE, SIZE), dtype=torch.uint8), torch.randint(0, 10, (count,))
+    return BatchLoader(ImageSet(photos, labels), TRAIN_BATCH, device, augment=True, flip=True)
+
+
+def training(model: nn.Module, masks: Mask, compact: bool, loader: BatchLoader) -> Callable[[], object]:
+    """One epoch of a copy of the model under the masks, at real size or not."""
+    precision: torch.dtype = model.precision  # type: ignore[assignment]
+    trainee = Trainee(copy.deepcopy(model), masks, lambda net: OPTIMIZERS["sgd"].build(net, 0.01, 0.9, 1e-4),
+                      lambda net: prepare_for_speed(net, precision), compact)  # fmt: skip
+    passer = Passer(SimpleNamespace(print_freq=10**6, block_loss_grad=False), held=trainee.held)
+    criterion = nn.CrossEntropyLoss()
+    return lambda: train(0, loader, trainee.model, criterion, trainee.optimizer, 0, passer, None)
+
+
+def epoch_rows(arch: str, gone: float, turns: int, batches: int, device: torch.device) -> list[list[str]]:
+    rows = []
+    for name in ("fp32", "bf16"):
+        model, loader = network(arch, choose_precision(name, device), device), _loader(batches, device)
+        masks = random_structure(model, gone)
+        actions = {
+            "dense": training(model, {}, False, loader), "masked": training(model, masks, False, loader),
+            "compact": training(model, masks, True, loader),
+        }  # fmt: skip
+        seconds = harness.alternate(actions, turns, device)
+        share, goal = share_of_macs(model, masks), GOALS[MODELS[arch].spec.family]["epoch"]
+        slower, over, median = times_macs(seconds, "compact", share)
+        judged = f"<= {goal}: {harness.verdict(median <= goal)}" if name == "fp32" else ""
+        masked = harness.spread(harness.ratios(seconds, "masked", "dense"))
+        rows.append([arch, f"{gone:.2f}", name, f"{share:.3f}", masked, slower, over, judged])
+    return rows
+
+
+def peak_megabytes(arch: str, gone: float, kind: str, device: torch.device) -> float:
+    """Peak memory of a process that trains for three batches, or only starts ("idle")."""
+    if kind == "idle":
+        return harness.peak_megabytes(device)
+    model, loader = network(arch, torch.float32, device), _loader(3, device)
+    masks = random_structure(model, gone)
+    training(model, masks if kind != "dense" else {}, kind == "compact", loader)()
+    return harness.peak_megabytes(device)
+
+
+def memory_row(arch: str, gone: float) -> list[str]:
+    """Each kind of training in a process of its own, less what an idle one of the same imports takes."""
+    peaks = {}
+    for kind in ("idle", "dense", "masked", "compact"):
+        command = [sys.executable, "-m", "benchmarks.compact", "--measure_memory", arch, str(gone), kind]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[kind] = float(done.stdout)
+    used = {kind: peak - peaks["idle"] for kind, peak in peaks.items() if kind != "idle"}
+    ratio = used["compact"] / used["masked"]
+    megabytes = [f"{used[k]:.0f}" for k in ("dense", "masked", "compact")]
+    return [arch, f"{gone:.2f}", *megabytes, f"{ratio:.2f}", f"< 1: {harness.verdict(ratio < 1)}"]
+
+
+def cut_by_torch_pruning(model: nn.Module, masks: Mask) -> nn.Module:
+    """The same units removed by torch-pruning: inner channels over its dependency graph; heads and neurons by hand."""
+    small: nn.Module = copy.deepcopy(model)
+    groups = [g for g in unit_groups(model) if g.root.name in masks]
+    if any(g.kind == "channel" for g in groups):
+        images = torch.rand(1, 3, SIZE, SIZE, device=next(model.parameters()).device)
+        graph = tp.DependencyGraph().build_dependency(small, example_inputs=images)
+    for group in groups:
+        dropped = ~group.root.units_with_weights(masks[group.root.name])
+        root = small.get_submodule(group.root.layer)
+        if group.kind == "channel":
+            graph.get_pruning_group(root, tp.prune_conv_out_channels, dropped.nonzero().flatten().tolist()).prune()
+            continue
+        last = group.slices[1]
+        tp.prune_linear_out_channels(root, group.root.index[dropped].flatten().tolist())
+        tp.prune_linear_in_channels(small.get_submodule(last.layer), last.index[dropped].flatten().tolist())
+        if group.kind == "head":
+            attention = small.get_submodule(group.root.layer.rpartition(".")[0])
+            attention.num_heads = int((~dropped).sum())  # type: ignore[assignment]
+            attention.attn_dim = attention.num_heads * attention.head_dim  # type: ignore
+    return small
+
+
+def _is_cut_alike(group: UnitGroup) -> bool:
+    """Whether both cut the unit: not a filter that others add to, of which torch-pruning would cut all or none."""
+    return group.kind != "channel" or group.name.endswith("conv1")
+
+
+def torch_pruning_row(arch: str, gone: float, turns: int, device: torch.device) -> list[str]:
+    model = network(arch, torch.float32, device).eval()
+    masks = random_structure(model, gone, _is_cut_alike)
+    images = torch.rand(LATENCY_BATCH, 3, SIZE, SIZE, device=device)
+    removing = harness.alternate(
+        {"ours": lambda: shrink(model, masks), "theirs": lambda: cut_by_torch_pruning(model, masks)}, 3, device, 1
+    )
+    networks = {"ours": shrink(model, masks), "theirs": cut_by_torch_pruning(model, masks)}
+    with torch.no_grad():
+        gap = float((networks["ours"](images) - networks["theirs"](images)).abs().max())
+        actions = {name: (lambda net=net: net(images)) for name, net in networks.items()}  # type: ignore[misc]
+        seconds = harness.alternate(actions, turns, device, warmup=4)
+    steps = {name: training(_with_precision(net), {}, False, _loader(2, device)) for name, net in networks.items()}
+    trained = harness.alternate(steps, turns, device)
+    latency, step = (harness.ratios(s, "ours", "theirs") for s in (seconds, trained))
+    reached = max(statistics.median(latency), statistics.median(step)) <= 1.02
+    cut = [statistics.median(removing[k]) for k in ("ours", "theirs")]
+    return [arch, f"{gone:.2f}", f"{gap:.0e}", harness.spread(latency), harness.spread(step),
+            f"{1e3 * cut[0]:.0f} / {1e3 * cut[1]:.0f} ms", f"<= 1 (+ 2 %): {harness.verdict(reached)}"]  # fmt: skip
+
+
+def _with_precision(net: nn.Module) -> nn.Module:
+    net.precision = torch.float32  # type: ignore[assignment]
+    return net
+
+
+HEADS = {
+    "latency": ["model", "units gone", "compact", "MACs", "time / dense", "over MACs", "goal"],
+    "epoch": ["model", "units gone", "precision", "MACs", "masked / dense", "compact / dense", "over MACs", "goal"],
+    "memory": ["model", "units gone", "dense, MB", "masked, MB", "compact, MB", "compact / masked", "goal"],
+    "torch-pruning": ["model", "units gone", "largest gap", "latency / theirs", "training / theirs", "cutting", "goal"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", nargs="+", choices=MODELS, default=["vit_tiny", "vit_small", "res20s", "res56s"])
+    parser.add_argument("--parts", nargs="+", choices=HEADS, default=list(HEADS))
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--batches", type=int, default=3, help="batches of an epoch")
+    parser.add_argument("--gpu", type=int, default=0)
+    parser.add_argument("--measure_memory", nargs=3, metavar=("ARCH", "GONE", "KIND"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device = choose_device(args.gpu)
+    choose_kernels(deterministic=False)
+    if args.measure_memory:
+        arch, gone, kind = args.measure_memory
+        print(peak_megabytes(arch, float(gone), kind, device))
+        return
+    harness.keep_memory()
+    print(harness.describe_machine(device))
+    cases = [(arch, gone) for arch in args.arch for gone in (VIT_GONE if arch.startswith("vit") else CNN_GONE)]
+    rows: dict[str, Callable[[str, float], list[list[str]]]] = {
+        "latency": lambda arch, gone: latency_rows(arch, gone, args.turns, device),
+        "epoch": lambda arch, gone: epoch_rows(arch, gone, args.turns, args.batches, device),
+        "memory": lambda arch, gone: [memory_row(arch, gone)],
+        "torch-pruning": lambda arch, gone: [torch_pruning_row(arch, gone, args.turns, device)],
+    }
+    for part in args.parts:
+        lines = [line for arch, gone in cases for line in rows[part](arch, gone)]
+        print(f"\n{part}\n\n{harness.table(HEADS[part], lines)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
