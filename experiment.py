@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from pictures import draw_kept_units
 from plan import describe_plan, expected_squeeze
 from reg_pruner_files.reg_pruner import Pruner
 from reg_pruner_files.schedules import clock_from
-from regroup_report import banner, summary
+from regroup_report import banner, ratio_labels, summary
 from reporter import Reporter, rounds_table
 from rounds import decide, faded_units, held_masks, kept_per_group, kept_per_kind, shares, unit_groups
 from rules import RoundRules, kinds_of
@@ -191,6 +192,7 @@ class Experiment:
             except Interrupted:
                 assert passer.meter is not None
                 run.epoch, run.step, run.partial = epoch, passer.meter.steps, passer.meter.sums()
+                self.trainee.write_back()
                 self._save()
                 raise
             except DivergedError as error:
@@ -224,11 +226,15 @@ class Experiment:
     def _equip(self, optimizer: dict[str, Any]) -> None:
         """What trains the model under its masks; `optimizer` is a state to go on from, or empty."""
         run, args = self.run, self.args
-        compiled = vars(args).get("compile", False)
+        for old in ("trainee", "passer", "pruner"):  # before their successors need memory; networks are cycles
+            vars(self).pop(old, None)
+        gc.collect()
+        if args.compile:
+            torch.compiler.reset()  # it refuses to compile more than a few networks of one class
         self.held = held_masks(self.pair, self.rules, self.groups, run.faded)
         self.trainee = Trainee(
             self.model, self.held, lambda model: new_optimizer(args, model),
-            lambda model: prepare_for_speed(model, self.precision, compiled), args.compact_training,
+            lambda model: prepare_for_speed(model, self.precision, args.compile), args.compact_training,
         )  # fmt: skip
         if optimizer:
             self.trainee.load_optimizer_state(optimizer)
@@ -248,7 +254,7 @@ class Experiment:
     def _let_faded_units_go(self, epoch: int) -> None:
         """Hold at zero, and leave out of the network, the doomed units of which next to nothing is left."""
         run, share = self.run, self.args.fade_out
-        if self.pruner is None or self.pair is None or share == 0:
+        if self.pruner is None or self.pair is None or share == 0 or epoch + 1 == self.args.epochs:
             return
         weights = self.model.state_dict()
         faded = faded_units([g for g in self.groups if g.kind in self.rules.targets], self.pair, weights,
@@ -280,22 +286,22 @@ class Experiment:
         better = val > run.best_sa[0]
         if better:
             run.best_sa = [val, test, float(epoch)]
-        if better:  # before the checkpoint, which already says that this epoch is the best
-            self._save(self.folder.best(run.state))
-        self._save()
+        # The best one first: the checkpoint already says that this epoch is the best.
+        self._save(*([self.folder.best(run.state)] if better else []))
         self.reporter.epoch(run.history[-1])
 
-    def _save(self, path: Path | None = None) -> None:
-        self.trainee.write_back()
+    def _save(self, *copies: Path) -> None:
+        """Write the state, as far as it has been written back, to these files and then to the round's checkpoint."""
         self.run.state_dict, self.run.optimizer = cloned_state(self.model), self.trainee.optimizer_state()
-        self.folder.save(self.run, path, self.held)
+        for path in (*copies, None):
+            self.folder.save(self.run, path, self.held)
 
     def close_round(self, state: int) -> None:
         """Judge the round, then decide the masks of the next."""
         run = self.run
         row, trained = self._judge(state), cloned_state(self.model)
         if self.rules.structured:
-            ratios = {"Prune Ratio": self.args.rate}
+            ratios = ratio_labels(self.rules.ratios)
             log.debug("%s", banner(self.rules.targets, self.args.criteria, ratios, self.args.struct == "refill"))
         following = decide(
             self.model, self.groups, self.rules, state, previous=self.pair, trained=trained,

@@ -14,6 +14,7 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,8 +131,9 @@ def _cached(paths: Sequence[str], size: int, folder: Path, part: str, workers: i
     if not file.is_file() or file.stat().st_size != count:
         home.mkdir(exist_ok=True)
         for left in home.glob("*.tmp"):  # by a process that was killed
-            if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                left.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # or one that is at work, and has just finished
+                if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                    left.unlink()
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         try:
             with temporary.open("wb") as new:

@@ -235,7 +235,12 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="train without the units that are held at zero: the same numbers up to rounding, in less time and memory",
     )
-    _flag(group, "compile", "compile the network by torch.compile: a minute or two of waiting, then faster steps")
+    _flag(
+        group,
+        "compile",
+        "compile the network by torch.compile: a minute or two of waiting, then faster steps; with --compact_training "
+        "again whenever the network becomes another",
+    )
     _flag(group, "deterministic", "only kernels that give the same bits every time (CUDA: slower; CPUs have no others)")
 
 
@@ -403,8 +408,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         args.rate_mode = "target" if args.vit_structured else "round"
     if args.mlp_prune_ratio is None:
         args.mlp_prune_ratio = args.rate
-    if args.block_prune_ratio is None:
-        args.block_prune_ratio = args.rate
+    if args.block_prune_ratio is None and "block" in kinds_of(args.vit_prune_target):
+        args.block_prune_ratio = args.rate  # only then: it would make strangers of older runs
     if args.penalty == "auto":
         args.penalty = "decoupled" if OPTIMIZERS[args.optimizer].adaptive else "gradient"
     if args.image_size is None:
@@ -473,9 +478,18 @@ def _check(args: argparse.Namespace, explicit: set[str]) -> None:
             raise UsageError(message)
 
 
+def _prunes_units(args: argparse.Namespace) -> bool:
+    return bool(args.vit_structured or MODELS[args.arch].spec.family != "vit")
+
+
 # Flags that only some runs read: (flags, whether this run reads them, where they are read).
 _READ_WHERE: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], bool], str], ...] = (
-    (("vit_prune_target", "sorting_mode"), lambda a: a.vit_structured, "with --vit_structured"),
+    (("vit_prune_target",), lambda a: a.vit_structured, "with --vit_structured"),
+    (
+        ("sorting_mode",),
+        lambda a: a.vit_structured and a.vit_prune_target != "block",
+        "with --vit_structured, for heads and neurons",
+    ),
     (
         ("mlp_prune_ratio",),
         lambda a: a.vit_structured and "neuron" in kinds_of(a.vit_prune_target),
@@ -488,8 +502,8 @@ _READ_WHERE: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], bool], 
     ),
     (
         ("min_units",),
-        lambda a: a.vit_structured or MODELS[a.arch].spec.family != "vit",
-        "where whole units are pruned (for a ViT, --vit_structured)",
+        lambda a: a.vit_prune_target != "block" if a.vit_structured else _prunes_units(a),
+        "where channels, heads or neurons are pruned (for a ViT, --vit_structured)",
     ),
     (
         (
@@ -500,10 +514,14 @@ _READ_WHERE: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], bool], 
             "penalty",
             "block_loss_grad",
             "rsst_dead",
-            "fade_out",
         ),
         lambda a: a.struct == "rsst",
         "with --struct rsst",
+    ),
+    (
+        ("fade_out",),
+        lambda a: a.struct == "rsst" and a.rsst_dead == "zero" and _prunes_units(a),
+        "by --struct rsst with --rsst_dead zero, where whole units are pruned (for a ViT, --vit_structured)",
     ),
     (
         ("exponents",),

@@ -82,7 +82,8 @@ def describe_plan(
     total = sum(parameter_of(model, n).numel() for n in names)
     lines.append(f"  {len(names)} layers, {total:,} weights")
     lines.append("")
-    lines.append("rounds (channels: estimated from the initial weights; heads and neurons: as they will be)")
+    known = all(g.kind in ("head", "neuron") for g in groups)
+    lines.append(f"rounds ({'as they will be' if known else 'estimated from the initial weights'})")
     for state, pair in enumerate(simulate_rounds(model, groups, rules, rounds)):
         structure = {} if pair is None else pair.structure
         cost: Cost = cost_of(model, groups, structure, size)

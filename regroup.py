@@ -49,7 +49,8 @@ def regroup(
         groups: Unit groups of the network.
         current_mask: `"<layer>.weight_mask"` -> 0/1, for every parameter of the groups.
         evidence: What `criterion` reads.
-        budgets: Kind of unit -> rule for how many stay. A kind without a rule keeps its element-wise mask.
+        budgets: Kind of unit -> rule for how many stay. Parameters of kinds without a rule keep their element-wise
+            mask, unless units of another kind own them too.
 
     Returns:
         The refill mask, new tensors: `"<layer>"` -> 0/1 of the same shapes, in the order of the groups. Where groups
@@ -67,11 +68,15 @@ def regroup(
     kept = {g.name: best_units(scores[g.name], counts[g.name]) for g in scored}
     if log.isEnabledFor(logging.DEBUG):
         _describe(scored, scores, kept, current_mask)
+    structured = {part.name for g in scored for part in g.slices}
     refill: Mask = {}
     for group in groups:
         for part in group.slices:
             current = current_mask[current_key(part.name)]
-            mask = part.spread(kept[group.name], current) if group.name in kept else current.clone()
+            if group.name in kept:
+                mask = part.spread(kept[group.name], current)
+            else:
+                mask = torch.ones_like(current) if part.name in structured else current.clone()
             key = refill_key(part.name)
             refill[key] = refill[key] * mask if key in refill else mask
     return refill

@@ -25,6 +25,13 @@ def sparsity_percent(masks: Mapping[str, Tensor]) -> float:
     return 100 * (1 - sum(float(m.sum(dtype=m.dtype)) for m in masks.values()) / total) if total else 0.0
 
 
+def ratio_labels(ratios: Mapping[str, float]) -> dict[str, float]:
+    """Shares by kind of unit as the documents label them."""
+    if len(ratios) == 1:
+        return {"Prune Ratio": next(iter(ratios.values()))}
+    return {f"{TITLES[kind]} Prune Ratio": ratio for kind, ratio in ratios.items()}
+
+
 def banner(targets: Sequence[str], criteria: str, ratios: Mapping[str, float], refill: bool) -> str:
     """The block that opens a regrouping. `targets` are the kinds of unit; `ratios` maps a label to a share."""
     name = " + ".join(TITLES[t] for t in targets)

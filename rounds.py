@@ -57,28 +57,30 @@ def faded_units(
     Args:
         weights: The state dict now.
         initial: The one that the round began with.
-        share: A unit has faded out if in each of its layers the root mean square of its weights is at most this share
-            of that of the layer's initial weights.
+        share: A unit has faded out if in each of its layers the root mean square of its living weights is at most this
+            share of that of the layer's when the round began.
     """
-    doomed = pair.doomed
+    doomed, alive = pair.doomed, pair.alive
     faded = {}
     for group in groups:
         outside = ~kept_units(group, pair.structure[group.root.name])
         outside &= torch.stack([s.units_with_weights(doomed[s.name].float()) for s in group.slices]).any(0)
         for layer in dict.fromkeys(s.layer for s in group.slices):
             parts = [s for s in group.slices if s.layer == layer]
-            now, before = (sum(_squares(state[s.name], s) for s in parts) for state in (weights, initial))
-            outside &= now <= share**2 * before.mean()  # type: ignore[union-attr]
+            now = torch.stack([_per_unit(weights[s.name].detach().square(), s) for s in parts]).sum(0)
+            before = torch.stack([_per_unit((initial[s.name] * alive[s.name]).square(), s) for s in parts]).sum()
+            living = torch.stack([_per_unit(alive[s.name], s) for s in parts]).sum(0)
+            outside &= now <= share**2 * living * before / living.sum()
         if bool(outside.any()):
             faded[group.name] = outside.nonzero().flatten().tolist()
     return faded
 
 
-def _squares(value: Tensor, part: Slice) -> Tensor:
-    """Sum of squares of each unit's entries: float64 [units], on the CPU."""
-    others = [d for d in range(value.ndim) if d != part.axis]
-    squares = value.detach().double().square()
-    return (squares.sum(dim=others) if others else squares).cpu()[part.index].sum(dim=1)
+def _per_unit(values: Tensor, part: Slice) -> Tensor:
+    """Sum of each unit's entries: float64 [units], on the CPU."""
+    others = [d for d in range(values.ndim) if d != part.axis]
+    sums = values.sum(dim=others, dtype=torch.float64) if others else values.double()
+    return sums.cpu()[part.index].sum(dim=1)
 
 
 def rank_and_prune(

@@ -36,7 +36,7 @@ class RoundRules:
     structured: bool = True
     targets: tuple[str, ...] = ("channel",)
     mlp_prune_ratio: float = 0.0
-    block_prune_ratio: float = 0.0
+    block_prune_ratio: float | None = None
     sorting_mode: str = "layer-wise"
     fillback_rate: float = 0.0
     min_units: int = 0
@@ -47,15 +47,24 @@ class RoundRules:
         """Share of the original that is gone after round `state`."""
         return rate if self.rate_mode == "target" else 1 - (1 - rate) ** (state + 1)
 
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Target -> the share of its units that goes."""
+        rates = {
+            "head": self.rate,
+            "neuron": self.mlp_prune_ratio,
+            "block": self.rate if self.block_prune_ratio is None else self.block_prune_ratio,
+        }
+        return {kind: rates.get(kind, self.rate) for kind in self.targets}
+
     def budgets(self, state: int) -> dict[str, Budget]:
         """How many units of each kind stay after round `state`."""
         fillback = self.fillback_rate if self.struct == "refill" else 0.0
         if "channel" in self.targets:
             return {"channel": budget("density", fillback_rate=fillback, min_units=self.min_units)}
-        rates = {"head": self.rate, "neuron": self.mlp_prune_ratio, "block": self.block_prune_ratio}
         budgets = {}
-        for kind in self.targets:
-            ratio = self.share(rates[kind], state) * (1 - fillback)
+        for kind, rate in self.ratios.items():
+            ratio = self.share(rate, state) * (1 - fillback)
             if kind == "block":  # each of them is a layer of one unit
                 budgets[kind] = budget("global", ratio=ratio)
             else:

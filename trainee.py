@@ -47,7 +47,8 @@ class Trainee:
         self._sizes = {n: p.shape for n, p in small.named_parameters()}
         cut = [n for n, p in whole.named_parameters() if self._sizes.get(n) != p.shape]
         self.model = small if cut else whole
-        self._idle = [n for n in cut if bool(self._idle_places(n).any())]
+        places = ((n, self._places_left(n)) for n in cut)
+        self._idle = {n: left for n, left in places if bool(left.any())}
         if cut:
             self._set_idle_weights_aside()
             prepare(self.model)
@@ -71,7 +72,7 @@ class Trainee:
         """Parameters that are computed with, over those of the whole network, in (0, 1]."""
         return sum(s.numel() for s in self._sizes.values()) / sum(p.numel() for p in self.whole.parameters())
 
-    def _idle_places(self, name: str) -> Tensor:
+    def _places_left(self, name: str) -> Tensor:
         """Neither held nor computed with: bool, of the whole parameter's shape."""
         whole = self.whole.get_parameter(name)
         alive = self._held[name].to(whole.device) != 0 if name in self._held else torch.ones_like(whole).bool()
@@ -86,7 +87,7 @@ class Trainee:
         if name in self._sizes:
             pieces[name] = cut_value(value, self._cuts.get(name, {}))
         if name in self._idle:
-            line = value[self._idle_places(name).to(value.device)]
+            line = value[self._idle[name].to(value.device)]
             pieces[f"{IDLE}{name}"] = line.view(-1, *[1] * (value.ndim - 1))  # optimizers tell vectors from the rest
         return pieces
 
@@ -95,7 +96,7 @@ class Trainee:
         if name in pieces:
             put_back(pieces[name], whole, self._cuts.get(name, {}))
         if name in self._idle:
-            whole[self._idle_places(name)] = pieces[f"{IDLE}{name}"].detach().flatten()
+            whole[self._idle[name]] = pieces[f"{IDLE}{name}"].detach().flatten()
 
     def cut(self, masks: Mapping[str, Tensor]) -> Mask:
         """Masks of the whole network (by parameter name) as masks of `model`."""

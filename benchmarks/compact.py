@@ -128,12 +128,13 @@ def peak_megabytes(arch: str, gone: float, kind: str, device: torch.device) -> f
     return harness.peak_megabytes(device)
 
 
-def memory_row(arch: str, gone: float) -> list[str]:
+def memory_row(arch: str, gone: float, gpu: int) -> list[str]:
     """Each kind of training in a process of its own, less what an idle one of the same imports takes."""
     peaks = {}
     for kind in ("idle", "dense", "masked", "compact"):
-        command = [sys.executable, "-m", "benchmarks.compact", "--measure_memory", arch, str(gone), kind]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        command = [sys.executable, "-m", "benchmarks.compact", "--gpu", str(gpu)]
+        command += ["--measure_memory", arch, str(gone), kind]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         peaks[kind] = float(done.stdout)
     used = {kind: peak - peaks["idle"] for kind, peak in peaks.items() if kind != "idle"}
     ratio = used["compact"] / used["masked"]
@@ -224,7 +225,7 @@ def main() -> None:
     rows: dict[str, Callable[[str, float], list[list[str]]]] = {
         "latency": lambda arch, gone: latency_rows(arch, gone, args.turns, device),
         "epoch": lambda arch, gone: epoch_rows(arch, gone, args.turns, args.batches, device),
-        "memory": lambda arch, gone: [memory_row(arch, gone)],
+        "memory": lambda arch, gone: [memory_row(arch, gone, args.gpu)],
         "torch-pruning": lambda arch, gone: [torch_pruning_row(arch, gone, args.turns, device)],
     }
     for part in args.parts:

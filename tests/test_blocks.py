@@ -13,7 +13,7 @@ from criteria import CRITERIA
 from evidence import collect_evidence
 from masks import MaskPair
 from models.vision_transformer import VisionTransformer
-from options import parse_args
+from options import identity_of, parse_args, settings_of
 from regroup import score_units
 from rounds import decide, kept_per_group, kept_per_kind, unit_groups
 from rules import RoundRules, kinds_of
@@ -106,6 +106,9 @@ def test_the_structure_is_what_no_unit_drops(targets, struct):
         if name.endswith("fc1") and "mlp" not in targets:
             wanted = of
         assert left == (0 if name.rpartition(".")[0] in gone else wanted), name
+    if "mlp" not in targets:  # a block that stays is refilled whole
+        for block in (g for g in groups if g.kind == "block" and g.name.endswith("mlp") and g.name not in gone):
+            assert all(bool(pair.structure[part.name].all()) for part in block.slices)
     state = {n: v * pair.structure[n] if n in pair.structure else v for n, v in model.state_dict().items()}
     small = shrink(model, pair.structure)
     assert sum(isinstance(m, Constant) for m in small.modules()) == 3
@@ -130,7 +133,19 @@ def test_the_largest_share_leaves_one_block():
 def test_targets_can_be_listed(text, canonical, kinds):
     words = ["--arch", "vit_tiny", "--vit_structured", "--vit_prune_target", text, "--rate", "0.3"]
     args = parse_args(words)
-    assert args.vit_prune_target == canonical and kinds_of(canonical) == kinds and args.block_prune_ratio == 0.3
+    assert args.vit_prune_target == canonical and kinds_of(canonical) == kinds
+    assert args.block_prune_ratio == (0.3 if "block" in kinds else None)
+    assert "block_prune_ratio" not in identity_of(settings_of(parse_args(["--rate", "0.3"])))
+
+
+@pytest.mark.parametrize("words, flag", [
+    (["--vit_prune_target", "block", "--min_units", "2"], "min_units"), (["--fade_out", "0"], "fade_out"),
+    (["--vit_prune_target", "block", "--sorting_mode", "global"], "sorting_mode"),
+    (["--block_prune_ratio", "0.2"], "block_prune_ratio"),
+])  # fmt: skip
+def test_flags_that_blocks_do_not_read_are_named(words, flag):
+    plain = ["--arch", "vit_tiny", *words] if flag == "fade_out" else ["--arch", "vit_tiny", "--vit_structured", *words]
+    assert any(w.startswith(f"--{flag} is only read") for w in parse_args(plain).warnings)
 
 
 def test_a_misspelt_target_is_named(capsys):

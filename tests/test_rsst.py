@@ -10,13 +10,13 @@ import torch
 from golden_data import MiniVGG
 
 from criteria import CRITERIA
-from masks import HeldMask, MaskPair
+from masks import HeldMask, MaskPair, current_key, refill_key
 from models import MODELS, build_model
 from optimization import LearningRate
 from plan import expected_squeeze
 from reg_pruner_files.reg_pruner import Pruner
 from reg_pruner_files.schedules import SCHEDULES, Clock
-from rounds import decide, held_masks, shares, unit_groups
+from rounds import decide, faded_units, held_masks, shares, unit_groups
 from rules import RoundRules
 from training import Passer, apply_reg, hardened, train, update_reg, validate
 from units import ranked_names
@@ -267,6 +267,36 @@ def test_every_model_criterion_and_schedule_runs_a_tiny_round(arch, criterion, t
         train(1, [batch], model, torch.nn.CrossEntropyLoss(), optimizer, 0, passer, pruner)
         assert pruner.strength == 0.5, "one batch is the whole round: lambda is at its full value, the cap"
         assert pruner.doomed_norm() == pytest.approx(0.5 * before) and before > 0
+
+
+def test_a_unit_has_faded_out_when_its_living_weights_have():
+    """Small against the layer at the round's start; weights that L1 has removed neither help nor count."""
+    model = build_model("res20s", 10, 16)
+    group = next(g for g in unit_groups(model) if g.name == "layer1.0.conv1")
+    initial = {n: v.clone() for n, v in model.state_dict().items()}
+    masks = {s.name: torch.ones_like(initial[s.name]) for s in group.slices}
+    refill = {n: m.clone() for n, m in masks.items()}
+    for mask in refill.values():
+        mask[2:8] = 0
+    masks["layer1.0.conv1.weight"][5] = 0
+    masks["layer1.0.conv1.weight"][5, 0, 0, 0] = 1
+    masks["layer1.0.conv1.weight"][6] = 0
+    pair = MaskPair({current_key(n): m for n, m in masks.items()}, {refill_key(n): m for n, m in refill.items()})
+
+    def faded(**factors):
+        weights = {n: v * pair.alive.get(n, 1.0) for n, v in initial.items()}
+        for unit, factor in factors.items():
+            for name in masks:
+                weights[name][int(unit[1:])] *= factor
+        return faded_units([group], pair, weights, initial, 0.01).get(group.name, [])
+
+    assert faded() == []
+    assert faded(u0=0.0, u1=0.001) == [], "units that stay do not fade out, however small"
+    assert faded(u3=0.001, u4=0.1, u5=0.5) == [3]
+    assert faded(u5=0.001) == [5], "one living weight is as good as many"
+    weights = {n: v.clone() for n, v in initial.items()}
+    weights["layer1.0.conv1.weight"][3] *= 0.001
+    assert faded_units([group], pair, weights, initial, 0.01) == {}, "its BatchNorm still speaks"
 
 
 def test_what_the_penalty_alone_would_leave_is_known_beforehand():
