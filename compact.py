@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from channel_flow import Cuts, Follower
 from errors import DataError
 from models import MODELS, build_model, spec_of
-from models.layers import Normalize
+from models.layers import Normalize, channels_side_by_side
 from rounds import unit_groups
 from run_state import write_atomically
 from units import UnitGroup
@@ -212,4 +212,4 @@ def load(folder: str | Path) -> nn.Module:
         small.load_state_dict(tensors)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
         raise DataError(f"cannot read the network in {folder}: {(str(error).splitlines() or ['?'])[0]}") from error
-    return small.eval()
+    return channels_side_by_side(small.eval())

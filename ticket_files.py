@@ -21,7 +21,7 @@ from counting import cost_of
 from errors import DataError, RunError, UsageError
 from masks import MaskPair
 from models import MODELS, build_model
-from models.layers import Normalize
+from models.layers import Normalize, channels_side_by_side
 from rounds import unit_groups
 from run_state import RunFolder, RunState, write_atomically
 
@@ -177,6 +177,7 @@ def _measure(ticket: Ticket, structure: dict[str, Tensor], small: nn.Module, fil
     sizes = {"dense": len(safetensors.torch.save(whole)), "compact": file.stat().st_size}
     fresh = build_model(ticket.run.args["arch"], len(ticket.masked(torch.zeros(1, 3, size, size))[0]), size).eval()
     networks = {"dense": fresh, "masked": ticket.masked, "compact": small}
+    networks = {name: channels_side_by_side(copy.deepcopy(network)) for name, network in networks.items()}
     rows: list[dict[str, Any]] = []
     for name in networks:
         cost, size_on_disk = (cut, sizes["compact"]) if name == "compact" else (dense, sizes["dense"])

@@ -16,7 +16,7 @@ from batches import Loaders, make_loaders
 from dataset import DATASETS, load_splits
 from errors import DataError, UsageError
 from models import build_model
-from models.layers import Normalize
+from models.layers import Normalize, channels_side_by_side
 from models.pretrained import load_pretrained_weights
 from models.vision_transformer import set_fused_attention
 
@@ -122,8 +122,7 @@ def prepare_for_speed(model: nn.Module, precision: torch.dtype, compiled: bool =
     model.precision = precision  # type: ignore[assignment]
     on_cpu = next(model.parameters()).device.type == "cpu"
     set_fused_attention(model, fused=not (on_cpu and precision == torch.bfloat16))
-    if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    channels_side_by_side(model)
     if compiled:
         if on_cpu and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
             raise UsageError("argument --compile: needs a C++ compiler; none was found (g++, clang++ or CXX)")

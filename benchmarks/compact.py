@@ -71,13 +71,15 @@ def latency_rows(arch: str, gone: float, turns: int, device: torch.device) -> li
     """The dense network, and the compact one as it is exported and as it trains, in eval mode."""
     model = network(arch, torch.float32, device).eval()
     masks, images = random_structure(model, gone), torch.rand(LATENCY_BATCH, 3, SIZE, SIZE, device=device)
-    networks = {"dense": model, "smallest": shrink(model, masks).eval(), "in lanes": shrink(model, masks, LANES).eval()}
+    networks = {"dense": model, "smallest": shrink(model, masks).eval()}
+    if MODELS[arch].spec.family == "cnn":
+        networks["in lanes"] = shrink(model, masks, LANES).eval()
     with torch.no_grad():
         actions = {name: (lambda net=net: net(images)) for name, net in networks.items()}  # type: ignore[misc]
         seconds = harness.alternate(actions, turns, device, warmup=4)
     share, goal = share_of_macs(model, masks), GOALS[MODELS[arch].spec.family]["latency"]
     rows = []
-    for name in ("smallest", "in lanes"):
+    for name in list(networks)[1:]:
         slower, over, median = times_macs(seconds, name, share)
         judged = f"<= {goal}: {harness.verdict(median <= goal)}"
         rows.append([arch, f"{gone:.2f}", name, f"{share:.3f}", slower, over, judged])

@@ -29,3 +29,10 @@ class Normalize(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Normalise images [batch, 3, height, width]."""
         return (images - self.mean) / self.std
+
+
+def channels_side_by_side(model: nn.Module) -> nn.Module:
+    """The model, if it is a convolutional network in the memory layout (channels last) in which it runs faster."""
+    if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
