@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import random
 import re
@@ -78,6 +79,24 @@ def test_three_rounds_start_from_the_ticket_under_the_mask(struct, tmp_path, mon
             assert torch.equal(value, ticket[name] * masks[name] if name in masks else ticket[name]), (state, name)
 
 
+def stopped_again_and_again(monkeypatch, every, command) -> int:
+    """Start a command (turn -> words) until it is finished; at every so many steps a signal comes. How many came."""
+    real, calls = experiment.StopRequest.obey, itertools.count(1)
+
+    def obey(self, where):
+        if next(calls) % every == 0:
+            self.signal = signal.SIGTERM
+        real(self, where)
+
+    monkeypatch.setattr(experiment.StopRequest, "obey", obey)
+    for turn in range(20):
+        status = run(*command(turn))
+        if status != 143:
+            assert status == 0
+            return turn
+    raise AssertionError("never finished")
+
+
 def watched_sizes(monkeypatch) -> list[int]:
     """The parameters that each epoch from now on computes with."""
     sizes = []
@@ -116,20 +135,9 @@ def test_training_at_real_size_can_begin_in_the_middle(tmp_path, monkeypatch):
     words = {"struct": "rsst", "pruning_times": 3, "precision": "fp32", "criteria": "magnitude", "lr": 1e-4,
              "rate": 0.95}  # fmt: skip
     assert run(*tiny(tmp_path / "whole", compact_training="false", batch_size=512, **words)) == 0
-    real, calls = experiment.StopRequest.obey, {"n": 0}
-
-    def obey(self, where):
-        calls["n"] += 1
-        if calls["n"] % 4 == 0:
-            self.signal = signal.SIGTERM
-        real(self, where)
-
-    monkeypatch.setattr(experiment.StopRequest, "obey", obey)
-    status, turns = 143, 0
-    while status == 143:
-        status = run(*tiny(tmp_path / "mixed", compact_training=["true", "false"][turns % 2], batch_size=512, **words))
-        turns += 1
-    assert status == 0 and turns >= 3
+    kinds = ["true", "false"] * 10
+    command = lambda turn: tiny(tmp_path / "mixed", compact_training=kinds[turn], batch_size=512, **words)  # noqa: E731
+    assert stopped_again_and_again(monkeypatch, 4, command) >= 2
     one, other = (RunFolder.load(tmp_path / d / "2checkpoint.pth.tar") for d in ("whole", "mixed"))
     for name, value in one.state_dict.items():
         if "running" not in name:
@@ -164,20 +172,7 @@ def test_units_that_have_faded_out_are_left_out(tmp_path, monkeypatch, capsys):
 
 def test_a_run_goes_on_after_units_have_faded_out_bit_for_bit(tmp_path, monkeypatch):
     assert run(*tiny(tmp_path / "whole", **FADING)) == 0
-    real, calls = experiment.StopRequest.obey, {"n": 0}
-
-    def obey(self, where):
-        calls["n"] += 1
-        if calls["n"] % 9 == 0:
-            self.signal = signal.SIGTERM
-        real(self, where)
-
-    monkeypatch.setattr(experiment.StopRequest, "obey", obey)
-    status, stops = 143, 0
-    while status == 143:
-        status = run(*tiny(tmp_path / "broken", **FADING))
-        stops += status == 143
-    assert status == 0 and stops >= 4
+    assert stopped_again_and_again(monkeypatch, 9, lambda _: tiny(tmp_path / "broken", **FADING)) >= 4
     assert RunFolder.load(tmp_path / "broken" / "1checkpoint.pth.tar").faded
     assert_same_runs(tmp_path / "whole", tmp_path / "broken")
 
@@ -295,22 +290,7 @@ def test_resume_insists_and_a_checkpoint_can_be_chosen(tmp_path, capsys):
 def test_resumed_after_any_epoch_or_step_it_ends_bit_for_bit_the_same(words, tmp_path, monkeypatch):
     words = {"pruning_times": 3, "batch_size": 512, **words}
     assert run(*tiny(tmp_path / "whole", **words)) == 0
-    steps = {"n": 0}
-    real = experiment.StopRequest.obey
-
-    def obey(self, where):
-        steps["n"] += 1
-        if steps["n"] % 3 == 0:
-            self.signal = signal.SIGTERM
-        real(self, where)
-
-    monkeypatch.setattr(experiment.StopRequest, "obey", obey)
-    status, stops = 143, 0
-    while status == 143:
-        status = run(*tiny(tmp_path / "broken", **words))
-        stops += status == 143
-        assert stops < 20
-    assert status == 0 and stops >= 4
+    assert stopped_again_and_again(monkeypatch, 3, lambda _: tiny(tmp_path / "broken", **words)) >= 4
     assert_same_runs(tmp_path / "whole", tmp_path / "broken")
 
 
