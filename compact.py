@@ -75,12 +75,6 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor], lanes: int = 1) -> nn.
     return small
 
 
-def cut_state(state: Mapping[str, Tensor], small: nn.Module) -> dict[str, Tensor]:
-    """What is left of a whole network's state dict in the shrunk network."""
-    cuts: Cuts = small.cuts  # type: ignore[assignment]
-    return {n: cut_value(state[n], cuts.get(n, {})).clone() for n in small.state_dict()}
-
-
 def expand(small: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The whole network's state dict again: the shrunk network's values, and those of `state` where it has none."""
     cuts: Cuts = small.cuts  # type: ignore[assignment]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from compact import Constant, cut_state, expand, shrink
+from compact import Constant, cut_value, expand, shrink
 from counting import cost_of
 from models import MODELS, build_model
 from models.layers import Normalize
@@ -55,6 +55,11 @@ def masked_logits(model, masks, images):
     state = model.state_dict()
     state = {n: v * masks[n] if n in masks else v for n, v in state.items()}
     return torch.func.functional_call(model, state, (images,))
+
+
+def cut_state(state, small):
+    """What is left of a whole network's state dict in the shrunk network."""
+    return {n: cut_value(state[n], small.cuts.get(n, {})) for n in small.state_dict()}
 
 
 WHOLE = {arch: build(arch) for arch in MODELS if arch != "vit_base"}
