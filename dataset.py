@@ -31,23 +31,33 @@ class DataSource:
     summary: str
 
 
-def _reader(name: str) -> Callable[[Path, int, Decoding], Splits]:
-    """`image_sets.read_<name>`, imported when it is called."""
+def _reader(name: str, module: str = "image_sets") -> Callable[[Path, int, Decoding], Splits]:
+    """`<module>.read_<name>`, imported when it is called."""
 
     def read(root: Path, size: int, decoding: Decoding) -> Splits:
-        reader = getattr(importlib.import_module("image_sets"), f"read_{name}")
+        reader = getattr(importlib.import_module(module), f"read_{name}")
         return reader(root, size, decoding)
 
     return read
 
 
 DATASETS: dict[str, DataSource] = {
-    "cifar10": DataSource(_reader("cifar10"), 32, True, "60,000 photographs, 10 classes (torchvision)"),
-    "cifar100": DataSource(_reader("cifar100"), 32, True, "60,000 photographs, 100 classes (torchvision)"),
-    "tiny-imagenet": DataSource(
-        _reader("tiny_imagenet"), 64, True, "110,000 photographs, 200 classes (official archive)"
+    "cifar10": DataSource(_reader("cifar10"), 32, True, "60,000 photographs, 10 classes (torchvision, npz, parquet)"),
+    "cifar100": DataSource(
+        _reader("cifar100"), 32, True, "60,000 photographs, 100 classes (torchvision, npz, parquet)"
     ),
-    "imagefolder": DataSource(_reader("imagefolder"), 32, True, "your own train/<class>/* and test/<class>/*"),
+    "fashionmnist": DataSource(
+        _reader("fashionmnist"), 32, True, "70,000 grey pictures of clothes, 10 classes (torchvision)"
+    ),
+    "tiny-imagenet": DataSource(
+        _reader("tiny_imagenet", "image_folders"), 64, True, "110,000 photographs, 200 classes (official archive)"
+    ),
+    "imagenet": DataSource(
+        _reader("imagenet", "image_folders"), 224, True, "1.3 million photographs: train/<class>/* and val/<class>/*"
+    ),
+    "imagefolder": DataSource(
+        _reader("imagefolder", "image_folders"), 32, True, "your own train/<class>/* and test/<class>/*"
+    ),
     "digits": DataSource(_reader("digits"), 16, False, "1,797 handwritten digits that come with scikit-learn"),
 }
 
@@ -97,6 +107,19 @@ def cifar100_dataloaders(batch_size: int = 128, data_dir: str = "data") -> Loade
     return _dataloaders("cifar100", batch_size, data_dir)
 
 
+def fashionmnist_dataloaders(batch_size: int = 128, data_dir: str = "data") -> Loaders:
+    """Train, validation and test loaders of Fashion-MNIST (54,000 / 6,000 / 10,000 images of 32 pixels)."""
+    return _dataloaders("fashionmnist", batch_size, data_dir)
+
+
 def tiny_imagenet_dataloaders(batch_size: int = 128, data_dir: str = "data") -> Loaders:
     """Train, validation and test loaders of Tiny-ImageNet (90,000 / 10,000 / 10,000 images of 64 pixels)."""
     return _dataloaders("tiny-imagenet", batch_size, data_dir)
+
+
+def imagenet_dataloaders(batch_size: int = 128, data_dir: str = "data") -> Loaders:
+    """Train, validation and test loaders of ImageNet (1,153,050 / 128,117 / 50,000 images of 224 pixels).
+
+    The test images are those that ImageNet calls its validation set.
+    """
+    return _dataloaders("imagenet", batch_size, data_dir)

@@ -1,20 +1,21 @@
-"""Image sets as uint8 tensors in memory, and the readers that fill them."""
+"""Image sets as uint8 tensors, how they are split, and the readers of those that fit in memory."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
 from errors import DataError
-from image_store import Decoding, Images, LazyImages, open_images
+from image_store import Decoding, Images, LazyImages, one_line
+from image_tables import CIFAR10, CIFAR100, TableFormat, checked_labels, find_table
 
 log = logging.getLogger("rsst.data")
 
@@ -22,6 +23,9 @@ SPLIT_SEED = 20260105  # the split must not depend on the run's seed: validation
 VALIDATION_SHARE = 0.1
 STATISTICS_SAMPLE = 10_000  # wherever the images are kept, so that a run does not depend on it
 DIGEST_SAMPLE = 256
+RESIZED_AT_ONCE = 4096  # images: as floats, a whole data set may not fit in memory
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,15 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     return tuple(mean.tolist()), tuple(torch.where(std > 1e-6, std, 1.0).tolist())
 
 
-def _with_validation(train: ImageSet, test: ImageSet, classes: Sequence[str], statistics: Any = None) -> Splits:
+def with_validation(train: ImageSet, test: ImageSet, classes: Sequence[str], statistics: Any = None) -> Splits:
+    """The splits, a tenth of `train` being held out for validation.
+
+    Args:
+        statistics: (mean, std) of each channel; None: those of the training images.
+
+    Raises:
+        DataError: There are too few images for that.
+    """
     rest, held_out = split_indices(len(train))
     if not len(held_out):
         raise DataError(f"{len(train)} training images are too few: a tenth of them is held out for validation")
@@ -104,44 +116,42 @@ def _with_validation(train: ImageSet, test: ImageSet, classes: Sequence[str], st
     return Splits(training, train.subset(held_out), test, mean, std, tuple(classes))
 
 
-def _load_cifar(root: Path, size: int, dataset_name: str, statistics: Any) -> Splits:
-    import torchvision.datasets
-
-    dataset_class = getattr(torchvision.datasets, dataset_name)
-    parts = [_open_cifar(dataset_class, root, train) for train in (True, False)]
-    sets = [
-        ImageSet(resized(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), size), torch.tensor(p.targets))
-        for p in parts
-    ]
-    return _with_validation(sets[0], sets[1], parts[0].classes, statistics)
+def empty_classes(found: Iterable[str], classes: Iterable[str]) -> list[str]:
+    """The classes of which there is no image; `found` is the class of each image."""
+    present = set(found)
+    return [name for name in classes if name not in present]
 
 
-def _open_cifar(dataset_class: Any, root: Path, train: bool) -> Any:
-    """torchvision's data set: from its folder or archive under `root`, else downloaded there."""
-    archive = f"{root / dataset_class.filename} (md5 {dataset_class.tgz_md5})"
-    here = f"{archive} or its unpacked folder {dataset_class.base_folder}/"
-    try:
-        return dataset_class(root, train=train, download=False)
-    except RuntimeError:
-        log.info("%s is not under %s; looking for its archive, then downloading it", dataset_class.__name__, root)
-    except Exception as error:  # a batch file that passes no check can raise anything while unpickling
-        raise DataError(f"{dataset_class.__name__} under {root} is damaged ({error}); put there {here}") from error
-    try:
-        return dataset_class(root, train=train, download=True)
-    except Exception as error:  # urllib, tarfile and torchvision share no error class
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"{dataset_class.__name__} cannot be had: no complete copy under {root} and no download ({reason}). "
-            f"Put there {here}, or name its folder by --data"
-        ) from error
+def few(names: Sequence[str]) -> str:
+    """The first names of many, for a message."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def require_every_class(found: Iterable[str], classes: Sequence[str], where: object) -> None:
+    """Refuse a part of a data set that lacks images of a class.
+
+    Raises:
+        DataError: It does; the message names the first few.
+    """
+    absent = empty_classes(found, classes)
+    if absent:
+        raise DataError(f"{where} has no image of {few(absent)}; some of each of {len(classes)} classes are expected")
 
 
 def read_cifar10(root: Path, size: int, decoding: Decoding) -> Splits:
-    return _load_cifar(root, size, "CIFAR10", ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
+    """An npz file or parquet files if they are there, else torchvision's layout."""
+    return _read_cifar(root, size, CIFAR10, CIFAR10_CLASSES, ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
 
 
 def read_cifar100(root: Path, size: int, decoding: Decoding) -> Splits:
-    return _load_cifar(root, size, "CIFAR100", ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)))
+    """An npz file or parquet files if they are there, else torchvision's layout."""
+    names = tuple(str(k) for k in range(100))
+    return _read_cifar(root, size, CIFAR100, names, ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)))
+
+
+def read_fashionmnist(root: Path, size: int, decoding: Decoding) -> Splits:
+    """torchvision's layout; the grey images of 28 pixels get three equal channels."""
+    return _read_torchvision(root, size, "FashionMNIST")
 
 
 def read_digits(root: Path, size: int, decoding: Decoding) -> Splits:
@@ -149,74 +159,80 @@ def read_digits(root: Path, size: int, decoding: Decoding) -> Splits:
     import sklearn.datasets
 
     raw = sklearn.datasets.load_digits()
-    gray = torch.from_numpy(raw.images).mul(255 / 16).round().to(torch.uint8)
-    images = resized(gray.unsqueeze(1).expand(-1, 3, -1, -1), size)
+    images = _colour_images(torch.from_numpy(raw.images).mul(255 / 16).round().to(torch.uint8), size)
     labels = torch.from_numpy(raw.target).long()
     rest, test = split_indices(len(labels), 0.2)
     train = ImageSet(images[rest], labels[rest])
-    return _with_validation(train, ImageSet(images[test], labels[test]), [str(d) for d in range(10)])
+    return with_validation(train, ImageSet(images[test], labels[test]), [str(d) for d in range(10)])
 
 
-def read_imagefolder(root: Path, size: int, decoding: Decoding) -> Splits:
-    """`train/<class>/*` and `test/<class>/*`; a tenth of train is held out for validation."""
-    listings = {part: _listing(root / part) for part in ("train", "test")}
-    classes = listings["train"].classes
-    unknown = sorted(set(listings["test"].classes) - set(classes))
-    if unknown:
-        raise DataError(f"{root}/test has classes that {root}/train lacks: {', '.join(unknown[:5])}")
-    index = {name: k for k, name in enumerate(classes)}
-    sets = []
-    for part, listing in listings.items():
-        files = [(path, index[listing.classes[label]]) for path, label in listing.samples]
-        sets.append(_from_files(files, size, root, part, decoding))
-    return _with_validation(sets[0], sets[1], classes)
+def _read_cifar(root: Path, size: int, table: TableFormat, names: tuple[str, ...], statistics: Any) -> Splits:
+    found = find_table(root, table)
+    if found is None:
+        return _read_torchvision(root, size, table.name.upper(), statistics)
+    classes = found.classes or names
+    sets = {}
+    for part, (images, labels) in {"training": found.train, "test": found.test}.items():
+        require_every_class([classes[k] for k in labels.tolist()], classes, f"the {part} set of {found.source}")
+        sets[part] = ImageSet(resized(images, size), labels)
+    return with_validation(sets["training"], sets["test"], classes, statistics)
 
 
-def _from_files(files: Sequence[tuple[str, int]], size: int, root: Path, part: str, decoding: Decoding) -> ImageSet:
-    """The images of (path, label) pairs under `root`."""
-    digest = hashlib.sha256()
-    for path, _ in files:
-        digest.update(f"{os.path.relpath(path, root)} {os.stat(path).st_size}\n".encode())  # noqa: PTH116
-    images = open_images([path for path, _ in files], size, root, part, decoding)
-    return ImageSet(images, torch.tensor([label for _, label in files]), digest.hexdigest())
-
-
-def read_tiny_imagenet(root: Path, size: int, decoding: Decoding) -> Splits:
-    """The official archive: `train/<class>/images/*`; the labelled images of `val/` are the test set."""
-    folder = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
-    train = _listing(folder / "train")
-    annotations = folder / "val" / "val_annotations.txt"
-    if annotations.is_file():
-        rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.strip()]
-        test = [(str(folder / "val" / "images" / file), name) for file, name in rows]
-    else:
-        sorted_folders = _listing(folder / "val")
-        test = [(path, sorted_folders.classes[label]) for path, label in sorted_folders.samples]
-    unknown = sorted({name for _, name in test} - set(train.classes))
-    if unknown:
-        raise DataError(f"{folder}/val has classes that {folder}/train lacks: {', '.join(unknown[:5])}")
-    return _with_validation(
-        _from_files(train.samples, size, folder, "train", decoding),
-        _from_files([(path, train.class_to_idx[name]) for path, name in test], size, folder, "val", decoding),
-        train.classes, ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
-    )  # fmt: skip
-
-
-def _listing(folder: Path) -> Any:
+def _read_torchvision(root: Path, size: int, dataset_name: str, statistics: Any = None) -> Splits:
     import torchvision.datasets
 
+    dataset_class = getattr(torchvision.datasets, dataset_name)
+    sets = []
+    for train in (True, False):
+        part = _open_torchvision(dataset_class, root, train)
+        where = f"{'training' if train else 'test'} labels of {dataset_name} under {root}"
+        labels = checked_labels(numpy.asarray(part.targets), len(part.data), len(part.classes), where)
+        sets.append(ImageSet(_colour_images(torch.as_tensor(part.data), size), labels))
+    return with_validation(sets[0], sets[1], part.classes, statistics)
+
+
+def _open_torchvision(dataset_class: Any, root: Path, train: bool) -> Any:
+    """torchvision's data set: from its folder or archive under `root`, else downloaded there."""
+    here = _layout(dataset_class, root)
     try:
-        return torchvision.datasets.ImageFolder(str(folder))
-    except OSError as error:
+        return dataset_class(root, train=train, download=False)
+    except Exception as error:  # a file that passes no check can raise anything while it is read
+        if not (isinstance(error, RuntimeError) and "not found" in str(error)):
+            raise DataError(
+                f"{dataset_class.__name__} under {root} is damaged ({one_line(error)}); put there {here}"
+            ) from error
+    log.info("%s is not under %s; looking for its archive, then downloading it", dataset_class.__name__, root)
+    try:
+        return dataset_class(root, train=train, download=True)
+    except Exception as error:  # urllib, tarfile and torchvision share no error class
         raise DataError(
-            f"{folder} is not an image folder ({str(error).splitlines()[0]}); "
-            "what is wanted is <part>/<class>/* with at least one image per class"
+            f"{dataset_class.__name__} cannot be had: no complete copy under {root} and no download "
+            f"({one_line(error)}). Put there {here}, or name its folder by --data"
         ) from error
+
+
+def _layout(dataset_class: Any, root: Path) -> str:
+    """What torchvision looks for, and where."""
+    if hasattr(dataset_class, "tgz_md5"):
+        archive = f"{root / dataset_class.filename} (md5 {dataset_class.tgz_md5})"
+        return f"{archive} or its unpacked folder {dataset_class.base_folder}/"
+    archives = ", ".join(f"{file} (md5 {md5})" for file, md5 in dataset_class.resources)
+    return f"into {root / dataset_class.__name__ / 'raw'} the files {archives}"
+
+
+def _colour_images(pixels: Tensor, size: int) -> Tensor:
+    """uint8 [n, height, width] or [n, height, width, 3] as [n, 3, size, size]."""
+    images = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
+    return resized(images, size).expand(-1, 3, -1, -1).contiguous()
 
 
 def resized(images: Tensor, size: int) -> Tensor:
     """uint8 images at another side length, bilinearly; unchanged if they have it."""
     if images.shape[-1] == size and images.shape[-2] == size:
         return images.contiguous()
+    return torch.cat([_resized(some, size) for some in images.split(RESIZED_AT_ONCE)])
+
+
+def _resized(images: Tensor, size: int) -> Tensor:
     scaled = torch.nn.functional.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
     return scaled.round().clamp(0, 255).to(torch.uint8)

@@ -17,10 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
@@ -192,11 +193,31 @@ def decode_into(images: Tensor, paths: Sequence[str], workers: int) -> None:
 
 
 def _decode(path: str, size: int) -> Tensor:
+    return read_image(path, path, size)
+
+
+def read_image(source: str | BinaryIO, name: str, size: int | None = None) -> Tensor:
+    """An image file as uint8 [3, height, width].
+
+    Args:
+        source: A path, or the file's content.
+        name: What a message calls it.
+        size: The side that it is to have, in pixels: cropped to the middle square and resized (None: left as it is).
+
+    Raises:
+        DataError: It cannot be read.
+    """
     try:
-        with Image.open(path) as file:
+        with Image.open(source) as file:
             image = file.convert("RGB")
-            if image.size != (size, size):
+            if size is not None and image.size != (size, size):
                 image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
             return torch.from_numpy(numpy.array(image)).permute(2, 0, 1)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read the image {path}: {error}") from error
+        reason = "no known format" if isinstance(error, UnidentifiedImageError) else one_line(error)
+        raise DataError(f"cannot read the image {name}: {reason}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks; its kind if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

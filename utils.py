@@ -19,6 +19,7 @@ from models import build_model
 from models.layers import Normalize, channels_side_by_side
 from models.pretrained import load_pretrained_weights
 from models.vision_transformer import set_fused_attention
+from precision import choose_precision
 
 
 def seed_everything(seed: int) -> None:
@@ -41,19 +42,6 @@ def choose_device(gpu: int) -> torch.device:
             f"argument --gpu: {gpu}; this machine has {torch.cuda.device_count()} CUDA device(s), numbered from 0"
         )
     return torch.device("cuda", gpu)
-
-
-def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """The type of matrix products: bfloat16 where asked for, or (auto) where the processor computes in it natively."""
-    if wanted == "auto":
-        native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
-        return torch.bfloat16 if native else torch.float32
-    return torch.bfloat16 if wanted == "bf16" else torch.float32
-
-
-def _cpu_has_bf16() -> bool:
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def setup_model_dataset(args: Any) -> tuple[nn.Module, Any, Any, Any]:

@@ -1,0 +1,148 @@
+"""Readers of image sets that lie as files in a folder for each class."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision.datasets
+from torchvision.datasets.folder import is_image_file
+
+from errors import DataError
+from image_sets import ImageSet, Splits, empty_classes, few, require_every_class, with_validation
+from image_store import Decoding, one_line, open_images
+
+log = logging.getLogger("rsst.data")
+
+Files = list[tuple[str, str]]  # the path of an image, and the name of its class
+
+
+def read_imagefolder(root: Path, size: int, decoding: Decoding) -> Splits:
+    """`train/<class>/*` and `test/<class>/*`; a tenth of train is held out for validation."""
+    train, test = _class_files(root / "train"), _class_files(root / "test")
+    absent = empty_classes([name for _, name in test], _classes(train))
+    if absent:
+        log.warning("%s has no image of %s: the accuracy says nothing about it", root / "test", few(absent))
+    return _load(root, {"train": train, "test": test}, size, decoding)
+
+
+def read_imagenet(root: Path, size: int, decoding: Decoding) -> Splits:
+    """`train/<class>/*` and, as the test set, `val/<class>/*`, in `ILSVRC/Data/CLS-LOC/` if that is there."""
+    inner = root / "ILSVRC" / "Data" / "CLS-LOC"
+    folder = inner if inner.is_dir() else root
+    parts = {part: _sorted_files(folder / part) for part in ("train", "val")}
+    require_every_class([name for _, name in parts["val"]], _classes(parts["train"]), folder / "val")
+    return _load(folder, parts, size, decoding, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+
+def read_tiny_imagenet(root: Path, size: int, decoding: Decoding) -> Splits:
+    """The official archive: `train/<class>/images/*`; the labelled images of `val/` are the test set.
+
+    `val/` may be as it is in the archive, or sorted into a folder for each class.
+    """
+    folder = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
+    archive = root if root.suffix == ".zip" else root / "tiny-imagenet-200.zip"
+    if not (folder / "train").is_dir() and archive.is_file():
+        raise DataError(f"{archive} is still packed; unpack it first, and name by --data the folder it is unpacked in")
+    train = _sorted_files(folder / "train")
+    _check_listed(folder / "wnids.txt", _classes(train))
+    raw = (folder / "val" / "images").is_dir()
+    test = _annotated_files(folder / "val") if raw else _sorted_files(folder / "val")
+    require_every_class([name for _, name in test], _classes(train), folder / "val")
+    statistics = ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262))
+    return _load(folder, {"train": train, "val": test}, size, decoding, statistics)
+
+
+def _check_listed(file: Path, classes: Sequence[str]) -> None:
+    """Refuse a train folder without the classes that `wnids.txt` lists; the file itself may be missing."""
+    absent = sorted(set(_lines(file)) - set(classes)) if file.is_file() else []
+    if absent:
+        raise DataError(f"{file.parent / 'train'} has no folder of {few(absent)}, which {file.name} lists")
+
+
+def _annotated_files(folder: Path) -> Files:
+    """`images/*`, with classes as `val_annotations.txt` says: lines of file, class and more, with tabs between."""
+    annotations = folder / "val_annotations.txt"
+    if not annotations.is_file():
+        raise DataError(
+            f"{folder / 'images'} is not sorted by class and {annotations} is missing; "
+            f"put it there from the archive, or sort the images into {folder}/<class>/"
+        )
+    present = set(os.listdir(folder / "images"))  # noqa: PTH208 (names are all that is wanted)
+    files = []
+    for row in _lines(annotations):
+        file, *columns = row.split("\t")
+        if not columns:
+            raise DataError(f"{annotations} has the line {row!r}; <file><tab><class> is expected")
+        if file not in present:
+            raise DataError(f"{folder / 'images'} has no {file}, which {annotations.name} lists")
+        files.append((str(folder / "images" / file), columns[0]))
+    return files
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return [line for line in file.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {file}: {one_line(error)}") from error
+
+
+def _sorted_files(folder: Path) -> Files:
+    """The images of `<class>/*`, where none lies outside a class folder: half a set must not pass for the whole."""
+    names = os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208
+    loose = next((name for name in names if is_image_file(name)), None)
+    if loose:
+        raise DataError(f"{folder} has to be sorted into class folders, {folder}/<class>/*; {loose} lies in none")
+    return _class_files(folder)
+
+
+def _class_files(folder: Path) -> Files:
+    listing = _listing(folder)
+    return [(path, listing.classes[label]) for path, label in listing.samples]
+
+
+def _listing(folder: Path) -> Any:
+    try:
+        return torchvision.datasets.ImageFolder(str(folder))
+    except OSError as error:
+        raise DataError(
+            f"{folder} is not an image folder ({one_line(error)}); "
+            "what is wanted is <part>/<class>/* with at least one image per class"
+        ) from error
+
+
+def _classes(files: Files) -> list[str]:
+    return sorted({name for _, name in files})
+
+
+def _load(root: Path, parts: dict[str, Files], size: int, decoding: Decoding, statistics: Any = None) -> Splits:
+    """The splits of a training and a test part, which are called after their folders under `root`."""
+    train, test = parts
+    classes = _classes(parts[train])
+    unknown = sorted(set(_classes(parts[test])) - set(classes))
+    if unknown:
+        raise DataError(f"{root}/{test} has classes that {root}/{train} lacks: {few(unknown)}")
+    index = {name: k for k, name in enumerate(classes)}
+    sets = [
+        _from_files([(path, index[name]) for path, name in files], size, root, part, decoding)
+        for part, files in parts.items()
+    ]
+    return with_validation(sets[0], sets[1], classes, statistics)
+
+
+def _from_files(files: Sequence[tuple[str, int]], size: int, root: Path, part: str, decoding: Decoding) -> ImageSet:
+    """The images of (path, label) pairs under `root`."""
+    digest = hashlib.sha256()
+    for path, _ in files:
+        try:
+            length = os.stat(path).st_size  # noqa: PTH116 (a Path for each of a million files takes seconds)
+        except OSError as error:  # a link to nowhere, say
+            raise DataError(f"cannot read the image {path}: {error.strerror}") from error
+        digest.update(f"{os.path.relpath(path, root)} {length}\n".encode())
+    images = open_images([path for path, _ in files], size, root, part, decoding)
+    return ImageSet(images, torch.tensor([label for _, label in files]), digest.hexdigest())
