@@ -16,6 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from channel_tags import (
+    OTHER,
+    ZERO_STAYS_ZERO,
+    ChannelTags,
+    averages_pixels,
+    is_depthwise,
+    is_rearrangement,
+    is_silent_norm,
+    new_tags,
+    traced,
+)
+from channel_units import ADDITIONS, PRODUCTS
+
 Cuts = dict[str, dict[int, Tensor]]
 """Name of a parameter or buffer -> axis -> positions that stay (int64)."""
 
@@ -114,16 +127,40 @@ def _union(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([a, b]).unique()
 
 
-ADDITIONS = (operator.add, operator.iadd, torch.add)
+SQUASHING = frozenset({nn.Sigmoid, nn.Hardsigmoid, torch.sigmoid, F.sigmoid, F.hardsigmoid, "sigmoid"})
+"""Works on each number by itself, and does not leave zeros zero."""
 
-ZERO_STAYS_ZERO = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Identity, nn.Dropout, nn.Dropout2d,
-    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten,
-    torch.relu, torch.flatten, F.relu, F.relu6, F.leaky_relu, F.silu, F.gelu, F.hardswish, F.dropout, F.max_pool2d,
-    F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d,
-    "relu", "relu_", "contiguous", "flatten", "mean",
-)  # fmt: skip
-"""Modules, functions and methods that work on each channel by itself and leave zeros zero."""
+
+class Positions(ChannelTags):
+    """Where each channel of a rearranged tensor was before; all other operations give fresh tags."""
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        super().__init__(network)
+        self.sources: list[tuple[fx.Node, int]] = []
+        self.run_on()
+
+    def tags_of(self, node: fx.Node, called: Any, tags: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+        channels = called.out_channels if isinstance(called, nn.Conv2d) else tags.shape[1]
+        return self.passed_on(node, tags if tags.ndim != 4 else torch.empty(1, channels, 1, 1))
+
+    def passed_on(self, node: fx.Node, tags: Tensor) -> Tensor:
+        if tags.ndim != 4:
+            return torch.full_like(tags, OTHER)
+        fresh = new_tags(tags.shape[1], len(self.sources) + 1)
+        self.sources += [(node, k) for k in range(tags.shape[1])]
+        return fresh
+
+    def rearranged(self, node: fx.Node, called: Any, value: Any) -> Any:
+        return self.passed_on(node, value) if called in HANDLERS and called is not operator.getitem else value
+
+    def origin(self, node: fx.Node) -> tuple[fx.Node, Tensor] | None:
+        """The node whose channels these are, and which of them; None if they are several nodes' or not known."""
+        tags = self.env.get(node)
+        if not isinstance(tags, Tensor) or tags.ndim != 4 or not bool((tags > 0).all()):
+            return None
+        pairs = [self.sources[int(t) - 1] for t in tags.flatten()]
+        nodes = {source for source, _ in pairs}
+        return (nodes.pop(), torch.tensor([k for _, k in pairs])) if len(nodes) == 1 else None
 
 
 class Follower:
@@ -141,9 +178,10 @@ class Follower:
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor], lanes: int = 1) -> None:
         self.masks = masks
         self.lanes = lanes
-        self.graph = fx.Tracer().trace(model)
-        self.model = fx.GraphModule(model, self.graph)
+        self.model = traced(model)
+        self.graph = self.model.graph
         self.modules = dict(self.model.named_modules())
+        self.positions = Positions(self.model)
         self.flows: dict[fx.Node, Flow | None] = {}
         self.cuts: Cuts = {}
         self.inserted = 0
@@ -159,11 +197,34 @@ class Follower:
     def _step(self, node: fx.Node) -> Flow | None:
         called: Any = self.modules[str(node.target)] if node.op == "call_module" else node.target
         kind = type(called) if node.op == "call_module" else called
+        if is_silent_norm(called):
+            return _normalisation(self, node, called)
         if kind in HANDLERS:
             return HANDLERS[kind](self, node, called)
-        if kind in ZERO_STAYS_ZERO and _keeps_channels(node, called):
+        if kind in ZERO_STAYS_ZERO or _flattens(node, called):
             return self._flow(node.args[0])
-        return self._whole(node)
+        if kind in SQUASHING:
+            flow = self._flow(node.args[0])
+            self._whole(node)
+            return flow and Flow(_all(flow.channels), flow.channels)
+        return self._rearranged(node) if is_rearrangement(node, called) else self._whole(node)
+
+    def _rearranged(self, node: fx.Node) -> Flow | None:
+        """All channels are moved about, and those taken of them that can differ from zero."""
+        self._whole(node)
+        origin = self.positions.origin(node)
+        flow = self._flow(origin[0]) if origin else None
+        if origin is None or flow is None:
+            return None
+        present = torch.isin(origin[1], flow.present).nonzero().flatten()
+        channels = len(origin[1])
+        if len(present) == channels:
+            return Flow(present, channels)
+        present = present if len(present) else _all(1)
+        selected = self._insert(Select(present), (node,), node.next)
+        node.replace_all_uses_with(selected, lambda user: user is not selected)
+        self.flows[selected] = Flow(present, channels)
+        return Flow(_all(channels), channels)
 
     def _flow(self, node: Any) -> Flow | None:
         return self.flows.get(node)
@@ -235,16 +296,16 @@ def _laid_out_like(value: Tensor, smaller: Tensor) -> Tensor:
     return smaller.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def _keeps_channels(node: fx.Node, what: Any) -> bool:
-    """Whether a reduction or flattening leaves axis 1 to itself."""
+def _flattens(node: fx.Node, what: Any) -> bool:
+    """Whether pixels are averaged, or laid out channel after channel, so that channels stay in their order."""
     words = [*node.args[1:], *node.kwargs.values()]
-    if what == "mean":
-        axes = words[0] if words else None
-        axes = axes if isinstance(axes, tuple | list) else (axes,)
-        return all(a in (2, 3, -1, -2) for a in axes)
+    if what in ("view", "reshape", torch.reshape):
+        return bool(len(words) == 2 and words[1] == -1)
     if what in ("flatten", torch.flatten):
         return words[:1] == [1]
-    return not isinstance(what, nn.Flatten) or bool(what.start_dim == 1)
+    if what in ("mean", torch.mean):
+        return averages_pixels(node)
+    return isinstance(what, nn.Flatten) and bool(what.start_dim == 1)
 
 
 def _convolution(self: Follower, node: fx.Node, conv: nn.Conv2d) -> Flow:
@@ -255,8 +316,9 @@ def _convolution(self: Follower, node: fx.Node, conv: nn.Conv2d) -> Flow:
     if conv.groups == 1:
         leaving = _heard(self, node, _union(self._alive(f"{layer}.weight", conv.out_channels), speaking))
         cut = {0: leaving, 1: arriving}
-    elif conv.groups == conv.in_channels == conv.out_channels:
-        leaving = _heard(self, node, _union(arriving, speaking))
+    elif is_depthwise(conv):
+        filtered = arriving[torch.isin(arriving, self._alive(f"{layer}.weight", conv.out_channels))]
+        leaving = _heard(self, node, _union(filtered, speaking))
         node.replace_input_with(source, self._placed(source, leaving, node))
         cut, conv.groups, arriving = {0: leaving}, len(leaving), leaving
     else:
@@ -272,8 +334,8 @@ def _convolution(self: Follower, node: fx.Node, conv: nn.Conv2d) -> Flow:
 def _heard(self: Follower, node: fx.Node, own: Tensor) -> Tensor:
     """Channels that a convolution has to make: its own living ones, or those that a norm behind it lets through."""
     users = [self.modules.get(str(u.target)) if u.op == "call_module" else None for u in node.users]
-    if len(users) == 1 and isinstance(users[0], nn.BatchNorm2d):
-        return self._normalised(next(iter(node.users)), users[0])
+    if len(users) == 1 and is_silent_norm(users[0]):
+        return self._normalised(next(iter(node.users)), users[0])  # type: ignore[arg-type]
     return own if len(own) else _all(1)
 
 
@@ -326,6 +388,21 @@ def _addition(self: Follower, node: fx.Node, called: Any) -> Flow | None:
     return result
 
 
+def _product(self: Follower, node: fx.Node, called: Any) -> Flow | None:
+    """Zero where either factor is."""
+    flows = [self._flow(a) for a in node.args if isinstance(a, fx.Node)]
+    known = [f for f in flows if f is not None]
+    if len(known) < len(flows) or node.kwargs or len({f.channels for f in known}) != 1:
+        return self._whole(node)
+    present = known[0].present
+    for flow in known[1:]:
+        present = present[torch.isin(present, flow.present)]
+    present = present if len(present) else _all(1)
+    for source in node.all_input_nodes:
+        node.replace_input_with(source, self._placed(source, present, node))
+    return Flow(present, known[0].channels)
+
+
 def _concatenation(self: Follower, node: fx.Node, called: Any) -> Flow | None:
     sources: Any = node.args[0]
     axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
@@ -344,7 +421,7 @@ def _selection(self: Follower, node: fx.Node, called: Any) -> Flow | None:
     index = node.args[1]
     untouched = isinstance(index, tuple) and len(index) >= 2 and all(i == slice(None) for i in index[:2])
     slices = isinstance(index, tuple) and all(isinstance(i, slice) for i in index)
-    return self._flow(node.args[0]) if untouched and slices else self._whole(node)
+    return self._flow(node.args[0]) if untouched and slices else self._rearranged(node)
 
 
 def _padding(self: Follower, node: fx.Node, called: Any) -> Flow | None:
@@ -362,10 +439,11 @@ def _padding(self: Follower, node: fx.Node, called: Any) -> Flow | None:
 
 HANDLERS: dict[Any, Callable[[Follower, fx.Node, Any], Flow | None]] = {
     nn.Conv2d: _convolution,
-    nn.BatchNorm2d: _normalisation,
     nn.Linear: _linear,
     **dict.fromkeys(ADDITIONS, _addition),
+    **dict.fromkeys(PRODUCTS, _product),
     torch.cat: _concatenation,
+    torch.concat: _concatenation,
     operator.getitem: _selection,
     F.pad: _padding,
 }

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from channel_flow import Cuts, Follower
 from errors import DataError
-from models import MODELS, build_model, spec_of
+from models import build_model, runs_a_file, spec_of
 from models.layers import Normalize, channels_side_by_side
-from rounds import unit_groups
 from run_state import write_atomically
-from units import UnitGroup
+from unit_groups import unit_groups
+from units import UnitGroup, masks_of_units
 
 FORMAT = 1
 
@@ -104,9 +104,9 @@ def _cut_branches(model: nn.Module, groups: Sequence[UnitGroup], masks: Mapping[
     cuts: Cuts = {}
     for group in groups:
         readers = [s for s in group.slices if s.axis == 1]
-        if not readers or not all(s.name in masks for s in readers):
+        kept = speaking_units(group, masks)
+        if not readers or bool(kept.all()):
             continue
-        kept = torch.stack([s.units_with_weights(masks[s.name]) for s in readers]).any(0)
         branch, _, _ = group.root.layer.rpartition(".")
         if not bool(kept.any()):
             _replace_branch(model, branch, readers[0].layer)
@@ -117,7 +117,7 @@ def _cut_branches(model: nn.Module, groups: Sequence[UnitGroup], masks: Mapping[
         attention: Any = model.get_submodule(branch)
         if hasattr(attention, "num_heads"):
             attention.num_heads = int(kept.sum())
-            attention.attn_dim = attention.num_heads * attention.head_dim
+            attention.attn_dim = attention.num_heads * (group.root.index.shape[1] // 3)
     return cuts
 
 
@@ -146,7 +146,7 @@ def kept_units_of(model: nn.Module, masks: Mapping[str, Tensor], multiple: int =
     kept = {}
     for group in unit_groups(model):
         root = group.root
-        alive = root.units_with_weights(masks[root.name]) if root.name in masks else torch.ones(group.units).bool()
+        alive = speaking_units(group, masks)
         missing = min(-int(alive.sum()) % multiple, group.units - int(alive.sum()))
         weight = parameters[root.name].detach().abs().cpu()
         size = weight.sum([d for d in range(weight.ndim) if d != root.axis])[root.index].sum(1)
@@ -156,6 +156,13 @@ def kept_units_of(model: nn.Module, masks: Mapping[str, Tensor], multiple: int =
     return kept
 
 
+def speaking_units(group: UnitGroup, masks: Mapping[str, Tensor]) -> Tensor:
+    """Units that somebody listens to: bool [units]. A neuron whose own row is zero still passes its bias on."""
+    listened = [s for s in group.slices if s.axis == 1] or [group.root]
+    heard = [s.units_with_weights(masks[s.name]) for s in listened if s.name in masks]
+    return torch.stack(heard).any(0) if len(heard) == len(listened) else torch.ones(group.units, dtype=torch.bool)
+
+
 def structure_of(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     """The masks (by parameter name) that leave exactly these units of each group.
 
@@ -163,15 +170,14 @@ def structure_of(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> dict[st
         DataError: The model has no such group or unit.
     """
     parameters = dict(model.named_parameters())
-    masks: dict[str, Tensor] = {}
-    for group in unit_groups(model):
-        flags = torch.zeros(group.units, dtype=torch.bool)
+    groups = unit_groups(model)
+    left = {g.name: torch.zeros(g.units, dtype=torch.bool) for g in groups}
+    for group in groups:
         units = kept.get(group.name)
         if units is None or any(not 0 <= u < group.units for u in units):
             raise DataError(f"the kept units do not fit the model: {group.name} has {group.units} units")
-        flags[list(units)] = True
-        masks |= {part.name: part.spread(flags, parameters[part.name]) for part in group.slices}
-    return masks
+        left[group.name][list(units)] = True
+    return masks_of_units(groups, left, parameters)
 
 
 def save(small: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
@@ -185,10 +191,13 @@ def save(small: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
     write_atomically(json.dumps({"format": FORMAT, **config}, indent=1) + "\n", folder / "config.json")
 
 
-def load(folder: str | Path) -> nn.Module:
+def load(folder: str | Path, own: str | None = None) -> nn.Module:
     """The network that `save` wrote, in eval mode; runs no code from the files.
 
     It takes images [batch, 3, size, size] in [0, 1] and gives logits.
+
+    Args:
+        own: The network, `file.py:factory`, if it comes from a user's file; that file's code is run.
 
     Raises:
         DataError: A file is missing, damaged, or of another version or model.
@@ -197,10 +206,12 @@ def load(folder: str | Path) -> nn.Module:
     try:
         config = json.loads((folder / "config.json").read_text())
         tensors = safetensors.torch.load_file(folder / "model.safetensors")
-        if config["format"] != FORMAT or config["arch"] not in MODELS:
+        if config["format"] != FORMAT:
             raise DataError(f"{folder} was written by another version of this program")
+        if runs_a_file(config["arch"]) and own is None:
+            raise DataError(f"the network in {folder} comes from {config['arch']}: give that to run its code")
         with torch.random.fork_rng(devices=[]):
-            model = build_model(config["arch"], len(config["classes"]), config["image_size"])
+            model = build_model(own or config["arch"], len(config["classes"]), config["image_size"])
         model.normalize = Normalize((0.0,) * 3, (1.0,) * 3)
         small = shrink(model, structure_of(model, config["kept"]))
         small.load_state_dict(tensors)

@@ -50,13 +50,19 @@ def cost_of(model: nn.Module, groups: Sequence[UnitGroup], masks: Mapping[str, T
     for layer, use in uses.items():
         weight = modules[layer].weight  # type: ignore[union-attr]
         pairs = masks.get(f"{layer}.weight", torch.ones_like(weight)).detach().cpu()
-        if pairs.shape[1] == len(use.live_inputs):
+        if _is_grouped(modules[layer]):  # its groups have to stay equally large
+            pairs = torch.ones_like(pairs)
+        elif pairs.shape[1] == len(use.live_inputs):
             pairs = pairs * use.live_inputs.view(1, -1, *[1] * (pairs.ndim - 2))
         left = int(pairs.sum())
         macs += use.positions * left
         saved += pairs.numel() - left
     saved += _dropped_vectors(model, groups, kept, masks)
     return Cost(sum(p.numel() for p in model.parameters()) - saved, macs)
+
+
+def _is_grouped(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv2d) and 1 < layer.groups < layer.in_channels
 
 
 def _live_units(group: UnitGroup, masks: Mapping[str, Tensor]) -> Tensor:
@@ -69,7 +75,7 @@ def _dropped_vectors(
     model: nn.Module, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor], masks: Mapping[str, Tensor]
 ) -> int:
     """Biases and normalisation entries that go with dropped units."""
-    gone: dict[str, int] = {}
+    gone: dict[tuple[str, str], int] = {}
     for group in groups:
         for part in group.slices:
             if group.name not in kept or part.axis != 0:
@@ -77,9 +83,9 @@ def _dropped_vectors(
             width = int((~kept[group.name]).sum()) * part.index.shape[1]
             bias = f"{part.layer}.bias"
             if part.param == "bias" or not part.ranked:
-                gone[part.name] = width
+                gone[group.name, part.name] = width
             elif getattr(model.get_submodule(part.layer), "bias", None) is not None:
-                gone[bias] = width
+                gone[group.name, bias] = width
     return sum(gone.values())
 
 

@@ -81,6 +81,11 @@ class MaskPair:
         if wrong:
             raise ValueError(f"the masks of {wrong[0]} have different shapes")
 
+    @classmethod
+    def of(cls, current: Mask, refill: Mask) -> MaskPair:
+        """The pair of two masks by parameter name."""
+        return cls({current_key(n): m for n, m in current.items()}, {refill_key(n): m for n, m in refill.items()})
+
     def _where(self, current: int, refill: int) -> Mask:
         ours, theirs = by_parameter(self.current), by_parameter(self.refill)
         return {n: (ours[n] == current) & (theirs[n] == refill) for n in ours}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from budgets import BUDGETS, Budget, budget, kept_count
+from channel_units import channel_groups
 from criteria import CRITERIA, CRITERIA_BATCHES
 from evidence import Evidence, collect_evidence
 from masks import (
@@ -29,7 +30,7 @@ from masks import (
 )
 from oneshot_pruners import prune_admm, prune_grasp, prune_omp, prune_rp, prune_snip, prune_synflow
 from regroup import regroup
-from units import Slice, UnitGroup, channel_groups, parameter_of, ranked_names
+from units import Slice, UnitGroup, parameter_of, ranked_names
 
 __all__ = [
     "BUDGETS", "CRITERIA", "Evidence", "Mask", "MaskPair", "Slice", "UnitGroup", "budget", "channel_groups",

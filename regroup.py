@@ -13,7 +13,7 @@ from criteria import CRITERIA
 from evidence import Evidence
 from masks import Mask, current_key, refill_key
 from regroup_report import group_block, part_heading
-from units import UnitGroup, kept_units
+from units import UnitGroup, kept_units, masks_of_units
 
 log = logging.getLogger("rsst.pruning")
 
@@ -69,17 +69,10 @@ def regroup(
     if log.isEnabledFor(logging.DEBUG):
         _describe(scored, scores, kept, current_mask)
     structured = {part.name for g in scored for part in g.slices}
-    refill: Mask = {}
-    for group in groups:
-        for part in group.slices:
-            current = current_mask[current_key(part.name)]
-            if group.name in kept:
-                mask = part.spread(kept[group.name], current)
-            else:
-                mask = torch.ones_like(current) if part.name in structured else current.clone()
-            key = refill_key(part.name)
-            refill[key] = refill[key] * mask if key in refill else mask
-    return refill
+    current = {part.name: current_mask[current_key(part.name)] for g in groups for part in g.slices}
+    refill = {n: torch.ones_like(m) if n in structured else m.clone() for n, m in current.items()}
+    refill |= masks_of_units(scored, kept, current)
+    return {refill_key(n): m for n, m in refill.items()}
 
 
 def _describe(groups: Sequence[UnitGroup], scores: Scores, kept: Scores, current_mask: Mapping[str, Tensor]) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor, nn, optim
 
 from errors import DivergedError, Interrupted
 from masks import HeldMask, Mask
-from models.vision_transformer import frugal
 from optimization import LearningRate, set_learning_rate
+from precision import computing
 from reg_pruner_files.reg_pruner import Pruner
 from reporter import Reporter
 from units import parameter_of
@@ -112,15 +112,6 @@ class Passer:
     reporter: Reporter | None = None
     decoupled: bool = False
     lr_share: float = 1.0
-
-
-@contextmanager
-def computing(model: nn.Module) -> Iterator[None]:
-    """Autocast to the model's `.precision`, if it has one other than float32, and skip what the logits do not need."""
-    precision = getattr(model, "precision", torch.float32)
-    device = next(model.parameters()).device.type
-    with frugal(model), torch.autocast(device, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
-        yield
 
 
 def train(

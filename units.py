@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
-
-from models.registry import spec_of
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -91,44 +89,6 @@ def rows(layer: str, units: int, param: str = "weight", ranked: bool = True) -> 
     return Slice(layer, 0, torch.arange(units).unsqueeze(1), param, ranked)
 
 
-def channel_groups(model: nn.Module, conv1: bool = False) -> list[UnitGroup]:
-    """One group per convolution: its filters, with what keeps a dropped channel from speaking.
-
-    That is the weight and bias of the BatchNorm behind it (a masked filter alone still emits the BatchNorm's shift),
-    or the convolution's own bias where no BatchNorm follows.
-
-    Args:
-        conv1: Include the stem convolution.
-    """
-    stem = spec_of(model).stem
-    convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and (conv1 or n != stem)}
-    norms = _norm_behind(model) if convs else {}
-    return [UnitGroup(n, "channel", _channel_slices(n, m, norms.get(n))) for n, m in convs.items()]
-
-
-def _channel_slices(name: str, conv: nn.Conv2d, norm: str | None) -> tuple[Slice, ...]:
-    filters = rows(name, conv.out_channels)
-    if norm is not None:
-        return (filters, *(rows(norm, conv.out_channels, p, ranked=False) for p in ("weight", "bias")))
-    if conv.bias is not None:
-        return filters, rows(name, conv.out_channels, "bias", ranked=False)
-    return (filters,)
-
-
-def _norm_behind(model: nn.Module) -> dict[str, str]:
-    """Convolution -> the affine BatchNorm that reads its output and nothing else does."""
-    graph = fx.symbolic_trace(model).graph
-    modules = dict(model.named_modules())
-    found = {}
-    for node in graph.nodes:
-        if node.op == "call_module" and isinstance(modules[node.target], nn.Conv2d) and len(node.users) == 1:
-            user = next(iter(node.users))
-            norm = modules.get(str(user.target)) if user.op == "call_module" else None
-            if isinstance(norm, nn.BatchNorm2d) and norm.affine:
-                found[node.target] = str(user.target)
-    return found
-
-
 def kinds(groups: Sequence[UnitGroup]) -> list[str]:
     """The kinds of unit that occur, in order of appearance."""
     return list(dict.fromkeys(g.kind for g in groups))
@@ -137,3 +97,24 @@ def kinds(groups: Sequence[UnitGroup]) -> list[str]:
 def kept_units(group: UnitGroup, mask: Tensor) -> Tensor:
     """Which units have anything left in the mask of the group's first slice: bool [units]."""
     return group.root.units_with_weights(mask)
+
+
+def masks_of_units(
+    groups: Iterable[UnitGroup], kept: Mapping[str, Tensor], like: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The masks (by parameter name) that leave just these units.
+
+    Args:
+        kept: Group name -> bool [units]; groups that are not named keep all.
+        like: Parameter name -> a tensor of its shape.
+
+    Returns:
+        0/1 masks of all slices of the groups. Where groups share a parameter, what any of them drops is gone.
+    """
+    masks: dict[str, Tensor] = {}
+    for group in groups:
+        flags = kept.get(group.name, torch.ones(group.units, dtype=torch.bool))
+        for part in group.slices:
+            mask = part.spread(flags, like[part.name])
+            masks[part.name] = masks[part.name] * mask if part.name in masks else mask
+    return masks

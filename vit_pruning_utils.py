@@ -1,4 +1,4 @@
-"""Vision Transformers: their unit groups, and the documents' functions for them."""
+"""The documents' pruning functions for Vision Transformers."""
 
 from __future__ import annotations
 
@@ -23,71 +23,16 @@ from pruning_utils import (
 )
 from regroup import best_units, score_units
 from regroup_report import banner, summary
-from units import Slice, UnitGroup, parameter_of, ranked_names, rows
+from unit_groups import block_groups, head_groups, is_vit_model, neuron_groups, vit_groups
+from units import UnitGroup, parameter_of, ranked_names, rows
+
+__all__ = [
+    "block_groups", "check_sparsity_vit", "extract_mask_vit", "head_groups", "is_vit_model", "neuron_groups",
+    "prune_model_custom_fillback_vit", "prune_model_custom_fillback_vit_by_head", "prune_model_custom_vit",
+    "pruning_model_vit", "refill_rows", "remove_prune_vit", "vit_groups",
+]  # fmt: skip
 
 log = logging.getLogger("rsst.pruning")
-
-
-def _attention_layers(model: nn.Module) -> dict[str, nn.Module]:
-    return {n: m for n, m in model.named_modules() if hasattr(m, "qkv") and hasattr(m, "num_heads")}
-
-
-def is_vit_model(model: nn.Module) -> bool:
-    """Whether the network has attention layers with a joint qkv projection."""
-    return bool(_attention_layers(model))
-
-
-def head_groups(model: nn.Module) -> list[UnitGroup]:
-    """One group per attention layer. Head h owns its rows of q, k and v in `qkv`, and its columns of `proj`."""
-    groups = []
-    for name, attention in _attention_layers(model).items():
-        heads, dim = int(attention.num_heads), int(attention.head_dim)  # type: ignore[arg-type]
-        columns = torch.arange(heads * dim).view(heads, dim)
-        qkv = torch.cat([columns + part * heads * dim for part in range(3)], dim=1)
-        slices = (Slice(f"{name}.qkv", 0, qkv), Slice(f"{name}.proj", 1, columns))
-        groups.append(UnitGroup(f"{name}.qkv", "head", slices))
-    return groups
-
-
-def neuron_groups(model: nn.Module) -> list[UnitGroup]:
-    """One group per MLP. Neuron n owns row n of `fc1` and column n of `fc2`."""
-    groups = []
-    for name, mlp in model.named_modules():
-        if isinstance(getattr(mlp, "fc1", None), nn.Linear) and isinstance(getattr(mlp, "fc2", None), nn.Linear):
-            hidden = mlp.fc1.out_features  # type: ignore[union-attr]
-            columns = torch.arange(hidden).unsqueeze(1)
-            slices = (rows(f"{name}.fc1", hidden), Slice(f"{name}.fc2", 1, columns))
-            groups.append(UnitGroup(f"{name}.fc1", "neuron", slices))
-    return groups
-
-
-def block_groups(model: nn.Module) -> list[UnitGroup]:
-    """One group of one unit per attention branch and per MLP: all its weights, the layer that speaks for it first.
-
-    Without them the branch adds the bias of that layer and nothing else.
-    """
-    groups = []
-    for group in head_groups(model) + neuron_groups(model):
-        first, last = (s.layer for s in group.slices)
-        sizes = {layer: parameter_of(model, f"{layer}.weight").shape[0] for layer in (last, first)}
-        slices = tuple(Slice(layer, 0, torch.arange(size).unsqueeze(0)) for layer, size in sizes.items())
-        groups.append(UnitGroup(last.rpartition(".")[0], "block", slices))
-    order = {name: k for k, (name, _) in enumerate(model.named_modules())}
-    return sorted(groups, key=lambda g: order[g.name])
-
-
-def vit_groups(model: nn.Module, prune_patch_embed: bool = False, blocks: bool = False) -> list[UnitGroup]:
-    """All that can be pruned in a ViT: heads, neurons and, if asked for, whole blocks and the patch embedding.
-
-    Args:
-        prune_patch_embed: Include the patch embedding, which is pruned weight by weight.
-        blocks: Include attention and MLP branches as units of their own, over those that they contain.
-    """
-    groups = head_groups(model) + neuron_groups(model) + (block_groups(model) if blocks else [])
-    if prune_patch_embed:
-        stem = spec_of(model).stem
-        groups.append(UnitGroup(stem, "patch", (rows(stem, parameter_of(model, f"{stem}.weight").shape[0]),)))
-    return groups
 
 
 def pruning_model_vit(model: nn.Module, px: float, prune_patch_embed: bool = False) -> None:
