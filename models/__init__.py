@@ -1,6 +1,9 @@
 """The networks that can be pruned. Importing this package fills `MODELS`."""
 
-from models import resnets, vit
-from models.registry import MODELS, ModelSpec, build_model, register_model, spec_of
+from models import cnns, resnets, torchvision_cnns, vit
+from models.registry import MODELS, ModelSpec, build_model, family_of, parse_arch, register_model, runs_a_file, spec_of
 
-__all__ = ["MODELS", "ModelSpec", "build_model", "register_model", "resnets", "spec_of", "vit"]
+__all__ = [
+    "MODELS", "ModelSpec", "build_model", "cnns", "family_of", "parse_arch", "register_model", "resnets", "runs_a_file",
+    "spec_of", "torchvision_cnns", "vit",
+]  # fmt: skip

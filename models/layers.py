@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -29,6 +30,49 @@ class Normalize(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Normalise images [batch, 3, height, width]."""
         return (images - self.mean) / self.std
+
+
+class _Normalising(nn.Module):
+    """What a library's network gets in front of its own `forward`."""
+
+    normalize: nn.Module
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(self.normalize(images))
+
+
+@functools.cache
+def _normalising(network: type[nn.Module]) -> type[nn.Module]:
+    names = {"__module__": network.__module__, "__qualname__": network.__qualname__, "__doc__": network.__doc__}
+    return type(network.__name__, (_Normalising, network), names)
+
+
+def normalised(model: nn.Module) -> nn.Module:
+    """Give a library's network a layer `normalize` in front of all others, which does nothing until it is replaced.
+
+    The network itself is changed, and returned: it becomes an instance of a subclass. So its parameters keep their
+    names, and it can be copied, traced, compiled and exported like before. One that has a `normalize` is left alone.
+
+    Raises:
+        TypeError: The network is a `Sequential`, which would call the new layer a second time, as its last.
+    """
+    if isinstance(model, nn.Sequential):
+        raise TypeError("a Sequential gets `normalize` as its first layer when it is built")
+    if not hasattr(model, "normalize"):
+        model.__class__ = _normalising(type(model))  # type: ignore[arg-type]
+        model.normalize = nn.Identity()
+    return model
+
+
+def kaiming_normal(model: nn.Module, negative_slope: float = 0.0) -> None:
+    """Draw all convolutions' weights so that gradients keep their size (He et al. 2015, fan_out), as torchvision does.
+
+    Args:
+        negative_slope: Of the LeakyReLU that follows; 0 is a ReLU.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, negative_slope, "fan_out", "leaky_relu")
 
 
 def channels_side_by_side(model: nn.Module) -> nn.Module:

@@ -1,9 +1,10 @@
-"""The Vision Transformer for small images (Dosovitskiy et al. 2021): timm's, behind a normalisation layer."""
+"""The Vision Transformer (Dosovitskiy et al. 2021): timm's, behind a normalisation layer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from timm.models import vision_transformer
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 class VisionTransformer(vision_transformer.VisionTransformer):
     """timm's network behind a normalisation layer; images [batch, 3, size, size] in [0, 1] -> logits.
 
+    Args:
+        norm_eps: What the LayerNorms add to the variance; timm's ImageNet weights are made for 1e-6.
+
     Attributes:
         class_token_only: Leave out what the classifier never reads: the last block's other tokens after its keys and
             values. The logits and gradients are the same up to rounding. Off unless `frugal` turns it on, since
@@ -21,11 +25,11 @@ class VisionTransformer(vision_transformer.VisionTransformer):
 
     def __init__(
         self, num_classes: int, img_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int,
-        mlp_ratio: float,
+        mlp_ratio: float, norm_eps: float = 1e-5,
     ) -> None:  # fmt: skip
         super().__init__(
             img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads,
-            mlp_ratio=mlp_ratio, num_classes=num_classes, norm_layer=_layer_norm,
+            mlp_ratio=mlp_ratio, num_classes=num_classes, norm_layer=partial(nn.LayerNorm, eps=norm_eps),
         )  # fmt: skip
         # timm starts the class token near zero; the documents' networks start it like the position embedding.
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -71,10 +75,6 @@ def frugal(model: nn.Module) -> Iterator[None]:
     finally:
         if able:
             model.class_token_only = False  # type: ignore[assignment]
-
-
-def _layer_norm(dim: int, **kwargs: object) -> nn.LayerNorm:
-    return nn.LayerNorm(dim, eps=1e-5, **kwargs)  # type: ignore[arg-type]
 
 
 def set_fused_attention(model: nn.Module, fused: bool) -> None:

@@ -10,9 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from models import MODELS
+
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["WANDB_MODE"] = "disabled"
 torch.set_num_threads(1)
+
+# Networks that are too large for tests that try everything: 15 million parameters and more.
+LARGE = ("res50", "vgg16_bn", "densenet161", "vit_small", "vit_base", "vit_small_imagenet", "vit_base_imagenet",
+         "vit_large_imagenet")  # fmt: skip
+SMALL = tuple(arch for arch in MODELS if arch not in LARGE)
 
 # A run of a few seconds: 8-pixel digits, one epoch a round.
 TINY = {

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import build_model
+from models import MODELS, build_model
 from models.layers import Normalize
 from models.vision_transformer import VisionTransformer
 
@@ -102,6 +102,11 @@ def golden_model(arch: str) -> nn.Module:
     model.normalize = Normalize(*CIFAR100)
     model.load_state_dict(filled_state(arch), strict=False)
     return model.eval()
+
+
+def prunes_stem(arch: str) -> bool:
+    """Whether the reference prunes the first layer: any that is not called conv1. Ours stays dense unless asked for."""
+    return arch in MODELS and MODELS[arch].spec.stem in table("models")[arch]["prunable"]
 
 
 def full_state(model: nn.Module, arch: str, offset: int = 0) -> dict[str, Tensor]:

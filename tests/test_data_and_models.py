@@ -1,25 +1,18 @@
-"""Data on small files that the tests make; models by their names; what they cost."""
+"""Batches; models by their names; what they cost; optimizers."""
 
 from __future__ import annotations
 
-import pickle
-import tarfile
-
-import numpy as np
 import pytest
 import timm
 import torch
-from conftest import tiny
-from PIL import Image
+from conftest import SMALL
 from torch.utils.flop_counter import FlopCounterMode
 
-import dataset
 import main_imp_fillback
 from batches import BatchLoader, crop_and_flip, mixed_seed
 from counting import cost_of
-from dataset import load_splits
 from errors import DataError, UsageError
-from image_sets import ImageSet, channel_statistics, split_indices
+from image_sets import ImageSet
 from models import MODELS, build_model, register_model
 from models.layers import Normalize
 from models.pretrained import load_pretrained_weights
@@ -27,169 +20,11 @@ from models.vision_transformer import set_fused_attention
 from models.vit import vit_small
 from optimization import OPTIMIZERS, LearningRate
 from options import parse_args
-from rounds import decide, kept_per_kind, unit_groups
+from precision import choose_precision
+from rounds import decide, kept_per_kind
 from rules import RoundRules
-from utils import choose_device, choose_precision, setup_model_dataset
-
-
-@pytest.fixture
-def photos(tmp_path):
-    for part, count in (("train", 10), ("test", 3)):
-        for k, name in enumerate(("cat", "dog", "emu")):
-            folder = tmp_path / "photos" / part / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                noise = np.random.default_rng(100 * k + i).integers(0, 255, (20 + i, 24, 3), dtype=np.uint8)
-                Image.fromarray(noise).save(folder / f"{i}.png")
-    return tmp_path / "photos"
-
-
-def test_an_image_folder_is_split_resized_and_labelled(photos):
-    splits = load_splits("imagefolder", photos, 16)
-    assert [len(s) for s in (splits.train, splits.val, splits.test)] == [27, 3, 9]
-    assert splits.train.images.shape[1:] == (3, 16, 16) and splits.train.images.dtype == torch.uint8
-    assert splits.classes == ("cat", "dog", "emu")
-    assert splits.test.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
-    everything = torch.cat([splits.train.labels, splits.val.labels])
-    assert everything.bincount().tolist() == [10, 10, 10]
-
-
-def test_wrong_image_folders_are_named(photos, tmp_path):
-    with pytest.raises(DataError, match="not an image folder"):
-        load_splits("imagefolder", tmp_path / "nothing")
-    (photos / "train" / "cat" / "0.png").write_bytes(b"not an image")
-    with pytest.raises(DataError, match=r"cannot read the image .*cat/0\.png"):
-        load_splits("imagefolder", photos)
-    (photos / "train" / "cat" / "0.png").unlink()
-    (photos / "train" / "fox").mkdir()
-    with pytest.raises(DataError, match="fox"):
-        load_splits("imagefolder", photos)
-    (photos / "train" / "fox").rmdir()
-    (photos / "test" / "dog").rename(photos / "test" / "yak")
-    with pytest.raises(DataError, match=r"classes that .* lacks: yak"):
-        load_splits("imagefolder", photos)
-
-
-def test_the_program_runs_on_an_image_folder(photos, tmp_path):
-    words = tiny(tmp_path / "run", dataset="imagefolder", data=photos, image_size=16, batch_size=8)
-    assert main_imp_fillback.main([str(w) for w in words]) == 0
-    assert main_imp_fillback.main(["--dataset", "imagefolder", "--data", str(tmp_path)]) == 3
-
-
-def cifar_files(root, monkeypatch, name):
-    """A tiny CIFAR in torchvision's layout, with its checksums told to torchvision's own check."""
-    import hashlib
-
-    import torchvision.datasets
-
-    source = getattr(torchvision.datasets, name)
-    fine = name == "CIFAR100"
-    folder = root / source.base_folder
-    folder.mkdir(parents=True)
-    lists = {}
-    for which in ("train_list", "test_list"):
-        entries = []
-        for file, _ in getattr(source, which):
-            data = np.random.default_rng(len(file)).integers(0, 255, (20, 3072), dtype=np.uint8)
-            labels = [k % (100 if fine else 10) for k in range(20)]
-            (folder / file).write_bytes(pickle.dumps({"data": data, "fine_labels" if fine else "labels": labels}))
-            entries.append([file, hashlib.md5((folder / file).read_bytes()).hexdigest()])
-        lists[which] = entries
-    meta = dict(source.meta)
-    (folder / meta["filename"]).write_bytes(pickle.dumps({meta["key"]: [str(k) for k in range(100 if fine else 10)]}))
-    meta["md5"] = hashlib.md5((folder / meta["filename"]).read_bytes()).hexdigest()
-    for key, value in {**lists, "meta": meta}.items():
-        monkeypatch.setattr(source, key, value)
-    return folder, source
-
-
-@pytest.mark.parametrize("name, source, classes", [("cifar10", "CIFAR10", 10), ("cifar100", "CIFAR100", 100)])
-def test_cifar_from_a_local_folder(name, source, classes, tmp_path, monkeypatch):
-    cifar_files(tmp_path, monkeypatch, source)
-    splits = load_splits(name, tmp_path)
-    total = 100 if name == "cifar10" else 20
-    assert (len(splits.train), len(splits.val), len(splits.test)) == (total * 9 // 10, total // 10, 20)
-    assert len(splits.classes) == classes
-    loaders = getattr(dataset, f"{name}_dataloaders")(8, str(tmp_path))
-    images, labels = next(iter(loaders[0]))
-    assert images.shape == (8, 3, 32, 32) and float(images.min()) >= 0 and float(images.max()) <= 1
-    assert labels.dtype == torch.int64
-
-
-def test_cifar_from_a_local_archive(tmp_path, monkeypatch):
-    import hashlib
-
-    folder, source = cifar_files(tmp_path / "made", monkeypatch, "CIFAR10")
-    (tmp_path / "data").mkdir()
-    archive = tmp_path / "data" / source.filename
-    with tarfile.open(archive, "w:gz") as file:
-        file.add(folder, source.base_folder)
-    monkeypatch.setattr(source, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
-    assert len(load_splits("cifar10", tmp_path / "data").test) == 20
-
-
-def test_a_broken_archive_without_network_says_what_to_put_where(tmp_path, monkeypatch):
-    import torchvision.datasets.utils
-
-    def no_network(*args, **kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", no_network)
-    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"Put there .*cifar-10-python\.tar\.gz \(md5 c58f3010"):
-        load_splits("cifar10", tmp_path)
-    assert main_imp_fillback.main(["--dataset", "cifar10", "--data", str(tmp_path)]) == 3
-
-
-def test_tiny_imagenet_in_its_official_layout(tmp_path):
-    rng = np.random.default_rng(0)
-    for name in ("n01", "n02"):
-        folder = tmp_path / "tiny-imagenet-200" / "train" / name / "images"
-        folder.mkdir(parents=True)
-        for i in range(10):
-            Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / f"{name}_{i}.JPEG")
-    val = tmp_path / "tiny-imagenet-200" / "val" / "images"
-    val.mkdir(parents=True)
-    for i in range(4):
-        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(val / f"val_{i}.JPEG")
-    (val.parent / "val_annotations.txt").write_text(
-        "".join(f"val_{i}.JPEG\tn0{2 - i % 2}\t0\t0\t1\t1\n" for i in range(4))
-    )
-    train, held_out, test = dataset.tiny_imagenet_dataloaders(4, str(tmp_path))
-    assert (len(train.data), len(held_out.data), len(test.data)) == (18, 2, 4)
-    assert test.data.labels.tolist() == [1, 0, 1, 0]
-    assert test.data.images.shape[-1] == 64
-
-
-@pytest.mark.parametrize("n", [10, 1437, 50000])
-def test_validation_is_disjoint_fixed_and_a_tenth(n):
-    rest, held_out = split_indices(n)
-    assert len(held_out) == round(n * 0.1) and len(rest) + len(held_out) == n
-    assert torch.equal(torch.cat([rest, held_out]).sort().values, torch.arange(n))
-    assert torch.equal(held_out, split_indices(n)[1])
-
-
-def test_train_validation_and_test_digits_are_disjoint():
-    import sklearn.datasets
-
-    splits = load_splits("digits", "unused", 8)
-    sizes = [len(s) for s in (splits.train, splits.val, splits.test)]
-    assert sum(sizes) == 1797 and sizes == [1294, 144, 359]
-    pictures = [{bytes(i.numpy().tobytes()) for i in s.images} for s in (splits.train, splits.val, splits.test)]
-    whole = sklearn.datasets.load_digits().images
-    duplicates = len(whole) - len(np.unique(whole.reshape(len(whole), -1), axis=0))
-    assert sum(len(p) for p in pictures) >= 1797 - duplicates
-    assert not pictures[0] & pictures[2] and not pictures[0] & pictures[1] and not pictures[1] & pictures[2]
-    assert len(torch.cat([splits.train.labels, splits.test.labels]).unique()) == 10
-
-
-def test_statistics_are_those_of_the_pixels():
-    images = torch.randint(0, 256, (9, 3, 4, 4), dtype=torch.uint8)
-    mean, std = channel_statistics(images)
-    pixels = images.double().div(255).transpose(0, 1).flatten(1)
-    assert mean == pytest.approx(pixels.mean(1).tolist())
-    assert std == pytest.approx(pixels.std(1, unbiased=False).tolist())
-    assert channel_statistics(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))[1] == (1, 1, 1)
+from unit_groups import unit_groups
+from utils import choose_device, setup_model_dataset
 
 
 def test_crop_and_flip_by_hand():
@@ -240,7 +75,7 @@ def test_evaluation_batches_are_plain():
     assert all(torch.equal(x[0] * 255, data.images[y[0]].float()) for x, y in fixed)
 
 
-@pytest.mark.parametrize("arch", [a for a in MODELS if a != "vit_base"])
+@pytest.mark.parametrize("arch", SMALL)
 def test_every_model_normalises_exactly_once(arch):
     model = build_model(arch, 10, 32).eval()
     x = torch.rand(2, 3, 32, 32)
@@ -319,7 +154,7 @@ def structure_of(arch, rate):
     return model, groups, decide(model, groups, rules, 0, ranked=weights, trained=weights, previous=None, batches=[])
 
 
-@pytest.mark.parametrize("arch", [a for a in MODELS if a != "vit_base"])
+@pytest.mark.parametrize("arch", SMALL)
 def test_macs_of_the_dense_network_are_torchs(arch):
     model = build_model(arch, 10, 32).eval()
     set_fused_attention(model, fused=False)

@@ -17,6 +17,7 @@ from golden_data import (
     images,
     loader,
     needs_golden,
+    prunes_stem,
     table,
     uniform,
 )  # fmt: skip
@@ -24,6 +25,7 @@ from golden_data import (
 import pruning_utils
 import vit_pruning_utils
 from budgets import kept_count
+from channel_units import channel_groups
 from evidence import Evidence, collect_evidence
 from masks import by_parameter
 from models.layers import Normalize
@@ -32,12 +34,15 @@ from reg_pruner_files.reg_pruner import Pruner
 from reg_pruner_files.schedules import SCHEDULES, Clock
 from regroup import score_units
 from training import apply_reg, update_reg
-from units import channel_groups, ranked_names
+from units import ranked_names
 from vit_pruning_utils_head_mlp import prune_model_custom_fillback_vit_head_and_mlp
 
 pytestmark = needs_golden
 
-OURS = ("res20s", "res56s", "vit_tiny", "vit_small", "vit_base", "vit_micro", "minivgg")
+OURS = (
+    "res20s", "res56s", "res18", "res50", "vgg16_bn", "mobilenet", "densenet161",
+    "vit_tiny", "vit_small", "vit_base", "vit_micro", "minivgg",
+)  # fmt: skip
 VITS = ("vit_micro", "vit_tiny")
 
 
@@ -49,7 +54,8 @@ def test_parameter_names_shapes_and_prunable_layers(arch):
     ours = {k: tuple(v.shape) for k, v in model.state_dict().items() if not k.startswith("normalize.")}
     assert ours == theirs
     assert sum(p.numel() for p in model.parameters()) == spec["n_parameters"]
-    groups = vit_pruning_utils.vit_groups(model) if arch.startswith("vit") else channel_groups(model)
+    vit = arch.startswith("vit")
+    groups = vit_pruning_utils.vit_groups(model) if vit else channel_groups(model, prunes_stem(arch))
     names = ranked_names(model, groups)
     assert [n.removesuffix(".weight") for n in names] == spec["prunable"]
     assert sum(model.get_parameter(n).numel() for n in names) == spec["n_prunable"]
@@ -62,14 +68,18 @@ def test_logits_of_the_network_that_normalises_exactly_once(arch):
     torch.testing.assert_close(golden_model(arch)(images()), expected, rtol=1e-4, atol=2e-5)
 
 
+def prune_by_l1(model, arch, px):
+    """A round of global L1 over the layers that the reference prunes."""
+    if arch.startswith("vit"):
+        vit_pruning_utils.pruning_model_vit(model, px)
+    else:
+        pruning_utils.pruning_model(model, px, conv1=prunes_stem(arch))
+
+
 @pytest.mark.parametrize("case", sorted(table("l1_masks")) if needs_golden.args[0] is False else [])
 def test_global_l1_over_three_rounds(case):
     arch, rate, kind = case.split("__")
-    if arch == "vgg16_bn":
-        pytest.skip("not among this project's models yet")
-    model, prune = golden_model(arch), pruning_utils.pruning_model
-    if arch.startswith("vit"):
-        prune = vit_pruning_utils.pruning_model_vit
+    model = golden_model(arch)
     model.load_state_dict(filled_state(arch, 100000), strict=False)
     names = [k.removesuffix("_mask") for k in table("l1_masks")[case]["mask_keys"]]
     for k, expected in enumerate(table("l1_masks")[case]["rounds"]):
@@ -78,7 +88,7 @@ def test_global_l1_over_three_rounds(case):
             with torch.no_grad():
                 for name in names:
                     model.get_parameter(f"{name}_orig").copy_(new[name])
-        prune(model, float(rate.removeprefix("px")))
+        prune_by_l1(model, arch, float(rate.removeprefix("px")))
         masks = pruning_utils.extract_mask(model.state_dict())
         in_order = [masks[f"{n}_mask"] for n in names]
         assert sum(int(m.sum()) for m in in_order) == expected["ones"]
@@ -92,19 +102,16 @@ def pruned_once(arch, px):
     model = golden_model(arch)
     trained = full_state(model, arch, 100000)
     model.load_state_dict(trained)
-    vit = arch.startswith("vit")
-    (vit_pruning_utils.pruning_model_vit if vit else pruning_utils.pruning_model)(model, px)
+    prune_by_l1(model, arch, px)
     masks = pruning_utils.extract_mask(model.state_dict())
     return golden_model(arch), trained, masks
 
 
 def cnn_cases():
-    """Every case but those on VGG, which is not among this project's models yet."""
     for case, content in table("cnn_fillback").items() if needs_golden.args[0] is False else ():
-        if not case.startswith("vgg16"):
-            for k, result in enumerate(content["results"]):
-                if not result.get("reference_is_defective"):
-                    yield pytest.param(case, k, id=f"{case}-{result['criteria']}-{result['fillback_rate']}")
+        for k, result in enumerate(content["results"]):
+            if not result.get("reference_is_defective"):
+                yield pytest.param(case, k, id=f"{case}-{result['criteria']}-{result['fillback_rate']}")
 
 
 @pytest.mark.parametrize("case, k", list(cnn_cases()))
@@ -114,7 +121,7 @@ def test_cnn_fillback_keeps_the_best_and_one_less_than_the_reference(case, k):
     model, trained, masks = pruned_once(arch, float(px))
     refill = pruning_utils.prune_model_custom_fillback(
         model, masks, criteria=result["criteria"], trained_weight=trained, return_mask_only=True,
-        fillback_rate=result["fillback_rate"],
+        fillback_rate=result["fillback_rate"], conv1=prunes_stem(arch),
     )  # fmt: skip
     for i, layer in enumerate(content["layers"]):
         kept = refill[layer].flatten(1).all(1)
@@ -124,20 +131,21 @@ def test_cnn_fillback_keeps_the_best_and_one_less_than_the_reference(case, k):
         assert all(marked[c] in "1p" for c in kept.nonzero().flatten().tolist())
 
 
-@pytest.mark.parametrize("case", ["minivgg__px0.2", "minivgg__px0.5", "res20s__px0.2", "res20s__px0.5"])
+@pytest.mark.parametrize("case", list(table("cnn_fillback")) if needs_golden.args[0] is False else [])
 def test_cnn_evidence_counts_and_magnitudes(case):
     content = table("cnn_fillback")[case]
     arch, px = case.split("__px")
     model, trained, masks = pruned_once(arch, float(px))
-    groups = channel_groups(model)
+    groups = channel_groups(model, prunes_stem(arch))
     names = [f"{layer}.weight" for layer in content["layers"]]
     assert digest([masks[f"{n}_mask"] for n in names]) == content["input_mask_sha256"]
     evidence = Evidence(trained, masks)
     magnitude = torch.cat(list(score_units(groups, evidence, "magnitude").values()))
     np.testing.assert_allclose(magnitude, arrays("cnn_fillback")[f"{case}__magnitude_count"], rtol=1e-5)
-    remain = score_units(groups, evidence, "remain")
-    for layer, counts in zip(content["layers"], content["remain_count"], strict=True):
-        assert remain[layer].tolist() == counts
+    if "remain_count" in content:  # VGG's are not stored
+        remain = score_units(groups, evidence, "remain")
+        for layer, counts in zip(content["layers"], content["remain_count"], strict=True):
+            assert remain[layer].tolist() == counts
 
 
 @pytest.mark.parametrize("criterion, key", [("l1", "l1"), ("l2", "sq"), ("saliency", "saliency")])
