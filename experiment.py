@@ -7,37 +7,43 @@ import copy
 import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
 from batches import Loaders, mixed_seed
 from console import log_to_file
+from control_source import ControlSource
 from counting import cost_of
 from environment import describe_environment, fingerprint
 from errors import DivergedError, Interrupted, UsageError
 from masks import MaskPair, by_parameter, count_ones, current_key, pruning_state, refill_key
-from models.registry import spec_of
+from methods import CONTROLS, METHODS
+from models import MODELS, build_model
+from network_check import check_units
+from oneshot_pruners import Admm
 from optimization import OPTIMIZERS, LearningRate
 from options import default_run_folder, identity_of, settings_of, tracker_name
+from permute_masks import CONTROL_STREAM, controlled
 from pictures import draw_kept_units
 from plan import describe_plan, expected_squeeze
 from reg_pruner_files.reg_pruner import Pruner
 from reg_pruner_files.schedules import clock_from
 from regroup_report import banner, ratio_labels, summary
 from reporter import Reporter, rounds_table
-from rounds import decide, faded_units, held_masks, kept_per_group, kept_per_kind, shares, unit_groups
+from rounds import decide, doomed_whole, faded_units, held_masks, kept_per_group, kept_per_kind, shares
 from rules import RoundRules, kinds_of
-from run_state import Row, RunFolder, RunState, check_same_run, packed, restore_random_states, save_atomically
+from run_state import Progress, Row, RunFolder, RunState, check_same_run, packed, restore_random_states, save_atomically
 from tracker import Tracker
 from trainee import Trainee
 from training import Meter, Passer, StopRequest, hardened, train, validate
-from units import UnitGroup, ranked_names
+from unit_groups import unit_groups
+from units import UnitGroup, kinds, ranked_names
 from utils import cloned_state, load_initial_weights, prepare_for_speed, seed_everything, setup_model_dataset
 
 log = logging.getLogger("rsst")
@@ -48,11 +54,11 @@ SQUEEZE_GOAL = 0.05
 def run(args: argparse.Namespace) -> str:
     """Plan, or carry out, the experiment that the arguments describe; returns the plan, or the table of rounds."""
     model, *loaders = setup_model_dataset(args)
-    groups = unit_groups(model, args.conv1, "block" in rules_from(args, model).targets)
+    groups = groups_for(args, model, loaders[0].image_size)
     if args.dry_run:
         tell_warnings(args)
         step = one_step(copy.deepcopy(model), loaders[0], args)
-        rules = rules_from(args, model)
+        rules = rules_from(args, groups)
         return describe_plan(model, groups, rules, loaders[0], args.pruning_times, args.epochs, step)
     folder = RunFolder(args.save_dir or (Path(args.checkpoint).parent if args.checkpoint else default_run_folder(args)))
     experiment = Experiment(args, model, (loaders[0], loaders[1], loaders[2]), groups, folder)
@@ -71,13 +77,34 @@ def tell_warnings(args: argparse.Namespace) -> None:
         log.warning("%s", warning)
 
 
-def rules_from(args: argparse.Namespace, model: nn.Module) -> RoundRules:
+def groups_for(args: argparse.Namespace, model: nn.Module, image_size: int) -> list[UnitGroup]:
+    """The unit groups that the arguments ask for.
+
+    Raises:
+        UsageError: The network has none, or not the kinds that are to be pruned.
+    """
+    groups = unit_groups(model, args.conv1, "block" in kinds_of(args.vit_prune_target))
+    found, rules = kinds(groups), rules_from(args, groups)
+    if not groups:
+        raise UsageError(f"argument --arch: {args.arch} has no layers that can be pruned here")
+    if args.vit_structured and "channel" in found:
+        raise UsageError(f"argument --vit_structured: {args.arch} has no heads; choose a ViT or leave the flag out")
+    missing = [kind for kind in rules.targets if rules.structured and kind not in found]
+    if missing:
+        raise UsageError(f"argument --vit_prune_target: {args.arch} has no {missing[0]}s that are known, only "
+                         f"{', '.join(f'{kind}s' for kind in found)}")  # fmt: skip
+    if args.arch not in MODELS:
+        check_units(model, groups, image_size)
+    return groups
+
+
+def rules_from(args: argparse.Namespace, groups: Sequence[UnitGroup]) -> RoundRules:
     """The pruning rules that the arguments ask for."""
     names = ("struct", "rate", "rate_mode", "criteria", "mlp_prune_ratio", "block_prune_ratio", "sorting_mode",
-             "fillback_rate", "min_units", "rsst_dead", "criteria_batches")  # fmt: skip
-    is_vit = spec_of(model).family == "vit"
-    targets = kinds_of(args.vit_prune_target) if is_vit else ("channel",)
-    structured = args.vit_structured or not is_vit
+             "fillback_rate", "min_units", "rsst_dead", "reg_target", "criteria_batches")  # fmt: skip
+    is_cnn = "channel" in kinds(groups)
+    structured = args.regroup or (METHODS[args.struct].regroups and (args.vit_structured or is_cnn))
+    targets = ("channel",) if is_cnn else kinds_of(args.vit_prune_target)
     return RoundRules(**{n: getattr(args, n) for n in names}, structured=structured, targets=targets)
 
 
@@ -106,7 +133,9 @@ class Experiment:
         self.args, self.model, self.groups, self.folder = args, model, groups, folder
         self.train_loader, self.val_loader, self.test_loader = loaders
         self.names = ranked_names(model, groups)
-        self.rules = rules_from(args, model)
+        self.rules = rules_from(args, groups)
+        self.control = CONTROLS[args.control]
+        self.source: ControlSource | None = None
         self.criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
         self.device = next(model.parameters()).device
         self.precision: torch.dtype = vars(model).get("precision", torch.float32)
@@ -131,9 +160,12 @@ class Experiment:
         log_to_file(self.folder.path / "log.txt")
         tell_warnings(self.args)
         precision = str(self.precision).removeprefix("torch.")
+        self.source = None if self.args.control == "none" else ControlSource(self.args)
         if found is None:
             self.run.precision = precision
             self._choose_initial_weights()
+            if self.source is not None:
+                self._begin_after_the_dense_round_of(self.source)
         else:
             check_same_run(found, identity_of(self.run.args), identity_of(found.args), self.run.data)
             self.run = replace(found, args=self.run.args)
@@ -170,6 +202,33 @@ class Experiment:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_atomically(cloned_state(self.model), file)
         self.run.init_weight = cloned_state(self.model)
+
+    def _begin_after_the_dense_round_of(self, source: ControlSource) -> None:
+        """Take over another run's round 0, and its ticket unless the control starts from other weights."""
+        fresh = self.run.init_weight
+        dense = source.dense
+        if dense.data != self.run.data:
+            raise UsageError(f"argument --control: the run in {source.folder.path} was on other images or labels")
+        self.run = replace(dense, args=self.run.args, tracker_id=self.run.tracker_id, classes=self.run.classes)
+        if self.control.fresh:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(mixed_seed(self.args.seed, CONTROL_STREAM))
+                drawn = build_model(self.args.arch, len(self.run.classes), self.train_loader.image_size).state_dict()
+            self.run.init_weight = {n: drawn.get(n, value).clone() for n, value in fresh.items()}
+        self._set_following(self._controlled(0))
+        log.info("control %s: round 0 is that of %s", self.args.control, source.folder.path)
+        self.folder.save(self.run)
+
+    def _controlled(self, state: int) -> MaskPair:
+        assert self.source is not None
+        targets = self.rules.targets if self.rules.structured else ()
+        return controlled(self.args.control, self.source.masks(state), self.model, self.groups, targets,
+                          seed=self.args.seed, state=state, image_size=self.train_loader.image_size)  # fmt: skip
+
+    @property
+    def progress(self) -> Progress:
+        """Of what happens between this round and the next."""
+        return self.folder.progress(self.run)
 
     @property
     def next_state(self) -> int:
@@ -211,6 +270,8 @@ class Experiment:
             run.state, run.epoch, run.step, run.best_sa, run.faded = state, 0, 0, [-1.0, -1.0, -1.0], {}
             run.current_mask, run.refill_mask = run.following.get("current", {}), run.following.get("refill", {})
         self.pair = MaskPair(run.current_mask, run.refill_mask) if state else None
+        if self.pair is not None and self.rules.method.squeezes and args.reg_target == "unit":
+            self.pair = doomed_whole(self.groups, self.pair, self.rules.targets)
         self.model.load_state_dict(run.init_weight if fresh else run.state_dict)
         self._equip({} if fresh else run.optimizer)
         if fresh:
@@ -238,13 +299,14 @@ class Experiment:
         )  # fmt: skip
         if optimizer:
             self.trainee.load_optimizer_state(optimizer)
-        current, refill = (self.trainee.cut(by_parameter(m)) for m in (run.current_mask, run.refill_mask))
+        masks = (self.pair.current, self.pair.refill) if self.pair else ({}, {})
+        current, refill = (self.trainee.cut(by_parameter(m)) for m in masks)
         self.passer = Passer(
             args, {current_key(n): m for n, m in current.items()}, {refill_key(n): m for n, m in refill.items()},
             held=self.trainee.held, rate=self.rate, stop=self.stop, reporter=self.reporter,
             decoupled=args.penalty == "decoupled",
         )  # fmt: skip
-        squeezing = self.pair is not None and args.struct == "rsst"
+        squeezing = self.pair is not None and self.rules.method.squeezes
         self.pruner = Pruner(self.trainee.model, args, self.passer) if squeezing else None
 
     def _size_in_words(self) -> str:
@@ -302,21 +364,44 @@ class Experiment:
         row, trained = self._judge(state), cloned_state(self.model)
         if self.rules.structured:
             ratios = ratio_labels(self.rules.ratios)
-            log.debug("%s", banner(self.rules.targets, self.args.criteria, ratios, self.args.struct == "refill"))
-        following = decide(
-            self.model, self.groups, self.rules, state, previous=self.pair, trained=trained,
-            ranked=run.init_weight if self.args.rank_weights == "initial" else trained,
-            batches=self.train_loader.fixed_batches(self.args.criteria_batches),
-        )  # fmt: skip
+            hard = not self.rules.method.squeezes
+            log.debug("%s", banner(self.rules.targets, self.args.criteria, ratios, hard))
+        following = self._controlled(state) if self.source else self._decided(state, trained)
         log.debug("%s", summary(self.groups, following.refill))
         left = count_ones(by_parameter(following.current), self.names)
         row["remain_weight_after"] = 100 * left / sum(trained[n].numel() for n in self.names)
-        run.following = {"current": following.current, "refill": following.refill}
+        self._set_following(following)
         save_atomically(packed(run.following), self.folder.masks(state))
         run.rounds.append(row)
         self._save()
+        self.progress.forget()
         self.reporter.round(row, run.rounds)
         self.stop.obey(f"after round {state}")
+
+    def _set_following(self, pair: MaskPair) -> None:
+        self.run.following = {"current": pair.current, "refill": pair.refill}
+
+    def _decided(self, state: int, trained: dict[str, Tensor]) -> MaskPair:
+        """The masks of the next round."""
+        run, args, method = self.run, self.args, self.rules.method
+        if state == 0 and method.ranks == "dense":
+            run.dense_weight = trained
+        ranked = {"trained": run.init_weight if args.rank_weights == "initial" else trained,
+                  "initial": run.init_weight, "dense": run.dense_weight}[method.ranks]  # fmt: skip
+        admm = Admm(lambda model: new_optimizer(args, model), self._admm_batches, args.admm_epochs, args.admm_rho,
+                    self.progress.load, self.progress.save)  # fmt: skip
+        previous = MaskPair(run.current_mask, run.refill_mask) if state else None
+        return decide(
+            self.model, self.groups, self.rules, state, previous=previous, ranked=ranked,
+            trained=ranked if method.one_shot else trained, admm=admm, seed=args.seed,
+            batches=self.train_loader.fixed_batches(args.criteria_batches),
+        )  # fmt: skip
+
+    def _admm_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        self.train_loader.seek(self.run.state, self.args.epochs + epoch)
+        for batch in self.train_loader:
+            self.stop.obey(f"while ADMM trained after round {self.run.state}")
+            yield batch
 
     def _judge(self, state: int) -> Row:
         """The row of a finished round."""

@@ -24,6 +24,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
                         help="keep more units, up to a multiple of N in each layer")  # fmt: skip
     parser.add_argument("--onnx", action="store_true", help="also model.onnx, compared with ONNX Runtime's outputs")
     parser.add_argument("--pt2", action="store_true", help="also model.pt2, by torch.export")
+    parser.add_argument("--arch", metavar="FILE.py:FACTORY", help="the network, if the run's comes from your own file")
     parser.add_argument("--quiet", action="store_true", help="only the table")
     return parser.parse_args(argv)
 
@@ -37,7 +38,7 @@ def _run(words: Sequence[str]) -> str:
     args = parse_args(words)
     start_logging(args.quiet, verbose=False)
     ticket_files = importlib.import_module("ticket_files")
-    return ticket_files.export(args.run, args.round, args.best, args.out, args.round_to, args.onnx, args.pt2)
+    return ticket_files.export(args.run, args.round, args.best, args.out, args.round_to, args.onnx, args.pt2, args.arch)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,25 @@
-"""One-shot pruners: score every convolution weight once, keep the best; each returns `"<layer>.weight_mask"` -> 0/1.
+"""One-shot pruners: score every prunable weight of a network once, keep the best.
 
-The model that is given is left as it was, except by `prune_admm`, which trains it.
+`PRUNERS` holds them for the runner; the documents' functions `prune_<name>` are thin callers. The model that is given
+is left as it was, except by `prune_admm`, which trains it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
 from torch.func import functional_call
 
 from masks import Mask, count_ones, current_key, effective_state, in_place_of, own_mask, top_mask
-from units import channel_groups, parameter_of, ranked_names
+from precision import computing
+from unit_groups import unit_groups
+from units import parameter_of, ranked_names
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -23,123 +30,300 @@ ADMM_EPOCHS = 20
 ADMM_RHO = 0.01
 
 
-def _prunable(model: nn.Module) -> list[str]:
-    return ranked_names(model, channel_groups(model))
+@dataclass(frozen=True)
+class Admm:
+    """How ADMM trains.
+
+    Attributes:
+        epochs: How often weights and their projection take turns.
+        rho: Strength of the pull towards the projection, at least 0.
+        optimizer: Model -> its optimizer.
+        batches: Epoch, from 0 -> the training batches.
+        load: What the last call of `save` was given, or nothing; a training that was broken off goes on from there.
+        save: Called after every epoch.
+    """
+
+    optimizer: Callable[[nn.Module], optim.Optimizer]
+    batches: Callable[[int], Batches]
+    epochs: int = ADMM_EPOCHS
+    rho: float = ADMM_RHO
+    load: Callable[[], dict[str, Any]] = dict
+    save: Callable[[dict[str, Any]], None] = lambda _: None
 
 
-def _keep(model: nn.Module, scores: Mapping[str, Tensor], rate: float) -> Mask:
-    """Remove the share `rate` of the weights that are not masked yet, the lowest scores first."""
-    alive = {n: own_mask(model, n) for n in scores}
-    left = count_ones(alive, scores)
-    return {current_key(n): m for n, m in top_mask(scores, alive, left - round(left * rate)).items()}
+@dataclass(frozen=True)
+class Task:
+    """What a one-shot pruner is given.
 
+    Attributes:
+        model: The network; its own weights are not looked at.
+        weights: The state dict that is scored, under plain names.
+        names: Parameters that are pruned.
+        keep: How many of their weights stay.
+        batches: (images, labels) of the training set.
+        loss: (logits, labels) -> scalar.
+        alive: Parameter name -> 0/1; what is 0 is gone already. None: everything is a candidate.
+        seed: Of the random pruner.
+        admm: How ADMM trains.
+    """
 
-def _leaves(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A private copy of the model's state for `functional_call`, and its leaves that want a gradient."""
-    values = {k: v.detach().clone() for k, v in effective_state(model.state_dict()).items()}
-    leaves = {n: values[n].requires_grad_() for n in names}
-    return in_place_of(model, values), leaves
+    model: nn.Module
+    weights: Mapping[str, Tensor]
+    names: Sequence[str]
+    keep: int
+    batches: Batches = ()
+    loss: Loss = field(default_factory=nn.CrossEntropyLoss)
+    alive: Mask | None = None
+    seed: int = 0
+    admm: Admm | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def best(self, scores: Mapping[str, Tensor]) -> Mask:
+        """The weights with the highest scores, of equals the first: a mask by parameter name, on the CPU."""
+        return {n: m.cpu() for n, m in top_mask(scores, self.alive, self.keep).items()}
+
+    def leaves(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """A private copy of the state for `functional_call`, and its leaves that want a gradient."""
+        values = {k: v.detach().clone().to(self.device) for k, v in self.weights.items()}
+        leaves = {n: values[n].requires_grad_() for n in self.names}
+        return in_place_of(self.model, values), leaves
 
 
 def _gradients(
-    model: nn.Module, batches: Batches, loss: Loss, state: dict[str, Tensor], leaves: dict[str, Tensor],
-    temperature: float = 1.0,
-) -> list[Tensor]:  # fmt: skip
+    task: Task, state: dict[str, Tensor], leaves: dict[str, Tensor], temperature: float = 1.0
+) -> list[Tensor]:
     """Gradient of the loss summed over the batches, with respect to `leaves`."""
-    device = next(model.parameters()).device
     total = [torch.zeros_like(leaf) for leaf in leaves.values()]
-    for images, labels in batches:
-        output = functional_call(model, state, (images.to(device),)) / temperature
-        parts = torch.autograd.grad(loss(output, labels.to(device)), list(leaves.values()))
+    for images, labels in task.batches:
+        output = functional_call(task.model, state, (images.to(task.device),)) / temperature
+        parts = torch.autograd.grad(task.loss(output, labels.to(task.device)), list(leaves.values()))
         total = [t + p for t, p in zip(total, parts, strict=True)]
     return total
 
 
+def _snip(task: Task) -> Mask:
+    """|gradient * weight| (Lee et al. 2019, eq. 5)."""
+    with _mode(task.model, training=True):
+        state, leaves = task.leaves()
+        gradients = _gradients(task, state, leaves)
+    return task.best({n: (g * w).detach().abs() for (n, w), g in zip(leaves.items(), gradients, strict=True)})
+
+
+def _grasp(task: Task) -> Mask:
+    """Remove the weights with the largest -w * Hg, which hinder the gradient flow (Wang et al. 2020, eq. 8)."""
+    with _mode(task.model, training=True), _differentiable_twice(task.model):
+        return task.best(grasp_scores(task))
+
+
+def grasp_scores(task: Task) -> dict[str, Tensor]:
+    """w * Hg of each weight, g the gradient of the loss at a temperature of 200, H its Hessian; the higher stays."""
+    state, leaves = task.leaves()
+    flow = [g.detach() for g in _gradients(task, state, leaves, GRASP_TEMPERATURE)]
+    product = [torch.zeros_like(leaf) for leaf in leaves.values()]
+    for images, labels in task.batches:
+        output = functional_call(task.model, state, (images.to(task.device),)) / GRASP_TEMPERATURE
+        loss = task.loss(output, labels.to(task.device))
+        slopes = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
+        inner = sum((s * f).sum() for s, f in zip(slopes, flow, strict=True))
+        parts = torch.autograd.grad(inner, list(leaves.values()))  # type: ignore[arg-type]
+        product = [t + p for t, p in zip(product, parts, strict=True)]
+    return {n: (w * h).detach() for (n, w), h in zip(leaves.items(), product, strict=True)}
+
+
+def _synflow(task: Task) -> Mask:
+    """100 rounds, each keeping the same share of what is left, without data (Tanaka et al. 2020, algorithm 1)."""
+    alive = task.alive or {n: torch.ones_like(task.weights[n]) for n in task.names}
+    masks = {n: m.double().to(task.device) for n, m in alive.items()}
+    shape = next(iter(task.batches))[0].shape[1:]
+    left = count_ones(masks, task.names)
+    with _mode(task.model, training=False), _linear(task.model):
+        for k in range(1, SYNFLOW_ROUNDS + 1):
+            keep = round(left * (task.keep / left) ** (k / SYNFLOW_ROUNDS)) if task.keep else 0
+            keep = max(task.keep, keep) if k < SYNFLOW_ROUNDS else task.keep
+            masks = {n: m.double() for n, m in top_mask(synflow_scores(task, masks, shape), masks, keep).items()}
+    return {n: m.float().cpu() for n, m in masks.items()}
+
+
+def synflow_scores(task: Task, masks: Mapping[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
+    """|gradient * weight| of the summed output of the all-positive network for an image of ones, float64.
+
+    Args:
+        masks: Parameter name -> float64 0/1.
+        shape: Of an image.
+    """
+    values = {
+        k: v.detach().to(task.device).abs().double() if v.is_floating_point() else v.detach().to(task.device)
+        for k, v in task.weights.items()
+    }
+    leaves = {n: (values[n] * masks[n]).requires_grad_() for n in task.names}
+    ones = torch.ones(1, *shape, dtype=torch.float64, device=task.device)
+    output = functional_call(task.model, in_place_of(task.model, values | leaves), (ones,)).sum()
+    gradients = torch.autograd.grad(output, list(leaves.values()))
+    return {n: (g * w).detach().abs() for (n, w), g in zip(leaves.items(), gradients, strict=True)}
+
+
+def _omp(task: Task) -> Mask:
+    """One-shot magnitude pruning: |weight|. Reads no data."""
+    return task.best({n: task.weights[n].detach().abs() for n in task.names})
+
+
+def _random(task: Task) -> Mask:
+    """The baseline. Reads no data; at every density the same order."""
+    draw = torch.Generator().manual_seed(task.seed)
+    return task.best({n: torch.rand(task.weights[n].shape, generator=draw) for n in task.names})
+
+
+def _admm(task: Task) -> Mask:
+    """Train a copy towards the nearest network of the wanted sparsity, then cut."""
+    assert task.admm is not None
+    model = copy.deepcopy(task.model)
+    with torch.no_grad():
+        model.load_state_dict({k: v.to(task.device) for k, v in task.weights.items()})
+    return train_by_admm(model, task, task.admm)
+
+
+def train_by_admm(model: nn.Module, task: Task, admm: Admm) -> Mask:
+    """Train `model` by ADMM (Zhang et al. 2018, section 3); returns the mask of its largest weights.
+
+    Alternates epochs on loss + rho/2 * ||W - Z + U||^2 with Z = projection of W + U onto the wanted number of non-zeros
+    and U += W - Z.
+    """
+    model.train()
+    weights = {n: parameter_of(model, n) for n in task.names}
+    dual = {n: torch.zeros_like(w) for n, w in weights.items()}
+    target = _project(task, {n: w.detach() for n, w in weights.items()})
+    optimizer = admm.optimizer(model)
+    done = admm.load()
+    if done:
+        model.load_state_dict(done["state_dict"])
+        optimizer.load_state_dict(done["optimizer"])
+        dual, target = ({n: v.to(task.device) for n, v in done[k].items()} for k in ("dual", "target"))
+    for epoch in range(done.get("epochs", 0), admm.epochs):
+        for images, labels in admm.batches(epoch):
+            with computing(model):
+                output = model(images.to(task.device))
+            distance = sum((w - target[n] + dual[n]).square().sum() for n, w in weights.items())
+            objective = task.loss(output.float(), labels.to(task.device)) + admm.rho / 2 * distance
+            optimizer.zero_grad()
+            objective.backward()
+            optimizer.step()
+        target = _project(task, {n: w.detach() + dual[n] for n, w in weights.items()})
+        dual = {n: dual[n] + w.detach() - target[n] for n, w in weights.items()}
+        admm.save({"epochs": epoch + 1, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict(),
+                   "dual": dual, "target": target})  # fmt: skip
+    return task.best({n: w.detach().abs() for n, w in weights.items()})
+
+
+def _project(task: Task, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    masks = task.best({n: v.abs() for n, v in values.items()})
+    return {n: v * masks[n].to(v.device) for n, v in values.items()}
+
+
+PRUNERS: dict[str, Callable[[Task], Mask]] = {
+    "snip": _snip,
+    "grasp": _grasp,
+    "synflow": _synflow,
+    "omp": _omp,
+    "random": _random,
+    "admm": _admm,
+}
+"""Name -> what makes a mask (by parameter name) of a task."""
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """For a while, all modules in one mode; buffers are not the model's own, since `functional_call` is used."""
+    modes = {m: m.training for m in model.modules()}
+    model.train(training)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _differentiable_twice(model: nn.Module) -> Iterator[None]:
+    """Fused attention kernels have no second derivative: for a while, attention is written out."""
+    fused = {m: m.fused_attn for m in model.modules() if isinstance(getattr(m, "fused_attn", None), bool)}
+    for module in fused:
+        module.fused_attn = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, was in fused.items():
+            module.fused_attn = was  # type: ignore[assignment]
+
+
+@contextmanager
+def _linear(model: nn.Module) -> Iterator[None]:
+    """For a while, LayerNorms only scale and shift, as BatchNorms in eval mode do.
+
+    Dividing by a layer's own size would make the flow through everything in front of it zero in sum.
+    """
+
+    def affine(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        scaled = inputs[0] if module.weight is None else inputs[0] * module.weight
+        return scaled if module.bias is None else scaled + module.bias
+
+    handles = [m.register_forward_hook(affine) for m in model.modules() if isinstance(m, nn.LayerNorm)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _by_rate(
+    model: nn.Module, batches: Batches, loss: Loss | None, rate: float, make: Callable[[Task], Mask], seed: int = 0
+) -> Mask:
+    """The documents' interface: remove the share `rate` of the weights that are not masked yet."""
+    names = ranked_names(model, unit_groups(model))
+    alive = {n: own_mask(model, n) for n in names}
+    left = count_ones(alive, names)
+    weights = effective_state(model.state_dict())
+    task = Task(model, weights, names, left - round(left * rate), batches, loss or nn.CrossEntropyLoss(), alive, seed)
+    device = next(model.parameters()).device
+    return {current_key(n): m.to(device) for n, m in make(task).items()}
+
+
 def prune_snip(model: nn.Module, train_loader: Batches, loss: Loss, rate: float) -> Mask:
-    """SNIP: |gradient * weight|, the gradient summed over the loader (Lee et al. 2019, eq. 5)."""
-    state, leaves = _leaves(model, _prunable(model))
-    gradients = _gradients(model, train_loader, loss, state, leaves)
-    return _keep(model, {n: (g * w).detach().abs() for (n, w), g in zip(leaves.items(), gradients, strict=True)}, rate)
+    """SNIP: |gradient * weight|, the gradient summed over the loader (Lee et al. 2019, eq. 5).
+
+    Returns:
+        `"<layer>.weight_mask"` -> 0/1, the share `rate` of the prunable weights at 0. So do the functions below.
+    """
+    return _by_rate(model, train_loader, loss, rate, _snip)
 
 
 def prune_grasp(model: nn.Module, train_loader: Batches, loss: Loss, rate: float) -> Mask:
     """GraSP: remove the weights with the largest -w * Hg, which hinder the gradient flow (Wang et al. 2020, eq. 8)."""
-    state, leaves = _leaves(model, _prunable(model))
-    batches = list(train_loader)
-    flow = [g.detach() for g in _gradients(model, batches, loss, state, leaves, GRASP_TEMPERATURE)]
-    product = [torch.zeros_like(leaf) for leaf in leaves.values()]
-    device = next(model.parameters()).device
-    for images, labels in batches:
-        output = functional_call(model, state, (images.to(device),)) / GRASP_TEMPERATURE
-        slopes = torch.autograd.grad(loss(output, labels.to(device)), list(leaves.values()), create_graph=True)
-        inner = sum((s * f).sum() for s, f in zip(slopes, flow, strict=True))
-        parts = torch.autograd.grad(inner, list(leaves.values()))  # type: ignore[arg-type]
-        product = [t + p for t, p in zip(product, parts, strict=True)]
-    return _keep(model, {n: (w * h).detach() for (n, w), h in zip(leaves.items(), product, strict=True)}, rate)
+    return _by_rate(model, list(train_loader), loss, rate, _grasp)
 
 
-def prune_synflow(model: nn.Module, train_loader: Batches, loss: Loss, rate: float) -> Mask:
+def prune_synflow(model: nn.Module, train_loader: Batches, loss: Loss | None, rate: float) -> Mask:
     """SynFlow: 100 rounds of |gradient * weight| of the summed output of the all-positive network on ones.
 
     Data-free: `train_loader` only tells the input's shape, `loss` is not used (Tanaka et al. 2020, algorithm 1).
     """
-    names = _prunable(model)
-    shape = next(iter(train_loader))[0].shape[1:]
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    values = {
-        k: v.detach().abs().double() if v.is_floating_point() else v.detach()
-        for k, v in effective_state(model.state_dict()).items()
-    }
-    ones = torch.ones(1, *shape, dtype=torch.float64, device=values[names[0]].device)
-    masks = {n: own_mask(model, n).double() for n in names}
-    total = count_ones(masks, names)
-    for k in range(1, SYNFLOW_ROUNDS + 1):
-        leaves = {n: (values[n] * masks[n]).requires_grad_() for n in names}
-        output = functional_call(model, in_place_of(model, values | leaves), (ones,)).sum()
-        gradients = torch.autograd.grad(output, list(leaves.values()))
-        scores = {n: (g * w).detach().abs() for (n, w), g in zip(leaves.items(), gradients, strict=True)}
-        last = total - round(total * rate)
-        keep = last if k == SYNFLOW_ROUNDS else round(total * (1 - rate) ** (k / SYNFLOW_ROUNDS))
-        masks = {n: m.double() for n, m in top_mask(scores, masks, keep).items()}
-    for module, mode in modes.items():
-        module.training = mode
-    return {current_key(n): m.float() for n, m in masks.items()}
+    return _by_rate(model, train_loader, loss, rate, _synflow)
 
 
-def prune_omp(model: nn.Module, train_loader: Batches, loss: Loss, rate: float) -> Mask:
+def prune_omp(model: nn.Module, train_loader: Batches, loss: Loss | None, rate: float) -> Mask:
     """One-shot magnitude pruning: |weight|. Reads no data."""
-    state = effective_state(model.state_dict())
-    return _keep(model, {n: state[n].abs() for n in _prunable(model)}, rate)
+    return _by_rate(model, train_loader, loss, rate, _omp)
 
 
-def prune_rp(model: nn.Module, train_loader: Batches, loss: Loss, rate: float) -> Mask:
+def prune_rp(model: nn.Module, train_loader: Batches, loss: Loss | None, rate: float) -> Mask:
     """Random pruning, from torch's global generator: the baseline. Reads no data."""
-    return _keep(model, {n: torch.rand_like(parameter_of(model, n)) for n in _prunable(model)}, rate)
+    return _by_rate(model, train_loader, loss, rate, _random, int(torch.randint(2**31, ())))
 
 
 def prune_admm(model: nn.Module, train_loader: Batches, loss: Loss, rate: float, optimizer: optim.Optimizer) -> Mask:
-    """ADMM: train towards the nearest network of the wanted sparsity, then cut (Zhang et al. 2018, section 3).
-
-    Alternates 20 epochs of `optimizer` on loss + rho/2 * ||W - Z + U||^2 with Z = projection of W + U onto the wanted
-    number of non-zeros and U += W - Z. The model is trained by this.
-    """
-    weights = {n: parameter_of(model, n) for n in _prunable(model)}
-    dual = {n: torch.zeros_like(w) for n, w in weights.items()}
-    target = _project(model, {n: w.detach() for n, w in weights.items()}, rate)
-    device = next(model.parameters()).device
-    for _ in range(ADMM_EPOCHS):
-        for images, labels in train_loader:
-            distance = sum((w - target[n] + dual[n]).square().sum() for n, w in weights.items())
-            objective = loss(model(images.to(device)), labels.to(device)) + ADMM_RHO / 2 * distance
-            optimizer.zero_grad()
-            objective.backward()
-            optimizer.step()
-        target = _project(model, {n: w.detach() + dual[n] for n, w in weights.items()}, rate)
-        dual = {n: dual[n] + w.detach() - target[n] for n, w in weights.items()}
-    return _keep(model, {n: w.detach().abs() for n, w in weights.items()}, rate)
-
-
-def _project(model: nn.Module, values: dict[str, Tensor], rate: float) -> dict[str, Tensor]:
-    masks = _keep(model, {n: v.abs() for n, v in values.items()}, rate)
-    return {n: v * masks[current_key(n)] for n, v in values.items()}
+    """ADMM: train the model towards the nearest network of the wanted sparsity, then cut (see `train_by_admm`)."""
+    admm = Admm(lambda _: optimizer, lambda _: train_loader)
+    return _by_rate(model, train_loader, loss, rate, lambda task: train_by_admm(model, task, admm))

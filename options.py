@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 from criteria import CRITERIA, CRITERIA_BATCHES
 from dataset import DATASETS, IMAGE_STORES
 from errors import UsageError
-from models import MODELS
+from methods import CONTROLS, METHODS
+from models import MODELS, family_of, parse_arch
 from optimization import LR_SCHEDULES, OPTIMIZERS
 from reg_pruner_files.schedules import SCHEDULES, clock_from
 from rules import SORTING_MODES, TARGET_KINDS, kinds_of
@@ -34,6 +35,7 @@ NOT_IDENTITY = frozenset(
     {
         "data",
         "save_dir",
+        "control_of",
         "exp_name",
         "resume",
         "checkpoint",
@@ -127,6 +129,13 @@ def _milestones(text: str) -> tuple[int, ...]:
     return values
 
 
+def _arch(text: str) -> str:
+    try:
+        return parse_arch(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _targets(text: str) -> str:
     """The targets in the table's order; all of what a row stands for becomes that row."""
     try:
@@ -168,7 +177,9 @@ def _flag(group: Any, name: str, help: str) -> None:
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--data", default="data", metavar="DIR", help="folder that holds, or is to hold, the data set")
+    group.add_argument(
+        "--data", default="data", metavar="DIR", help="folder of the data set (for CIFAR also an .npz file)"
+    )
     group.add_argument(
         "--dataset", default="cifar100", choices=DATASETS, help=_rows((n, d.summary) for n, d in DATASETS.items())
     )
@@ -176,7 +187,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--image_size",
         type=_SIZE,
         metavar="PIXELS",
-        help="side of the images that the model sees (None: 16 for digits, 64 for tiny-imagenet, else 32)",
+        help="side of the images that the model sees (None: the data set's own)",
     )
     group.add_argument(
         "--image_store", choices=IMAGE_STORES, default="auto", help="image files: " + _rows(IMAGE_STORES.items())
@@ -186,7 +197,14 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--arch", default="res20s", choices=MODELS, help="network")
+    group.add_argument(
+        "--arch",
+        default="res20s",
+        type=_arch,
+        metavar="NAME",
+        help=f"network: {', '.join(MODELS)}; timm/NAME or torchvision/NAME; your own: FILE.py:FACTORY, called with "
+        "num_classes (and img_size, if it takes it)",
+    )
     group.add_argument(
         "--init",
         metavar="FILE",
@@ -248,10 +266,12 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pruning")
     group.add_argument(
         "--struct",
-        choices=("refill", "rsst"),
+        choices=METHODS,
         default="rsst",
-        help="refill: the structure as a hard mask; rsst: squeeze what is outside it",
+        help=_rows((n, m.summary) for n, m in METHODS.items())
+        + ". The first two prune whole units, the others weight by weight unless --regroup",
     )
+    _flag(group, "regroup", "turn the mask of any method into whole units")
     group.add_argument(
         "--pruning_times", type=_COUNT, default=20, metavar="ROUNDS", help="rounds, the dense one included"
     )
@@ -269,17 +289,37 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--rewind_epoch", type=_NATURAL, default=24, help="epoch of round 0 that rewind_lt returns to")
     group.add_argument(
-        "--criteria", choices=CRITERIA, default="l1", help=_rows((n, c.summary) for n, c in CRITERIA.items())
+        "--criteria",
+        choices=CRITERIA,
+        default="l1",
+        help=_rows((n, c.summary) for n, c in CRITERIA.items()) + ". With --regroup, remain unless another is given",
     )
     group.add_argument(
         "--criteria_batches",
         type=_COUNT,
         default=CRITERIA_BATCHES,
-        help="fixed batches that criteria on feature maps look at",
+        help="fixed batches that criteria on feature maps, SNIP and GraSP look at",
     )
     group.add_argument("--rank_weights", choices=("trained", "initial"), default="trained", help="what global L1 ranks")
+    group.add_argument("--admm_epochs", type=_COUNT, default=20, help="epochs of ADMM before each mask")
+    group.add_argument("--admm_rho", type=_NONNEGATIVE, default=0.01, help="ADMM's pull towards the sparse network")
     group.add_argument(
-        "--fillback_rate", type=_CLOSED_SHARE, default=0.0, help="refill: share of what would go that is kept after all"
+        "--control",
+        choices=CONTROLS,
+        default="none",
+        help="instead of the ticket: " + _rows((n, c.summary) for n, c in CONTROLS.items()),
+    )
+    group.add_argument(
+        "--control_of",
+        metavar="DIR",
+        help="folder of the finished run that --control compares with (None: where the same command without --control "
+        "puts it)",
+    )
+    group.add_argument(
+        "--fillback_rate",
+        type=_CLOSED_SHARE,
+        default=0.0,
+        help="share of what would go that is kept (not by rsst)",
     )
     group.add_argument("--min_units", type=_NATURAL, default=0, help="units that every layer keeps at least")
     _flag(group, "conv1", "prune the stem too (first convolution; of a ViT the patch embedding, weight by weight)")
@@ -355,6 +395,13 @@ def _add_rsst(parser: argparse.ArgumentParser) -> None:
         help="weights outside both masks: held at zero, or trained like the others",
     )
     group.add_argument(
+        "--reg_target",
+        choices=("weight", "unit"),
+        default="weight",
+        help="penalise the living weights outside the structure, or its units whole: what L1 removed of them lives "
+        "again, and is squeezed with the rest",
+    )
+    group.add_argument(
         "--fade_out",
         type=_SHARE,
         default=0.01,
@@ -405,7 +452,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(words)
     explicit = {w[2:].split("=")[0] for w in words if w.startswith("--")}
     if args.rate_mode is None:
-        args.rate_mode = "target" if args.vit_structured else "round"
+        whole_heads = args.vit_structured or (args.regroup and family_of(args.arch) == "vit")
+        args.rate_mode = "target" if whole_heads else "round"
+    if args.regroup and "criteria" not in explicit and not METHODS[args.struct].regroups:
+        args.criteria = "remain"  # the pruner's own word: how many weights of a unit it kept
     if args.mlp_prune_ratio is None:
         args.mlp_prune_ratio = args.rate
     if args.block_prune_ratio is None and "block" in kinds_of(args.vit_prune_target):
@@ -414,7 +464,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         args.penalty = "decoupled" if OPTIMIZERS[args.optimizer].adaptive else "gradient"
     if args.image_size is None:
         args.image_size = DATASETS[args.dataset].image_size
-    for name in ("init", "pretrained"):
+    for name in ("init", "pretrained", "control_of"):
         if getattr(args, name):
             setattr(args, name, str(Path(getattr(args, name)).resolve()))
     _check(args, explicit)
@@ -436,15 +486,16 @@ def _preset_parser() -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace, explicit: set[str]) -> None:
-    family = MODELS[args.arch].spec.family
+    family = family_of(args.arch)
+    known = MODELS.get(args.arch)
     rules = (
         (
-            args.vit_structured and family != "vit",
+            args.vit_structured and family == "cnn",
             f"argument --vit_structured: {args.arch} has no heads; choose a ViT or leave the flag out",
         ),
-        (args.vit_pretrained and family != "vit", f"argument --vit_pretrained: {args.arch} is not a ViT"),
+        (args.vit_pretrained and family == "cnn", f"argument --vit_pretrained: {args.arch} is not a ViT"),
         (
-            args.vit_pretrained and not args.pretrained and MODELS[args.arch].spec.pretrained is None,
+            args.vit_pretrained and not args.pretrained and (known is None or known.spec.pretrained is None),
             f"argument --vit_pretrained: no ImageNet weights fit {args.arch}; give a file by --pretrained",
         ),
         (
@@ -463,6 +514,14 @@ def _check(args: argparse.Namespace, explicit: set[str]) -> None:
             args.init and (args.prune_type == "pt" or args.vit_pretrained),
             "argument --init: not together with pretrained weights, which it would replace",
         ),
+        (
+            args.control != "none" and args.pruning_times < 2,
+            "argument --control: needs --pruning_times 2 at least: round 0 is the dense network's",
+        ),
+        (
+            args.control == "small_dense" and args.struct == "rsst" and args.rsst_dead == "free",
+            "argument --control: small_dense has no use for --rsst_dead free, which would train the whole network",
+        ),
         (args.quiet and args.verbose, "argument --quiet: not together with --verbose"),
         (
             args.pretrained and not Path(args.pretrained).is_file(),
@@ -479,31 +538,38 @@ def _check(args: argparse.Namespace, explicit: set[str]) -> None:
 
 
 def _prunes_units(args: argparse.Namespace) -> bool:
-    return bool(args.vit_structured or MODELS[args.arch].spec.family != "vit")
+    regroups = METHODS[args.struct].regroups and (args.vit_structured or family_of(args.arch) != "vit")
+    return bool(args.regroup or regroups)
+
+
+def _prunes_heads_or_neurons(args: argparse.Namespace) -> bool:
+    return _prunes_units(args) and family_of(args.arch) != "cnn"
 
 
 # Flags that only some runs read: (flags, whether this run reads them, where they are read).
 _READ_WHERE: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], bool], str], ...] = (
-    (("vit_prune_target",), lambda a: a.vit_structured, "with --vit_structured"),
+    (("vit_structured",), lambda a: METHODS[a.struct].regroups, "with --struct refill or rsst (else: --regroup)"),
+    (("regroup",), lambda a: not METHODS[a.struct].regroups, "by methods that do not regroup anyway"),
+    (("vit_prune_target",), _prunes_heads_or_neurons, "with --vit_structured or --regroup"),
     (
         ("sorting_mode",),
-        lambda a: a.vit_structured and a.vit_prune_target != "block",
-        "with --vit_structured, for heads and neurons",
+        lambda a: _prunes_heads_or_neurons(a) and a.vit_prune_target != "block",
+        "with --vit_structured or --regroup, for heads and neurons",
     ),
     (
         ("mlp_prune_ratio",),
-        lambda a: a.vit_structured and "neuron" in kinds_of(a.vit_prune_target),
-        "with --vit_structured --vit_prune_target mlp or both",
+        lambda a: _prunes_heads_or_neurons(a) and "neuron" in kinds_of(a.vit_prune_target),
+        "with --vit_structured or --regroup, and --vit_prune_target mlp or both",
     ),
     (
         ("block_prune_ratio",),
-        lambda a: a.vit_structured and "block" in kinds_of(a.vit_prune_target),
-        "with --vit_structured --vit_prune_target block",
+        lambda a: _prunes_heads_or_neurons(a) and "block" in kinds_of(a.vit_prune_target),
+        "with --vit_structured or --regroup, and --vit_prune_target block",
     ),
     (
         ("min_units",),
-        lambda a: a.vit_prune_target != "block" if a.vit_structured else _prunes_units(a),
-        "where channels, heads or neurons are pruned (for a ViT, --vit_structured)",
+        lambda a: _prunes_units(a) and (family_of(a.arch) == "cnn" or a.vit_prune_target != "block"),
+        "where channels, heads or neurons are pruned (--regroup; for a ViT under refill and rsst, --vit_structured)",
     ),
     (
         (
@@ -524,6 +590,11 @@ _READ_WHERE: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], bool], 
         "by --struct rsst with --rsst_dead zero, where whole units are pruned (for a ViT, --vit_structured)",
     ),
     (
+        ("reg_target",),
+        lambda a: a.struct == "rsst" and a.rsst_dead == "zero" and _prunes_units(a),
+        "by --struct rsst with --rsst_dead zero, where whole units are pruned (for a ViT, --vit_structured)",
+    ),
+    (
         ("exponents",),
         lambda a: a.struct == "rsst" and a.RST_schedule == "exp_custom_exponents",
         "by --struct rsst with --RST_schedule exp_custom_exponents",
@@ -533,10 +604,22 @@ _READ_WHERE: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], bool], 
         lambda a: a.struct == "rsst" and SCHEDULES[a.RST_schedule].cyclic,
         "by --struct rsst with the exp_custom schedules",
     ),
-    (("fillback_rate",), lambda a: a.struct == "refill", "with --struct refill"),
+    (
+        ("fillback_rate",),
+        lambda a: a.struct == "refill" or (a.struct != "rsst" and a.regroup),
+        "with --struct refill, or with --regroup",
+    ),
+    (("admm_epochs", "admm_rho"), lambda a: a.struct == "admm", "with --struct admm"),
+    (("rank_weights",), lambda a: METHODS[a.struct].pruner == "l1", "with --struct refill, rsst or imp"),
+    (("criteria",), lambda a: _prunes_units(a) or a.struct == "refill", "where whole units are pruned (--regroup)"),
+    (("control_of",), lambda a: a.control != "none", "with --control"),
     (("rewind_epoch",), lambda a: a.prune_type == "rewind_lt", "with --prune_type rewind_lt"),
     (("fc",), lambda a: a.prune_type == "pt" or a.vit_pretrained, "with --prune_type pt or --vit_pretrained"),
-    (("criteria_batches",), lambda a: CRITERIA[a.criteria].reads != "weights", "by criteria l1, l2 and saliency"),
+    (
+        ("criteria_batches",),
+        lambda a: METHODS[a.struct].reads_batches or (_prunes_units(a) and CRITERIA[a.criteria].reads != "weights"),
+        "by criteria l1, l2 and saliency, and by --struct snip and grasp",
+    ),
     (("decreasing_lr",), lambda a: a.lr_schedule == "multistep", "with --lr_schedule multistep"),
 )
 
@@ -554,7 +637,7 @@ def _warnings(args: argparse.Namespace, explicit: set[str]) -> list[str]:
         (rsst and step > 1 and not (args.penalty == "gradient" and OPTIMIZERS[args.optimizer].adaptive),
          f"the penalty may be unstable: it takes up to {step:.3g} of a weight in a step (above 1; it is lr * lambda "
          "/ (1 - momentum), or lambda if decoupled); lower --lr or --reg_upper_limit"),
-        (rsst and MODELS[args.arch].spec.family == "vit" and not args.vit_structured,
+        (rsst and family_of(args.arch) == "vit" and not _prunes_units(args),
          "without --vit_structured RSST has nothing to squeeze: this is unstructured magnitude pruning"),
         (args.preset == "as_documented" and rsst,
          "--preset as_documented is the documents' literal text: its penalty hardly acts (docs/deviations.md)"),
@@ -594,22 +677,31 @@ def default_run_folder(args: argparse.Namespace) -> str:
     if args.dataset == "imagefolder":
         identity["data"] = str(Path(args.data).resolve())
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    target = [args.vit_prune_target] if args.vit_structured else []
-    parts = [args.arch, *target, args.criteria, f"rate{args.rate:g}", f"seed{args.seed}", digest]
+    target = [args.vit_prune_target] if _prunes_heads_or_neurons(args) else ["regroup"] if args.regroup else []
+    criterion = [args.criteria] if _prunes_units(args) or args.struct == "refill" else []
+    control = [args.control] if args.control != "none" else []
+    parts = [_short(args.arch), *target, *criterion, f"rate{args.rate:g}", *control, f"seed{args.seed}", digest]
     return f"{args.dataset}_{args.struct}_output_{'_'.join(parts)}"
+
+
+def _short(arch: str) -> str:
+    """A network's name without the folders of its file, fit for a file name."""
+    return re.sub(r"[^\w.-]+", "-", Path(arch).name if ":" in arch else arch)
 
 
 def tracker_name(args: argparse.Namespace, time_stamp: str) -> str:
     """The documents' run name for WandB."""
     if args.exp_name:
         return str(args.exp_name)
-    parts = [args.struct, args.arch, args.dataset]
+    parts = [args.struct, _short(args.arch), args.dataset]
     if args.struct == "rsst":
         parts += [f"sched_{args.RST_schedule}", f"reg_{args.reg_granularity_prune}"]
         parts += [f"exp{args.exponents:g}"] if args.RST_schedule == "exp_custom_exponents" else []
-    else:
+    elif args.struct == "refill":
         parts.append(f"fill_{args.fillback_rate}")
     parts += [f"crit_{args.criteria}", f"rate_{args.rate}"]
     parts += ["pretrained"] if args.pretrained or args.vit_pretrained else []
     parts += [f"struct_{args.vit_prune_target}"] if args.vit_structured else []
+    parts += ["regroup"] if args.regroup else []
+    parts += [args.control] if args.control != "none" else []
     return "_".join([*parts, time_stamp])

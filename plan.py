@@ -50,7 +50,7 @@ def simulate_rounds(
 ) -> list[MaskPair | None]:
     """The masks that each round would train under if the initial weights were the trained ones."""
     weights = cloned_state(model)
-    rules = replace(rules, criteria="magnitude")
+    rules = replace(rules, criteria="magnitude", struct=rules.struct if rules.method.pruner == "l1" else "imp")
     pairs: list[MaskPair | None] = [None]
     for state in range(rounds - 1):
         pairs.append(

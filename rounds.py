@@ -9,16 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from evidence import collect_evidence
-from masks import Mask, MaskPair, by_parameter, count_ones, current_key, l1_mask
+from masks import Mask, MaskPair, by_parameter, count_ones, current_key, l1_mask, refill_key
+from oneshot_pruners import PRUNERS, Admm, Task
 from regroup import regroup
 from rules import RoundRules
-from units import Slice, UnitGroup, channel_groups, kept_units, kinds, ranked_names
-from vit_pruning_utils import is_vit_model, refill_rows, vit_groups
-
-
-def unit_groups(model: nn.Module, prune_stem: bool = False, blocks: bool = False) -> list[UnitGroup]:
-    """The unit groups of any registered model; of a ViT with its `blocks` as units too, if asked for."""
-    return vit_groups(model, prune_stem, blocks) if is_vit_model(model) else channel_groups(model, prune_stem)
+from units import Slice, UnitGroup, kept_units, kinds, masks_of_units, ranked_names
+from vit_pruning_utils import refill_rows
 
 
 def held_masks(
@@ -27,22 +23,21 @@ def held_masks(
     groups: Sequence[UnitGroup] = (),
     faded: Mapping[str, Sequence[int]] | None = None,
 ) -> Mask:
-    """What a round holds at zero (by parameter name, 0 where held): Refill all but the structure, RSST the dead.
+    """What a round holds at zero (by parameter name, 0 where held): all but the structure; RSST only the dead.
 
     Args:
         groups, faded: Unit groups, and for some of them (by name) units that are held at zero besides.
     """
     if pair is None:
         return {}
-    free = rules.struct == "rsst" and rules.rsst_dead == "free"
-    held = {} if free else pair.structure if rules.struct == "refill" else pair.alive
-    for group in (g for g in groups if faded and g.name in faded):
-        flags = torch.ones(group.units, dtype=torch.bool)
-        flags[list(faded[group.name])] = False  # type: ignore[index]
-        for part in group.slices:
-            like = pair.structure[part.name]
-            held[part.name] = part.spread(flags, like) * held.get(part.name, 1.0)
-    return held
+    squeezes = rules.method.squeezes
+    held = {} if squeezes and rules.rsst_dead == "free" else pair.alive if squeezes else pair.structure
+    gone = [g for g in groups if faded and g.name in faded]
+    left = {g.name: torch.ones(g.units, dtype=torch.bool) for g in gone}
+    for name, flags in left.items():
+        flags[list(faded[name])] = False  # type: ignore[index]
+    outside = masks_of_units(gone, left, pair.structure)
+    return held | {n: mask * held.get(n, 1.0) for n, mask in outside.items()}
 
 
 def faded_units(
@@ -83,6 +78,19 @@ def _per_unit(values: Tensor, part: Slice) -> Tensor:
     return sums.cpu()[part.index].sum(dim=1)
 
 
+def doomed_whole(groups: Sequence[UnitGroup], pair: MaskPair, targets: Sequence[str]) -> MaskPair:
+    """The pair under which units outside the structure fade out whole (`--reg_target unit`).
+
+    In units that have a living weight and lie outside the structure, the weights that L1 removed live again, to be
+    squeezed with the others. Units without one stay dead.
+    """
+    current = by_parameter(pair.current)
+    units = [g for g in groups if g.kind in targets]
+    left = {g.name: ~kept_units(g, current[g.root.name]) | kept_units(g, pair.structure[g.root.name]) for g in units}
+    revived = {n: 1 - rest for n, rest in masks_of_units(units, left, current).items()}
+    return MaskPair.of({n: torch.maximum(m, revived.get(n, m)) for n, m in current.items()}, pair.structure)
+
+
 def rank_and_prune(
     weights: Mapping[str, Tensor],
     names: Sequence[str],
@@ -92,26 +100,47 @@ def rank_and_prune(
     """Global L1 over the named parameters: a new mask by parameter name.
 
     Candidates are the weights that the round could train. The count follows the last current mask (`--rate_mode round`)
-    or the original size (`target`), so that it is the same for Refill and RSST.
+    or the original size (`target`), so that it is the same for all methods.
     """
     held = held_masks(previous, rules)
     alive = {n: held.get(n, torch.ones_like(weights[n])) for n in names}
-    total = sum(weights[n].numel() for n in names)
-    cumulative = previous is not None and rules.rate_mode == "round"
-    left = count_ones(by_parameter(previous.current), names) if cumulative and previous is not None else total
-    keep = min(left - round(rules.rate * left), count_ones(alive, names))
+    keep = min(count_to_keep(weights, names, rules, previous), count_ones(alive, names))
     return l1_mask({n: weights[n] for n in names}, alive, keep)
+
+
+def count_to_keep(
+    weights: Mapping[str, Tensor], names: Sequence[str], rules: RoundRules, previous: MaskPair | None
+) -> int:
+    """How many of the named weights the next element-wise mask leaves, whatever the method."""
+    left = sum(weights[n].numel() for n in names)
+    if previous is not None and rules.rate_mode == "round":
+        left = count_ones(by_parameter(previous.current), names)
+    return left - round(rules.rate * left)
+
+
+def prune_once(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    names: Sequence[str],
+    rules: RoundRules,
+    previous: MaskPair | None,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    admm: Admm | None,
+    seed: int,
+) -> Mask:
+    """The mask of a one-shot pruner at the density of the next round: by parameter name."""
+    keep = count_to_keep(weights, names, rules, previous)
+    task = Task(model, weights, names, keep, batches, seed=seed, admm=admm)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # networks with dropout draw from it
+        return PRUNERS[rules.method.pruner](task)
 
 
 def follow_units(groups: Sequence[UnitGroup], current: Mask, weights: Mapping[str, Tensor]) -> Mask:
     """Add the parameters that are not ranked (BatchNorm, biases) to a mask: 1 while their unit has a weight left."""
-    complete = dict(current)
-    for group in groups:
-        alive = kept_units(group, current[group.root.name])
-        for part in group.slices:
-            if not part.ranked:
-                complete[part.name] = part.spread(alive, weights[part.name])
-    return complete
+    alive = {g.name: kept_units(g, current[g.root.name]) for g in groups}
+    following = masks_of_units(groups, alive, weights)
+    return {n: current.get(n, mask) for n, mask in following.items()} | current
 
 
 def decide(
@@ -123,22 +152,33 @@ def decide(
     ranked: Mapping[str, Tensor],
     trained: Mapping[str, Tensor],
     previous: MaskPair | None,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Sequence[tuple[Tensor, Tensor]],
+    admm: Admm | None = None,
+    seed: int = 0,
 ) -> MaskPair:
     """The masks for the round after `state`.
 
     Args:
-        ranked: Weights that global L1 ranks, by parameter name.
-        trained: The trained state dict: evidence for the criteria.
+        ranked: State dict that L1 or the one-shot pruner ranks.
+        trained: State dict that is evidence for the criteria.
         previous: The masks that round `state` trained under; None in round 0.
-        batches: Fixed batches for criteria on feature maps.
+        batches: Fixed batches, for criteria on feature maps and for pruners that look at images.
+        admm: How ADMM trains; only needed for it.
+        seed: Of the random pruner.
     """
     names = ranked_names(model, groups)
-    pruned = follow_units(groups, rank_and_prune(ranked, names, rules, previous), ranked)
+    if rules.method.pruner == "l1":
+        elements = rank_and_prune(ranked, names, rules, previous)
+    else:
+        elements = prune_once(model, ranked, names, rules, previous, batches, admm, seed)
+    pruned = follow_units(groups, elements, ranked)
     current = {current_key(n): m for n, m in pruned.items()}
     if not rules.structured:
         fillback = rules.fillback_rate if rules.struct == "refill" else 0.0
-        refill = refill_rows(model, groups, current, trained, rules.criteria, fillback, batches, rules.criteria_batches)
+        refill = {refill_key(n): m.clone() for n, m in pruned.items()}
+        refill |= refill_rows(
+            model, groups, current, trained, rules.criteria, fillback, batches, rules.criteria_batches
+        )
         return MaskPair(current, refill)
     budgets = rules.budgets(state)
     scored = [g for g in groups if g.kind in budgets]
@@ -162,7 +202,7 @@ def shares(pair: MaskPair | None, names: Sequence[str], rules: RoundRules) -> Sh
     total = sum(pair.structure[n].numel() for n in names)
     held = held_masks(pair, rules)
     zero = sum(held[n].numel() - int(held[n].sum()) for n in names) if held else 0
-    squeezed = count_ones(pair.doomed, names) if rules.struct == "rsst" else 0
+    squeezed = count_ones(pair.doomed, names) if rules.method.squeezes else 0
     return Shares(100 * zero / total, 100 * squeezed / total, 100 * count_ones(pair.structure, names) / total)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from budgets import BUDGETS, Budget, budget
+from methods import METHODS, Method
 
 SORTING_MODES = tuple(name for name in BUDGETS if name != "density")
 TARGET_KINDS = {"head": ("head",), "mlp": ("neuron",), "both": ("head", "neuron"), "block": ("block",)}
@@ -41,7 +42,13 @@ class RoundRules:
     fillback_rate: float = 0.0
     min_units: int = 0
     rsst_dead: str = "zero"
+    reg_target: str = "weight"
     criteria_batches: int = 4
+
+    @property
+    def method(self) -> Method:
+        """The row of `METHODS`."""
+        return METHODS[self.struct]
 
     def share(self, rate: float, state: int) -> float:
         """Share of the original that is gone after round `state`."""
@@ -59,7 +66,7 @@ class RoundRules:
 
     def budgets(self, state: int) -> dict[str, Budget]:
         """How many units of each kind stay after round `state`."""
-        fillback = self.fillback_rate if self.struct == "refill" else 0.0
+        fillback = 0.0 if self.method.squeezes else self.fillback_rate
         if "channel" in self.targets:
             return {"channel": budget("density", fillback_rate=fillback, min_units=self.min_units)}
         budgets = {}

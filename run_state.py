@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import fcntl
-import io
 import json
 import logging
 import os
 import random
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -43,6 +43,7 @@ class RunState:
         step: Batches of the next epoch that are done (0 but after an interruption), with their `partial` sums.
         state_dict: The model, masked parameters under torch's pruning keys.
         init_weight: The ticket: what every round rewinds to.
+        dense_weight: Weights at the end of round 0, kept for methods that rank them again; else empty.
         current_mask, refill_mask: What the round trains under; empty in round 0.
         reg_lambda: The penalty strength last applied.
         best_sa: Best validation accuracy of the round, in percent, and the test accuracy of that epoch.
@@ -66,6 +67,7 @@ class RunState:
     state_dict: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     init_weight: dict[str, Tensor] = field(default_factory=dict)
+    dense_weight: dict[str, Tensor] = field(default_factory=dict)
     current_mask: Mask = field(default_factory=dict)
     refill_mask: Mask = field(default_factory=dict)
     reg_lambda: float = 0.0
@@ -98,21 +100,48 @@ def save_atomically(value: Any, path: Path) -> None:
     Raises:
         StorageError: The folder cannot be written.
     """
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    write_atomically(buffer.getbuffer(), path)
+    with _replacing(path) as file:
+        sink = _Sink(file)
+        torch.save(value, sink)  # type: ignore[arg-type]
+        if sink.error is not None:
+            raise sink.error
 
 
-def write_atomically(content: bytes | memoryview | str, path: Path) -> None:
+def write_atomically(content: bytes | str, path: Path) -> None:
     """Write a file under a temporary name, then rename it.
 
     Raises:
         StorageError: The folder cannot be written; the file is as it was before.
     """
+    with _replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+class _Sink:
+    """A file for `torch.save`, which ends the process if writing raises: the error is kept instead."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        try:
+            if self.error is None:
+                self.file.write(content)
+        except OSError as error:
+            self.error = error
+        return memoryview(content).nbytes
+
+    def flush(self) -> None:
+        """Left to the file."""
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -159,6 +188,35 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
+class Progress:
+    """A long step between two rounds, in a file of its own, so that it can go on.
+
+    Args:
+        owner: What the step belongs to; a file of another owner is not read.
+    """
+
+    def __init__(self, path: Path, owner: str) -> None:
+        self.path, self.owner = path, owner
+
+    def save(self, values: Mapping[str, Any]) -> None:
+        save_atomically({"owner": self.owner, "rng": random_states(), "values": dict(values)}, self.path)
+
+    def load(self) -> dict[str, Any]:
+        """What was saved last, random states restored; empty if there is nothing that can be read."""
+        try:
+            found = load_safely(self.path) if self.path.exists() else {}
+        except DataError as error:
+            log.warning("%s; beginning again", error)
+            return {}
+        if found.get("owner") != self.owner:
+            return {}
+        restore_random_states(found["rng"])
+        return found["values"]
+
+    def forget(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
 class RunFolder:
     """The folder of one run, and the names in it."""
 
@@ -185,6 +243,10 @@ class RunFolder:
     def masks(self, state: int) -> Path:
         """The masks decided at the end of a round, under which the next one trains."""
         return self.path / "masks" / f"round_{state}.pt"
+
+    def progress(self, run: RunState) -> Progress:
+        """Of what follows the round that `run` has trained."""
+        return Progress(self.path / "progress.pth.tar", f"{run.tracker_id} {run.state}")
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints of all rounds, the furthest first."""

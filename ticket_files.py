@@ -20,10 +20,10 @@ import compact
 from counting import cost_of
 from errors import DataError, RunError, UsageError
 from masks import MaskPair
-from models import MODELS, build_model
+from models import build_model, runs_a_file
 from models.layers import Normalize, channels_side_by_side
-from rounds import unit_groups
 from run_state import RunFolder, RunState, write_atomically
+from unit_groups import unit_groups
 
 log = logging.getLogger("rsst")
 
@@ -45,11 +45,15 @@ class Ticket:
     structure: dict[str, Tensor]
 
 
-def read_ticket(folder: Path, state: int | None = None, best: bool = False) -> Ticket:
+def read_ticket(folder: Path, state: int | None = None, best: bool = False, own: str | None = None) -> Ticket:
     """The ticket of a round of the run in `folder`; by default of the last that is finished.
+
+    Args:
+        own: The network, `file.py:factory`, of a run whose network comes from a user's file.
 
     Raises:
         DataError: There is no such run, round or file.
+        UsageError: The network comes from a user's file, and `own` does not name it.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not the folder of a run")
@@ -63,22 +67,29 @@ def read_ticket(folder: Path, state: int | None = None, best: bool = False) -> T
     if not path.is_file():
         raise DataError(f"{folder} holds no round {state} ({path.name} is missing)")
     run = RunFolder.load(path)
-    arch = run.args["arch"]
-    if arch not in MODELS:
-        raise DataError(f"{path}: this version knows no model {arch!r}")
-    classifier = f"{MODELS[arch].spec.classifier}.weight"
-    model = build_model(arch, len(run.state_dict[classifier]), run.args["image_size"])
+    model = _network(run, own)
     model.normalize = Normalize((0.0,) * 3, (1.0,) * 3)
     structure = MaskPair(run.current_mask, run.refill_mask).structure if run.current_mask else {}
     model.load_state_dict({n: v * structure[n] if n in structure else v for n, v in run.state_dict.items()})
     return Ticket(run, model.eval(), structure)
 
 
+def _network(run: RunState, own: str | None) -> nn.Module:
+    """The run's network. Code in a user's file is only run when the user says so: a checkpoint may be anybody's."""
+    arch = run.args["arch"]
+    if runs_a_file(arch) and own is None:
+        raise UsageError(f"argument --arch: the network comes from {arch}: name it again, since its code will be run")
+    return build_model(own or arch, len(run.classes), run.args["image_size"])
+
+
 def export(
     folder: Path, state: int | None = None, best: bool = False, out: Path | None = None, multiple: int = 1,
-    onnx: bool = False, pt2: bool = False,
+    onnx: bool = False, pt2: bool = False, own: str | None = None,
 ) -> str:  # fmt: skip
     """Write a round's ticket; returns the table of what became smaller.
+
+    Args:
+        own: See `read_ticket`.
 
     Raises:
         ExportError: A written form computes something else than the masked network; its file is removed.
@@ -86,7 +97,7 @@ def export(
     """
     if onnx:
         _require_onnx()
-    ticket = read_ticket(folder, state, best)
+    ticket = read_ticket(folder, state, best, own)
     size = ticket.run.args["image_size"]
     kept = compact.kept_units_of(ticket.masked, ticket.structure, multiple)
     structure = compact.structure_of(ticket.masked, kept)
@@ -106,7 +117,7 @@ def export(
     }  # fmt: skip
     compact.save(small, config, out)
     with torch.no_grad():
-        check("model.safetensors, read back", compact.load(out)(images), wanted)
+        check("model.safetensors, read back", compact.load(out, own)(images), wanted)
     if onnx:
         _write(out / "model.onnx", _write_onnx, _run_onnx, small, images, wanted)
     if pt2:
@@ -175,8 +186,9 @@ def _measure(ticket: Ticket, structure: dict[str, Tensor], small: nn.Module, fil
     dense, cut = (cost_of(ticket.masked, groups, masks, size) for masks in ({}, structure))
     whole = {n: v.contiguous().clone() for n, v in ticket.masked.state_dict().items()}
     sizes = {"dense": len(safetensors.torch.save(whole)), "compact": file.stat().st_size}
-    fresh = build_model(ticket.run.args["arch"], len(ticket.masked(torch.zeros(1, 3, size, size))[0]), size).eval()
-    networks = {"dense": fresh, "masked": ticket.masked, "compact": small}
+    dense_network = copy.deepcopy(ticket.masked)
+    dense_network.load_state_dict(ticket.run.state_dict)
+    networks = {"dense": dense_network, "masked": ticket.masked, "compact": small}
     networks = {name: channels_side_by_side(copy.deepcopy(network)) for name, network in networks.items()}
     rows: list[dict[str, Any]] = []
     for name in networks:
