@@ -24,11 +24,12 @@ from masks import Mask
 from models import MODELS, build_model
 from models.layers import Normalize
 from optimization import OPTIMIZERS
-from rounds import unit_groups
+from unit_groups import unit_groups
 from trainee import LANES, Trainee
 from training import Passer, train
-from units import UnitGroup
-from utils import choose_device, choose_kernels, choose_precision, prepare_for_speed
+from units import UnitGroup, masks_of_units
+from precision import choose_precision
+from utils import choose_device, choose_kernels, prepare_for_speed
 
 SIZE, LATENCY_BATCH, TRAIN_BATCH = 32, 64, 128
 VIT_GONE, CNN_GONE = (1 / 3, 2 / 3), (1 / 2,)
@@ -46,13 +47,11 @@ def network(arch: str, precision: torch.dtype, device: torch.device) -> nn.Modul
 
 def random_structure(model: nn.Module, gone: float, only: Callable[[UnitGroup], bool] = lambda group: True) -> Mask:
     """Masks without the share `gone` of the units of each group, chosen at random."""
-    draw, parameters, masks = torch.Generator().manual_seed(0), dict(model.named_parameters()), {}
-    for group in filter(only, unit_groups(model)):
-        kept = torch.zeros(group.units, dtype=torch.bool)
-        kept[torch.randperm(group.units, generator=draw)[: kept_count(group.units, gone)]] = True
-        for part in group.slices:
-            masks[part.name] = part.spread(kept, parameters[part.name].cpu())
-    return masks
+    draw, groups = torch.Generator().manual_seed(0), list(filter(only, unit_groups(model)))
+    kept = {g.name: torch.zeros(g.units, dtype=torch.bool) for g in groups}
+    for flags in kept.values():
+        flags[torch.randperm(len(flags), generator=draw)[: kept_count(len(flags), gone)]] = True
+    return masks_of_units(groups, kept, {n: p.cpu() for n, p in model.named_parameters()})
 
 
 def share_of_macs(model: nn.Module, masks: Mask) -> float:

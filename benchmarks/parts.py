@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from benchmarks import harness
 from models import MODELS, build_model
 from models.layers import Normalize
-from training import computing
-from utils import choose_device, choose_kernels, choose_precision, prepare_for_speed
+from precision import computing
+from precision import choose_precision
+from utils import choose_device, choose_kernels, prepare_for_speed
 
 
 IDLE = (Normalize, nn.Identity, nn.Dropout)

@@ -14,7 +14,7 @@ from evidence import Evidence, FeatureStatistics
 from masks import MaskPair, current_key, l1_mask
 from models import MODELS, build_model
 from regroup import regroup
-from rounds import unit_groups
+from unit_groups import unit_groups
 from units import ranked_names
 from utils import choose_device, cloned_state
 

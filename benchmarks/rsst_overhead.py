@@ -19,9 +19,11 @@ from models.layers import Normalize
 from optimization import OPTIMIZERS
 from options import parse_args
 from reg_pruner_files.reg_pruner import Pruner
-from rounds import decide, held_masks, unit_groups
+from rounds import decide, held_masks
+from unit_groups import unit_groups
 from training import Passer, apply_reg, train, update_reg
-from utils import choose_device, choose_kernels, choose_precision, cloned_state, prepare_for_speed
+from precision import choose_precision
+from utils import choose_device, choose_kernels, cloned_state, prepare_for_speed
 
 GOAL = 1.02
 
@@ -39,7 +41,8 @@ def steps(
     model.normalize = Normalize((0.5,) * 3, (0.25,) * 3)
     model.to(device)
     prepare_for_speed(model, choose_precision("auto", device))
-    groups, rules, weights = unit_groups(model), rules_from(args, model), cloned_state(model)
+    groups, weights = unit_groups(model), cloned_state(model)
+    rules = rules_from(args, groups)
     pair = decide(model, groups, rules, 0, ranked=weights, trained=weights, previous=None, batches=[])
     optimizer = OPTIMIZERS[optimizer_name].build(model, 0.01, 0.9, 1e-4)
     held = HeldMask(model, held_masks(pair, rules))

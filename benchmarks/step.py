@@ -20,7 +20,8 @@ from models import MODELS, build_model
 from models.layers import Normalize
 from optimization import OPTIMIZERS
 from training import Passer, train, validate
-from utils import choose_device, choose_kernels, choose_precision, prepare_for_speed
+from precision import choose_precision
+from utils import choose_device, choose_kernels, prepare_for_speed
 
 STEPS = 4  # that are timed together
 GOALS = {  # (model, what, precision): times the plain loop
