@@ -15,10 +15,11 @@ from masks import MaskPair
 from models.vision_transformer import VisionTransformer
 from options import identity_of, parse_args, settings_of
 from regroup import score_units
-from rounds import decide, kept_per_group, kept_per_kind, unit_groups
+from rounds import decide, kept_per_group, kept_per_kind
 from rules import RoundRules, kinds_of
 from run_state import RunFolder
 from ticket_files import export
+from unit_groups import unit_groups
 
 IMAGES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 BATCHES = [(IMAGES, torch.arange(4))]

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torchvision
+from conftest import LARGE, SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -18,8 +19,8 @@ from models import MODELS, build_model
 from models.layers import Normalize
 from models.registry import ModelSpec
 from models.vision_transformer import frugal, set_fused_attention
-from rounds import unit_groups
-from units import kinds
+from unit_groups import unit_groups
+from units import kinds, masks_of_units
 
 
 def build(arch):
@@ -42,13 +43,9 @@ def speaking(model):
 
 def random_structure(model, seed, share, prune_stem=False):
     """Whole units at random, about `share` of each group (0 and 1 included)."""
-    draw = torch.Generator().manual_seed(seed)
-    parameters, masks = dict(model.named_parameters()), {}
-    for group in unit_groups(model, prune_stem):
-        kept = torch.rand(group.units, generator=draw) < share
-        for part in group.slices:
-            masks[part.name] = part.spread(kept, parameters[part.name])
-    return masks
+    draw, groups = torch.Generator().manual_seed(seed), unit_groups(model, prune_stem)
+    kept = {group.name: torch.rand(group.units, generator=draw) < share for group in groups}
+    return masks_of_units(groups, kept, dict(model.named_parameters()))
 
 
 def masked_logits(model, masks, images):
@@ -62,7 +59,7 @@ def cut_state(state, small):
     return {n: cut_value(state[n], small.cuts.get(n, {})) for n in small.state_dict()}
 
 
-WHOLE = {arch: build(arch) for arch in MODELS if arch != "vit_base"}
+WHOLE = {arch: build(arch) for arch in SMALL}
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
@@ -83,9 +80,10 @@ def test_the_shrunk_network_is_the_masked_one(arch, seed, share, stem, lanes):
         assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("arch", [a for a in LARGE if a != "vit_large_imagenet"])
 @torch.no_grad()
-def test_the_largest_model_too():
-    model = build("vit_base")
+def test_the_large_ones_too(arch):
+    model = build(arch)
     masks = random_structure(model, 3, 0.4)
     assert (shrink(model, masks)(IMAGES) - masked_logits(model, masks, IMAGES)).abs().max() <= 1e-5
 

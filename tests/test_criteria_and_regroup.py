@@ -13,15 +13,17 @@ from hypothesis import strategies as st
 
 import pruning_utils
 from budgets import BUDGETS, budget, global_budget, kept_count, layer_wise_budget
+from channel_units import channel_groups
 from criteria import CRITERIA
 from evidence import Evidence, collect_evidence
 from masks import MaskPair, effective_state
 from models import MODELS, build_model
 from models.vision_transformer import VisionTransformer
 from regroup import best_units, regroup, score_units
-from rounds import decide, unit_groups
+from rounds import decide
 from rules import RoundRules
-from units import Slice, UnitGroup, channel_groups, rows
+from unit_groups import unit_groups
+from units import Slice, UnitGroup, rows
 from vit_pruning_utils import head_groups, neuron_groups, prune_model_custom_fillback_vit, vit_groups
 from vit_pruning_utils_head_mlp import prune_model_custom_fillback_vit_head_and_mlp
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import SMALL
 from golden_data import MiniVGG
 
+from channel_units import channel_groups
 from masks import (
     HeldMask,
     MaskPair,
@@ -19,20 +21,23 @@ from masks import (
     remove_masks,
     top_mask,
 )  # fmt: skip
-from models import MODELS, build_model
-from rounds import unit_groups
-from units import Slice, UnitGroup, channel_groups, kept_units, ranked_names
+from models import build_model
+from unit_groups import unit_groups
+from units import Slice, UnitGroup, kept_units, ranked_names
 from vit_pruning_utils import head_groups, neuron_groups, vit_groups
 
 
-@pytest.mark.parametrize("arch", MODELS)
-def test_the_slices_of_a_group_partition_their_axis(arch):
+@pytest.mark.parametrize("arch", [*SMALL, "densenet161", "vit_small"])
+def test_no_position_belongs_to_two_units_and_a_groups_own_layer_is_all_its(arch):
     model = build_model(arch, 10, 32)
+    owned: dict = {}
     for group in unit_groups(model):
         for part in group.slices:
             size = model.get_parameter(part.name).shape[part.axis]
-            assert part.index.flatten().sort().values.tolist() == list(range(size))
-            assert part.index.shape[0] == group.units
+            assert part.index.shape[0] == group.units and int(part.index.max()) < size
+            owned.setdefault((part.name, part.axis), []).extend(part.index.flatten().tolist())
+        assert sorted(group.root.index.flatten().tolist()) == list(range(model.get_parameter(group.root.name).shape[0]))
+    assert all(len(set(places)) == len(places) for places in owned.values())
 
 
 def test_a_channel_is_its_filter_and_the_batchnorm_behind_it():

@@ -8,20 +8,20 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, start, tiny
+from conftest import ROOT, SMALL, start, tiny
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 import batches
 from batches import BatchLoader
+from channel_units import channel_groups
 from errors import UsageError
 from evidence import collect_evidence
 from image_sets import ImageSet
-from models import MODELS, build_model
+from models import build_model
 from models.vision_transformer import frugal
 from optimization import OPTIMIZERS
-from training import computing
-from units import channel_groups
+from precision import computing
 from utils import choose_kernels, prepare_for_speed
 
 
@@ -43,7 +43,7 @@ def test_the_class_token_alone_gives_the_logits_and_gradients_of_all_tokens(arch
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("arch", MODELS)
+@pytest.mark.parametrize("arch", SMALL)
 def test_training_is_frugal_and_leaves_the_model_whole(arch, images_and_labels):
     model = build_model(arch, 10, 32)
     seen = {}
