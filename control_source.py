@@ -37,9 +37,8 @@ class ControlSource:
         ours, theirs = identity_of(settings_of(ticket)), identity_of(newest.args)
         different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
         if different:
-            raise UsageError(
-                f"argument --control: the run in {path} has another --{different[0]}; only --control may differ"
-            )
+            flags = ", ".join(f"--{k}" for k in different)
+            raise UsageError(f"argument --control: the run in {path} has another {flags}; only --control may differ")
         self.dense: RunState = RunFolder.load(self.folder.checkpoint(0))
 
     def masks(self, state: int) -> MaskPair:

@@ -17,7 +17,7 @@ from counting import OVERLAPPING, cost_of
 from masks import Mask, MaskPair, by_parameter
 from methods import CONTROLS
 from rounds import follow_units
-from units import UnitGroup, masks_of_units, parameter_of
+from units import UnitGroup, kinds, masks_of_units, parameter_of
 
 CONTROL_STREAM = 2021  # keeps a control's random numbers apart from its run's
 NARROWING_STEPS = 14  # finer than one unit of ten thousand
@@ -109,21 +109,31 @@ def _following(mask: Mask, groups: Sequence[UnitGroup]) -> Mask:
 def narrow_pair(model: nn.Module, groups: Sequence[UnitGroup], macs: int, size: int) -> MaskPair:
     """The structure of a dense network with so many MACs: of each group the first units, everywhere the same share.
 
+    Where kinds of unit differ in size (heads are few), the finest kind makes up for what rounding the others cost.
+
     Args:
-        macs: For one image of `size` pixels a side; the share of units is the one whose MACs come closest.
+        macs: For one image of `size` pixels a side; the shares are those whose MACs come closest.
     """
     chosen = [g for g in groups if g.kind not in OVERLAPPING]
-    low, high, best = 0.0, 1.0, (float("inf"), _first_units(model, groups, chosen, 1.0))
-    for _ in range(NARROWING_STEPS):
-        middle = (low + high) / 2
-        structure = _first_units(model, groups, chosen, middle)
-        found = cost_of(model, groups, structure, size).macs
-        best = min(best, (abs(found - macs), structure), key=lambda pair: pair[0])
-        low, high = (middle, high) if found < macs else (low, middle)
-    return MaskPair.of(best[1], best[1])
-
-
-def _first_units(model: nn.Module, groups: Sequence[UnitGroup], chosen: Sequence[UnitGroup], share: float) -> Mask:
-    kept = {g.name: torch.arange(g.units) < max(1, round(share * g.units)) for g in chosen}
     like = {p.name: parameter_of(model, p.name).detach().cpu() for g in groups for p in g.slices}
-    return masks_of_units(groups, kept, like)
+    free = sorted(kinds(chosen), key=lambda kind: max(g.units for g in chosen if g.kind == kind))
+    shares: dict[str, float] = {}
+
+    def structure(share: float) -> Mask:
+        kept = {g.name: _first_units(g, shares.get(g.kind, share)) for g in chosen}
+        return masks_of_units(groups, kept, like)
+
+    for kind in free:
+        low, high, best = 0.0, 1.0, (float("inf"), 1.0)
+        for _ in range(NARROWING_STEPS):
+            middle = (low + high) / 2
+            found = cost_of(model, groups, structure(middle), size).macs
+            best = min(best, (abs(found - macs), middle))
+            low, high = (middle, high) if found < macs else (low, middle)
+        shares[kind] = best[1]
+    outcome = structure(1.0)
+    return MaskPair.of(outcome, outcome)
+
+
+def _first_units(group: UnitGroup, share: float) -> Tensor:
+    return torch.arange(group.units) < max(1, round(share * group.units))
