@@ -34,8 +34,10 @@ ZERO_STAYS_ZERO = frozenset({
 REARRANGING = frozenset({
     torch.cat, torch.concat, torch.chunk, torch.split, torch.flatten, torch.transpose, torch.permute, torch.reshape,
     torch.stack, torch.unbind, torch.squeeze, torch.unsqueeze, torch.channel_shuffle, F.channel_shuffle,
+    torch.unflatten, torch.narrow, torch.swapaxes, torch.movedim, torch.concatenate, torch.tensor_split,
     nn.Flatten, nn.ChannelShuffle, nn.Unflatten,
     "chunk", "split", "view", "reshape", "transpose", "permute", "flatten", "squeeze", "unsqueeze", "unbind", "expand",
+    "unflatten", "narrow", "swapaxes", "movedim", "tensor_split",
 })  # fmt: skip
 """What only moves channels about."""
 

@@ -19,7 +19,7 @@ from models.attention import with_separate_heads
 from models.layers import Normalize, normalised
 from models.registry import ModelSpec
 
-HINTS = {"img_size": "img_size", "image_size": "image_size"}  # by what names factories know the images' side
+SIZE_WORDS = ("img_size", "image_size")  # what factories call the images' side
 
 
 def build_external(arch: str, num_classes: int, img_size: int) -> nn.Module:
@@ -41,8 +41,8 @@ def build_external(arch: str, num_classes: int, img_size: int) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UsageError(f"argument --arch: {arch} gives a {type(model).__name__}, not a torch.nn.Module")
     model = _with_normalize(model)
-    model.spec = _spec_of(model, arch, num_classes)  # type: ignore[assignment]
     _check_outcome(model, arch, num_classes, img_size)
+    model.spec = _spec_of(model, arch, num_classes)  # type: ignore[assignment]
     return model
 
 
@@ -102,7 +102,7 @@ def _from_file(arch: str, num_classes: int, img_size: int) -> nn.Module:
 
 def _size_for(build: Callable[..., Any], img_size: int) -> dict[str, int]:
     known = inspect.signature(build).parameters
-    return {word: img_size for word in HINTS if word in known}
+    return {word: img_size for word in SIZE_WORDS if word in known}
 
 
 def _unknown(prefix: str, name: str, known: list[str]) -> UsageError:

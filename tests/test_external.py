@@ -1,0 +1,261 @@
+"""Networks of other libraries and of users: built, normalised once, pruned, trained, cut and exported, or refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import ROOT, tiny
+from test_experiment import run
+from torch import nn
+from torch.func import functional_call
+
+import compact
+import export
+from channel_units import channel_groups
+from errors import DataError, UsageError
+from models import build_model
+from models.layers import Normalize
+from models.registry import parse_arch
+from network_check import check_units
+from unit_groups import unit_groups
+from units import kinds, masks_of_units
+
+OWN = ROOT / "examples" / "my_model.py"
+
+# The smallest of each family that ends in seconds, with the kinds of unit that are found in it.
+NETWORKS = {
+    "timm/vit_tiny_patch16_224": (32, ["head", "neuron"]),
+    "timm/deit_tiny_distilled_patch16_224": (32, ["head", "neuron"]),
+    "timm/eva02_tiny_patch14_224": (28, ["neuron"]),
+    "timm/swin_tiny_patch4_window7_224": (56, ["neuron"]),
+    "timm/resnet18": (32, ["channel"]),
+    "timm/mobilenetv3_small_050": (32, ["channel"]),
+    "torchvision/squeezenet1_1": (32, ["channel"]),
+    "torchvision/regnet_y_400mf": (32, ["channel"]),
+    "torchvision/efficientnet_b0": (32, ["channel"]),
+    "torchvision/googlenet": (32, ["channel"]),
+    "torchvision/mnasnet0_5": (32, ["channel"]),
+    "torchvision/convnext_tiny": (32, ["channel"]),
+    f"{OWN}:net": (32, ["channel"]),
+}
+
+
+@pytest.mark.parametrize("arch", NETWORKS)
+def test_units_are_known_silent_and_can_be_cut(arch):
+    torch.manual_seed(0)
+    size, expected = NETWORKS[arch]
+    model = build_model(arch, 10, size)
+    groups = unit_groups(model)
+    assert kinds(groups) == expected
+    check_units(model, groups, size)
+    layers = {part.layer for g in groups for part in g.slices if part.ranked}
+    weights = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(layers) >= 0.3 * len(weights) and not layers & {model.spec.stem, model.spec.classifier}
+
+
+@pytest.mark.parametrize("arch", NETWORKS)
+@torch.no_grad()
+def test_images_are_normalised_once_and_the_stem_sees_them(arch):
+    size = NETWORKS[arch][0]
+    torch.manual_seed(0)
+    model = build_model(arch, 10, size).eval()
+    images = torch.rand(2, 3, size, size)
+    plain = model(Normalize((0.5,) * 3, (0.25,) * 3)(images))
+    model.normalize = Normalize((0.5,) * 3, (0.25,) * 3)
+    torch.testing.assert_close(model(images), plain)
+
+
+class Grouped(nn.Module):
+    """Two grouped convolutions with a shuffle between them, and a squeeze with a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normalize: nn.Module = nn.Identity()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.one = nn.Conv2d(8, 12, 1, groups=2)
+        self.norm = nn.BatchNorm2d(12)
+        self.two = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.gate = nn.Conv2d(12, 12, 1)
+        self.three = nn.Conv2d(24, 6, 1)
+        self.fc = nn.Linear(6, 10)
+
+    def forward(self, x):
+        y = self.norm(self.one(self.conv1(self.normalize(x)))).relu()
+        y = y.unflatten(1, (3, 4)).transpose(1, 2).flatten(1, 2)
+        z = y * self.gate(self.two(y).mean((2, 3), keepdim=True)).sigmoid()
+        return self.fc(self.three(torch.cat([y, z], 1)).relu().mean((2, 3)))
+
+
+@torch.no_grad()
+def test_grouped_depthwise_shuffled_gated_and_concatenated_channels():
+    torch.manual_seed(0)
+    model = Grouped().eval()
+    groups = {g.name: g for g in channel_groups(model)}
+    slices = {name: {(p.name, p.axis) for p in g.slices} for name, g in groups.items()}
+    assert {("one.weight", 0), ("norm.weight", 0), ("two.weight", 0)} <= slices["one"]
+    assert "two" not in groups, "a depth-wise filter is of the channel that it filters"
+    check_units(model, list(groups.values()), 8)
+    images, parameters = torch.rand(2, 3, 8, 8), dict(model.named_parameters())
+    before = model(images)
+    for name, group in groups.items():
+        kept = {name: torch.arange(group.units) != 1}
+        masks = masks_of_units([group], kept, parameters)
+        after = functional_call(model, {n: parameters[n] * m for n, m in masks.items()}, (images,))
+        assert not torch.equal(after, before), name
+
+
+class Counting(nn.Module):
+    """The number of channels itself enters the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normalize: nn.Module = nn.Identity()
+        self.conv1 = nn.Conv2d(3, 4, 3)
+        self.conv2 = nn.Conv2d(4, 8, 3)
+        self.conv3 = nn.Conv2d(8, 8, 3)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x):
+        y = self.conv2(self.conv1(self.normalize(x)))
+        return self.fc(self.conv3(y / y.shape[1]).mean((2, 3)))
+
+
+@torch.no_grad()
+def test_channels_that_are_counted_stay_where_they_are_counted():
+    torch.manual_seed(0)
+    model = Counting().eval()
+    groups = channel_groups(model)
+    assert {g.name for g in groups} == {"conv2", "conv3"}
+    check_units(model, groups, 16)
+    masks = masks_of_units(groups, {g.name: torch.arange(8) < 2 for g in groups}, dict(model.named_parameters()))
+    small = compact.shrink(model, masks)
+    assert small.conv2.weight.shape[0] == 2 and small.conv3.weight.shape[:2] == (2, 8)
+
+
+def test_a_network_whose_units_hang_together_in_an_unknown_way_is_refused(monkeypatch):
+    """As if cutting a channel had moved the others."""
+    model = Grouped()
+    monkeypatch.setattr("network_check.shrink", lambda model, masks: copy.deepcopy(model))
+    with pytest.raises(UsageError, match=r"without half of its units differs from the masked network by .* coupled"):
+        check_units(model, channel_groups(model), 8)
+
+
+class Deciding(Grouped):
+    """Asks its input which way to go."""
+
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+def test_a_network_that_decides_by_its_input_is_refused():
+    with pytest.raises(UsageError, match="the channels of Deciding cannot be followed"):
+        channel_groups(Deciding())
+
+
+FILES = {
+    "list": ("def net(num_classes):\n    return [1]\n", "gives a list, not a torch.nn.Module"),
+    "raises": ("def net(num_classes):\n    raise ValueError('no weights')\n", "cannot be built: ValueError: no weights"),
+    "syntax": ("def net(:\n", "cannot be built: SyntaxError"),
+    "other": ("def nett(num_classes):\n    return 1\n", "(did you mean "),
+    "shape": ("from torch import nn\ndef net(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.LazyLinear(3))\n",
+              "gives (2, 3) for two images, not logits (2, 10)"),
+    "size": ("from torch import nn\ndef net(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(7, 10))\n",
+             "cannot take images of 8 pixels"),
+    "twice": ("""from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.normalize = nn.Identity()
+        self.fc = nn.Linear(192, 10)
+    def forward(self, x):
+        return self.fc(self.normalize(self.normalize(x)).flatten(1))
+def net(num_classes):
+    return Net()
+""", "calls its `normalize` 2 times"),
+    "dense": ("from torch import nn\ndef net(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(192, 10))\n",
+              "has no layers that can be pruned here"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_wrong_with_a_users_file_is_said_in_a_line(name, tmp_path, capsys):
+    text, message = FILES[name]
+    (tmp_path / "mine.py").write_text(text)
+    assert run(*tiny(tmp_path / "run", arch=f"{tmp_path / 'mine.py'}:net")) == 2
+    error = capsys.readouterr().err
+    assert "argument --arch: " in error and message in error and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("arch, message", [
+    ("timm/vit_tiny_patch16_225", "did you mean timm/vit_tiny_patch16_224"),
+    ("torchvision/resnet19", "did you mean torchvision/resnet1"),
+    ("torchvision/deeplabv3_resnet50", "there is no torchvision/deeplabv3_resnet50"),
+    ("res20", "did you mean res20s"),
+    ("nowhere.py:net", "no such file: nowhere.py"),
+    ("timm/vit_tiny_patch16_224", "try another --image_size"),
+])  # fmt: skip
+def test_unknown_names_are_refused_with_a_hint(arch, message, tmp_path, capsys):
+    assert run(*tiny(tmp_path / "run", arch=arch)) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "struct, more", [("refill", {}), ("rsst", {"penalty": "decoupled"}), ("snip", {"regroup": True})]
+)
+def test_the_worked_example_trains_prunes_resumes_and_exports(struct, more, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    words = tiny(tmp_path / "run", arch="examples/my_model.py:net", struct=struct, **more)
+    assert run(*words, "--pruning_times", 1) == 0
+    monkeypatch.chdir(tmp_path)
+    words = tiny(tmp_path / "run", arch=f"{OWN}:net", struct=struct, **more)
+    assert run(*words) == 0, "the same file by its full name is the same network"
+    assert "continuing" in capsys.readouterr().err
+    assert export.main([str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--quiet"]) == 2
+    assert "--arch" in capsys.readouterr().err
+    out = ["--out", str(tmp_path / "out"), "--quiet", "--arch", f"{OWN}:net"]
+    assert export.main([str(tmp_path / "run"), *out]) == 0
+    with pytest.raises(DataError, match="give that to run its code"):
+        compact.load(tmp_path / "out")
+    small, whole = compact.load(tmp_path / "out", f"{OWN}:net"), build_model(f"{OWN}:net", 10, 8)
+    assert sum(p.numel() for p in small.parameters()) < 0.8 * sum(p.numel() for p in whole.parameters())
+    assert small(torch.rand(2, 3, 8, 8)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("arch, size, more", [
+    ("timm/vit_tiny_patch16_224", 16, {"vit_structured": True, "vit_prune_target": "both"}),
+    ("torchvision/mobilenet_v3_small", 32, {}),
+])  # fmt: skip
+def test_a_librarys_network_goes_through_a_whole_run(arch, size, more, tmp_path, capsys):
+    words = tiny(tmp_path, arch=arch, image_size=size, struct="refill", optimizer="adamw", lr=1e-3, **more)
+    assert run(*words) == 0
+    assert export.main([str(tmp_path), "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    small = compact.load(tmp_path / "out")
+    assert small(torch.rand(2, 3, size, size)).shape == (2, 10)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in build_model(arch, 10, size).parameters())
+
+
+def test_building_leaves_the_search_path_and_the_librarys_class_alone():
+    import sys
+
+    import timm
+
+    before = list(sys.path)
+    build_model(f"{OWN}:net", 10, 8)
+    build_model("timm/resnet18", 10, 32)
+    assert sys.path == before
+    assert not hasattr(timm.create_model("resnet18"), "normalize")
+
+
+@pytest.mark.parametrize("text", ["res20s", "timm/x", "torchvision/y"])
+def test_parse_arch_keeps_names(text):
+    assert parse_arch(text) == text
+
+
+def test_a_copy_of_an_external_network_is_independent():
+    model = build_model(f"{OWN}:net", 10, 8)
+    other = copy.deepcopy(model)
+    other.normalize = Normalize((0.1,) * 3, (1.0,) * 3)
+    assert isinstance(model.normalize, nn.Identity)
