@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn, optim
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
+from errors import UsageError
 from masks import Mask, count_ones, current_key, effective_state, in_place_of, own_mask, top_mask
 from precision import computing
 from unit_groups import unit_groups
@@ -26,6 +29,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 GRASP_TEMPERATURE = 200
 SYNFLOW_ROUNDS = 100
+ADDED = ("bias", "running_mean")
 ADMM_EPOCHS = 20
 ADMM_RHO = 0.01
 
@@ -114,7 +118,7 @@ def _snip(task: Task) -> Mask:
 
 def _grasp(task: Task) -> Mask:
     """Remove the weights with the largest -w * Hg, which hinder the gradient flow (Wang et al. 2020, eq. 8)."""
-    with _mode(task.model, training=True), _differentiable_twice(task.model):
+    with _mode(task.model, training=True), _fused_attention(task.model, False):
         return task.best(grasp_scores(task))
 
 
@@ -139,7 +143,7 @@ def _synflow(task: Task) -> Mask:
     masks = {n: m.double().to(task.device) for n, m in alive.items()}
     shape = next(iter(task.batches))[0].shape[1:]
     left = count_ones(masks, task.names)
-    with _mode(task.model, training=False), _linear(task.model):
+    with _mode(task.model, training=False), _fused_attention(task.model, True), _Linear():
         for k in range(1, SYNFLOW_ROUNDS + 1):
             keep = round(left * (task.keep / left) ** (k / SYNFLOW_ROUNDS)) if task.keep else 0
             keep = max(task.keep, keep) if k < SYNFLOW_ROUNDS else task.keep
@@ -150,19 +154,30 @@ def _synflow(task: Task) -> Mask:
 def synflow_scores(task: Task, masks: Mapping[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
     """|gradient * weight| of the summed output of the all-positive network for an image of ones, float64.
 
+    What is added to a signal (biases, running means) is left out, as it is zero in a network that has just been
+    initialised. Else it would feed the layers behind it, and those before it could be emptied.
+
     Args:
         masks: Parameter name -> float64 0/1.
         shape: Of an image.
+
+    Raises:
+        UsageError: The scores are not finite.
     """
-    values = {
-        k: v.detach().to(task.device).abs().double() if v.is_floating_point() else v.detach().to(task.device)
-        for k, v in task.weights.items()
-    }
+    values = {k: v.detach().to(task.device) for k, v in task.weights.items()}
+    for name, value in values.items():
+        if value.is_floating_point():
+            values[name] = torch.zeros_like(value).double() if name.endswith(ADDED) else value.abs().double()
     leaves = {n: (values[n] * masks[n]).requires_grad_() for n in task.names}
     ones = torch.ones(1, *shape, dtype=torch.float64, device=task.device)
     output = functional_call(task.model, in_place_of(task.model, values | leaves), (ones,)).sum()
     gradients = torch.autograd.grad(output, list(leaves.values()))
-    return {n: (g * w).detach().abs() for (n, w), g in zip(leaves.items(), gradients, strict=True)}
+    scores = {n: (g * w).detach().abs() for (n, w), g in zip(leaves.items(), gradients, strict=True)}
+    if not all(bool(s.isfinite().all()) for s in scores.values()):
+        raise UsageError(
+            f"SynFlow: the flow through {type(task.model).__name__} is not finite; choose another --struct"
+        )
+    return scores
 
 
 def _omp(task: Task) -> Mask:
@@ -247,35 +262,56 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _differentiable_twice(model: nn.Module) -> Iterator[None]:
-    """Fused attention kernels have no second derivative: for a while, attention is written out."""
-    fused = {m: m.fused_attn for m in model.modules() if isinstance(getattr(m, "fused_attn", None), bool)}
-    for module in fused:
-        module.fused_attn = False  # type: ignore[assignment]
+def _fused_attention(model: nn.Module, on: bool) -> Iterator[None]:
+    """For a while, attention is one call of torch's, or it is written out: the call has no second derivative."""
+    modules: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "fused_attn", None), bool)]
+    before = [m.fused_attn for m in modules]
+    for module in modules:
+        module.fused_attn = on
     try:
         yield
     finally:
-        for module, was in fused.items():
-            module.fused_attn = was  # type: ignore[assignment]
+        for module, was in zip(modules, before, strict=True):
+            module.fused_attn = was
 
 
-@contextmanager
-def _linear(model: nn.Module) -> Iterator[None]:
-    """For a while, LayerNorms only scale and shift, as BatchNorms in eval mode do.
+class _Linear(TorchFunctionMode):
+    """While it is on, a network of positive weights is linear in a positive image, and so are its layers.
 
-    Dividing by a layer's own size would make the flow through everything in front of it zero in sum.
+    Smooth relatives of ReLU are the identity. A normalisation scales and shifts, as BatchNorm does in eval mode:
+    dividing by a layer's own size would make the flow through all that is in front of it zero in sum. Attention
+    averages its queries, keys and values over the tokens: softmax hides the scale of queries and keys, so that they
+    would have no score and go first.
     """
 
-    def affine(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        scaled = inputs[0] if module.weight is None else inputs[0] * module.weight
-        return scaled if module.bias is None else scaled + module.bias
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            queries, keys, values = args[:3]
+            total = values.mean(-2, keepdim=True)
+            if queries.shape[-1] == keys.shape[-1] == values.shape[-1]:
+                total = total + queries.mean(-2, keepdim=True) + keys.mean(-2, keepdim=True)
+            return total.expand(*queries.shape[:-1], -1)
+        if func in (F.layer_norm, F.rms_norm):
+            named = dict(zip(("input", "normalized_shape", "weight", "bias"), args, strict=False)) | kwargs
+            return _scaled(args[0], named.get("weight"), named.get("bias"))
+        if func is F.group_norm:
+            named = dict(zip(("input", "num_groups", "weight", "bias"), args, strict=False)) | kwargs
+            weight, bias = (named[k] if named.get(k) is None else named[k].view(-1, 1, 1) for k in ("weight", "bias"))
+            return _scaled(args[0], weight, bias)
+        if func in RELUS:
+            return args[0]
+        outcome = func(*args, **kwargs)
+        return outcome.detach() if func in SOFTMAX else outcome
 
-    handles = [m.register_forward_hook(affine) for m in model.modules() if isinstance(m, nn.LayerNorm)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+RELUS = (F.gelu, F.silu, F.hardswish, F.mish)
+SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+
+
+def _scaled(value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    value = value if weight is None else value * weight
+    return value if bias is None else value + bias
 
 
 def _by_rate(
