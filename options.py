@@ -162,7 +162,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Find structured lottery tickets: train, prune globally by L1, regroup into whole units, rewind.",
         formatter_class=_HelpFormatter,
     )
-    for add in (_add_data, _add_model, _add_training, _add_pruning, _add_vit, _add_rsst, _add_output, _add_tracking):
+    adders = (_add_data, _add_model, _add_training, _add_pruning, _add_comparisons, _add_vit, _add_rsst, _add_output)
+    for add in (*adders, _add_tracking):
         add(parser)
     return parser
 
@@ -271,7 +272,6 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
         help=_rows((n, m.summary) for n, m in METHODS.items())
         + ". The first two prune whole units, the others weight by weight unless --regroup",
     )
-    _flag(group, "regroup", "turn the mask of any method into whole units")
     group.add_argument(
         "--pruning_times", type=_COUNT, default=20, metavar="ROUNDS", help="rounds, the dense one included"
     )
@@ -301,6 +301,24 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
         help="fixed batches that criteria on feature maps, SNIP and GraSP look at",
     )
     group.add_argument("--rank_weights", choices=("trained", "initial"), default="trained", help="what global L1 ranks")
+    group.add_argument(
+        "--fillback_rate",
+        type=_CLOSED_SHARE,
+        default=0.0,
+        help="share of what would go that is kept (not by rsst)",
+    )
+    group.add_argument("--min_units", type=_NATURAL, default=0, help="units that every layer keeps at least")
+    _flag(group, "conv1", "prune the stem too (first convolution; of a ViT the patch embedding, weight by weight)")
+    group.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="as_documented: " + " ".join(f"{k}={v}" for k, v in PRESETS["as_documented"].items()),
+    )
+
+
+def _add_comparisons(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("one-shot pruners and controls")
+    _flag(group, "regroup", "turn the mask of any method into whole units")
     group.add_argument("--admm_epochs", type=_COUNT, default=20, help="epochs of ADMM before each mask")
     group.add_argument("--admm_rho", type=_NONNEGATIVE, default=0.01, help="ADMM's pull towards the sparse network")
     group.add_argument(
@@ -314,19 +332,6 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of the finished run that --control compares with (None: where the same command without --control "
         "puts it)",
-    )
-    group.add_argument(
-        "--fillback_rate",
-        type=_CLOSED_SHARE,
-        default=0.0,
-        help="share of what would go that is kept (not by rsst)",
-    )
-    group.add_argument("--min_units", type=_NATURAL, default=0, help="units that every layer keeps at least")
-    _flag(group, "conv1", "prune the stem too (first convolution; of a ViT the patch embedding, weight by weight)")
-    group.add_argument(
-        "--preset",
-        choices=PRESETS,
-        help="as_documented: " + " ".join(f"{k}={v}" for k, v in PRESETS["as_documented"].items()),
     )
 
 

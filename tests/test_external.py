@@ -16,8 +16,8 @@ import export
 from channel_units import channel_groups
 from errors import DataError, UsageError
 from models import build_model
+from models.building import parse_arch
 from models.layers import Normalize
-from models.registry import parse_arch
 from network_check import check_units
 from unit_groups import unit_groups
 from units import kinds, masks_of_units

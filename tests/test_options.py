@@ -29,7 +29,8 @@ def test_every_flag_has_a_help_text_and_a_group():
     for action in parser._actions:
         assert action.help, action.option_strings
     titles = [g.title for g in parser._action_groups if g._group_actions]
-    assert titles[1:] == ["data", "model", "training (of each round)", "pruning", "ViT", "RSST", "output", "tracking"]
+    assert titles[1:] == ["data", "model", "training (of each round)", "pruning", "one-shot pruners and controls", "ViT",
+                          "RSST", "output", "tracking"]  # fmt: skip
     assert "(default: 0.01)" in parser.format_help()
 
 
