@@ -191,13 +191,13 @@ def save(small: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
     write_atomically(json.dumps({"format": FORMAT, **config}, indent=1) + "\n", folder / "config.json")
 
 
-def load(folder: str | Path, own: str | None = None) -> nn.Module:
+def load(folder: str | Path, arch: str | None = None) -> nn.Module:
     """The network that `save` wrote, in eval mode; runs no code from the files.
 
     It takes images [batch, 3, size, size] in [0, 1] and gives logits.
 
     Args:
-        own: The network, `file.py:factory`, if it comes from a user's file; that file's code is run.
+        arch: The network, `file.py:factory`, if it comes from a user's file; that file's code is run.
 
     Raises:
         DataError: A file is missing, damaged, or of another version or model.
@@ -208,10 +208,10 @@ def load(folder: str | Path, own: str | None = None) -> nn.Module:
         tensors = safetensors.torch.load_file(folder / "model.safetensors")
         if config["format"] != FORMAT:
             raise DataError(f"{folder} was written by another version of this program")
-        if runs_a_file(config["arch"]) and own is None:
-            raise DataError(f"the network in {folder} comes from {config['arch']}: give that to run its code")
+        if runs_a_file(config["arch"]) and arch is None:
+            raise DataError(f"the network in {folder} comes from {config['arch']}: give that as `arch` to run its code")
         with torch.random.fork_rng(devices=[]):
-            model = build_model(own or config["arch"], len(config["classes"]), config["image_size"])
+            model = build_model(arch or config["arch"], len(config["classes"]), config["image_size"])
         model.normalize = Normalize((0.0,) * 3, (1.0,) * 3)
         small = shrink(model, structure_of(model, config["kept"]))
         small.load_state_dict(tensors)

@@ -26,9 +26,9 @@ class ControlSource:
         """
         ticket = argparse.Namespace(**{**vars(args), "control": "none", "control_of": None})
         path = Path(args.control_of or default_run_folder(ticket))
-        first = f"run the same command without --control first ({path}), or name its folder by --control_of"
+        first = "run the same command without --control first, or name its folder by --control_of"
         if not path.is_dir():
-            raise UsageError(f"argument --control: the run to compare with is not there: {first}")
+            raise UsageError(f"argument --control: {path}, the run to compare with, is not there: {first}")
         self.folder = RunFolder(path)
         newest = self.folder.newest_run()
         if newest is None or len(newest.rounds) < args.pruning_times:

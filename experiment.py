@@ -55,13 +55,14 @@ def run(args: argparse.Namespace) -> str:
     """Plan, or carry out, the experiment that the arguments describe; returns the plan, or the table of rounds."""
     model, *loaders = setup_model_dataset(args)
     groups = groups_for(args, model, loaders[0].image_size)
+    source = None if args.control == "none" else ControlSource(args)
     if args.dry_run:
         tell_warnings(args)
         step = one_step(copy.deepcopy(model), loaders[0], args)
         rules = rules_from(args, groups)
         return describe_plan(model, groups, rules, loaders[0], args.pruning_times, args.epochs, step)
     folder = RunFolder(args.save_dir or (Path(args.checkpoint).parent if args.checkpoint else default_run_folder(args)))
-    experiment = Experiment(args, model, (loaders[0], loaders[1], loaders[2]), groups, folder)
+    experiment = Experiment(args, model, (loaders[0], loaders[1], loaders[2]), groups, folder, source)
     try:
         experiment.open()
         for state in range(experiment.next_state, args.pruning_times):
@@ -128,14 +129,15 @@ class Experiment:
     """One run: a model, its data, its folder, and the state in which it is."""
 
     def __init__(
-        self, args: argparse.Namespace, model: nn.Module, loaders: Loaders, groups: list[UnitGroup], folder: RunFolder
-    ) -> None:
+        self, args: argparse.Namespace, model: nn.Module, loaders: Loaders, groups: list[UnitGroup], folder: RunFolder,
+        source: ControlSource | None = None,
+    ) -> None:  # fmt: skip
         self.args, self.model, self.groups, self.folder = args, model, groups, folder
         self.train_loader, self.val_loader, self.test_loader = loaders
         self.names = ranked_names(model, groups)
         self.rules = rules_from(args, groups)
         self.control = CONTROLS[args.control]
-        self.source: ControlSource | None = None
+        self.source = source
         self.criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
         self.device = next(model.parameters()).device
         self.precision: torch.dtype = vars(model).get("precision", torch.float32)
@@ -148,19 +150,18 @@ class Experiment:
 
     def open(self) -> None:
         """Take up the run in the folder, or begin one there."""
+        if self.args.resume and not self.args.checkpoint and not self.folder.checkpoints():
+            raise UsageError(f"argument --resume: {self.folder.path} holds no run to continue")
         self.folder.lock()
         found = self.folder.newest_run()
         if found is None:
             self.folder.refuse_foreign_results()
-            if self.args.resume and not self.args.checkpoint:
-                raise UsageError(f"argument --resume: {self.folder.path} holds no run to continue")
             found = RunFolder.load(Path(self.args.checkpoint)) if self.args.checkpoint else None
         elif self.args.checkpoint:
             log.warning("--checkpoint is not read: %s holds a run, which continues", self.folder.path)
         log_to_file(self.folder.path / "log.txt")
         tell_warnings(self.args)
         precision = str(self.precision).removeprefix("torch.")
-        self.source = None if self.args.control == "none" else ControlSource(self.args)
         if found is None:
             self.run.precision = precision
             self._choose_initial_weights()
@@ -187,7 +188,8 @@ class Experiment:
     def _warn_if_the_penalty_is_weak(self) -> None:
         args = self.args
         decoupled = args.penalty == "decoupled"
-        if args.struct == "rsst" and self.rules.structured and (decoupled or not OPTIMIZERS[args.optimizer].adaptive):
+        squeezes = self.rules.method.squeezes and self.rules.structured and self.control.masks != "narrow"
+        if squeezes and (decoupled or not OPTIMIZERS[args.optimizer].adaptive):
             left = expected_squeeze(clock_from(args), self.rate, args.momentum, decoupled)
             if left > SQUEEZE_GOAL:
                 log.warning("the penalty is weak for so short a round: alone it leaves %.0f %% of doomed weights; "

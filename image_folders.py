@@ -110,9 +110,9 @@ def _listing(folder: Path) -> Any:
     try:
         return torchvision.datasets.ImageFolder(str(folder))
     except OSError as error:
+        reason = f"is not an image folder ({one_line(error)})" if folder.is_dir() else "does not exist"
         raise DataError(
-            f"{folder} is not an image folder ({one_line(error)}); "
-            "what is wanted is <part>/<class>/* with at least one image per class"
+            f"{folder} {reason}; what is wanted is <part>/<class>/* with at least one image per class"
         ) from error
 
 

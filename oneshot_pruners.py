@@ -7,6 +7,7 @@ is left as it was, except by `prune_admm`, which trains it.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from masks import Mask, count_ones, current_key, effective_state, in_place_of, o
 from precision import computing
 from unit_groups import unit_groups
 from units import parameter_of, ranked_names
+
+log = logging.getLogger("rsst")
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -217,16 +220,22 @@ def train_by_admm(model: nn.Module, task: Task, admm: Admm) -> Mask:
         optimizer.load_state_dict(done["optimizer"])
         dual, target = ({n: v.to(task.device) for n, v in done[k].items()} for k in ("dual", "target"))
     for epoch in range(done.get("epochs", 0), admm.epochs):
+        loss = torch.zeros(())
         for images, labels in admm.batches(epoch):
             with computing(model):
                 output = model(images.to(task.device))
             distance = sum((w - target[n] + dual[n]).square().sum() for n, w in weights.items())
-            objective = task.loss(output.float(), labels.to(task.device)) + admm.rho / 2 * distance
+            loss = task.loss(output.float(), labels.to(task.device))
+            objective = loss + admm.rho / 2 * distance
             optimizer.zero_grad()
             objective.backward()
             optimizer.step()
         target = _project(task, {n: w.detach() + dual[n] for n, w in weights.items()})
         dual = {n: dual[n] + w.detach() - target[n] for n, w in weights.items()}
+        far = sum(float((w.detach() - target[n]).square().sum()) for n, w in weights.items())
+        norm = sum(float(w.detach().square().sum()) for w in weights.values())
+        log.info("ADMM epoch %3d of %d: loss %.4f, %.1f %% of the weights' norm to be cut", epoch, admm.epochs,
+                 float(loss), 100 * (far / norm) ** 0.5)  # fmt: skip
         admm.save({"epochs": epoch + 1, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict(),
                    "dual": dual, "target": target})  # fmt: skip
     return task.best({n: w.detach().abs() for n, w in weights.items()})

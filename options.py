@@ -682,7 +682,9 @@ def default_run_folder(args: argparse.Namespace) -> str:
     if args.dataset == "imagefolder":
         identity["data"] = str(Path(args.data).resolve())
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    target = [args.vit_prune_target] if _prunes_heads_or_neurons(args) else ["regroup"] if args.regroup else []
+    tied = (args.vit_structured or args.regroup) and _prunes_heads_or_neurons(args)
+    target = [args.vit_prune_target] if tied else []
+    target += ["regroup"] if args.regroup else []
     criterion = [args.criteria] if _prunes_units(args) or args.struct == "refill" else []
     control = [args.control] if args.control != "none" else []
     parts = [_short(args.arch), *target, *criterion, f"rate{args.rate:g}", *control, f"seed{args.seed}", digest]

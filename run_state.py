@@ -223,11 +223,6 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock: IO[str] | None = None
-        try:
-            for folder in (self.path, self.path / "masks"):
-                folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"cannot make the run folder {self.path}: {error.strerror}") from error
 
     def checkpoint(self, state: int) -> Path:
         return self.path / f"{state}checkpoint.pth.tar"
@@ -250,7 +245,8 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints of all rounds, the furthest first."""
-        found = [(int(m.group(1)), p) for p in self.path.iterdir() if (m := CHECKPOINT.fullmatch(p.name))]
+        files = self.path.iterdir() if self.path.is_dir() else ()
+        found = [(int(m.group(1)), p) for p in files if (m := CHECKPOINT.fullmatch(p.name))]
         return [path for _, path in sorted(found, reverse=True)]
 
     def newest_run(self) -> RunState | None:
@@ -281,11 +277,16 @@ class RunFolder:
                 raise UsageError(f"argument --save_dir: {file} holds results, but there is no checkpoint beside it")
 
     def lock(self) -> None:
-        """Keep other processes out of the folder until this one ends.
+        """Make the folder, and keep other processes out of it until this one ends.
 
         Raises:
+            StorageError: It cannot be made.
             UsageError: Another process has it.
         """
+        try:
+            (self.path / "masks").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot make the run folder {self.path}: {error.strerror}") from error
         self._lock = (self.path / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -45,15 +45,15 @@ class Ticket:
     structure: dict[str, Tensor]
 
 
-def read_ticket(folder: Path, state: int | None = None, best: bool = False, own: str | None = None) -> Ticket:
+def read_ticket(folder: Path, state: int | None = None, best: bool = False, arch: str | None = None) -> Ticket:
     """The ticket of a round of the run in `folder`; by default of the last that is finished.
 
     Args:
-        own: The network, `file.py:factory`, of a run whose network comes from a user's file.
+        arch: The network, `file.py:factory`, of a run whose network comes from a user's file.
 
     Raises:
         DataError: There is no such run, round or file.
-        UsageError: The network comes from a user's file, and `own` does not name it.
+        UsageError: The network comes from a user's file, and `arch` does not name it, or names another.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not the folder of a run")
@@ -67,29 +67,33 @@ def read_ticket(folder: Path, state: int | None = None, best: bool = False, own:
     if not path.is_file():
         raise DataError(f"{folder} holds no round {state} ({path.name} is missing)")
     run = RunFolder.load(path)
-    model = _network(run, own)
+    model = _network(run, arch)
     model.normalize = Normalize((0.0,) * 3, (1.0,) * 3)
     structure = MaskPair(run.current_mask, run.refill_mask).structure if run.current_mask else {}
-    model.load_state_dict({n: v * structure[n] if n in structure else v for n, v in run.state_dict.items()})
+    weights = {n: v * structure[n] if n in structure else v for n, v in run.state_dict.items()}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UsageError(f"argument --arch: {arch or run.args['arch']} is not the network of this run") from error
     return Ticket(run, model.eval(), structure)
 
 
-def _network(run: RunState, own: str | None) -> nn.Module:
+def _network(run: RunState, arch: str | None) -> nn.Module:
     """The run's network. Code in a user's file is only run when the user says so: a checkpoint may be anybody's."""
-    arch = run.args["arch"]
-    if runs_a_file(arch) and own is None:
-        raise UsageError(f"argument --arch: the network comes from {arch}: name it again, since its code will be run")
-    return build_model(own or arch, len(run.classes), run.args["image_size"])
+    named = run.args["arch"]
+    if runs_a_file(named) and arch is None:
+        raise UsageError(f"argument --arch: the network comes from {named}: name it again, since its code will be run")
+    return build_model(arch or named, len(run.classes), run.args["image_size"])
 
 
 def export(
     folder: Path, state: int | None = None, best: bool = False, out: Path | None = None, multiple: int = 1,
-    onnx: bool = False, pt2: bool = False, own: str | None = None,
+    onnx: bool = False, pt2: bool = False, arch: str | None = None,
 ) -> str:  # fmt: skip
     """Write a round's ticket; returns the table of what became smaller.
 
     Args:
-        own: See `read_ticket`.
+        arch: See `read_ticket`.
 
     Raises:
         ExportError: A written form computes something else than the masked network; its file is removed.
@@ -97,7 +101,7 @@ def export(
     """
     if onnx:
         _require_onnx()
-    ticket = read_ticket(folder, state, best, own)
+    ticket = read_ticket(folder, state, best, arch)
     size = ticket.run.args["image_size"]
     kept = compact.kept_units_of(ticket.masked, ticket.structure, multiple)
     structure = compact.structure_of(ticket.masked, kept)
@@ -117,7 +121,7 @@ def export(
     }  # fmt: skip
     compact.save(small, config, out)
     with torch.no_grad():
-        check("model.safetensors, read back", compact.load(out, own)(images), wanted)
+        check("model.safetensors, read back", compact.load(out, arch)(images), wanted)
     if onnx:
         _write(out / "model.onnx", _write_onnx, _run_onnx, small, images, wanted)
     if pt2:

@@ -168,7 +168,7 @@ def test_the_ticket_is_found_in_its_default_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"control_of": "nowhere"}, "the run to compare with is not there"),
+    ({"control_of": "nowhere"}, "the run to compare with, is not there"),
     ({"struct": "refill"}, "has another --struct; only --control may differ"),
     ({"pruning_times": 4}, "has 3 of 4 rounds"),
     ({"rate": 0.3}, "has another --mlp_prune_ratio, --rate; only --control may differ"),
@@ -185,3 +185,20 @@ def test_two_controls_do_not_share_a_folder(tickets, tmp_path, capsys):
     assert run(*tiny(tmp_path, control="permute", **words)) == 0
     assert run(*tiny(tmp_path, control="reinit", **words)) == 2
     assert "argument --control: the run folder holds a run with permute, not reinit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [{}, {"dry_run": True}])
+def test_a_control_without_its_ticket_is_refused_and_nothing_is_written(more, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(*tiny(None, control="reinit", **more)) == 2
+    assert "is not there: run the same command without --control first" in capsys.readouterr().err
+    assert run(*tiny(None, resume=True)) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_small_dense_network_is_not_warned_of_a_weak_penalty(tickets, tmp_path, capsys):
+    words = {"struct": "rsst", "pruning_times": 3, "control_of": tickets["rsst"]}
+    assert run(*tiny(tmp_path / "dense", control="small_dense", **words)) == 0
+    assert "the penalty is weak" not in capsys.readouterr().err
+    assert run(*tiny(tmp_path / "other", control="permute", **words)) == 0
+    assert "the penalty is weak" in capsys.readouterr().err

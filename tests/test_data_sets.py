@@ -130,7 +130,7 @@ def test_an_image_folder_is_split_resized_and_labelled(photos):
 
 
 def test_wrong_image_folders_are_named(photos, tmp_path):
-    refused("imagefolder", tmp_path / "nothing", "not an image folder")
+    refused("imagefolder", tmp_path / "nothing", "nothing/train does not exist; what is wanted")
     (photos / "train" / "cat" / "0.png").write_bytes(b"not an image")
     refused("imagefolder", photos, r"cannot read the image .*cat/0\.png: no known format$")
     (photos / "train" / "cat" / "0.png").unlink()
@@ -212,7 +212,7 @@ def test_a_packed_tiny_imagenet_is_to_be_unpacked(tmp_path):
     sentence = r"tiny-imagenet-200\.zip is still packed; unpack it first"
     refused("tiny-imagenet", tmp_path, sentence)
     refused("tiny-imagenet", tmp_path / "tiny-imagenet-200.zip", sentence)
-    refused("tiny-imagenet", tmp_path / "nothing", "nothing/train is not an image folder")
+    refused("tiny-imagenet", tmp_path / "nothing", "nothing/train does not exist")
 
 
 def test_faults_of_tiny_imagenet_are_named(tiny_imagenet, tmp_path):
@@ -276,7 +276,7 @@ def test_faults_of_imagenet_are_named(imagenet):
     write_image(imagenet / "val" / "ILSVRC2012_val_00000001.JPEG")
     flat = r"val has to be sorted into class folders, .*val/<class>/\*; ILSVRC2012_val_00000001\.JPEG lies in none"
     refused("imagenet", imagenet, flat)
-    refused("imagenet", imagenet / "val", r"val/train is not an image folder")
+    refused("imagenet", imagenet / "val", r"val/train does not exist")
 
 
 # ---- torchvision's layouts

@@ -217,7 +217,7 @@ def test_the_worked_example_trains_prunes_resumes_and_exports(struct, more, tmp_
     assert "--arch" in capsys.readouterr().err
     out = ["--out", str(tmp_path / "out"), "--quiet", "--arch", f"{OWN}:net"]
     assert export.main([str(tmp_path / "run"), *out]) == 0
-    with pytest.raises(DataError, match="give that to run its code"):
+    with pytest.raises(DataError, match="give that as `arch` to run its code"):
         compact.load(tmp_path / "out")
     small, whole = compact.load(tmp_path / "out", f"{OWN}:net"), build_model(f"{OWN}:net", 10, 8)
     assert sum(p.numel() for p in small.parameters()) < 0.8 * sum(p.numel() for p in whole.parameters())
@@ -259,3 +259,9 @@ def test_a_copy_of_an_external_network_is_independent():
     other = copy.deepcopy(model)
     other.normalize = Normalize((0.1,) * 3, (1.0,) * 3)
     assert isinstance(model.normalize, nn.Identity)
+
+
+def test_a_run_is_not_exported_as_another_network(tmp_path, capsys):
+    assert run(*tiny(tmp_path / "run", arch=f"{OWN}:net", struct="refill", pruning_times=1)) == 0
+    assert export.main([str(tmp_path / "run"), "--quiet", "--arch", "res20s"]) == 2
+    assert "argument --arch: res20s is not the network of this run" in capsys.readouterr().err
