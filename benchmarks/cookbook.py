@@ -181,7 +181,8 @@ this page. To each command was added, so that it ends in seconds on a CPU,
 
 with {LARGE.images} training images and {min(50, LARGE.images // 2)} test images of each of CIFAR-10's ten classes; for
 Tiny-ImageNet the same photographs, enlarged, in that set's layout. **So the accuracies mean nothing here**: what counts is
-that every command does what its document says. Without what was added they run as they are documented."""
+that every command does what its document says. Two epochs are too few for the penalty, which the warnings say.
+Without what was added the commands run as they are documented."""
 
 
 def main() -> None:
