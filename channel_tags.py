@@ -7,6 +7,7 @@ are written, so that nobody has to know the patterns.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ REARRANGING = frozenset({
 
 
 CONSTANT = re.compile(r"(?<=_tensor_constant)\d+")
+SINGLE = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
+"""Layers whose channels could not be told apart if they were called again."""
 LEAVES = (nn.Conv2d, nn.BatchNorm2d, StochasticDepth, DropPath)
 
 
@@ -71,6 +74,11 @@ def traced(model: nn.Module) -> fx.GraphModule:
     other, own = (fx.GraphModule(model, graph) for graph in graphs)
     for name in set(vars(model)) - own_names:  # constants, which the tracer leaves on the network
         delattr(model, name)
+    layers = dict(model.named_modules())
+    calls = Counter(str(n.target) for n in own.graph.nodes if n.op == "call_module")
+    twice = [n for n, times in calls.items() if times > 1 and isinstance(layers[n], SINGLE)]
+    if twice:
+        raise _not_followed(model, f"calls {twice[0]} more than once")
     if CONSTANT.sub("", other.code) != CONSTANT.sub("", own.code):
         raise _not_followed(model, "reads self.training; layers such as nn.Dropout may, the network itself may not")
     return own
@@ -83,7 +91,10 @@ def _not_followed(model: nn.Module, reason: str) -> UsageError:
 
 def is_plain_conv(module: object) -> bool:
     """A convolution of torch's own: filter by filter, its weights as they are."""
-    return type(module) is nn.Conv2d
+    own = module._parameters if type(module) is nn.Conv2d else {}
+    return "weight" in own or (
+        "weight_orig" in own and hasattr(module, "weight_mask")
+    )  # the latter under torch's pruning
 
 
 def is_silent_norm(module: object) -> bool:
@@ -173,6 +184,12 @@ def is_rearrangement(node: fx.Node, called: Any) -> bool:
         zeros = node.kwargs.get("mode", "constant") == "constant" and not node.kwargs.get("value")
         return bool(len(node.args) == 2 and zeros)
     return kind in ("mean", torch.mean) and averages_pixels(node)
+
+
+def passes_on(node: fx.Node, called: Any) -> bool:
+    """Whether a call keeps each channel what it is: moved about, or worked on by itself."""
+    kind = type(called) if isinstance(called, nn.Module) else called
+    return is_rearrangement(node, called) or kind in ZERO_STAYS_ZERO
 
 
 def averages_pixels(node: fx.Node) -> bool:

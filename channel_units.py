@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from channel_tags import OTHER, ZERO, ChannelTags, is_depthwise, is_plain_conv, is_silent_norm, new_tags, traced
+from channel_tags import (
+    OTHER,
+    ZERO,
+    ChannelTags,
+    is_depthwise,
+    is_plain_conv,
+    is_silent_norm,
+    new_tags,
+    passes_on,
+    traced,
+)
+from errors import UsageError
 from models.registry import spec_of
 from units import Slice, UnitGroup, rows
 
@@ -29,7 +40,7 @@ def channel_groups(model: nn.Module, conv1: bool = False) -> list[UnitGroup]:
         conv1: Include the stem convolution.
 
     Raises:
-        UsageError: The network's forward pass is no fixed graph.
+        UsageError: The network's forward pass is no fixed graph, or layers share weights.
     """
     spec = spec_of(model)
     convs = {n: m for n, m in model.named_modules() if is_plain_conv(m) and n != spec.classifier}
@@ -37,13 +48,37 @@ def channel_groups(model: nn.Module, conv1: bool = False) -> list[UnitGroup]:
         convs.pop(spec.stem, None)
     if not convs:
         return []
-    sources = ChannelSources(traced(model), convs)  # type: ignore[arg-type]
+    graph = traced(model)
+    called = {str(n.target) for n in graph.graph.nodes if n.op == "call_module"}
+    own = {n.removesuffix("_orig").removesuffix(".weight") for n, _ in model.named_parameters()}
+    if tied := [n for n in convs if n not in own]:
+        raise UsageError(f"argument --arch: {type(model).__name__}'s {tied[0]} shares its weights with another layer")
+    logits = layers_that_speak(graph) if spec.name else set()
+    convs = {n: m for n, m in convs.items() if n in called - logits}
+    sources = ChannelSources(graph, convs)  # type: ignore[arg-type]
     sources.run_on()
     return [
         UnitGroup(n, "channel", (rows(n, m.out_channels), *sources.joined[n]))  # type: ignore[arg-type]
         for n, m in convs.items()
         if n not in sources.owned
     ]
+
+
+def layers_that_speak(network: fx.GraphModule) -> set[str]:
+    """Layers whose outputs are the logits, or summands of them."""
+    layers, found = dict(network.named_modules()), set()
+    open_nodes = [n for n in network.graph.nodes if n.op == "output"]
+    seen = set(open_nodes)
+    while open_nodes:
+        node = open_nodes.pop()
+        called = layers.get(str(node.target)) if node.op == "call_module" else node.target
+        if isinstance(called, nn.Conv2d):
+            found.add(str(node.target))
+        elif node.op == "output" or passes_on(node, called) or called in ADDITIONS:
+            new = [n for n in node.all_input_nodes if n not in seen]
+            seen.update(new)
+            open_nodes += new
+    return found
 
 
 class ChannelSources(ChannelTags):

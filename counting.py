@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.conv import _ConvNd
 
 from units import UnitGroup
 
@@ -30,7 +31,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class _Use:
-    """One call of a layer: how many output positions for one image, and which input features ever differ from zero."""
+    """A layer's calls: how many positions for one image, and which input features ever differ from zero."""
 
     positions: int
     live_inputs: Tensor
@@ -111,21 +112,25 @@ def _uses(model: nn.Module, masks: Mapping[str, Tensor], image_size: int) -> dic
     residual_norms = any(isinstance(m, nn.LayerNorm) for m in model.modules())
 
     def watch(layer: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            features = inputs[0].detach()[0]
-            if isinstance(module, nn.Conv2d):
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+            features = (args[0] if args else kwargs["input"]).detach()[0]
+            if isinstance(module, _ConvNd):
                 live, positions = features.flatten(1).ne(0).any(1), output[0, 0].numel()
+                if module.transposed:  # every weight meets every input position
+                    live, positions = torch.ones_like(live), features[0].numel()
             else:
                 live, positions = (
                     features.reshape(-1, features.shape[-1]).ne(0).any(0),
                     output[0].numel() // output.shape[-1],
                 )
-            found[layer] = _Use(positions, torch.ones_like(live).cpu() if residual_norms else live.cpu())
+            live = torch.ones_like(live).cpu() if residual_norms else live.cpu()
+            before = found.get(layer, _Use(0, torch.zeros_like(live)))  # a layer may be called again
+            found[layer] = _Use(before.positions + positions, before.live_inputs | live)
 
         return hook
 
-    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    handles = [model.get_submodule(n).register_forward_hook(watch(n)) for n in layers]
+    layers = [n for n, m in model.named_modules() if isinstance(m, _ConvNd | nn.Linear)]
+    handles = [model.get_submodule(n).register_forward_hook(watch(n), with_kwargs=True) for n in layers]
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:

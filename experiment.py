@@ -38,7 +38,17 @@ from regroup_report import banner, ratio_labels, summary
 from reporter import Reporter, rounds_table
 from rounds import decide, doomed_whole, faded_units, held_masks, kept_per_group, kept_per_kind, shares
 from rules import RoundRules, kinds_of
-from run_state import Progress, Row, RunFolder, RunState, check_same_run, packed, restore_random_states, save_atomically
+from run_state import (
+    Progress,
+    Row,
+    RunFolder,
+    RunState,
+    check_same_run,
+    packed,
+    random_states,
+    restore_random_states,
+    save_atomically,
+)
 from tracker import Tracker
 from trainee import Trainee
 from training import Meter, Passer, StopRequest, hardened, train, validate
@@ -213,9 +223,12 @@ class Experiment:
             raise UsageError(f"argument --control: the run in {source.folder.path} was on other images or labels")
         self.run = replace(dense, args=self.run.args, tracker_id=self.run.tracker_id, classes=self.run.classes)
         if self.control.fresh:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(mixed_seed(self.args.seed, CONTROL_STREAM))
-                drawn = build_model(self.args.arch, len(self.run.classes), self.train_loader.image_size).state_dict()
+            before = random_states()
+            seed_everything(mixed_seed(self.args.seed, CONTROL_STREAM))
+            drawn = build_model(self.args.arch, len(self.run.classes), self.train_loader.image_size).state_dict()
+            restore_random_states(before)
+            if same := [n for n in self.names if torch.equal(drawn[n], dense.init_weight[n])]:
+                raise UsageError(f"argument --control: {self.args.arch} always begins with the same {same[0]}")
             self.run.init_weight = {n: drawn.get(n, value).clone() for n, value in fresh.items()}
         self._set_following(self._controlled(0))
         log.info("control %s: round 0 is that of %s", self.args.control, source.folder.path)

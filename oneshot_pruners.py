@@ -150,7 +150,12 @@ def _synflow(task: Task) -> Mask:
         for k in range(1, SYNFLOW_ROUNDS + 1):
             keep = round(left * (task.keep / left) ** (k / SYNFLOW_ROUNDS)) if task.keep else 0
             keep = max(task.keep, keep) if k < SYNFLOW_ROUNDS else task.keep
-            masks = {n: m.double() for n, m in top_mask(synflow_scores(task, masks, shape), masks, keep).items()}
+            scores = synflow_scores(task, masks, shape)
+            silent = [n for n, s in scores.items() if bool(masks[n].any()) and not bool(s.any())]
+            if k == 1 and silent:
+                log.warning("SynFlow: nothing flows through %d of %d layers, such as %s; they lose all weights first",
+                            len(silent), len(scores), silent[0])  # fmt: skip
+            masks = {n: m.double() for n, m in top_mask(scores, masks, keep).items()}
     return {n: m.float().cpu() for n, m in masks.items()}
 
 
@@ -235,7 +240,7 @@ def train_by_admm(model: nn.Module, task: Task, admm: Admm) -> Mask:
         far = sum(float((w.detach() - target[n]).square().sum()) for n, w in weights.items())
         norm = sum(float(w.detach().square().sum()) for w in weights.values())
         log.info("ADMM epoch %3d of %d: loss %.4f, %.1f %% of the weights' norm to be cut", epoch, admm.epochs,
-                 float(loss), 100 * (far / norm) ** 0.5)  # fmt: skip
+                 float(loss.detach()), 100 * (far / norm) ** 0.5)  # fmt: skip
         admm.save({"epochs": epoch + 1, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict(),
                    "dual": dual, "target": target})  # fmt: skip
     return task.best({n: w.detach().abs() for n, w in weights.items()})
@@ -287,40 +292,52 @@ def _fused_attention(model: nn.Module, on: bool) -> Iterator[None]:
 class _Linear(TorchFunctionMode):
     """While it is on, a network of positive weights is linear in a positive image, and so are its layers.
 
-    Smooth relatives of ReLU are the identity. A normalisation scales and shifts, as BatchNorm does in eval mode:
-    dividing by a layer's own size would make the flow through all that is in front of it zero in sum. Attention
-    averages its queries, keys and values over the tokens: softmax hides the scale of queries and keys, so that they
-    would have no score and go first.
+    ReLU's relatives are the identity. A normalisation scales and shifts, as BatchNorm does in eval mode: dividing by a
+    layer's own size would make the flow through all that is in front of it zero in sum. Attention averages its queries,
+    keys and values over the tokens: softmax hides the scale of queries and keys, so that they would have no score and
+    go first. A gate (sigmoid) is 1, which it would be for so large a signal, and yet grows with what makes it.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            queries, keys, values = args[:3]
-            total = values.mean(-2, keepdim=True)
-            if queries.shape[-1] == keys.shape[-1] == values.shape[-1]:
-                total = total + queries.mean(-2, keepdim=True) + keys.mean(-2, keepdim=True)
-            return total.expand(*queries.shape[:-1], -1)
-        if func in (F.layer_norm, F.rms_norm):
-            named = dict(zip(("input", "normalized_shape", "weight", "bias"), args, strict=False)) | kwargs
-            return _scaled(args[0], named.get("weight"), named.get("bias"))
-        if func is F.group_norm:
-            named = dict(zip(("input", "num_groups", "weight", "bias"), args, strict=False)) | kwargs
-            weight, bias = (named[k] if named.get(k) is None else named[k].view(-1, 1, 1) for k in ("weight", "bias"))
-            return _scaled(args[0], weight, bias)
-        if func in RELUS:
+            return _averaging_attention(*args[:3])
+        if func in NORMS and not (func is F.batch_norm and args[1] is not None):
+            named = dict(zip(NORMS[func], args, strict=False)) | kwargs
+            return _scaled(args[0], named.get("weight"), named.get("bias"), func not in (F.layer_norm, F.rms_norm))
+        if func in IDENTITIES or (func is F.hardtanh and (args[1] if len(args) > 1 else kwargs["min_val"]) == 0):
             return args[0]
+        if func in GATES:
+            value = args[0].detach()
+            return torch.where(value > 0, args[0] / value.where(value > 0, 1), 1)
         outcome = func(*args, **kwargs)
         return outcome.detach() if func in SOFTMAX else outcome
 
 
-RELUS = (F.gelu, F.silu, F.hardswish, F.mish)
+# The functions that `_Linear` replaces; of a normalisation, the names of its arguments.
+NORMS: dict[Any, tuple[str, ...]] = {
+    F.layer_norm: ("input", "normalized_shape", "weight", "bias"),
+    F.rms_norm: ("input", "normalized_shape", "weight"),
+    F.group_norm: ("input", "num_groups", "weight", "bias"),
+    F.instance_norm: ("input", "running_mean", "running_var", "weight", "bias"),
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias"),  # without running statistics
+}
+IDENTITIES = (F.gelu, F.silu, F.hardswish, F.mish, F.relu6, Tensor.float, Tensor.half, Tensor.bfloat16)
+GATES = (torch.sigmoid, Tensor.sigmoid, Tensor.sigmoid_, F.sigmoid, F.hardsigmoid)
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 
 
-def _scaled(value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    value = value if weight is None else value * weight
-    return value if bias is None else value + bias
+def _averaging_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    total = values.mean(-2, keepdim=True)
+    if queries.shape[-1] == keys.shape[-1] == values.shape[-1]:
+        total = total + queries.mean(-2, keepdim=True) + keys.mean(-2, keepdim=True)
+    return total.expand(*queries.shape[:-1], -1)
+
+
+def _scaled(value: Tensor, weight: Tensor | None, bias: Tensor | None, channels_first: bool) -> Tensor:
+    shape = (-1, *[1] * (value.ndim - 2)) if channels_first else (-1,)
+    value = value if weight is None else value * weight.view(shape)
+    return value if bias is None else value + bias.view(shape)
 
 
 def _by_rate(

@@ -202,3 +202,20 @@ def test_a_small_dense_network_is_not_warned_of_a_weak_penalty(tickets, tmp_path
     assert "the penalty is weak" not in capsys.readouterr().err
     assert run(*tiny(tmp_path / "other", control="permute", **words)) == 0
     assert "the penalty is weak" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["reinit", "small_dense"])
+def test_new_initial_weights_have_to_be_new(kind, tmp_path, capsys):
+    (tmp_path / "seeded.py").write_text("""
+import torch
+from torch import nn
+
+
+def net(num_classes):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
+""")
+    words = {"arch": f"{tmp_path / 'seeded.py'}:net", "struct": "refill"}
+    assert run(*tiny(tmp_path / "ticket", **words)) == 0
+    assert run(*tiny(tmp_path / "control", control=kind, control_of=tmp_path / "ticket", **words)) == 2
+    assert "always begins with the same" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from torch.func import functional_call
 import compact
 import export
 from channel_units import channel_groups
+from counting import cost_of
 from errors import DataError, UsageError
 from models import build_model
 from models.building import parse_arch
@@ -138,7 +139,7 @@ def test_a_network_whose_units_hang_together_in_an_unknown_way_is_refused(monkey
     """As if cutting a channel had moved the others."""
     model = Grouped()
     monkeypatch.setattr("network_check.shrink", lambda model, masks: copy.deepcopy(model))
-    with pytest.raises(UsageError, match=r"without half of its units differs from the masked network by .* coupled"):
+    with pytest.raises(UsageError, match=r"without some of its units differs from the masked network by .* coupled"):
         check_units(model, channel_groups(model), 8)
 
 
@@ -265,3 +266,118 @@ def test_a_run_is_not_exported_as_another_network(tmp_path, capsys):
     assert run(*tiny(tmp_path / "run", arch=f"{OWN}:net", struct="refill", pruning_times=1)) == 0
     assert export.main([str(tmp_path / "run"), "--quiet", "--arch", "res20s"]) == 2
     assert "argument --arch: res20s is not the network of this run" in capsys.readouterr().err
+
+
+ODD = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def layers(*names):
+    class Net(nn.Module):
+        def __init__(self, num_classes):
+            super().__init__()
+            self.stem, self.a, self.b, self.c = (nn.Conv2d(i, 8, 3, padding=1) for i in (3, 8, 8, 8))
+            self.n, self.m = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+            self.up = nn.ConvTranspose2d(8, 8, 2, 2)
+            self.h, self.k = nn.Conv2d(8, num_classes, 1), nn.Conv2d(8, num_classes, 1)
+            self.fc = nn.Linear(8, num_classes)
+            self.prepare()
+
+        def prepare(self):
+            pass
+
+    return Net
+
+
+class Shared(layers()):
+    def forward(self, x):
+        x = self.n(self.b(self.a(self.stem(x)))).relu()
+        return self.fc(self.c(self.m(self.b(x)).relu()).mean((2, 3)))
+
+
+class Tied(layers()):
+    def prepare(self):
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.fc(self.b(self.a(self.stem(x)).relu()).mean((2, 3)))
+
+
+class Normed(layers()):
+    def prepare(self):
+        nn.utils.weight_norm(self.b)
+
+    def forward(self, x):
+        return self.fc(self.c(self.b(self.a(self.stem(x)).relu())).mean((2, 3)))
+
+
+class Unused(layers()):
+    def forward(self, x):
+        return self.fc(self.b(self.a(self.stem(x)).relu()).mean((2, 3)))
+
+
+class Functional(layers()):
+    def forward(self, x):
+        x = F.conv2d(self.a(self.stem(x)), self.b.weight, self.b.bias, padding=1)
+        return self.fc(self.c(x.relu()).mean((2, 3)))
+
+
+class Keywords(layers()):
+    def forward(self, x):
+        x = torch.cat(tensors=(self.a(input=self.stem(x)),), dim=1)
+        return self.fc(input=self.b(x).mean((2, 3)))
+
+
+class TwoHeads(layers()):
+    def forward(self, x):
+        x = self.a(self.stem(x)).relu()
+        return self.h(x).mean((2, 3)) + self.k(self.b(x)).mean((2, 3))
+
+
+class Upwards(layers()):
+    def forward(self, x):
+        x = self.a(self.stem(x)).relu()
+        return self.fc(self.b(torch.cat((x, self.up(F.max_pool2d(x, 2))), 1)[:, :8]).mean((2, 3)))
+
+
+class Floats(layers()):
+    def forward(self, x):
+        x = self.b(self.a(self.stem(x)).relu().float())
+        return self.fc(F.relu6(x * self.c(x).mean((2, 3), keepdim=True).sigmoid()).mean((2, 3)))
+"""
+REFUSED = {"Shared": "the channels of Shared cannot be followed: its forward pass calls",
+           "Tied": "Tied's b shares its weights with another layer"}  # fmt: skip
+REFUSED_OR_RIGHT = ("Keywords", "Normed")
+RIGHT = ("Unused", "Functional", "TwoHeads", "Upwards", "Floats")
+
+
+@pytest.mark.parametrize("struct", ["refill", "synflow"])
+@pytest.mark.parametrize("name", [*REFUSED, *REFUSED_OR_RIGHT, *RIGHT])
+def test_an_odd_network_is_pruned_rightly_or_refused_in_a_line(name, struct, tmp_path, capsys):
+    (tmp_path / "odd.py").write_text(ODD)
+    words = tiny(tmp_path / "run", arch=f"{tmp_path / 'odd.py'}:{name}", struct=struct, regroup=struct == "synflow")
+    status = run(*words)
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and not (name in RIGHT and status) and not (name in REFUSED and status != 2), error
+    if status:
+        assert status == 2 and "argument --arch: " in error and REFUSED.get(name, "") in error
+        return
+    command = [str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--quiet"]
+    assert export.main([*command, "--arch", f"{tmp_path / 'odd.py'}:{name}"]) == 0, "cut and masked network agree"
+
+
+def test_layers_whose_outputs_are_the_logits_stay_whole(tmp_path):
+    (tmp_path / "odd.py").write_text(ODD)
+    model = build_model(f"{tmp_path / 'odd.py'}:TwoHeads", 10, 8)
+    assert {g.name for g in unit_groups(model)} == {"a", "b"}
+
+
+def test_macs_of_transposed_convolutions_and_of_layers_that_are_called_again():
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) + super().forward(x)
+
+    model = Net(nn.Conv2d(3, 4, 3, padding=1), nn.ConvTranspose2d(4, 2, 2, 2), nn.Conv2d(2, 1, 1))
+    assert cost_of(model, [], {}, 8).macs == 2 * (64 * 4 * 3 * 9 + 64 * 4 * 2 * 4 + 256 * 2)

@@ -405,3 +405,24 @@ def test_snip_sums_the_gradient_over_the_batches():
     loss = lambda output, target: 0.5 * (output - target).square().sum()  # noqa: E731
     mask = pruning_utils.prune_snip(OneConv([1.0, 1.5]), batches, loss, 0.5)
     assert mask["stage.weight_mask"].flatten().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("arch", ["timm/mobilenetv2_050", "timm/efficientnet_lite0", "torchvision/efficientnet_b0"])
+def test_synflow_sees_through_clipped_activations_and_gates(arch, monkeypatch):
+    monkeypatch.setattr("oneshot_pruners.SYNFLOW_ROUNDS", 5)
+    torch.manual_seed(0)
+    model = build_model(arch, 10, 32)
+    task = task_of(model)
+    images = [(torch.rand(2, 3, 32, 32), torch.arange(2))]
+    mask = PRUNERS["synflow"](Task(model, task.weights, task.names, 2 * task.keep // 5, images))
+    assert all(bool(m.any()) for m in mask.values())
+
+
+def test_synflow_says_where_nothing_flows(caplog, monkeypatch):
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("rsst"), "propagate", True)
+    model = MiniVGG()
+    model.features[9].weight.data.zero_()
+    PRUNERS["synflow"](task_of(model))
+    assert "nothing flows through 4 of 4 layers, such as features.0.weight" in caplog.text
