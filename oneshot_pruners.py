@@ -305,7 +305,9 @@ class _Linear(TorchFunctionMode):
         if func in NORMS and not (func is F.batch_norm and args[1] is not None):
             named = dict(zip(NORMS[func], args, strict=False)) | kwargs
             return _scaled(args[0], named.get("weight"), named.get("bias"), func not in (F.layer_norm, F.rms_norm))
-        if func in IDENTITIES or (func is F.hardtanh and (args[1] if len(args) > 1 else kwargs["min_val"]) == 0):
+        if func in IDENTITIES or (
+            func is F.hardtanh and (args[1] if len(args) > 1 else kwargs.get("min_val", -1)) == 0
+        ):
             return args[0]
         if func in GATES:
             value = args[0].detach()
@@ -335,9 +337,11 @@ def _averaging_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tenso
 
 
 def _scaled(value: Tensor, weight: Tensor | None, bias: Tensor | None, channels_first: bool) -> Tensor:
-    shape = (-1, *[1] * (value.ndim - 2)) if channels_first else (-1,)
-    value = value if weight is None else value * weight.view(shape)
-    return value if bias is None else value + bias.view(shape)
+    if channels_first:
+        shape = (-1, *[1] * (value.ndim - 2))
+        weight, bias = (v if v is None else v.view(shape) for v in (weight, bias))
+    value = value if weight is None else value * weight
+    return value if bias is None else value + bias
 
 
 def _by_rate(

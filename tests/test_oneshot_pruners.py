@@ -426,3 +426,14 @@ def test_synflow_says_where_nothing_flows(caplog, monkeypatch):
     model.features[9].weight.data.zero_()
     PRUNERS["synflow"](task_of(model))
     assert "nothing flows through 4 of 4 layers, such as features.0.weight" in caplog.text
+
+
+def test_synflow_through_norms_over_whole_images_and_activations_that_are_clipped_on_both_sides():
+    """A LayerNorm over [channels, rows, columns] scales entry by entry; a hardtanh that lets negative values by stays."""
+    torch.manual_seed(0)
+    value, weight = torch.rand(2, 3, 4, 4, dtype=torch.float64), torch.rand(3, 4, 4, dtype=torch.float64)
+    with Linear():
+        assert torch.equal(nn.functional.layer_norm(value, (3, 4, 4), weight), value * weight)
+        assert torch.equal(nn.functional.hardtanh(3 * value), (3 * value).clamp(-1, 1))
+        assert torch.equal(nn.functional.hardtanh(3 * value, 0, 6), 3 * value)
+        assert torch.equal(nn.functional.group_norm(value, 3, weight[:, 0, 0]), value * weight[:, :1, :1])
