@@ -54,6 +54,11 @@ def masked_logits(model, masks, images):
     return torch.func.functional_call(model, state, (images,))
 
 
+def furthest(logits, wanted):
+    """The largest difference, in parts of the largest logit where that is above 1: rounding grows with it."""
+    return (logits - wanted).abs().max() / wanted.abs().max().clamp_min(1)
+
+
 def cut_state(state, small):
     """What is left of a whole network's state dict in the shrunk network."""
     return {n: cut_value(state[n], small.cuts.get(n, {})) for n in small.state_dict()}
@@ -73,9 +78,9 @@ def test_the_shrunk_network_is_the_masked_one(arch, seed, share, stem, lanes):
     masks = random_structure(model, seed, share, stem and MODELS[arch].spec.family == "cnn")
     small = shrink(model, masks, lanes)
     wanted = masked_logits(model, masks, IMAGES)
-    assert (small(IMAGES) - wanted).abs().max() <= 1e-5
+    assert furthest(small(IMAGES), wanted) <= 1e-5
     with frugal(small):
-        assert (small(IMAGES) - wanted).abs().max() <= 1e-5
+        assert furthest(small(IMAGES), wanted) <= 1e-5
     if share < 0.9:
         assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
 
@@ -85,7 +90,7 @@ def test_the_shrunk_network_is_the_masked_one(arch, seed, share, stem, lanes):
 def test_the_large_ones_too(arch):
     model = build(arch)
     masks = random_structure(model, 3, 0.4)
-    assert (shrink(model, masks)(IMAGES) - masked_logits(model, masks, IMAGES)).abs().max() <= 1e-5
+    assert furthest(shrink(model, masks)(IMAGES), masked_logits(model, masks, IMAGES)) <= 1e-5
 
 
 @pytest.mark.parametrize("arch", WHOLE)
