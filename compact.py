@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from channel_flow import Cuts, Follower
 from errors import DataError
+from files import write_atomically
 from models import build_model, runs_a_file, spec_of
 from models.layers import Normalize, channels_side_by_side
-from run_state import write_atomically
 from unit_groups import unit_groups
 from units import UnitGroup, masks_of_units
 

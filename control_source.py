@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from batches import mixed_seed
 from errors import UsageError
 from masks import MaskPair
+from methods import CONTROLS
+from models import build_model
 from options import default_run_folder, identity_of, settings_of
-from run_state import RunFolder, RunState, load_safely, unpacked
+from permute_masks import CONTROL_STREAM
+from run_state import RunFolder, RunState, load_safely, random_states, restore_random_states, unpacked
+from utils import seed_everything
 
 
 class ControlSource:
@@ -40,6 +50,33 @@ class ControlSource:
             flags = ", ".join(f"--{k}" for k in different)
             raise UsageError(f"argument --control: the run in {path} has another {flags}; only --control may differ")
         self.dense: RunState = RunFolder.load(self.folder.checkpoint(0))
+        self.args = args
+
+    def begin(self, run: RunState, names: Sequence[str], image_size: int) -> RunState:
+        """`run`, which has not begun, after the dense round: with the ticket, or the weights that the control asks for.
+
+        Args:
+            names: The prunable weights.
+
+        Raises:
+            UsageError: The data are others, or the network always begins with the same weights.
+        """
+        if self.dense.data != run.data:
+            raise UsageError(f"argument --control: the run in {self.folder.path} was on other images or labels")
+        begun = replace(self.dense, args=run.args, tracker_id=run.tracker_id, classes=run.classes)
+        if CONTROLS[self.args.control].fresh:
+            drawn = self._new_weights(len(run.classes), image_size)
+            if same := [n for n in names if torch.equal(drawn[n], self.dense.init_weight[n])]:
+                raise UsageError(f"argument --control: {self.args.arch} always begins with the same {same[0]}")
+            begun.init_weight = {n: drawn.get(n, value).clone() for n, value in run.init_weight.items()}
+        return begun
+
+    def _new_weights(self, classes: int, image_size: int) -> dict[str, Tensor]:
+        before = random_states()
+        seed_everything(mixed_seed(self.args.seed, CONTROL_STREAM))
+        drawn = build_model(self.args.arch, classes, image_size).state_dict()
+        restore_random_states(before)
+        return drawn
 
     def masks(self, state: int) -> MaskPair:
         """What the run decided when round `state` had ended."""

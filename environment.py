@@ -26,12 +26,42 @@ def describe_environment(device: torch.device, precision: str) -> dict[str, Any]
         "python": platform.python_version(),
         "packages": {p: _version(p) for p in packages},
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "precision": precision,
         "commit": _commit(),
     }
+
+
+def numerics(device: torch.device) -> dict[str, Any]:
+    """What the last bits of a result depend on besides settings and data: kernels, processor, threads."""
+    cuda = device.type == "cuda"
+    return {
+        "packages": {p: _version(p) for p in ("torch", "torchvision", "timm", "numpy")},
+        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "program": _program_digest(),
+    }
+
+
+def _program_digest() -> str:
+    """A hash of the source code that a run may execute."""
+    here, digest = Path(__file__).parent, hashlib.sha256()
+    for file in sorted([*here.glob("*.py"), *here.glob("models/*.py"), *here.glob("reg_pruner_files/*.py")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _processor() -> str:
+    """The processor's model, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

@@ -7,7 +7,7 @@ import copy
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -20,16 +20,17 @@ from batches import Loaders, mixed_seed
 from console import log_to_file
 from control_source import ControlSource
 from counting import cost_of
-from environment import describe_environment, fingerprint
+from dense_store import DenseStore, address_of
+from environment import describe_environment, fingerprint, numerics
 from errors import DivergedError, Interrupted, UsageError
 from masks import MaskPair, by_parameter, count_ones, current_key, pruning_state, refill_key
 from methods import CONTROLS, METHODS
-from models import MODELS, build_model
+from models import MODELS, source_digest
 from network_check import check_units
 from oneshot_pruners import Admm
 from optimization import OPTIMIZERS, LearningRate
-from options import default_run_folder, identity_of, settings_of, tracker_name
-from permute_masks import CONTROL_STREAM, controlled
+from options import default_run_folder, identity_of, identity_of_round_0, settings_of, tracker_name
+from permute_masks import controlled
 from pictures import draw_kept_units
 from plan import describe_plan, expected_squeeze
 from reg_pruner_files.reg_pruner import Pruner
@@ -45,11 +46,10 @@ from run_state import (
     RunState,
     check_same_run,
     packed,
-    random_states,
     restore_random_states,
     save_atomically,
 )
-from tracker import Tracker
+from tracker import Sink, TensorBoard, Tracker, Trackers
 from trainee import Trainee
 from training import Meter, Passer, StopRequest, hardened, train, validate
 from unit_groups import unit_groups
@@ -119,6 +119,11 @@ def rules_from(args: argparse.Namespace, groups: Sequence[UnitGroup]) -> RoundRu
     return RoundRules(**{n: getattr(args, n) for n in names}, structured=structured, targets=targets)
 
 
+def seconds_of(history: Iterable[Row]) -> float:
+    """What epochs took, evaluation included; epochs written before this was measured count as nothing."""
+    return sum(row.get("seconds", 0.0) for row in history)
+
+
 def new_optimizer(args: argparse.Namespace, model: nn.Module) -> optim.Optimizer:
     return OPTIMIZERS[args.optimizer].build(model, args.lr, args.momentum, args.weight_decay)
 
@@ -155,7 +160,8 @@ class Experiment:
             args.lr, args.epochs, len(self.train_loader), args.warmup, args.lr_schedule, args.decreasing_lr
         )
         self.stop = StopRequest()
-        self.tracker = Tracker("disabled")
+        self.store = DenseStore(Path(args.dense_store)) if args.dense_store else None
+        self.tracker = Trackers()
         self.run = RunState(settings_of(args), fingerprint(*loaders), classes=list(getattr(model, "classes", ())))
 
     def open(self) -> None:
@@ -176,7 +182,9 @@ class Experiment:
             self.run.precision = precision
             self._choose_initial_weights()
             if self.source is not None:
-                self._begin_after_the_dense_round_of(self.source)
+                self._begin_as_a_control(self.source)
+            elif self.store is not None:
+                self._share_round_0(self.store, self._numerics)
         else:
             check_same_run(found, identity_of(self.run.args), identity_of(found.args), self.run.data)
             self.run = replace(found, args=self.run.args)
@@ -187,13 +195,25 @@ class Experiment:
             self._warn_if_the_penalty_is_weak()
             self.folder.write_settings(self.run.args)
             self.folder.write_environment(describe_environment(self.device, precision))
-            name = tracker_name(self.args, datetime.now().strftime("%m%d_%H%M"))
-            self.tracker = Tracker(self.args.wandb, self.folder.path, name, self.run.args, self.run.tracker_id)
+            self.tracker = self._trackers()
         self.reporter = Reporter(self.folder.path, self.tracker, self.args.quiet)
         self.reporter.restore(self.run.history, self.run.rounds)
+        if found is None:
+            self.reporter.track(self.run.history)  # another run's round 0
         weights = sum(self.run.init_weight[n].numel() for n in self.names)
         log.info("%s on %s in %s: %d prunable layers, %d weights; run folder %s", self.args.arch, self.device,
                  precision, len(self.names), weights, self.folder.path)  # fmt: skip
+
+    def _trackers(self) -> Trackers:
+        args, run, path = self.args, self.run, self.folder.path
+        name = tracker_name(args, datetime.now().strftime("%m%d_%H%M"))
+        sinks: list[Sink] = [
+            Tracker(args.wandb, path, name, run.args, run.tracker_id, args.wandb_group, args.wandb_tags)
+        ]
+        if args.tensorboard:
+            step = run.state * args.epochs + run.epoch if run.history else 0
+            sinks.append(TensorBoard(path / "tensorboard", step))
+        return Trackers(sinks)
 
     def _warn_if_the_penalty_is_weak(self) -> None:
         args = self.args
@@ -215,30 +235,46 @@ class Experiment:
             save_atomically(cloned_state(self.model), file)
         self.run.init_weight = cloned_state(self.model)
 
-    def _begin_after_the_dense_round_of(self, source: ControlSource) -> None:
-        """Take over another run's round 0, and its ticket unless the control starts from other weights."""
-        fresh = self.run.init_weight
-        dense = source.dense
-        if dense.data != self.run.data:
-            raise UsageError(f"argument --control: the run in {source.folder.path} was on other images or labels")
-        self.run = replace(dense, args=self.run.args, tracker_id=self.run.tracker_id, classes=self.run.classes)
-        if self.control.fresh:
-            before = random_states()
-            seed_everything(mixed_seed(self.args.seed, CONTROL_STREAM))
-            drawn = build_model(self.args.arch, len(self.run.classes), self.train_loader.image_size).state_dict()
-            restore_random_states(before)
-            if same := [n for n in self.names if torch.equal(drawn[n], dense.init_weight[n])]:
-                raise UsageError(f"argument --control: {self.args.arch} always begins with the same {same[0]}")
-            self.run.init_weight = {n: drawn.get(n, value).clone() for n, value in fresh.items()}
+    def _begin_as_a_control(self, source: ControlSource) -> None:
+        self.run = source.begin(self.run, self.names, self.train_loader.image_size)
         self._set_following(self._controlled(0))
         log.info("control %s: round 0 is that of %s", self.args.control, source.folder.path)
         self.folder.save(self.run)
+
+    def _share_round_0(self, store: DenseStore, numbers: dict[str, Any]) -> None:
+        """Take round 0 from the store, or note where to leave it."""
+        address = address_of(
+            {"settings": identity_of_round_0(self.args), "data": self.run.data, "numerics": numbers},
+            self.run.init_weight,
+        )
+        found = store.fetch(address, self.folder)
+        about = {"address": address, "numerics": numbers, "shared": found is not None}
+        if found is None:
+            self.run.round_0 = about
+            return
+        own = {k: getattr(self.run, k) for k in ("args", "tracker_id", "classes")}
+        self.run = replace(found, **own, round_0=about)
+        restore_random_states(found.rng)
+        self.folder.save(self.run)
+        log.info("round 0 is taken from %s: %.0f s of training saved", store.entry(address).path,
+                 seconds_of(self.run.history))  # fmt: skip
+
+    def _leave_round_0(self, store: DenseStore) -> None:
+        """Put round 0, which has just ended, where other runs find it."""
+        about = self.run.round_0
+        if about and not about["shared"] and about["numerics"] == self._numerics:
+            seconds = seconds_of(self.run.history)
+            store.put(about["address"], self.folder, {"seconds": seconds, "settings": self.run.args, **about})
 
     def _controlled(self, state: int) -> MaskPair:
         assert self.source is not None
         targets = self.rules.targets if self.rules.structured else ()
         return controlled(self.args.control, self.source.masks(state), self.model, self.groups, targets,
                           seed=self.args.seed, state=state, image_size=self.train_loader.image_size)  # fmt: skip
+
+    @property
+    def _numerics(self) -> dict[str, Any]:
+        return numerics(self.device) | {"precision": str(self.precision), "network": source_digest(self.args.arch)}
 
     @property
     def progress(self) -> Progress:
@@ -260,12 +296,13 @@ class Experiment:
             self.train_loader.seek(state, epoch, run.step)
             passer, model, optimizer = self.passer, self.trainee.model, self.trainee.optimizer
             passer.meter = Meter.start(self.device, run.partial) if run.step else None
-            began, first = time.perf_counter(), run.step
+            began, first, before = time.perf_counter(), run.step, run.partial.get("seconds", 0.0)
             try:
                 meter = train(state, self.train_loader, model, self.criterion, optimizer, epoch, passer, self.pruner)
             except Interrupted:
                 assert passer.meter is not None
                 run.epoch, run.step, run.partial = epoch, passer.meter.steps, passer.meter.sums()
+                run.partial["seconds"] = before + time.perf_counter() - began
                 self.trainee.write_back()
                 self._save()
                 raise
@@ -274,7 +311,8 @@ class Experiment:
                 self.trainee.write_back()
                 save_atomically({"state_dict": cloned_state(self.model)}, file)
                 raise DivergedError(f"{error}; its weights are in {file}") from error
-            self._close_epoch(epoch, meter, (time.perf_counter() - began) / (meter.steps - first))
+            trained = time.perf_counter() - began
+            self._close_epoch(epoch, meter, trained / (meter.steps - first), before + trained)
             self.stop.obey(f"after round {state}, epoch {epoch}")
 
     def _begin(self, state: int) -> None:
@@ -344,8 +382,8 @@ class Experiment:
             log.info("round %d epoch %3d: %d units have faded out%s", run.state, epoch, sum(map(len, faded.values())),
                      self._size_in_words())  # fmt: skip
 
-    def _close_epoch(self, epoch: int, meter: Meter, seconds_per_step: float) -> None:
-        run = self.run
+    def _close_epoch(self, epoch: int, meter: Meter, seconds_per_step: float, seconds: float) -> None:
+        run, began = self.run, time.perf_counter()
         if broken := self.trainee.held.broken():
             raise AssertionError(f"weights held at zero have moved: {broken[:3]}")
         self.trainee.write_back()
@@ -358,6 +396,7 @@ class Experiment:
             "loss": meter.mean_loss, "accuracy": meter.accuracy, "val_accuracy": val, "test_accuracy": test,
             "lr": self.rate.at(epoch, len(self.train_loader) - 1), "reg_lambd": run.reg_lambda,
             "train_batch_time": seconds_per_step, "images_per_second": meter.seen / meter.steps / seconds_per_step,
+            "seconds": seconds + time.perf_counter() - began,
         })  # fmt: skip
         run.epoch, run.step, run.partial = epoch + 1, 0, {}
         better = val > run.best_sa[0]
@@ -376,6 +415,8 @@ class Experiment:
     def close_round(self, state: int) -> None:
         """Judge the round, then decide the masks of the next."""
         run = self.run
+        if state == 0 and self.store is not None:
+            self._leave_round_0(self.store)
         row, trained = self._judge(state), cloned_state(self.model)
         if self.rules.structured:
             ratios = ratio_labels(self.rules.ratios)
@@ -463,6 +504,10 @@ class Experiment:
         }
         save_atomically(ticket, self.folder.ticket)
         draw_kept_units(run.rounds, self.folder.path)
+        shared = bool(self.run.round_0.get("shared") or self.source)
+        first = seconds_of(r for r in run.history if r["round"] == 0)
+        self.folder.write_result({"rounds": len(run.rounds), "seconds": seconds_of(run.history) - shared * first,
+                                  "seconds_of_round_0": first, "round_0_is_shared": shared})  # fmt: skip
         log.info("finished: %d rounds; the ticket is %s", len(run.rounds), self.folder.ticket)
         return rounds_table(run.rounds)
 

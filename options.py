@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,13 +48,28 @@ NOT_IDENTITY = frozenset(
         "image_store",
         "gpu",
         "pruning_times",
+        "dense_store",
         "dry_run",
         "wandb",
+        "wandb_group",
+        "wandb_tags",
+        "tensorboard",
         "quiet",
         "verbose",
         "preset",
     }
 )
+
+# Flags that are read only after round 0. A flag that is missing here costs a sweep some time; a wrong one, its truth.
+AFTER_ROUND_0 = frozenset(
+    {
+        "struct", "rate", "rate_mode", "criteria", "criteria_batches", "rank_weights", "fillback_rate", "min_units",
+        "conv1", "regroup", "admm_epochs", "admm_rho", "control", "vit_structured", "vit_prune_target",
+        "mlp_prune_ratio", "block_prune_ratio", "sorting_mode", "RST_schedule", "reg_granularity_prune", "exponents",
+        "reg_horizon", "reg_guard", "reg_upper_limit", "penalty", "block_loss_grad", "rsst_dead", "reg_target",
+        "fade_out",
+    }
+)  # fmt: skip
 
 EXAMPLES = """examples:
   python main_imp_fillback.py --dataset digits --arch vit_tiny --struct rsst --vit_structured
@@ -127,6 +143,10 @@ def _milestones(text: str) -> tuple[int, ...]:
     if any(v < 0 for v in values):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of epochs such as 91,136")
     return values
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def _arch(text: str) -> str:
@@ -424,6 +444,12 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", metavar="FILE", help="continue from this checkpoint if the run folder holds none"
     )
     group.add_argument(
+        "--dense_store",
+        metavar="DIR",
+        help="take round 0 from this folder if a run with the same model, data, seed and training flags has left it "
+        "there, bit for bit what training it would give; else train it and leave it there",
+    )
+    group.add_argument(
         "--print_freq", type=_COUNT, default=200, metavar="BATCHES", help="batches between lines in the log"
     )
     _flag(group, "dry_run", "print the plan and train nothing")
@@ -440,6 +466,9 @@ def _add_tracking(parser: argparse.ArgumentParser) -> None:
         help="auto: online where a key is configured, else local files only",
     )
     group.add_argument("--exp_name", metavar="NAME", help="name of the run at WandB (None: made from the settings)")
+    group.add_argument("--wandb_group", metavar="NAME", help="group of the run at WandB; sweeps set it to their name")
+    group.add_argument("--wandb_tags", metavar="TAG,...", type=_words, default=(), help="tags of the run at WandB")
+    _flag(group, "tensorboard", "also TensorBoard's event files, in tensorboard/ of the run folder")
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -469,7 +498,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         args.penalty = "decoupled" if OPTIMIZERS[args.optimizer].adaptive else "gradient"
     if args.image_size is None:
         args.image_size = DATASETS[args.dataset].image_size
-    for name in ("init", "pretrained", "control_of"):
+    for name in ("init", "pretrained", "control_of", "dense_store"):
         if getattr(args, name):
             setattr(args, name, str(Path(getattr(args, name)).resolve()))
     _check(args, explicit)
@@ -526,6 +555,10 @@ def _check(args: argparse.Namespace, explicit: set[str]) -> None:
         (
             args.control == "small_dense" and args.struct == "rsst" and args.rsst_dead == "free",
             "argument --control: small_dense has no use for --rsst_dead free, which would train the whole network",
+        ),
+        (
+            args.tensorboard and find_spec("tensorboard") is None,
+            "argument --tensorboard: needs the package tensorboard (pip install tensorboard)",
         ),
         (args.quiet and args.verbose, "argument --quiet: not together with --verbose"),
         (
@@ -647,13 +680,14 @@ def _warnings(args: argparse.Namespace, explicit: set[str]) -> list[str]:
         (args.preset == "as_documented" and rsst,
          "--preset as_documented is the documents' literal text: its penalty hardly acts (docs/deviations.md)"),
     )  # fmt: skip
-    unread = [
-        f"--{flag} is only read {where}: it has no effect here"
-        for flags, reads, where in _READ_WHERE
-        for flag in flags
-        if flag in explicit and not reads(args)
-    ]
+    unread = [f"--{flag} is only read {where}: it has no effect here" for flag, where in unread_flags(args, explicit)]
     return [message for holds, message in rules if holds] + unread
+
+
+def unread_flags(args: argparse.Namespace, explicit: Iterable[str]) -> list[tuple[str, str]]:
+    """Those of the explicit flags that this run does not read, and where they are read."""
+    rows = ((flag, where) for flags, reads, where in _READ_WHERE if not reads(args) for flag in flags)
+    return [(flag, where) for flag, where in rows if flag in set(explicit)]
 
 
 def _peak_strength(args: argparse.Namespace) -> float:
@@ -674,6 +708,17 @@ def identity_of(settings: dict[str, Any]) -> dict[str, Any]:
     """
     defaults = settings_of(build_parser().parse_args([]))
     return {k: v for k, v in settings.items() if k not in NOT_IDENTITY and v != defaults.get(k)}
+
+
+def identity_of_round_0(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that decide what round 0 computes, as far as they are not the parser's defaults.
+
+    The kernels' flags are among them, which change the last bits; files of initial weights are not: what they hold is.
+    """
+    settings = settings_of(args)
+    unread = AFTER_ROUND_0 | {"init", "pretrained"}
+    read = {k: v for k, v in identity_of(settings).items() if k not in unread}
+    return read | {k: settings[k] for k in ("compile", "deterministic") if settings[k]}
 
 
 def default_run_folder(args: argparse.Namespace) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from run_state import Row, write_atomically
+from files import write_atomically
+from run_state import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

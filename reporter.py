@@ -14,16 +14,20 @@ from typing import Any
 
 from tqdm import tqdm
 
-from run_state import Row, write_atomically
-from tracker import Tracker
+from files import write_atomically
+from run_state import Row
+from tracker import Trackers
 
 log = logging.getLogger("rsst")
+
+TRACKED = ("prune_times", "epoch", "accuracy", "val_accuracy", "test_accuracy", "loss", "reg_lambd",
+           "train_batch_time", "lr", "step")  # fmt: skip
 
 
 class Reporter:
     """Writes rows where they belong. Files are rewritten from the run's history, so that no row is lost or doubled."""
 
-    def __init__(self, folder: Path, tracker: Tracker, quiet: bool = False) -> None:
+    def __init__(self, folder: Path, tracker: Trackers, quiet: bool = False) -> None:
         self.folder = folder
         self.tracker = tracker
         self.bars = sys.stderr.isatty() and not quiet and os.environ.get("TERM") != "dumb"
@@ -42,9 +46,12 @@ class Reporter:
             "test %(test_accuracy).2f  lr %(lr).2g  lambda %(reg_lambd).3g  %(images_per_second).0f images/s",
             row,
         )
-        names = ("prune_times", "epoch", "accuracy", "val_accuracy", "test_accuracy", "loss", "reg_lambd",
-                 "train_batch_time", "lr", "step")  # fmt: skip
-        self.tracker.log({k: row[k] for k in names})
+        self.track([row])
+
+    def track(self, history: Iterable[Row]) -> None:
+        """Hand epochs to the trackers alone."""
+        for row in history:
+            self.tracker.log({k: row[k] for k in TRACKED})
 
     def round(self, row: Row, rounds: Sequence[Row]) -> None:
         """One finished round: a row in summary.csv and at the tracker."""

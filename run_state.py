@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import os
 import random
 import re
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +18,7 @@ import yaml
 from torch import Tensor
 
 from errors import DataError, StorageError, UsageError
+from files import lock, replacing, write_atomically
 from masks import Mask, effective_state, pruning_state
 
 log = logging.getLogger("rsst")
@@ -56,6 +54,8 @@ class RunState:
         precision: Type of matrix products that the run began with.
         tracker_id: Name of the run for trackers, drawn once.
         classes: Names of the classes, in the order of the logits.
+        round_0: Where a `--dense_store` has this run's round 0 (`address`), whether it came from there (`shared`), and
+            what its bits depend on besides the settings (`numerics`); empty without a store.
     """
 
     args: dict[str, Any]
@@ -81,6 +81,7 @@ class RunState:
     precision: str = ""
     tracker_id: str = field(default_factory=lambda: secrets.token_hex(4))
     classes: list[str] = field(default_factory=list)
+    round_0: dict[str, Any] = field(default_factory=dict)
     version: int = VERSION
 
 
@@ -100,21 +101,11 @@ def save_atomically(value: Any, path: Path) -> None:
     Raises:
         StorageError: The folder cannot be written.
     """
-    with _replacing(path) as file:
+    with replacing(path) as file:
         sink = _Sink(file)
         torch.save(value, sink)  # type: ignore[arg-type]
         if sink.error is not None:
             raise sink.error
-
-
-def write_atomically(content: bytes | str, path: Path) -> None:
-    """Write a file under a temporary name, then rename it.
-
-    Raises:
-        StorageError: The folder cannot be written; the file is as it was before.
-    """
-    with _replacing(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
 
 
 class _Sink:
@@ -134,20 +125,6 @@ class _Sink:
 
     def flush(self) -> None:
         """Left to the file."""
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {error.strerror}; what was saved before is intact") from error
 
 
 def load_safely(path: Path) -> Any:
@@ -287,11 +264,9 @@ class RunFolder:
             (self.path / "masks").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"cannot make the run folder {self.path}: {error.strerror}") from error
-        self._lock = (self.path / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UsageError(f"argument --save_dir: another process is running in {self.path}") from error
+        self._lock = lock(self.path / "lock")
+        if self._lock is None:
+            raise UsageError(f"argument --save_dir: another process is running in {self.path}")
 
     def unlock(self) -> None:
         """Let others in."""
@@ -320,6 +295,10 @@ class RunFolder:
         run = RunState(**{k: v for k, v in fields.items() if k in RunState.__dataclass_fields__})
         run.state_dict = effective_state(run.state_dict)
         return run
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """The last thing that a run writes: who finds it knows that the run has ended well."""
+        write_atomically(json.dumps(dict(result), indent=1) + "\n", self.path / "result.json")
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         write_atomically(yaml.safe_dump(dict(settings), sort_keys=True), self.path / "args.yaml")

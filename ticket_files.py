@@ -19,10 +19,11 @@ from torch import Tensor, nn
 import compact
 from counting import cost_of
 from errors import DataError, RunError, UsageError
+from files import write_atomically
 from masks import MaskPair
 from models import build_model, runs_a_file
 from models.layers import Normalize, channels_side_by_side
-from run_state import RunFolder, RunState, write_atomically
+from run_state import RunFolder, RunState
 from unit_groups import unit_groups
 
 log = logging.getLogger("rsst")

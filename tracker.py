@@ -1,4 +1,4 @@
-"""WandB in a thread of its own, so that a slow, absent or failing server never stops training."""
+"""Where rows go besides files of our own: WandB, in a thread so that no server ever stops training, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import netrc
 import os
 import queue
 import threading
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 log = logging.getLogger("rsst")
 
@@ -30,12 +31,57 @@ def key_is_configured() -> bool:
     return any("wandb" in host or (base and host in base) for host in hosts)
 
 
+class Sink(Protocol):
+    """What takes rows; `step` is in each of them."""
+
+    def log(self, row: dict[str, Any]) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Trackers:
+    """Hands every row to each of its sinks."""
+
+    def __init__(self, sinks: Iterable[Sink] = ()) -> None:
+        self.sinks = list(sinks)
+
+    def log(self, row: dict[str, Any]) -> None:
+        for sink in self.sinks:
+            sink.log(row)
+
+    def finish(self) -> None:
+        for sink in self.sinks:
+            sink.finish()
+
+
+class TensorBoard:
+    """Writes TensorBoard's event files; a curve for each number of a row.
+
+    Args:
+        first_step: Rows of this step and later ones, written before an interruption, are hidden.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+
+    def log(self, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(name, value, row["step"])
+
+    def finish(self) -> None:
+        self._writer.close()
+
+
 class Tracker:
     """Sends rows to a WandB run. With mode "disabled" it does nothing.
 
     Args:
         mode: "online", "offline", "disabled", or "auto" (online where a key is configured, else disabled).
         folder: Where WandB keeps its files.
+        group, tags: How WandB's pages put runs together.
     """
 
     def __init__(
@@ -45,6 +91,8 @@ class Tracker:
         name: str = "",
         settings: dict[str, Any] | None = None,
         run_id: str = "",
+        group: str | None = None,
+        tags: Sequence[str] = (),
     ) -> None:
         if mode == "auto":
             mode = "online" if key_is_configured() else "disabled"
@@ -54,7 +102,8 @@ class Tracker:
         self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(PENDING_ROWS)
         self._thread: threading.Thread | None = None
         if mode != "disabled":
-            start = {"mode": mode, "dir": str(folder), "name": name, "config": settings, "id": run_id}
+            start = {"mode": mode, "dir": str(folder), "name": name, "config": settings, "id": run_id,
+                     "group": group, "tags": list(tags)}  # fmt: skip
             self._thread = threading.Thread(target=self._work, args=(start,), daemon=True)
             self._thread.start()
 

@@ -1,0 +1,60 @@
+"""Files that are whole or as they were, and locks that end with their process."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from errors import StorageError
+
+
+def write_atomically(content: bytes | str, path: Path) -> None:
+    """Write a file under a temporary name, then rename it.
+
+    Raises:
+        StorageError: The folder cannot be written; the file is as it was before.
+    """
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file under a temporary name, which takes the place of `path` when all is written.
+
+    Raises:
+        StorageError: The folder cannot be written; the file is as it was before.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {path}: {error.strerror}; what was saved before is intact") from error
+
+
+def lock(path: Path, patience: float = 0.0) -> IO[str] | None:
+    """An open file that no other process can lock until this one closes it, or ends; None if another process has it.
+
+    Args:
+        patience: Seconds to wait for the other process.
+    """
+    file, until = path.open("w"), time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError:
+            if time.monotonic() >= until:
+                file.close()
+                return None
+        time.sleep(0.2)
