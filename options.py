@@ -127,7 +127,8 @@ _SIZE = _number(int, "a multiple of 4 of at least 8", lambda v: v >= 8 and v % 4
 _SEED = _number(int, "a whole number in [0, 4294967295]", lambda v: 0 <= v < 2**32)
 
 
-def _truth(text: str) -> bool:
+def truth(text: str) -> bool:
+    """A parser of true and false."""
     if text.lower() in ("true", "1", "yes"):
         return True
     if text.lower() in ("false", "0", "no"):
@@ -268,7 +269,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--compact_training",
-        type=_truth,
+        type=truth,
         nargs="?",
         const=True,
         default=True,
@@ -391,7 +392,7 @@ def _add_rsst(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--reg_guard",
-        type=_truth,
+        type=truth,
         nargs="?",
         const=True,
         default=False,
@@ -407,7 +408,7 @@ def _add_rsst(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--block_loss_grad",
-        type=_truth,
+        type=truth,
         nargs="?",
         const=True,
         default=False,

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from files import write_atomically
 from run_state import Row
+from text_tables import text_table
 from tracker import Trackers
 
 log = logging.getLogger("rsst")
@@ -85,7 +86,7 @@ def rounds_table(rounds: Sequence[Row]) -> str:
     kinds = list(rounds[0]["kept_units"]) if rounds else []
     head = ["round", "density %", *(f"{k}s" for k in kinds), "params", "MACs", "train", "val", "test", "hard val",
             "hard test", "squeeze"]  # fmt: skip
-    lines = [head]
+    lines = []
     for row in rounds:
         squeeze = row["squeeze_ratio"]
         lines.append([
@@ -96,5 +97,4 @@ def rounds_table(rounds: Sequence[Row]) -> str:
                                          "hardened_test_accuracy")),
             "-" if squeeze is None else f"{squeeze:.2g}",
         ])  # fmt: skip
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+    return text_table(head, lines, right=True)

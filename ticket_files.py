@@ -24,6 +24,7 @@ from masks import MaskPair
 from models import build_model, runs_a_file
 from models.layers import Normalize, channels_side_by_side
 from run_state import RunFolder, RunState
+from text_tables import text_table
 from unit_groups import unit_groups
 
 log = logging.getLogger("rsst")
@@ -222,11 +223,9 @@ def _latencies(networks: list[nn.Module], batch: int, size: int) -> list[float]:
 
 def _table(rows: list[dict]) -> str:
     head = ["network", "parameters", "MACs", "file", *(f"batch {b}" for b in LATENCY_BATCHES)]
-    lines = [head]
+    lines = []
     for row in rows:
         latencies = [f"{row[f'latency_ms_batch_{b}']:.1f} ms" for b in LATENCY_BATCHES]
         size = f"{row['bytes'] / 1e6:.2f} MB"
         lines.append([row["network"], f"{row['parameters']:,}", f"{row['macs'] / 1e6:.1f} M", size, *latencies])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([*text, f"latency: median of {REPEATS}, fp32, {rows[0]['threads']} threads"])
+    return f"{text_table(head, lines, right=True)}\nlatency: median of {REPEATS}, fp32, {rows[0]['threads']} threads"

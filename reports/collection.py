@@ -1,0 +1,190 @@
+"""The runs of a report: a run, a sweep, or a folder of runs, in groups whose runs differ in their seed."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from errors import DataError
+from run_files import Row, is_run, read_environment, read_metrics, read_result, read_rounds, read_settings
+
+# Settings that say where a run was and how it was watched, not what it was.
+PLUMBING = frozenset(
+    {"save_dir", "data", "checkpoint", "resume", "control_of", "dense_store", "wandb", "wandb_group", "wandb_tags",
+     "tensorboard", "exp_name", "quiet", "verbose", "print_freq", "dry_run", "gpu", "workers"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run has written.
+
+    Attributes:
+        settings: Flag -> value of what tells it from the other runs, the seed included.
+        args: All its settings.
+        history: A row per epoch; `rounds`: a row per finished round.
+        wanted: How many rounds it should have.
+        reason: Why it is not finished; empty if it is.
+    """
+
+    name: str
+    folder: Path
+    settings: dict[str, Any]
+    args: dict[str, Any]
+    history: list[Row]
+    rounds: list[Row]
+    result: Row
+    environment: Row
+    wanted: int
+    reason: str = ""
+
+    @property
+    def seed(self) -> int:
+        return int(self.args.get("seed", self.settings.get("seed", 0)))
+
+    @property
+    def finished(self) -> bool:
+        return self.result.get("rounds", 0) >= self.wanted
+
+
+def judged(row: Row, split: str = "test") -> float:
+    """Accuracy in percent of the network that would be deployed: RSST's hardened, other methods' own."""
+    hard = row.get(f"hardened_{split}_accuracy")
+    return float(row[f"{split}_accuracy"] if hard is None else hard)
+
+
+def soft(row: Row, split: str = "test") -> float | None:
+    """RSST's accuracy before hardening; None where there is no such thing."""
+    return None if row.get(f"hardened_{split}_accuracy") is None else float(row[f"{split}_accuracy"])
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but their seed.
+
+    Attributes:
+        settings: Flag -> value of what tells the group from the others.
+        runs: By seed.
+    """
+
+    settings: dict[str, Any]
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        return in_words(self.settings) or "this run"
+
+    @property
+    def rounds(self) -> int:
+        """Rounds that all of its runs have finished."""
+        return min((len(run.rounds) for run in self.runs), default=0)
+
+    def rows(self, state: int) -> list[Row]:
+        """Round `state` of each run."""
+        return [run.rounds[state] for run in self.runs if state < len(run.rounds)]
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What a report is about.
+
+    Attributes:
+        axes: The flags that differ between groups.
+        groups: Those with at least one finished round.
+        runs: All, dense rounds that were trained for others apart.
+        dense: Those.
+        command: Words of the command that made it.
+    """
+
+    title: str
+    path: Path
+    axes: list[str]
+    groups: list[Group]
+    runs: list[Run]
+    dense: list[Run]
+    command: list[str]
+
+
+def in_words(settings: dict[str, Any]) -> str:
+    """`struct=rsst rate=0.2`"""
+    return " ".join(f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in settings.items())
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation (of a sample; nan for a single value)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def collect(path: Path) -> Collection:
+    """The runs at `path`.
+
+    Raises:
+        DataError: It holds no run, or none that has finished a round.
+    """
+    if (path / "sweep.json").is_file():
+        found = _sweep(path)
+    elif is_run(path):
+        run = _run(path, {})
+        command = run.environment.get("command", [])
+        found = Collection(path.resolve().name, path, [], _groups([run]), [run], [], command)
+    elif path.is_dir() and (folders := [p for p in sorted(path.iterdir()) if is_run(p)]):
+        found = _folder(path, folders)
+    else:
+        raise DataError(f"{path} holds neither a run nor a sweep")
+    if not found.groups:
+        raise DataError(f"no run in {path} has finished a round")
+    return found
+
+
+def _sweep(path: Path) -> Collection:
+    record, ends = (_json(path / name) for name in ("sweep.json", "outcomes.json"))
+    runs: list[Run] = []
+    dense: list[Run] = []
+    for job in record["jobs"]:
+        end = ends.get(job["name"], {})
+        reason = end.get("reason", "") if end.get("status") != 0 else ""
+        run = _run(path / job["folder"], job["settings"], job["rounds"], reason)
+        (dense if job["dense"] else runs).append(run)
+    axes = [a for a in record["axes"] if a != "seed" and len({str(r.settings.get(a)) for r in runs}) > 1]
+    return Collection(path.resolve().name, path, axes, _groups(runs), runs, dense, record["command"])
+
+
+def _folder(path: Path, folders: Iterable[Path]) -> Collection:
+    """Runs that no sweep has made: what differs between them is read from their settings."""
+    every = {folder: read_settings(folder) for folder in folders}
+    keys = dict.fromkeys(key for args in every.values() for key in args if key not in PLUMBING)
+    axes = [k for k in keys if len({str(args.get(k)) for args in every.values()}) > 1]
+    runs = [_run(folder, {k: args.get(k) for k in axes}) for folder, args in every.items()]
+    return Collection(path.resolve().name, path, [a for a in axes if a != "seed"], _groups(runs), runs, [], [])
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
+def _run(folder: Path, settings: dict[str, Any], wanted: int | None = None, reason: str = "") -> Run:
+    args, result = read_settings(folder), read_result(folder)
+    wanted = wanted or int(args.get("pruning_times", 1))
+    if not reason and result.get("rounds", 0) < wanted:
+        reason = "broken off; the same command continues" if args else "not begun"
+    return Run(folder.resolve().name, folder, settings, args, read_metrics(folder), read_rounds(folder), result,
+               read_environment(folder), wanted, reason)  # fmt: skip
+
+
+def _groups(runs: Iterable[Run]) -> list[Group]:
+    groups: dict[str, Group] = {}
+    for run in runs:
+        if run.rounds:
+            settings = {k: v for k, v in run.settings.items() if k != "seed"}
+            groups.setdefault(in_words(settings), Group(settings)).runs.append(run)
+    for group in groups.values():
+        group.runs.sort(key=lambda run: run.seed)
+    return list(groups.values())

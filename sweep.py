@@ -1,0 +1,373 @@
+#!/usr/bin/env python3
+"""Many runs: a grid of settings over seeds, carried out side by side, continued by the same command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from console import exit_status, log_to_file, start_logging
+from errors import DataError, Interrupted, RunError, StorageError, UsageError
+from files import lock, write_atomically
+from options import OneLineParser, count, truth
+from run_files import read_result
+from sweeps.executors import Executor, LocalExecutor, Places, RayExecutor, cores_here, gpus_here, slots_of
+from sweeps.grid import Job, Plan, Spec, plan, words_of
+from sweeps.job_process import Outcome
+from sweeps.live_view import LiveView, title_of
+from sweeps.slurm import write_scripts
+from text_tables import text_table
+
+log = logging.getLogger("rsst")
+
+POLL_SECONDS = 0.5
+
+EXAMPLES = """examples:
+  python sweep.py --grid struct=rsst,refill criteria=magnitude,l1 rate=0.2,0.4 seed=0,1,2 \\
+      --dataset digits --arch vit_tiny --vit_structured --vit_prune_target both --epochs 25 --pruning_times 3
+  python sweep.py --file sweep.yaml --executor ray --address auto
+  python report.py sweep_output_1a2b3c4d
+
+A file holds `flags:` (flag: value), `grid:` (flag: [values], or a list of such grids) and `list:` (runs by themselves).
+The same command again continues: what is finished is left alone, what was broken off goes on."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The sweep's own flags; all others are the runner's."""
+    parser = OneLineParser(
+        prog="sweep.py", description=__doc__, allow_abbrev=False, epilog=EXAMPLES,
+        usage="sweep.py (--grid FLAG=VALUES ... | --file FILE) [options] [flags of main_imp_fillback.py]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    what = parser.add_argument_group("what to run")
+    what.add_argument("--grid", nargs="+", default=[], metavar="FLAG=VALUES", action="extend",
+                      help="values with commas between them; every combination is a run. With semicolons, values may "
+                      "hold commas: vit_prune_target='head;head,mlp'")  # fmt: skip
+    what.add_argument("--file", type=Path, help="YAML with flags, grid and list")
+    what.add_argument("--out", type=Path, metavar="DIR", help="folder (default: named after the grid)")
+    what.add_argument("--share_round_0", type=truth, default=True, metavar="BOOL",
+                      help="train each dense round once, for all runs that begin with it (default: true)")  # fmt: skip
+    what.add_argument("--dry_run", action="store_true", help="list the runs, and start none")
+    where = parser.add_argument_group("where to run it")
+    where.add_argument("--executor", choices=("local", "ray", "slurm"), default="local",
+                       help="processes here (default); a Ray cluster; or batch scripts for Slurm")  # fmt: skip
+    where.add_argument("--jobs", type=count(1), metavar="N",
+                       help="runs at a time (local: one for each GPU, else for each core; slurm: all)")  # fmt: skip
+    where.add_argument("--threads", type=count(1), default=1, metavar="N", help="of each run (default: 1). The last "
+                       "digits of results depend on it")  # fmt: skip
+    where.add_argument("--retries", type=count(0), default=2, metavar="N",
+                       help="how often a run is begun again that was killed (default: 2)")  # fmt: skip
+    where.add_argument("--address", default="auto", help="ray: of the cluster (default: auto, the one that runs here)")
+    where.add_argument("--gpus_per_run", type=float, metavar="SHARE", help="ray: GPUs that a run asks for (default: 0)")
+    where.add_argument("--slurm_options", default="", metavar="WORDS", help="slurm: e.g. '--partition=gpu --time=60'")
+    search = parser.add_argument_group("search")
+    search.add_argument("--search", action="store_true",
+                        help="do not run the whole grid: successive halving by Optuna. All begin with few epochs, the "
+                        "better third goes on with three times as many")  # fmt: skip
+    search.add_argument("--density", type=float, metavar="PERCENT", help="search: at most this share of the weights")
+    search.add_argument("--macs", type=float, metavar="MILLIONS", help="search: at most so many MACs")
+    search.add_argument("--rungs", type=count(1), default=3, help="search: how many budgets of epochs (default: 3)")
+    parser.add_argument("--quiet", action="store_true", help="only warnings and the final tables")
+    return parser
+
+
+def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, Spec]:
+    """The sweep's own arguments, and what is to be run.
+
+    Raises:
+        UsageError: One line that names the flag.
+        DataError: The file cannot be read.
+    """
+    words = [f"--{w[2:].split('=')[0].replace('-', '_')}{w[len(w.split('=')[0]):]}" if w.startswith("--") else w
+             for w in argv]  # fmt: skip
+    args, flags = build_parser().parse_known_args(words)
+    from_file = _read_file(args.file) if args.file else {}
+    grids = from_file.get("grid") or []
+    grids = [*(grids if isinstance(grids, list) else [grids]), *([_grid_of(args.grid)] if args.grid else [])]
+    spec = Spec((*words_of(from_file.get("flags") or {}), *flags), tuple(grids), tuple(from_file.get("list") or ()))
+    if not spec.combinations():
+        raise UsageError("argument --grid: nothing to run; give --grid FLAG=VALUES ... or --file FILE")
+    if not args.search and (args.density or args.macs):
+        raise UsageError("argument --density, --macs: only read by --search")
+    if args.search and args.executor == "slurm":
+        raise UsageError("argument --search: not with --executor slurm, which only writes scripts")
+    if args.search and not (args.density or args.macs):
+        raise UsageError("argument --search: needs a budget: --density PERCENT or --macs MILLIONS")
+    args.out = args.out or Path(f"sweep_output_{spec.digest()}")
+    args.out = args.out.resolve()
+    return args, spec
+
+
+def _grid_of(words: Sequence[str]) -> dict[str, list[str]]:
+    grid = {}
+    for word in words:
+        key, equals, values = word.partition("=")
+        parts = [v.strip() for v in values.split(";" if ";" in values else ",") if v.strip()]
+        if not equals or not parts:
+            raise UsageError(f"argument --grid: {word!r} is not FLAG=VALUE,VALUE,...")
+        if key in grid:
+            raise UsageError(f"argument --grid: {key} is given twice")
+        grid[key.removeprefix("--").replace("-", "_")] = list(dict.fromkeys(parts))
+    return grid
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    problem = _problem_of(found)
+    if problem:
+        raise UsageError(f"argument --file: {path}: {problem}")
+    return found
+
+
+def _problem_of(found: Any) -> str:
+    """What is wrong with the content of a sweep file; empty if nothing is."""
+    if not isinstance(found, dict):
+        return "holds no mapping with flags, grid or list"
+    if unknown := found.keys() - {"flags", "grid", "list"}:
+        return f"{sorted(map(str, unknown))[0]}: not one of flags, grid, list"
+    flags, grids, listed = (found.get(k) for k in ("flags", "grid", "list"))
+    grids = grids if isinstance(grids, list) else [grids or {}]
+    named = [flags or {}, *grids, *(listed if isinstance(listed, list) else [] if listed is None else [listed])]
+    if not isinstance(listed, list | None) or not all(isinstance(part, dict) for part in named):
+        return "flags is a mapping; grid a mapping, or a list of mappings; list a list of mappings"
+    if bad := next((k for grid in grids for k, v in grid.items() if not isinstance(v, list) or not v), None):
+        return f"grid: {bad} needs a list of values"
+    values = [v for part in (flags or {}, *(listed or [])) for v in part.values()]
+    values += [v for grid in grids for some in grid.values() for v in some]
+    if bad := next((v for v in values if isinstance(v, dict)), None):
+        return f"{bad} is not a value of a flag"
+    return ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the sweep; returns its exit status: that of the runner (see `errors`), 1 if a run has failed."""
+    return exit_status(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
+
+
+class SweepFailed(RunError):
+    """Some of the runs have failed; the others are finished."""
+
+
+def _run(words: list[str]) -> str:
+    args, spec = parse_args(words)
+    start_logging(args.quiet, verbose=False)
+    if args.search:
+        return importlib.import_module("sweeps.search").search(args, spec, words, carry_out)
+    wanted = plan(spec, args.out, args.share_round_0)
+    if args.dry_run:
+        return describe(wanted)
+    with_group = [_grouped(job, args.out.name) for job in wanted.jobs]
+    with locked(args.out):
+        log_to_file(args.out / "sweep.log")
+        for note in wanted.notes:
+            log.info("%s", note)
+        write_record(args.out, words, spec, with_group)
+        if args.executor == "slurm":
+            script = write_scripts(with_group, args.out, args.out.name, args.threads, args.jobs,
+                                   shlex.split(args.slurm_options))  # fmt: skip
+            return f"bash {shlex.quote(str(script))}"
+        outcomes = carry_out(with_group, args)
+        return conclude(with_group, outcomes, args.out)
+
+
+def _grouped(job: Job, name: str) -> Job:
+    """The job with a group and tags for WandB."""
+    if job.dense:
+        return job
+    tags = ",".join(f"{k}={v}" for k, v in job.settings.items() if not isinstance(v, list))
+    return replace(job, words=(*job.words, f"--wandb_group={name}", f"--wandb_tags={tags}"))
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """The sweep's folder, made, and kept for this process.
+
+    Raises:
+        StorageError: The folder cannot be made.
+        UsageError: A sweep is running there.
+    """
+    try:
+        (out / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make the folder {out}: {error.strerror}") from error
+    with lock(out / "lock") or nullcontext() as file:
+        if file is None:
+            raise UsageError(f"argument --out: another sweep is running in {out}")
+        yield
+
+
+def write_record(out: Path, words: Sequence[str], spec: Spec, jobs: Sequence[Job]) -> None:
+    """`sweep.json`: the command, and every job, for reports."""
+    record = {
+        "command": ["sweep.py", *words], "axes": spec.axes,
+        "jobs": [{**vars(j), "folder": str(j.folder.relative_to(out))} for j in jobs],
+    }  # fmt: skip
+    write_atomically(json.dumps(record, indent=1) + "\n", out / "sweep.json")
+
+
+def executor_for(args: argparse.Namespace) -> Executor:
+    """The executor that the arguments ask for."""
+    places = Places(args.out / "logs", args.threads, args.retries)
+    if args.executor == "ray":
+        return RayExecutor(places, args.address, args.gpus_per_run or 0)
+    cores, gpus = cores_here(), gpus_here()
+    jobs = args.jobs or len(gpus) or max(1, len(cores) // args.threads)
+    return LocalExecutor(places, slots_of(jobs, args.threads, cores, gpus))
+
+
+def is_finished(job: Job) -> bool:
+    """Whether nothing is left to do, by the file that a run writes last."""
+    try:
+        return read_result(job.folder).get("rounds", 0) >= job.rounds
+    except DataError:
+        return False
+
+
+def carry_out(jobs: Sequence[Job], args: argparse.Namespace) -> dict[str, Outcome]:
+    """Carry out what is not finished, each job when those that it needs are; returns how each of them ended.
+
+    Raises:
+        Interrupted: By Ctrl-C or SIGTERM, when all running jobs have saved their state.
+    """
+    outcomes = {job.name: Outcome(0) for job in jobs if is_finished(job)}
+    needed = {name for job in jobs if job.name not in outcomes for name in job.after}
+    outcomes |= {j.name: Outcome(0) for j in jobs if j.dense and j.name not in needed}
+    view = LiveView(len(jobs), len(outcomes), args.quiet)
+    if outcomes:
+        log.info("%d of %d jobs are finished already", len(outcomes), len(jobs))
+    if len(outcomes) == len(jobs):
+        return outcomes
+    with StopSignals() as stop:
+        executor = executor_for(args)
+        try:
+            _schedule(jobs, outcomes, executor, view, stop)
+        finally:
+            view.close()
+            executor.close()
+    if stop.number is not None:
+        done = sum(o.fine for o in outcomes.values())
+        raise Interrupted(f"stopped with {done} of {len(jobs)} jobs finished; the same command continues", stop.number)
+    return outcomes
+
+
+class StopSignals:
+    """Notes Ctrl-C and SIGTERM instead of dying of them; a second one kills."""
+
+    number: int | None = None
+
+    def __enter__(self) -> StopSignals:
+        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _schedule(
+    jobs: Sequence[Job], outcomes: dict[str, Outcome], executor: Executor, view: LiveView, stop: StopSignals
+) -> None:
+    """Fill `outcomes`."""
+    waiting = {job.name: job for job in jobs if job.name not in outcomes}
+    running: dict[Future[Outcome], Job] = {}
+    stopped = False
+
+    def end(job: Job, outcome: Outcome) -> None:
+        outcomes[job.name] = outcome
+        if not stopped:
+            view.ended(job, outcome)
+
+    while waiting or running:
+        if stop.number is not None and not stopped:
+            stopped = True
+            log.warning("stopping: running jobs save their state")
+            outcomes |= {name: Outcome(None, "the sweep was stopped") for name in waiting}
+            waiting.clear()
+            executor.stop()
+        for job in list(waiting.values()):
+            missing = [name for name in job.after if name not in outcomes]
+            failed = [name for name in job.after if name in outcomes and not outcomes[name].fine]
+            if failed:
+                end(waiting.pop(job.name), Outcome(None, f"not begun, since {failed[0]} failed"))
+            elif not missing:
+                running[executor.submit(waiting.pop(job.name))] = job
+        done, _ = wait(running, POLL_SECONDS, FIRST_COMPLETED)
+        for future in done:
+            end(running.pop(future), Outcome(None, "the sweep was stopped") if future.cancelled() else future.result())
+        view.update([job for job in running.values() if (job.folder / "metrics.jsonl").exists()])
+
+
+def describe(wanted: Plan) -> str:
+    """What `--dry_run` prints: the plan as a table."""
+    rows = [["dense" if j.dense else "run", title_of(j), str(j.rounds * j.epochs), j.name] for j in wanted.jobs]
+    runs = sum(not j.dense for j in wanted.jobs)
+    return "\n".join([text_table(["kind", "settings", "epochs", "folder"], rows), *wanted.notes,
+                      f"{runs} runs, {len(wanted.jobs) - runs} dense rounds that they share"])  # fmt: skip
+
+
+def conclude(jobs: Sequence[Job], outcomes: Mapping[str, Outcome], out: Path) -> str:
+    """The tables at the end.
+
+    Raises:
+        SweepFailed: After the tables are printed, if a run has failed.
+    """
+    summarise: Callable[[Path], str] = importlib.import_module("reports.sweep_tables").printed_summary
+    ends = {name: {"status": o.status, "reason": o.reason} for name, o in outcomes.items()}
+    write_atomically(json.dumps(ends, indent=1) + "\n", out / "outcomes.json")
+    text = [summarise(out), *time_saved(jobs)]
+    if offline := sorted(out.glob("runs/*/wandb/offline-run-*")):
+        text.append(f"{len(offline)} WandB runs are offline; to send them: "
+                    f"wandb sync {_shorter(out)}/runs/*/wandb/offline-run-*")  # fmt: skip
+    text.append(f"report: python report.py {_shorter(out)}")
+    failed = [(job, outcomes[job.name]) for job in jobs if not outcomes[job.name].fine]
+    if failed:
+        rows = [[title_of(job), "-" if o.status is None else str(o.status), o.reason] for job, o in failed]
+        table = text_table(["failed", "status", "why"], rows)
+        print("\n\n".join([*text, table]))
+        raise SweepFailed(f"{len(failed)} of {len(jobs)} jobs failed; their output is in {out / 'logs'}")
+    return "\n\n".join(text)
+
+
+def _shorter(path: Path) -> str:
+    near = os.path.relpath(path)
+    return shlex.quote(near if len(near) < len(str(path)) else str(path))
+
+
+def time_saved(jobs: Sequence[Job]) -> list[str]:
+    """A sentence on what the shared round 0 has saved; none if nothing was shared."""
+    results = [read_result(j.folder) for j in jobs]
+    taken = [r["seconds_of_round_0"] for r in results if r.get("round_0_is_shared")]
+    given = [r["seconds"] for j, r in zip(jobs, results, strict=True) if j.dense and r]
+    if not taken:
+        return []
+    spent = sum(r.get("seconds", 0.0) for r in results)
+    saved = sum(taken) - sum(given)
+    return [f"round 0 was trained {len(given)} times instead of {len(taken)}: {saved:.0f} s of training saved, "
+            f"{spent:.0f} s spent ({100 * saved / (spent + saved):.0f} % less)"]  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

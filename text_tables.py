@@ -1,0 +1,13 @@
+"""Tables of plain text, columns aligned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
+    """Columns as wide as their widest cell, on the left, or on the right as suits numbers."""
+    lines = [list(head), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    place = str.rjust if right else str.ljust
+    return "\n".join("  ".join(place(c, w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
