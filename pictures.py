@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from files import write_atomically
-from run_state import Row
+from run_files import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +37,7 @@ def kept_units_figure(rounds: Sequence[Row]) -> Figure:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    panels = _panels(rounds)
+    panels = panels_of(rounds[0])
     widest = max(len(layers) for layers in panels.values())
     with rc_context({"svg.hashsalt": "kept units", "font.size": 9}):
         size = (max(6.0, 0.32 * widest + 2.2), 2.6 * len(panels) + 0.8)
@@ -49,11 +49,12 @@ def kept_units_figure(rounds: Sequence[Row]) -> Figure:
     return figure
 
 
-def _panels(rounds: Sequence[Row]) -> dict[str, list[str]]:
-    """Kind of unit -> its layers. Layers come in the order of their kinds, and a kind's counts add up to its total."""
-    dense = rounds[0]["kept_per_layer"]
+def panels_of(row: Row) -> dict[str, list[str]]:
+    """Kind of unit -> its layers, from a dense round. Layers come in the order of their kinds, and a kind's counts add
+    up to its total."""
+    dense = row["kept_per_layer"]
     left, panels = list(dense), {}
-    for kind, (_, total) in rounds[0]["kept_units"].items():
+    for kind, (_, total) in row["kept_units"].items():
         layers: list[str] = []
         while left and sum(dense[n] for n in layers) < total:
             layers.append(left.pop(0))

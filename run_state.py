@@ -20,6 +20,7 @@ from torch import Tensor
 from errors import DataError, StorageError, UsageError
 from files import lock, replacing, write_atomically
 from masks import Mask, effective_state, pruning_state
+from run_files import Row
 
 log = logging.getLogger("rsst")
 
@@ -27,8 +28,6 @@ VERSION = 1
 CHECKPOINT = re.compile(r"(\d+)checkpoint\.pth\.tar")
 
 MASKS = ("current_mask", "refill_mask", "following")
-
-Row = dict[str, Any]
 
 
 @dataclass

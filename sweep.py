@@ -9,33 +9,28 @@ import json
 import logging
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import yaml
 
 from console import exit_status, log_to_file, start_logging
-from errors import DataError, Interrupted, RunError, StorageError, UsageError
+from errors import DataError, RunError, StorageError, UsageError
 from files import lock, write_atomically
 from options import OneLineParser, count, truth
 from run_files import read_result
-from sweeps.executors import Executor, LocalExecutor, Places, RayExecutor, cores_here, gpus_here, slots_of
 from sweeps.grid import Job, Plan, Spec, plan, words_of
 from sweeps.job_process import Outcome
-from sweeps.live_view import LiveView, title_of
+from sweeps.live_view import title_of
+from sweeps.schedule import carry_out
 from sweeps.slurm import write_scripts
 from text_tables import text_table
 
 log = logging.getLogger("rsst")
-
-POLL_SECONDS = 0.5
 
 EXAMPLES = """examples:
   python sweep.py --grid struct=rsst,refill criteria=magnitude,l1 rate=0.2,0.4 seed=0,1,2 \\
@@ -170,22 +165,32 @@ def _run(words: list[str]) -> str:
     args, spec = parse_args(words)
     start_logging(args.quiet, verbose=False)
     if args.search:
-        return importlib.import_module("sweeps.search").search(args, spec, words, carry_out)
+        return _search(args, spec, words)
     wanted = plan(spec, args.out, args.share_round_0)
     if args.dry_run:
         return describe(wanted)
-    with_group = [_grouped(job, args.out.name) for job in wanted.jobs]
+    jobs = [_grouped(job, args.out.name) for job in wanted.jobs]
     with locked(args.out):
         log_to_file(args.out / "sweep.log")
         for note in wanted.notes:
             log.info("%s", note)
-        write_record(args.out, words, spec, with_group)
+        write_record(args.out, words, spec, jobs)
         if args.executor == "slurm":
-            script = write_scripts(with_group, args.out, args.out.name, args.threads, args.jobs,
+            script = write_scripts(jobs, args.out, args.out.name, args.threads, args.jobs,
                                    shlex.split(args.slurm_options))  # fmt: skip
             return f"bash {shlex.quote(str(script))}"
-        outcomes = carry_out(with_group, args)
-        return conclude(with_group, outcomes, args.out)
+        outcomes = carry_out(jobs, args)
+        return conclude(jobs, outcomes, args.out)
+
+
+def _search(args: argparse.Namespace, spec: Spec, words: Sequence[str]) -> str:
+    from sweeps.search import search
+
+    with locked(args.out):
+        log_to_file(args.out / "sweep.log")
+        found = search(args, spec)
+        write_record(args.out, words, spec, [_grouped(job, args.out.name) for job in found.jobs])
+        return f"{found.table}\n\nreport: python report.py {_shorter(args.out)}"
 
 
 def _grouped(job: Job, name: str) -> Job:
@@ -221,103 +226,6 @@ def write_record(out: Path, words: Sequence[str], spec: Spec, jobs: Sequence[Job
         "jobs": [{**vars(j), "folder": str(j.folder.relative_to(out))} for j in jobs],
     }  # fmt: skip
     write_atomically(json.dumps(record, indent=1) + "\n", out / "sweep.json")
-
-
-def executor_for(args: argparse.Namespace) -> Executor:
-    """The executor that the arguments ask for."""
-    places = Places(args.out / "logs", args.threads, args.retries)
-    if args.executor == "ray":
-        return RayExecutor(places, args.address, args.gpus_per_run or 0)
-    cores, gpus = cores_here(), gpus_here()
-    jobs = args.jobs or len(gpus) or max(1, len(cores) // args.threads)
-    return LocalExecutor(places, slots_of(jobs, args.threads, cores, gpus))
-
-
-def is_finished(job: Job) -> bool:
-    """Whether nothing is left to do, by the file that a run writes last."""
-    try:
-        return read_result(job.folder).get("rounds", 0) >= job.rounds
-    except DataError:
-        return False
-
-
-def carry_out(jobs: Sequence[Job], args: argparse.Namespace) -> dict[str, Outcome]:
-    """Carry out what is not finished, each job when those that it needs are; returns how each of them ended.
-
-    Raises:
-        Interrupted: By Ctrl-C or SIGTERM, when all running jobs have saved their state.
-    """
-    outcomes = {job.name: Outcome(0) for job in jobs if is_finished(job)}
-    needed = {name for job in jobs if job.name not in outcomes for name in job.after}
-    outcomes |= {j.name: Outcome(0) for j in jobs if j.dense and j.name not in needed}
-    view = LiveView(len(jobs), len(outcomes), args.quiet)
-    if outcomes:
-        log.info("%d of %d jobs are finished already", len(outcomes), len(jobs))
-    if len(outcomes) == len(jobs):
-        return outcomes
-    with StopSignals() as stop:
-        executor = executor_for(args)
-        try:
-            _schedule(jobs, outcomes, executor, view, stop)
-        finally:
-            view.close()
-            executor.close()
-    if stop.number is not None:
-        done = sum(o.fine for o in outcomes.values())
-        raise Interrupted(f"stopped with {done} of {len(jobs)} jobs finished; the same command continues", stop.number)
-    return outcomes
-
-
-class StopSignals:
-    """Notes Ctrl-C and SIGTERM instead of dying of them; a second one kills."""
-
-    number: int | None = None
-
-    def __enter__(self) -> StopSignals:
-        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def _schedule(
-    jobs: Sequence[Job], outcomes: dict[str, Outcome], executor: Executor, view: LiveView, stop: StopSignals
-) -> None:
-    """Fill `outcomes`."""
-    waiting = {job.name: job for job in jobs if job.name not in outcomes}
-    running: dict[Future[Outcome], Job] = {}
-    stopped = False
-
-    def end(job: Job, outcome: Outcome) -> None:
-        outcomes[job.name] = outcome
-        if not stopped:
-            view.ended(job, outcome)
-
-    while waiting or running:
-        if stop.number is not None and not stopped:
-            stopped = True
-            log.warning("stopping: running jobs save their state")
-            outcomes |= {name: Outcome(None, "the sweep was stopped") for name in waiting}
-            waiting.clear()
-            executor.stop()
-        for job in list(waiting.values()):
-            missing = [name for name in job.after if name not in outcomes]
-            failed = [name for name in job.after if name in outcomes and not outcomes[name].fine]
-            if failed:
-                end(waiting.pop(job.name), Outcome(None, f"not begun, since {failed[0]} failed"))
-            elif not missing:
-                running[executor.submit(waiting.pop(job.name))] = job
-        done, _ = wait(running, POLL_SECONDS, FIRST_COMPLETED)
-        for future in done:
-            end(running.pop(future), Outcome(None, "the sweep was stopped") if future.cancelled() else future.result())
-        view.update([job for job in running.values() if (job.folder / "metrics.jsonl").exists()])
 
 
 def describe(wanted: Plan) -> str:

@@ -201,18 +201,18 @@ def _measure(ticket: Ticket, structure: dict[str, Tensor], small: nn.Module, fil
         cost, size_on_disk = (cut, sizes["compact"]) if name == "compact" else (dense, sizes["dense"])
         rows.append({"network": name, "parameters": cost.parameters, "macs": cost.macs, "bytes": size_on_disk,
                      "threads": torch.get_num_threads()})  # fmt: skip
-    for batch, seconds in ((b, _latencies(list(networks.values()), b, size)) for b in LATENCY_BATCHES):
+    for batch, seconds in ((b, latencies(list(networks.values()), b, size)) for b in LATENCY_BATCHES):
         for row, value in zip(rows, seconds, strict=True):
             row[f"latency_ms_batch_{batch}"] = 1e3 * value
     return rows
 
 
 @torch.no_grad()
-def _latencies(networks: list[nn.Module], batch: int, size: int) -> list[float]:
+def latencies(networks: list[nn.Module], batch: int, size: int, repeats: int = REPEATS) -> list[float]:
     """Median seconds of a forward pass of each network, in turns, after two that warm up."""
     images = torch.rand(batch, 3, size, size)
     times: list[list[float]] = [[] for _ in networks]
-    for k in range(REPEATS + 2):
+    for k in range(repeats + 2):
         for network, own in zip(networks, times, strict=True):
             began = time.perf_counter()
             network(images)

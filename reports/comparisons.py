@@ -85,9 +85,9 @@ def tested(comparison: Comparison) -> Comparison:
     """With the paired t-test of its differences."""
     if comparison.seeds < 2:
         return comparison
-    if len(set(comparison.differences)) == 1:  # no spread: the test is not defined
+    if statistics.stdev(comparison.differences) < 1e-9:  # no spread, for which the test is not defined
         always = comparison.mean
-        return replace(comparison, p=1.0 if always == 0 else math.nan, low=always, high=always)
+        return replace(comparison, p=1.0 if abs(always) < 1e-9 else math.nan, low=always, high=always)
     from scipy import stats
 
     outcome = stats.ttest_1samp(comparison.differences, 0.0)

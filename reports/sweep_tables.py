@@ -30,6 +30,10 @@ class Table:
     head: list[str]
     rows: list[list[Any]]
 
+    def is_numeric(self, column: int) -> bool:
+        """Whether there are only numbers in it."""
+        return all(isinstance(row[column], int | float) for row in self.rows)
+
     def csv(self) -> str:
         text = io.StringIO()
         csv.writer(text).writerows([self.head, *self.rows])
@@ -41,8 +45,7 @@ class Table:
 
     def latex(self) -> str:
         """A `tabular` for the package booktabs."""
-        columns = "".join("r" if all(isinstance(r[k], int | float) for r in self.rows) else "l"
-                          for k in range(len(self.head)))  # fmt: skip
+        columns = "".join("r" if self.is_numeric(k) else "l" for k in range(len(self.head)))
         lines = [_latex_row(self.head), "\\midrule", *(_latex_row([shown(c) for c in row]) for row in self.rows)]
         body = "\n".join(lines)
         return (f"% {self.caption}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n{body}\n\\bottomrule\n"

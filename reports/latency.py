@@ -1,0 +1,84 @@
+"""How long the compact network of each round takes here, measured in turns."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from errors import DataError, RunError
+from files import write_atomically
+from reports.collection import Collection, Run
+
+log = logging.getLogger("rsst")
+
+BATCH = 64
+REPEATS = 9
+CACHE = "latency.json"
+
+
+def measured(collection: Collection, folder: Path, arch: str | None = None) -> dict[tuple[str, int], float]:
+    """(run, round) -> milliseconds of a forward pass of `BATCH` images in float32, median.
+
+    Networks with the same units in each layer are measured once. What was measured is kept in `folder`; with other
+    versions, another processor or number of threads all is measured anew.
+
+    Args:
+        arch: The network, `file.py:factory`, of runs whose network comes from a user's file.
+    """
+    import torch
+
+    from environment import numerics
+
+    here = {k: v for k, v in numerics(torch.device("cpu")).items() if k != "program"} | {"batch": BATCH}
+    known: dict[str, float] = _cached(folder / CACHE, here)
+    wanted = {_shape(run, state): (run, state) for run in collection.runs for state in range(len(run.rounds))}
+    missing = {shape: place for shape, place in wanted.items() if shape not in known}
+    if missing:
+        log.info("measuring the latency of %d networks", len(missing))
+        known |= _measure(missing, arch)
+        kept = {"where": here, "milliseconds": known}
+        write_atomically(json.dumps(kept, indent=1) + "\n", folder / CACHE)
+    places = ((run.name, state, known.get(_shape(run, state)))
+              for run in collection.runs for state in range(len(run.rounds)))  # fmt: skip
+    return {(name, state): value for name, state, value in places if value is not None}
+
+
+def _cached(path: Path, here: dict[str, Any]) -> dict[str, float]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found["milliseconds"] if found.get("where") == here else {}
+
+
+def _shape(run: Run, state: int) -> str:
+    """What the time depends on."""
+    row = run.rounds[state]
+    whole = run.args.get("struct") in ("refill", "rsst") or run.args.get("regroup")
+    kept = row["kept_per_layer"] if whole else run.rounds[0]["kept_per_layer"]
+    return json.dumps([run.args["arch"], run.args["dataset"], run.args["image_size"], list(kept.values())])
+
+
+def _measure(places: dict[str, tuple[Run, int]], arch: str | None) -> dict[str, float]:
+    """Milliseconds of each network. All are measured in turns, so that a busy moment slows down every one."""
+    import compact
+    from models.layers import channels_side_by_side
+    from ticket_files import latencies, read_ticket
+
+    networks: dict[str, tuple[Any, int]] = {}
+    for shape, (run, state) in places.items():
+        try:
+            ticket = read_ticket(run.folder, state, arch=arch)
+        except (DataError, RunError) as error:
+            log.warning("no latency of %s, round %d: %s", run.name, state, error)
+            continue
+        small = compact.shrink(ticket.masked, ticket.structure).eval()
+        networks[shape] = channels_side_by_side(small), run.args["image_size"]
+    found: dict[str, float] = {}
+    for size in {size for _, size in networks.values()}:
+        alike = {shape: network for shape, (network, side) in networks.items() if side == size}
+        seconds = latencies(list(alike.values()), BATCH, size, REPEATS)
+        found |= {shape: 1e3 * value for shape, value in zip(alike, seconds, strict=True)}
+    return found

@@ -1,0 +1,167 @@
+"""The page itself: one file of HTML that needs nothing else, and figures and tables as files beside it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from errors import StorageError
+from files import write_atomically
+from reports.collection import PLUMBING, Collection, Run, judged
+from reports.comparisons import Comparison, against_dense, best_by_validation, cell_by_cell, main_effects
+from reports.figures import Drawn, every_figure, kept_figure, training_figure
+from reports.style import COLOURS, FAINT, INK, ON_DARK, as_png, as_svg, for_page, styled
+from reports.sweep_tables import Table, comparisons_table, groups_table, rounds_table, runs_table, shown, spread
+
+TEMPLATE = Path(__file__).with_name("page.html")
+TITLES = {
+    "density": ("Accuracy against density", "Share of the prunable weights that the structure keeps."),
+    "macs": ("Accuracy against MACs", "Of the network with everything else cut out; of weights that are not zero "
+             "where masks are element-wise."),
+    "latency": ("Accuracy against measured latency", "Of the compact network, on the machine that made this page, in "
+                "float32."),
+    "penalty": ("Lambda and squeeze", "What the penalty was, and what it left of the doomed weights."),
+    "cost": ("Cost", "Training and evaluation, as the runs measured it; runs side by side slow each other down."),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is shown, before it is written."""
+
+    collection: Collection
+    findings: list[str]
+    figures: dict[str, list[Drawn]]
+    details: list[tuple[str, list[Drawn]]]
+    tables: dict[str, Table]
+
+
+def build(collection: Collection, latency: Mapping[tuple[str, int], float], batch: int) -> Report:
+    """Compare, draw and tabulate."""
+    effects, dense = main_effects(collection), against_dense(collection)
+    first = collection.axes[0] if collection.axes else None
+    cells = cell_by_cell(collection, first) if first and len(collection.axes) > 1 else []
+    tables = [groups_table(collection), runs_table(collection), rounds_table(collection)]
+    for name, caption, found in (
+        ("effects", "Each pair of values of each flag, in the last round, averaged over the other flags", effects),
+        ("pairs", f"Each pair of values of {first}, for each combination of the other flags", cells),
+        ("against_dense", "The last round against the dense round of the same run", dense),
+    ):
+        tables += [comparisons_table(name, caption, found)] if found else []
+    with styled():
+        figures = every_figure(collection, latency, batch)
+        details = [
+            (group.title, [kept_figure(group, str(k)), training_figure(group, str(k))])
+            for k, group in enumerate(collection.groups)
+        ]
+    return Report(collection, _findings(collection, effects, dense), figures, details, {t.name: t for t in tables})
+
+
+def _findings(collection: Collection, effects: Sequence[Comparison], dense: Sequence[Comparison]) -> list[str]:
+    """What the report says in plain words, most important first."""
+    said = []
+    if best := best_by_validation(collection):
+        group, rows = best
+        which = f"{group.title} is the best by validation accuracy in its last round" if collection.axes else \
+            "In its last round the run"  # fmt: skip
+        accuracy = f"{spread([judged(r) for r in rows])} % on the test images"
+        size = f"{rows[0]['density']:.1f} % of the prunable weights, {rows[0]['macs'] / 1e6:.1f} M MACs an image"
+        verb = ": it reaches" if collection.axes else " reaches"
+        said.append(f"{which}{verb} {accuracy} with {size}.")
+        said += [c.sentence for c in dense if c.first == group.title]
+    return said + [c.sentence for c in effects]
+
+
+def make_folder(path: Path) -> None:
+    """Raises: StorageError, if it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make the folder {path}: {error.strerror}") from error
+
+
+def write(report: Report, out: Path) -> Path:
+    """Write `index.html`, `figures/` and `tables/`; returns the page.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    for name in ("figures", "tables"):
+        make_folder(out / name)
+    inline: dict[str, str] = {}
+    with styled():
+        for drawn in _all_figures(report):
+            svg = as_svg(drawn.figure)
+            write_atomically(svg, out / "figures" / f"{drawn.name}.svg")
+            write_atomically(as_png(drawn.figure), out / "figures" / f"{drawn.name}.png")
+            inline[drawn.name] = for_page(svg, drawn.caption, drawn.name)
+    for table in report.tables.values():
+        for suffix, text in (("csv", table.csv()), ("md", table.markdown()), ("tex", table.latex())):
+            write_atomically(text, out / "tables" / f"{table.name}.{suffix}")
+    page = out / "index.html"
+    write_atomically(_render(report, inline), page)
+    return page
+
+
+def _all_figures(report: Report) -> list[Drawn]:
+    groups = [*report.figures.values(), *(figures for _, figures in report.details)]
+    return [drawn for figures in groups for drawn in figures]
+
+
+def _render(report: Report, inline: Mapping[str, str]) -> str:
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"shown": shown, "figure": lambda name: Markup(inline[name]), "is_number": _is_number}
+    template = environment.from_string(TEMPLATE.read_text())
+    collection = report.collection
+    first = next(iter(collection.runs))
+    return template.render(
+        report=report, collection=collection, titles=TITLES, colours=list(zip(COLOURS, ON_DARK, strict=True)), ink=INK,
+        faint=FAINT, counts=_counts(collection), settings=_common_settings(collection.runs),
+        environment=first.environment, command=shlex.join(["python", *collection.command]),
+        commands=[(r.name, shlex.join(["python", *_runners(r)])) for r in collection.runs if r.environment],
+        cost=_cost(collection),
+    )  # fmt: skip
+
+
+def _is_number(cell: Any) -> bool:
+    return isinstance(cell, int | float) and not isinstance(cell, bool)
+
+
+def _runners(run: Run) -> list[str]:
+    """The run's command line, by the name of the program that a shell would call."""
+    return ["main_imp_fillback.py", *run.environment["command"][1:]]
+
+
+def _counts(collection: Collection) -> str:
+    finished = sum(r.finished for r in collection.runs)
+    seeds = len({run.seed for run in collection.runs})
+    text = f"{len(collection.runs)} run{'s' * (len(collection.runs) != 1)}, {finished} finished"
+    return f"{text}; {seeds} seed{'s' * (seeds != 1)}, {len(collection.groups)} settings" if collection.axes else text
+
+
+def _common_settings(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """What all runs share."""
+    every = [run.args for run in runs if run.args]
+    shared = {k: v for k, v in every[0].items() if k not in PLUMBING and all(a.get(k) == v for a in every)}
+    return [(k, ",".join(map(str, v)) if isinstance(v, list) else str(v)) for k, v in sorted(shared.items())]
+
+
+def _cost(collection: Collection) -> list[str]:
+    """Sentences on time."""
+    results = [r.result for r in (*collection.runs, *collection.dense) if "seconds" in r.result]
+    spent = sum(r["seconds"] for r in results)
+    said = [f"{spent / 60:.1f} minutes of training and evaluation in all, summed over runs."] if spent else []
+    taken = [r["seconds_of_round_0"] for r in results if r["round_0_is_shared"]]
+    if taken and collection.dense:
+        trained = sum(r.result.get("seconds", 0.0) for r in collection.dense)
+        saved = sum(taken) - trained
+        share = 100 * saved / (spent + saved)
+        said.append(f"Round 0 was trained {len(collection.dense)} times instead of {len(taken)}, which saved "
+                    f"{saved / 60:.1f} minutes ({share:.0f} % of what it would have been).")  # fmt: skip
+    return said

@@ -1,0 +1,237 @@
+"""Successive halving over a grid, by Optuna: many settings with few epochs, the better ones with more."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import random
+import statistics
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from errors import Interrupted, RunError, UsageError
+from files import write_atomically
+from options import parse_args
+from reports.collection import in_words, judged
+from reports.sweep_tables import Table, shown
+from run_files import read_rounds
+from sweeps.executors import Executor
+from sweeps.grid import Job, Spec, plan, words_of
+from sweeps.job_process import Outcome
+from sweeps.schedule import POLL_SECONDS, StopSignals, executor_for, is_finished
+from text_tables import text_table
+
+if TYPE_CHECKING:
+    import optuna
+
+log = logging.getLogger("rsst")
+
+FACTOR = 3  # of epochs from one rung to the next; one setting in so many goes on
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a setting reached with a budget of epochs: at the first of its rounds within the limits, or its best there.
+
+    Attributes:
+        val, test: Mean accuracy over seeds, RSST's hardened, in percent; nan if no round is within the limits.
+    """
+
+    epochs: int
+    round: int = -1
+    density: float = math.nan
+    macs: float = math.nan
+    val: float = math.nan
+    test: float = math.nan
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search has found: a table for the console, and the jobs of its last rung."""
+
+    table: str
+    jobs: list[Job]
+
+
+@dataclass
+class Search:
+    """The state of a search; its trials run in threads.
+
+    Attributes:
+        budgets: Epochs of each rung.
+        settings: The combinations, without seeds.
+        reached: Number of the setting -> what it reached, rung by rung.
+    """
+
+    args: argparse.Namespace
+    spec: Spec
+    executor: Executor
+    stop: StopSignals
+    budgets: list[int]
+    seeds: list[Any]
+    settings: list[dict[str, Any]]
+    reached: dict[int, list[Reached]] = field(default_factory=dict)
+    jobs: dict[int, list[Job]] = field(default_factory=dict)
+
+    def jobs_of(self, number: int, epochs: int) -> list[Job]:
+        """A setting's runs, one for each seed, with so many epochs."""
+        flags = (*self.spec.flags, *scaled(self.spec.flags, epochs))
+        listed = tuple({**self.settings[number], "seed": seed} for seed in self.seeds)
+        store = f"--dense_store={self.args.out / 'round_0' / 'store'}"
+        found = plan(Spec(flags, (), listed), self.args.out, share_round_0=False).jobs
+        return [Job(**{**vars(j), "words": (*j.words, store)}) for j in found]
+
+    def objective(self, trial: optuna.Trial) -> float:
+        """A trial: rung after rung, until Optuna says that others are better."""
+        import optuna
+
+        number = trial.suggest_int("setting", 0, len(self.settings) - 1)
+        for epochs in self.budgets:
+            jobs = self.jobs_of(number, epochs)
+            self._carry_out(jobs)
+            found = within(jobs, epochs, self.args.density, self.args.macs)
+            self.reached.setdefault(number, []).append(found)
+            self.jobs[number] = jobs
+            log.info("%s: %s", in_words(self.settings[number]), _in_words(found))
+            trial.report(found.val, epochs)
+            if math.isnan(found.val) or (epochs != self.budgets[-1] and trial.should_prune()):
+                raise optuna.TrialPruned
+        return found.val
+
+    def _carry_out(self, jobs: Sequence[Job]) -> None:
+        """Raises: RunError, if a run fails or the search is stopped."""
+        futures: list[tuple[Job, Future[Outcome]]] = []
+        for job in jobs:
+            if self.stop.number is not None:
+                raise Interrupted("stopped", self.stop.number)
+            if not is_finished(job):
+                futures.append((job, self.executor.submit(job)))
+        for job, future in futures:
+            outcome = future.result()
+            if not outcome.fine:
+                raise RunError(f"{job.name}: {outcome.reason}")
+
+
+def search(args: argparse.Namespace, spec: Spec) -> Found:
+    """Find the combination with the best validation accuracy among rounds within the limits.
+
+    Raises:
+        UsageError: Optuna is not installed, or the grid leaves nothing to choose.
+        Interrupted: By Ctrl-C or SIGTERM; the same command goes on from the runs that are finished.
+    """
+    if find_spec("optuna") is None:
+        raise UsageError("argument --search: needs the package optuna (pip install optuna)")
+    import optuna
+
+    settings, seeds = without_seeds(spec)
+    if len(settings) < 2:
+        raise UsageError("argument --search: the grid leaves nothing to choose")
+    full = parse_args([*spec.flags, *words_of(settings[0])]).epochs
+    budgets = budgets_of(full, args.rungs)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=budgets[0], reduction_factor=FACTOR)
+    study = optuna.create_study(direction="maximize", pruner=pruner, sampler=optuna.samplers.RandomSampler(seed=0))
+    order = list(range(len(settings)))
+    random.Random(0).shuffle(order)  # the first ones meet no competition: no corner of the grid should profit
+    for number in order:
+        study.enqueue_trial({"setting": number})
+    with StopSignals() as stop:
+        executor = executor_for(args)
+        state = Search(args, spec, executor, stop, budgets, seeds, settings)
+        watcher = threading.Thread(target=_stop_when_told, args=(state, study), daemon=True)
+        watcher.start()
+        try:
+            at_once = max(1, (args.jobs or 2) // len(seeds))
+            study.optimize(state.objective, n_trials=len(order), n_jobs=at_once, catch=(RunError,))
+        finally:
+            executor.close()
+    if stop.number is not None:
+        raise Interrupted("stopped; the same command continues", stop.number)
+    return _conclude(state)
+
+
+def _stop_when_told(state: Search, study: optuna.Study) -> None:
+    pause = threading.Event()
+    while state.stop.number is None:
+        pause.wait(POLL_SECONDS)
+    with suppress(RuntimeError):  # it says that nothing is running
+        study.stop()
+    state.executor.stop()
+
+
+def without_seeds(spec: Spec) -> tuple[list[dict[str, Any]], list[Any]]:
+    """The combinations without their seeds, and the seeds."""
+    seeds = list(dict.fromkeys(s["seed"] for s in spec.combinations() if "seed" in s))
+    rest = ({k: v for k, v in s.items() if k != "seed"} for s in spec.combinations())
+    return list({in_words(s): s for s in rest}.values()), seeds or [parse_args(spec.flags).seed]
+
+
+def budgets_of(epochs: int, rungs: int) -> list[int]:
+    """Epochs of each rung, the last being all."""
+    return sorted({max(1, round(epochs / FACTOR**k)) for k in range(rungs)})
+
+
+def scaled(flags: Sequence[str], epochs: int) -> list[str]:
+    """Flags that make a run of so many epochs a small picture of the whole one."""
+    args = parse_args(flags)
+    share = epochs / args.epochs
+    milestones = ",".join(str(round(share * m)) for m in args.decreasing_lr)
+    words = [f"--epochs={epochs}", f"--warmup={round(share * args.warmup)}", f"--decreasing_lr={milestones}"]
+    rewinds = args.prune_type == "rewind_lt"
+    return [*words, f"--rewind_epoch={int(share * args.rewind_epoch)}"] if rewinds else words
+
+
+def within(jobs: Sequence[Job], epochs: int, density: float | None, macs: float | None) -> Reached:
+    """The best round by validation accuracy, of those whose mean size over seeds is within the limits."""
+    runs = [read_rounds(job.folder) for job in jobs]
+    best = Reached(epochs)
+    for state in range(min(map(len, runs))):
+        rows = [run[state] for run in runs]
+        size = statistics.fmean(r["density"] for r in rows), statistics.fmean(r["macs"] / 1e6 for r in rows)
+        if size[0] <= (density or math.inf) and size[1] <= (macs or math.inf):
+            val, test = (statistics.fmean(judged(r, split) for r in rows) for split in ("val", "test"))
+            if math.isnan(best.val) or val > best.val:
+                best = Reached(epochs, state, *size, val, test)
+    return best
+
+
+def _in_words(found: Reached) -> str:
+    if math.isnan(found.val):
+        return f"{found.epochs} epochs: no round is within the limits"
+    return f"{found.epochs} epochs: val {found.val:.2f} at {found.density:.1f} % density, {found.macs:.1f} M MACs"
+
+
+def _conclude(state: Search) -> Found:
+    best_first = sorted(state.reached, key=lambda k: (state.reached[k][-1].epochs, _score(state.reached[k][-1])),
+                        reverse=True)  # fmt: skip
+    head = ["setting", "epochs", "round", "density %", "MACs (M)", "val %", "test %"]
+    rows: list[list[Any]] = []
+    for k in best_first:
+        last = state.reached[k][-1]
+        rows.append([in_words(state.settings[k]), last.epochs, last.round if last.round >= 0 else "–", last.density,
+                     last.macs, last.val, last.test])  # fmt: skip
+    table = Table("search", "What each setting reached with the most epochs that it was given", head, rows)
+    write_atomically(table.csv(), state.args.out / "search.csv")
+    text = [text_table(head, [[shown(c) for c in row] for row in rows])]
+    failed = [in_words(state.settings[k]) for k in range(len(state.settings)) if k not in state.reached]
+    text += [f"failed: {name} (see {state.args.out / 'logs'})" for name in failed]
+    finalists = [k for k in best_first if state.reached[k][-1].epochs == state.budgets[-1]]
+    winner = next((k for k in finalists if not math.isnan(state.reached[k][-1].val)), None)
+    if winner is None:
+        raise UsageError("argument --search: no setting has a round within the limits; allow more, or prune further "
+                         "by --rate and --pruning_times")  # fmt: skip
+    last, seeds = state.reached[winner][-1], len(state.seeds)
+    basis = f"{seeds} seed{'s' * (seeds > 1)}, {last.density:.1f} % density, {last.macs:.1f} M MACs"
+    text.append(f"best: {in_words(state.settings[winner])} with {last.test:.2f} % on the test images in round "
+                f"{last.round} ({basis})")  # fmt: skip
+    return Found("\n".join(text), [job for k in finalists for job in state.jobs[k]])
+
+
+def _score(found: Reached) -> float:
+    return -math.inf if math.isnan(found.val) else found.val
