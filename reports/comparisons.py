@@ -56,32 +56,38 @@ class Comparison:
     @property
     def sentence(self) -> str:
         """What can be said."""
-        names = f"{self.first} − {self.second}"
-        value = f"{self.mean:+.2f} points".replace("-", "−")
-        context = f" ({self.where})" if self.where else ""
+        value = f"{_signed(self.mean)} points"
         if self.seeds < 2:
-            said = f"{names}: {value} with one seed, which says nothing about the difference{context}"
+            said = f"One seed says nothing about the difference between {self.first} and {self.second}: {value}"
+        elif self.is_seen and self.mean > 0:
+            said = f"{self.first} is better than {self.second} with {self.seeds} seeds: by {self._evidence()}"
         elif self.is_seen:
-            better, worse = (self.first, self.second) if self.mean > 0 else (self.second, self.first)
-            said = (f"{better} is better than {worse} by {abs(self.mean):.2f} points (95 % interval {self._interval}, "
-                    f"{_p(self.adjusted)}, {self.seeds} seeds){context}")  # fmt: skip
+            said = f"{self.second} is better than {self.first} with {self.seeds} seeds: by {self._evidence(-1)}"
         else:
-            said = (f"No difference can be seen between {self.first} and {self.second} with {self.seeds} seeds "
-                    f"({value}, 95 % interval {self._interval}, {_p(self.adjusted)}){context}")  # fmt: skip
+            said = (f"No difference can be seen between {self.first} and {self.second} with {self.seeds} seeds: "
+                    f"{self._evidence()}")  # fmt: skip
         one, other = self.densities
         apart = abs(one - other) > SAME_DENSITY
-        return f"{said}. At different densities, {one:.1f} and {other:.1f} %." if apart else f"{said}."
+        where = [self.where, f"at {one:.1f} and {other:.1f} % density" if apart else ""]
+        return "; ".join([said, *filter(None, where)]) + "."
 
-    @property
-    def _interval(self) -> str:
-        return f"{self.low:+.2f} to {self.high:+.2f}".replace("-", "−")
+    def _evidence(self, sign: int = 1) -> str:
+        low, high = sorted((sign * self.low, sign * self.high))
+        interval = f"95 % interval {_signed(low)} to {_signed(high)}, {_p(self.adjusted)}"
+        return f"{_signed(sign * self.mean)} points ({interval})"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 2) + 0.0:+.2f}".replace("-", "−")  # never −0.00
 
 
 def _p(value: float) -> str:
-    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+    if math.isnan(value):
+        return "the same in every seed"
+    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
 
 
-def tested(comparison: Comparison) -> Comparison:
+def with_test(comparison: Comparison) -> Comparison:
     """With the paired t-test of its differences."""
     if comparison.seeds < 2:
         return comparison
@@ -97,7 +103,7 @@ def tested(comparison: Comparison) -> Comparison:
 
 def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """Tested, with p-values adjusted for each other."""
-    done = [tested(c) for c in comparisons]
+    done = [with_test(c) for c in comparisons]
     order = sorted((k for k, c in enumerate(done) if not math.isnan(c.p)), key=lambda k: done[k].p)
     reached = 0.0
     for rank, k in enumerate(order):

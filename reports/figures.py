@@ -125,9 +125,17 @@ def _accuracy_line(
     axes.plot(xs, ys, color=colour, linestyle=dash, marker=marker, markersize=4.5, label=label, zorder=3)
     low, high = ([y + sign * d for y, d in zip(ys, deviations, strict=True)] for sign in (-1, 1))
     axes.fill_between(xs, low, high, color=colour, alpha=0.12, linewidth=0)
-    if rings:
-        axes.plot(*zip(*rings, strict=True), linestyle="none", marker="o", markerfacecolor="none", markersize=8,
-                  markeredgecolor=colour, markeredgewidth=0.9, zorder=4, label=f"{label}, soft")  # fmt: skip
+    if rings:  # explained beside the figure
+        axes.plot(
+            *zip(*rings, strict=True),
+            linestyle="none",
+            marker="o",
+            markerfacecolor="none",
+            markersize=8,
+            markeredgecolor=colour,
+            markeredgewidth=0.9,
+            zorder=4,
+        )
 
 
 def training_figure(group: Group, name: str) -> Drawn:
@@ -228,7 +236,11 @@ def _squeeze_figure(collection: Collection, squeezing: Sequence[Group]) -> Drawn
         )
     axes.set_xlim(0.5, max(group.rounds for group in squeezing) - 0.5)
     axes.axhline(0.05, color=INK, linewidth=0.8, linestyle=":")
-    axes.set_yscale("symlog", linthresh=max(1e-4, 10 ** math.floor(math.log10(smallest))))
+    floor = max(1e-4, 10 ** math.floor(math.log10(smallest)))
+    axes.set_yscale("symlog", linthresh=floor)
+    ticks = [0.0, *(t for t in (1e-4, 1e-3, 0.01, 0.05, 0.2, 1.0) if t >= floor)]
+    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    axes.set_ylim(-0.05 * floor, 1.1)
     axes.set(xlabel="round", ylabel="norm of doomed weights, after / before")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if shown_axes:

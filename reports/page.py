@@ -17,14 +17,16 @@ from reports.style import COLOURS, FAINT, INK, ON_DARK, as_png, as_svg, for_page
 from reports.sweep_tables import Table, comparisons_table, groups_table, rounds_table, runs_table, shown, spread
 
 TEMPLATE = Path(__file__).with_name("page.html")
+# Section of the page -> its heading, its name in the list of sections, and what it shows.
 TITLES = {
-    "density": ("Accuracy against density", "Share of the prunable weights that the structure keeps."),
-    "macs": ("Accuracy against MACs", "Of the network with everything else cut out; of weights that are not zero "
-             "where masks are element-wise."),
-    "latency": ("Accuracy against measured latency", "Of the compact network, on the machine that made this page, in "
-                "float32."),
-    "penalty": ("Lambda and squeeze", "What the penalty was, and what it left of the doomed weights."),
-    "cost": ("Cost", "Training and evaluation, as the runs measured it; runs side by side slow each other down."),
+    "density": ("Accuracy against density", "Density", "Share of the prunable weights that the structure keeps."),
+    "macs": ("Accuracy against MACs", "MACs",
+             "Of the network with everything else cut out; of weights that are not zero where masks are element-wise."),
+    "latency": ("Accuracy against measured latency", "Latency",
+                "Of the compact network, on the machine that made this page, in float32."),
+    "penalty": ("Lambda and squeeze", "Penalty", "What the penalty was, and what it left of the doomed weights."),
+    "cost": ("Cost", "Cost",
+             "Training and evaluation, as the runs measured it; runs side by side slow each other down."),
 }  # fmt: skip
 
 
@@ -119,11 +121,12 @@ def _render(report: Report, inline: Mapping[str, str]) -> str:
     environment.filters |= {"shown": shown, "figure": lambda name: Markup(inline[name]), "is_number": _is_number}
     template = environment.from_string(TEMPLATE.read_text())
     collection = report.collection
-    first = next(iter(collection.runs))
+    environment_of_first = next((r.environment for r in collection.runs if r.environment), {})
+    begun = environment_of_first.get("time", "").replace("T", " ")[:16]
     return template.render(
         report=report, collection=collection, titles=TITLES, colours=list(zip(COLOURS, ON_DARK, strict=True)), ink=INK,
         faint=FAINT, counts=_counts(collection), settings=_common_settings(collection.runs),
-        environment=first.environment, command=shlex.join(["python", *collection.command]),
+        environment=environment_of_first, time=begun, command=shlex.join(["python", *collection.command]),
         commands=[(r.name, shlex.join(["python", *_runners(r)])) for r in collection.runs if r.environment],
         cost=_cost(collection),
     )  # fmt: skip

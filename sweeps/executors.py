@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import socket
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from sweeps.grid import Job
 from sweeps.job_process import ROOT, JobProcess, Outcome, Task, run, told_to_stop
 
 log = logging.getLogger("rsst")
+
+ANSWER_SECONDS = 5.0
 
 
 class Executor(Protocol):
@@ -137,6 +140,21 @@ class LocalExecutor:
         self._pool.shutdown(cancel_futures=True)
 
 
+def _check_that_somebody_answers(address: str) -> None:
+    """Ray would try for minutes.
+
+    Raises:
+        UsageError: Nobody does, or it is no address.
+    """
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise UsageError(f"argument --address: no Ray cluster at {address} ({error})") from error
+
+
 class Killed(RunError):
     """A job that a signal has ended: worth another attempt."""
 
@@ -162,6 +180,7 @@ class RayExecutor:
     def __init__(self, places: Places, address: str, gpus_per_job: float) -> None:
         if find_spec("ray") is None:
             raise UsageError("argument --executor: ray needs the package ray (pip install ray)")
+        _check_that_somebody_answers(address)
         import ray
 
         self.places, self._ray = places, ray

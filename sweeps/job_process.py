@@ -16,6 +16,7 @@ from pathlib import Path
 from files import lock
 
 ROOT = Path(__file__).resolve().parent.parent
+LISTEN = 0.5  # seconds after which a waiting thread notices that Ray wants it to stop
 PATIENCE = 60.0  # seconds to save the state, before a process that was told to stop is killed
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -73,7 +74,8 @@ class JobProcess:
         self._process.start()
 
     def wait(self) -> Outcome:
-        self._process.join()
+        while self._process.is_alive():
+            self._process.join(LISTEN)
         status = self._process.exitcode
         return Outcome(status, "" if status == 0 else _last_words(self._log, self._begins_at, status))
 

@@ -55,8 +55,8 @@ def carry_out(jobs: Sequence[Job], args: argparse.Namespace) -> dict[str, Outcom
         log.info("%d of %d jobs are finished already", len(outcomes), len(jobs))
     if len(outcomes) == len(jobs):
         return outcomes
-    with StopSignals() as stop:
-        executor = executor_for(args)
+    executor = executor_for(args)
+    with StopSignals() as stop:  # after Ray, which takes the signals too
         try:
             _schedule(jobs, outcomes, executor, view, stop)
         finally:

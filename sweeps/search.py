@@ -141,8 +141,8 @@ def search(args: argparse.Namespace, spec: Spec) -> Found:
     random.Random(0).shuffle(order)  # the first ones meet no competition: no corner of the grid should profit
     for number in order:
         study.enqueue_trial({"setting": number})
+    executor = executor_for(args)
     with StopSignals() as stop:
-        executor = executor_for(args)
         state = Search(args, spec, executor, stop, budgets, seeds, settings)
         watcher = threading.Thread(target=_stop_when_told, args=(state, study), daemon=True)
         watcher.start()

@@ -1,0 +1,391 @@
+"""Reports: numbers that are right, files that others can read, and a page that works in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import html.parser
+import io
+import json
+import math
+import re
+import shutil
+import statistics
+import xml.etree.ElementTree as ET
+
+import pytest
+import torch
+from conftest import tiny
+from report_data import DENSITIES, SEEDS, accuracy, write_run, write_sweep
+from scipy import stats
+from test_experiment import run
+
+import report
+from reports import latency, style
+from reports.collection import collect
+from reports.comparisons import (
+    Comparison,
+    adjusted,
+    against_dense,
+    best_by_validation,
+    cell_by_cell,
+    main_effects,
+    with_test,
+)
+from reports.figures import roles_of
+from reports.sweep_tables import Table, groups_table, runs_table, spread
+from run_files import read_metrics, read_rounds
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A report of a made-up sweep, one of whose runs has failed."""
+    path = write_sweep(tmp_path_factory.mktemp("sweep") / "a <sweep>", broken=[("refill", "remain", 2)])
+    assert report.main([str(path), "--latency", "false"]) == 0
+    return path / "report"
+
+
+def made_up(*differences, p=math.nan, adjusted=math.nan, densities=(50.0, 50.0)):
+    low, high = (min(differences) - 1, max(differences) + 1) if len(differences) > 1 else (math.nan, math.nan)
+    return Comparison("one", "other", "last round", tuple(differences), densities, p, low, high, adjusted)
+
+
+# What is said
+
+
+def test_a_paired_test_is_scipys():
+    ones, others = [81.0, 82.5, 80.0, 83.0], [80.2, 80.1, 79.9, 81.0]
+    found = with_test(made_up(*(a - b for a, b in zip(ones, others, strict=True))))
+    wanted = stats.ttest_rel(ones, others)
+    interval = wanted.confidence_interval(0.95)
+    assert found.p == pytest.approx(wanted.pvalue)
+    assert (found.low, found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+
+
+def test_a_paired_test_by_hand():
+    """Differences 1, 2, 3: t = 2 / (1 / sqrt(3)), two degrees of freedom: p = 1 - t / sqrt(t^2 + 2)."""
+    t = 2 * math.sqrt(3)
+    found = with_test(made_up(1.0, 2.0, 3.0))
+    assert found.p == pytest.approx(1 - t / math.sqrt(t * t + 2))
+    assert (found.low, found.high) == (pytest.approx(2 - 4.30265 / math.sqrt(3), abs=1e-4),
+                                       pytest.approx(2 + 4.30265 / math.sqrt(3), abs=1e-4))  # fmt: skip
+
+
+def test_holms_method_by_hand(monkeypatch):
+    values = iter([0.01, 0.04, 0.03])
+    monkeypatch.setattr("reports.comparisons.with_test", lambda c: made_up(*c.differences, p=next(values)))
+    assert [c.adjusted for c in adjusted([made_up(1.0, 2.0)] * 3)] == [0.03, 0.06, 0.06]
+
+
+@pytest.mark.parametrize("comparison, said", [
+    (made_up(1.0, 2.0, 3.0, adjusted=0.01),
+     "one is better than other with 3 seeds: by +2.00 points (95 % interval +0.00 to +4.00, p = 0.01); last round."),
+    (made_up(-1.0, -2.0, -3.0, adjusted=0.0001),
+     "other is better than one with 3 seeds: by +2.00 points (95 % interval +0.00 to +4.00, p < 0.001); last round."),
+    (made_up(1.0, -1.0, 3.0, adjusted=0.4),
+     "No difference can be seen between one and other with 3 seeds: +1.00 points (95 % interval −2.00 to +4.00, p = 0.4); "
+     "last round."),
+    (made_up(1.5), "One seed says nothing about the difference between one and other: +1.50 points; last round."),
+    (made_up(1.5, densities=(50.0, 30.0)), "One seed says nothing about the difference between one and other: +1.50 points; "
+     "last round; at 50.0 and 30.0 % density."),
+])  # fmt: skip
+def test_plain_sentences(comparison, said):
+    assert comparison.sentence == said
+
+
+def test_differences_without_spread_are_no_proof():
+    same, always = adjusted([made_up(0.0, 0.0, 0.0), made_up(1.0, 1.0, 1.0)])
+    assert same.p == 1 and not same.is_seen
+    assert math.isnan(always.p) and not always.is_seen and "the same in every seed" in always.sentence
+
+
+def test_effects_are_paired_over_seeds_and_averaged_over_the_rest(tmp_path):
+    collection = collect(write_sweep(tmp_path / "s"))
+    effects = {(c.first, c.second): c for c in main_effects(collection)}
+    found = effects["struct=rsst", "struct=refill"]
+    mean = {s: [statistics.fmean(accuracy(s, c, seed, 2) for c in ("l1", "remain")) for seed in SEEDS]
+            for s in ("rsst", "refill")}  # fmt: skip
+    assert found.differences == pytest.approx([a - b for a, b in zip(mean["rsst"], mean["refill"], strict=True)])
+    assert set(effects) == {("struct=rsst", "struct=refill"), ("criteria=l1", "criteria=remain")}
+    cells = cell_by_cell(collection, "struct")
+    assert [(c.first, c.second, c.where) for c in cells] == [("rsst", "refill", "criteria=l1"),
+                                                             ("rsst", "refill", "criteria=remain")]  # fmt: skip
+    dense = against_dense(collection)
+    wanted = [accuracy("rsst", "l1", s, 2) - accuracy("rsst", "l1", s, 0) for s in SEEDS]
+    assert dense[0].differences == pytest.approx(wanted) and dense[0].densities == (DENSITIES[2], 100.0)
+
+
+def test_a_seed_that_one_side_lacks_is_in_no_pair(tmp_path):
+    collection = collect(write_sweep(tmp_path / "s", broken=[("refill", "l1", 1)]))
+    by_cell = {c.where: c.seeds for c in cell_by_cell(collection, "struct")}
+    assert by_cell == {"criteria=l1": 2, "criteria=remain": 3}
+    assert {c.seeds for c in main_effects(collection)} == {2}
+
+
+def test_what_is_chosen_is_chosen_by_validation(tmp_path):
+    path = write_sweep(tmp_path / "s")
+    for file in path.glob("runs/refill_l1_*/summary.csv"):
+        rows = list(csv.DictReader(io.StringIO(file.read_text())))
+        rows[-1] |= {"val_accuracy": "99.0", "test_accuracy": "10.0"}
+        with file.open("w", newline="") as out:
+            writer = csv.DictWriter(out, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    group, rows = best_by_validation(collect(path))
+    assert group.title == "struct=refill criteria=l1" and rows[0]["test_accuracy"] == 10.0
+
+
+def test_hardened_accuracy_is_what_counts(tmp_path):
+    table = groups_table(collect(write_sweep(tmp_path / "s")))
+    row = next(r for r in table.rows if r[:3] == ["rsst", "l1", 2])
+    values = [accuracy("rsst", "l1", s, 2) for s in SEEDS]
+    assert row[table.head.index("test %")] == spread(values)
+    assert row[table.head.index("test % soft")] == spread([v + 0.5 for v in values])
+
+
+def test_failed_runs_are_in_the_table_of_runs(tmp_path):
+    table = runs_table(collect(write_sweep(tmp_path / "s", broken=[("refill", "l1", 1)])))
+    states = [row[table.head.index("state")] for row in table.rows]
+    assert len(states) == 12 and states.count("finished") == 11 and "loss is <not> finite" in states
+
+
+def test_tables_as_files(made):
+    rows = list(csv.reader((made / "tables" / "rounds.csv").open()))
+    assert len(rows) == 1 + 11 * 3 + 1
+    markdown = (made / "tables" / "summary.md").read_text().splitlines()
+    assert {line.count("|") for line in markdown} == {markdown[0].count("|")}
+    table = Table("x", "A table", ["a_b", "n"], [["50 % & more", 1.5], ["x|y", 2.0]])
+    assert table.latex().splitlines()[1:-1] == [
+        "\\begin{tabular}{lr}", "\\toprule", "a\\_b & n \\\\", "\\midrule", "50 \\% \\& more & 1.50 \\\\", "x|y & 2.00 \\\\",
+        "\\bottomrule"]  # fmt: skip
+    assert "| x\\|y | 2.00 |" in table.markdown()
+
+
+# What is drawn and written
+
+
+def test_figures_are_pictures(made):
+    pictures = sorted((made / "figures").iterdir())
+    assert {p.stem for p in pictures} >= {"accuracy_density_0", "accuracy_density_1", "accuracy_macs_0", "lambda", "squeeze",
+                                          "cost", "kept_0", "training_3"}  # fmt: skip
+    for path in pictures:
+        if path.suffix == ".svg":
+            assert ET.fromstring(path.read_text()).tag.endswith("svg")
+        else:
+            assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_runs_give_the_same_page(made, tmp_path):
+    assert report.main([str(made.parent), "--latency", "false", "--out", str(tmp_path)]) == 0
+    for path in made.rglob("*.svg"):
+        assert path.read_text() == (tmp_path / path.relative_to(made)).read_text()
+    assert (made / "index.html").read_text() == (tmp_path / "index.html").read_text()
+
+
+class Balanced(html.parser.HTMLParser):
+    """Complains of tags that are not closed, and of what would be fetched."""
+
+    VOID = ("meta", "input", "br", "link", "img")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.fetched = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.ids += [found["id"]] if "id" in found else []
+        for name in ("src", "href", "xlink:href"):
+            if not found.get(name, "#").startswith("#"):
+                self.fetched.append(found[name])
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+
+def test_the_page_is_whole_and_needs_nothing_else(made):
+    text = (made / "index.html").read_text()
+    parser = Balanced()
+    parser.feed(text)
+    assert parser.open == [] and parser.fetched == []
+    assert len(parser.ids) == len(set(parser.ids)), "ids are unique, or figures would use each other's markers"
+    for reference in re.findall(r'(?:href="#|url\(#)([^")]+)', text):
+        assert reference in parser.ids, reference
+    assert "a &lt;sweep&gt;" in text and "loss is &lt;not&gt; finite" in text
+    assert "12 runs, 11 finished; 3 seeds, 4 settings" in text
+    for colour in style.COLOURS:
+        assert text.count(colour) <= 1, "figures take the page's colours"
+
+
+def test_methods_share_a_panel_and_rates_a_colour():
+    roles = roles_of(["struct", "criteria", "rate"])
+    assert (roles.colour, roles.panel, roles.dash) == (["struct"], ["criteria"], ["rate"])
+    roles = roles_of(["arch", "control"])
+    assert (roles.colour, roles.panel, roles.dash) == (["control"], ["arch"], [])
+    assert roles_of([]).colour == []
+
+
+def test_a_single_run_and_a_folder_of_runs(tmp_path):
+    write_run(tmp_path / "runs" / "one", "rsst", "l1", 0)
+    write_run(tmp_path / "runs" / "two", "refill", "l1", 0)
+    assert report.main([str(tmp_path / "runs" / "one"), "--latency", "false"]) == 0
+    text = (tmp_path / "runs" / "one" / "report" / "index.html").read_text()
+    assert "In its last round the run reaches" in text and "One seed says nothing" in text
+    collection = collect(tmp_path / "runs")
+    assert collection.axes == ["struct"] and [g.title for g in collection.groups] == ["struct=rsst", "struct=refill"]
+    assert report.main([str(tmp_path / "runs"), "--latency", "false"]) == 0
+
+
+def test_seeds_of_one_setting(tmp_path):
+    for seed in SEEDS:
+        write_run(tmp_path / str(seed), "rsst", "l1", seed)
+    assert report.main([str(tmp_path), "--latency", "false"]) == 0
+    collection = collect(tmp_path)
+    assert collection.axes == [] and len(collection.groups) == 1 and len(collection.groups[0].runs) == 3
+    assert "3 seeds" in (tmp_path / "report" / "index.html").read_text()
+
+
+@pytest.mark.parametrize("file, content, said", [
+    ("args.yaml", "a: [\n", "cannot read"), ("summary.csv", "round\nx\n", "cannot read"),
+    ("metrics.jsonl", "{\n", "cannot read"), ("result.json", "{", "cannot read"), ("sweep.json", "{", "cannot read"),
+    ("summary.csv", "", "has finished a round"), ("args.yaml", None, "holds neither a run nor a sweep"),
+])  # fmt: skip
+def test_what_cannot_be_reported_is_named(file, content, said, tmp_path, capsys):
+    write_run(tmp_path / "run", "rsst", "l1", 0)
+    path = tmp_path / "run" / file
+    path.unlink() if content is None else path.write_text(content)
+    assert report.main([str(tmp_path / "run")]) == 3
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
+def test_rows_that_are_being_written_are_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 0}\n{"epo')
+    assert read_metrics(tmp_path) == [{"epoch": 0}]
+
+
+def test_a_real_run_is_read_as_it_was_written_and_measured_once(tmp_path, monkeypatch):
+    for struct in ("rsst", "refill"):
+        assert run(*tiny(tmp_path / struct, struct=struct)) == 0
+    rows = read_rounds(tmp_path / "rsst")
+    saved = torch.load(tmp_path / "rsst" / "1checkpoint.pth.tar", weights_only=True)["rounds"]
+    assert rows == saved
+    measured = []
+    real = latency._measure
+    monkeypatch.setattr(latency, "_measure", lambda places, arch: measured.append(len(places)) or real(places, arch))
+    for _ in range(2):
+        assert report.main([str(tmp_path)]) == 0
+    shapes = {latency._shape(r, k) for r in collect(tmp_path).runs for k in range(2)}
+    assert measured == [len(shapes)], "the dense network once for both, and nothing the second time"
+    kept = json.loads((tmp_path / "report" / "latency.json").read_text())["milliseconds"]
+    assert all(value > 0 for value in kept.values())
+    assert (tmp_path / "report" / "figures" / "accuracy_latency.svg").exists()
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def opened(browser, made):
+    """Open the page under some conditions; errors and requests are collected."""
+    contexts, seen = [], []
+
+    def open_page(**conditions):
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **conditions})
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: seen.append(str(error)))
+        page.on("console", lambda message: seen.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("request", lambda request: None if request.url.startswith("file:") else seen.append(request.url))
+        page.goto((made / "index.html").as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert seen == []
+
+
+def column(page, table, name):
+    k = page.locator(f"#{table} thead th").all_inner_texts().index(name)
+    return [row.split("\t")[k] for row in page.locator(f"#{table} tbody tr:not([hidden])").all_inner_texts()]
+
+
+def test_the_runs_can_be_sorted(opened):
+    page = opened()
+    for name, read in (("test %", float), ("seed", float), ("struct", str)):
+        button = page.locator("#runs thead button", has_text=name).first
+        button.click()
+        assert column(page, "runs", name) == sorted(column(page, "runs", name), key=read)
+        button.click()
+        assert column(page, "runs", name) == sorted(column(page, "runs", name), key=read, reverse=True)
+        assert page.locator("#runs th[aria-sort=descending]").count() == 1
+
+
+def test_the_runs_can_be_filtered(opened):
+    page = opened()
+    box = page.locator("input[data-filters=runs]")
+    box.fill("REFILL remain")
+    assert column(page, "runs", "struct") == ["refill"] * 3
+    assert page.locator("#runs-count").inner_text() == "3 of 12"
+    box.fill("finite")
+    assert len(column(page, "runs", "struct")) == 1
+    box.fill("")
+    assert len(column(page, "runs", "struct")) == 12
+
+
+def test_it_can_be_read_on_a_phone(opened):
+    page = opened(viewport={"width": 390, "height": 844}, is_mobile=True, device_scale_factor=2, has_touch=True)
+    page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    for box in page.locator("figure svg").evaluate_all("all => all.map(e => e.getBoundingClientRect().width)"):
+        assert 300 <= box <= 390
+
+
+def test_it_is_dark_where_the_reader_wants_it(opened):
+    def luminance(page, selector, value):
+        colour = page.locator(selector).first.evaluate(f"e => getComputedStyle(e).{value}")
+        channels = [int(c) / 255 for c in re.findall(r"\d+", colour)[:3]]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for scheme in ("light", "dark"):
+        page = opened(color_scheme=scheme)
+        paper = luminance(page, "body", "backgroundColor")
+        assert paper > 0.9 if scheme == "light" else paper < 0.05
+        for selector, value in (("body", "color"), (".note", "color"), ("a", "color"), ("figure svg text", "fill")):
+            ink = luminance(page, selector, value)
+            contrast = (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05)
+            assert contrast >= 4.5, (scheme, selector, contrast)
+
+
+def test_a_screenshot_shows_the_curves(opened, tmp_path):
+    """Each series' colour is really there, in a figure that is not blank."""
+    from PIL import Image
+
+    page = opened()
+    page.locator("#density + p + .figures figure svg").first.screenshot(path=str(tmp_path / "figure.png"))
+    picture = Image.open(tmp_path / "figure.png").convert("RGB")
+    colours = {c for _, c in picture.getcolors(picture.size[0] * picture.size[1])}
+    for wanted in style.COLOURS[:2]:
+        assert tuple(int(wanted[k : k + 2], 16) for k in (1, 3, 5)) in colours
