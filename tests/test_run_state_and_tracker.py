@@ -13,7 +13,8 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from conftest import start, tiny
+from test_experiment import stopped_again_and_again
 
 import main_imp_fillback
 import tracker
@@ -193,3 +194,49 @@ def test_the_table_of_rounds():
                             "hard", "test", "squeeze"]  # fmt: skip
     assert line.split() == ["1", "66.60", "18/27", "10/20", "1,234,567", "2.5", "M", "90.00", "80.00", "70.00", "-",
                             "69.50", "0.012"]  # fmt: skip
+
+
+def test_groups_and_tags_reach_wandb(tmp_path, monkeypatch):
+    started = {}
+
+    def init(**kwargs):
+        started.update(kwargs)
+        return FakeRun()
+
+    fake_wandb(monkeypatch, init)
+    words = tiny(tmp_path, wandb="offline", wandb_group="a sweep", wandb_tags="struct=rsst, rate=0.4", pruning_times=1)
+    assert main_imp_fillback.main(words) == 0
+    assert (started["group"], started["tags"]) == ("a sweep", ["struct=rsst", "rate=0.4"])
+
+
+def curves(folder):
+    """TensorBoard's own reading of its files: curve -> [(step, value)]."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_has_every_epoch_once_also_after_an_interruption(tmp_path, monkeypatch):
+    words = {"epochs": 3, "tensorboard": True}
+    assert main_imp_fillback.main(tiny(tmp_path / "whole", **words)) == 0
+    with monkeypatch.context() as patch:
+        assert stopped_again_and_again(patch, 4, lambda _: tiny(tmp_path / "parts", **words)) > 1
+    whole, parts = curves(tmp_path / "whole"), curves(tmp_path / "parts")
+    assert [step for step, _ in whole["loss"]] == list(range(6))
+    assert whole["loss"] == parts["loss"] and whole["val_accuracy"] == parts["val_accuracy"]
+    assert {"remain_weight", "reg_lambd", "hardened_test_accuracy", "squeeze_ratio"} <= set(whole)
+
+
+def test_trackers_see_a_round_0_that_was_taken_over(tmp_path):
+    store = tmp_path / "store"
+    assert main_imp_fillback.main(tiny(tmp_path / "giver", epochs=2, pruning_times=1, dense_store=store)) == 0
+    assert main_imp_fillback.main(tiny(tmp_path / "taker", epochs=2, dense_store=store, tensorboard=True)) == 0
+    assert [step for step, _ in curves(tmp_path / "taker")["loss"]] == [0, 1, 2, 3]
+
+
+def test_what_wandb_has_offline_can_be_synced_by_the_command_that_a_sweep_prints(tmp_path):
+    """WandB itself, offline: the folder that the sweep's command names holds a run that WandB's reader accepts."""
+    words = tiny(tmp_path / "run", wandb="offline", wandb_group="s", wandb_tags="a=b")
+    assert start(words, WANDB_MODE="offline").wait(120) == 0
+    (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert list(folder.glob("*.wandb"))
