@@ -24,7 +24,7 @@ from dense_store import DenseStore, address_of
 from environment import describe_environment, fingerprint, numerics
 from errors import DivergedError, Interrupted, UsageError
 from masks import MaskPair, by_parameter, count_ones, current_key, pruning_state, refill_key
-from methods import CONTROLS, METHODS
+from methods import CONTROLS, METHODS, SQUEEZE_GOAL
 from models import MODELS, source_digest
 from network_check import check_units
 from oneshot_pruners import Admm
@@ -57,8 +57,6 @@ from units import UnitGroup, kinds, ranked_names
 from utils import cloned_state, load_initial_weights, prepare_for_speed, seed_everything, setup_model_dataset
 
 log = logging.getLogger("rsst")
-
-SQUEEZE_GOAL = 0.05
 
 
 def run(args: argparse.Namespace) -> str:

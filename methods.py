@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SQUEEZE_GOAL = 0.05  # norm of the doomed weights after a round / before it; above it hardening may cost accuracy
+
 
 @dataclass(frozen=True)
 class Method:

@@ -273,7 +273,8 @@ def time_saved(jobs: Sequence[Job]) -> list[str]:
         return []
     spent = sum(r.get("seconds", 0.0) for r in results)
     saved = sum(taken) - sum(given)
-    return [f"round 0 was trained {len(given)} times instead of {len(taken)}: {saved:.0f} s of training saved, "
+    times = f"{len(given)} time{'s' * (len(given) != 1)} instead of {len(taken)}"
+    return [f"round 0 was trained {times}: {saved:.0f} s of training saved, "
             f"{spent:.0f} s spent ({100 * saved / (spent + saved):.0f} % less)"]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import DataError
+from methods import SQUEEZE_GOAL
 from run_files import Row, is_run, read_environment, read_metrics, read_result, read_rounds, read_settings
 
 # Settings that say where a run was and how it was watched, not what it was.
@@ -118,6 +119,19 @@ def in_words(settings: dict[str, Any]) -> str:
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard deviation (of a sample; nan for a single value)."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def weak_penalties(collection: Collection) -> list[str]:
+    """A sentence if runs have hardened weights that had not faded out; else none."""
+    ratios = [ratio for run in collection.runs for row in run.rounds[-1:]
+              if (ratio := row.get("squeeze_ratio")) is not None]  # fmt: skip
+    weak = sum(ratio > SQUEEZE_GOAL for ratio in ratios)
+    if not weak:
+        return []
+    share = f"{100 * SQUEEZE_GOAL:.0f} %"
+    return [f"In {weak} of {len(ratios)} RSST runs the penalty was weak: more than {share} of the norm of the doomed "
+            "weights was left in the last round, and hardening cuts it off. Train longer, raise the learning rate or "
+            "--reg_granularity_prune, or try --penalty decoupled."]  # fmt: skip
 
 
 def collect(path: Path) -> Collection:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from methods import SQUEEZE_GOAL
 from pictures import panels_of
 from reports.collection import Collection, Group, Run, in_words, judged, soft
 from reports.style import DASHES, FAINT, INK, colour_of
@@ -235,7 +236,7 @@ def _squeeze_figure(collection: Collection, squeezing: Sequence[Group]) -> Drawn
             *zip(*line, strict=True), color=colour, marker=marker, linestyle=dash, markersize=4, label=name or None
         )
     axes.set_xlim(0.5, max(group.rounds for group in squeezing) - 0.5)
-    axes.axhline(0.05, color=INK, linewidth=0.8, linestyle=":")
+    axes.axhline(SQUEEZE_GOAL, color=INK, linewidth=0.8, linestyle=":")
     floor = max(1e-4, 10 ** math.floor(math.log10(smallest)))
     axes.set_yscale("symlog", linthresh=floor)
     ticks = [0.0, *(t for t in (1e-4, 1e-3, 0.01, 0.05, 0.2, 1.0) if t >= floor)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from errors import StorageError
 from files import write_atomically
-from reports.collection import PLUMBING, Collection, Run, judged
+from reports.collection import PLUMBING, Collection, Run, judged, weak_penalties
 from reports.comparisons import Comparison, against_dense, best_by_validation, cell_by_cell, main_effects
 from reports.figures import Drawn, every_figure, kept_figure, training_figure
 from reports.style import COLOURS, FAINT, INK, ON_DARK, as_png, as_svg, for_page, styled
@@ -74,7 +74,7 @@ def _findings(collection: Collection, effects: Sequence[Comparison], dense: Sequ
         verb = ": it reaches" if collection.axes else " reaches"
         said.append(f"{which}{verb} {accuracy} with {size}.")
         said += [c.sentence for c in dense if c.first == group.title]
-    return said + [c.sentence for c in effects]
+    return said + [c.sentence for c in effects] + weak_penalties(collection)
 
 
 def make_folder(path: Path) -> None:
@@ -165,6 +165,7 @@ def _cost(collection: Collection) -> list[str]:
         trained = sum(r.result.get("seconds", 0.0) for r in collection.dense)
         saved = sum(taken) - trained
         share = 100 * saved / (spent + saved)
-        said.append(f"Round 0 was trained {len(collection.dense)} times instead of {len(taken)}, which saved "
+        times = f"{len(collection.dense)} time{'s' * (len(collection.dense) != 1)} instead of {len(taken)}"
+        said.append(f"Round 0 was trained {times}, which saved "
                     f"{saved / 60:.1f} minutes ({share:.0f} % of what it would have been).")  # fmt: skip
     return said

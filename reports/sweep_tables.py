@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import DataError
-from reports.collection import Collection, Group, collect, judged, mean_and_spread, soft
+from reports.collection import Collection, Group, collect, judged, mean_and_spread, soft, weak_penalties
 from reports.comparisons import Comparison, best_by_validation
 from text_tables import text_table
 
@@ -151,4 +151,4 @@ def printed_summary(path: Path) -> str:
         group, rows = best
         lines.append(f"best by validation: {group.title} with {spread([judged(r) for r in rows])} % on the test images "
                      f"({len(rows)} seed{'s' if len(rows) > 1 else ''})")  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join([*lines, *weak_penalties(collection)])

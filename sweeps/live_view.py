@@ -15,7 +15,7 @@ from sweeps.job_process import Outcome
 
 log = logging.getLogger("rsst")
 
-BAR = "{desc}  {percentage:3.0f}% |{bar:16}| {postfix}"
+BAR = "{{desc:{width}}}  {{percentage:3.0f}}% |{{bar:16}}| {place}"
 NAME_WIDTH = 58
 
 
@@ -42,18 +42,21 @@ class LiveView:
         for name in self._bars.keys() - {job.name for job in running}:
             self._bars.pop(name).close()
         for job in running:
-            rows = _rows_of(job)
-            if rows and job.name not in self._bars:
-                taken = {abs(bar.pos) for bar in self._bars.values()}
-                place = next(k for k in range(1, len(taken) + 2) if k not in taken)
-                self._bars[job.name] = tqdm(
-                    total=job.rounds * job.epochs, desc=title_of(job), bar_format=BAR, position=place, leave=False
-                )
-            if rows:
-                bar = self._bars[job.name]
+            if rows := _rows_of(job):
+                bar = self._bars.get(job.name) or self._new_bar(job)
+                width = max(len(str(b.desc)) for b in self._bars.values())
+                bar.bar_format = BAR.format(width=width, place=where_of(rows[-1], job))
                 bar.n = min(len(rows), job.rounds * job.epochs)
-                bar.set_postfix_str(where_of(rows[-1], job))
+                bar.refresh()
         self._whole.refresh()
+
+    def _new_bar(self, job: Job) -> tqdm:
+        taken = {abs(bar.pos) for bar in self._bars.values()}
+        place = next(k for k in range(1, len(taken) + 2) if k not in taken)
+        bar = tqdm(total=job.rounds * job.epochs, position=place, leave=False, bar_format=" ")
+        bar.desc = title_of(job)
+        self._bars[job.name] = bar
+        return bar
 
     def ended(self, job: Job, outcome: Outcome) -> None:
         """Say how a job ended."""
