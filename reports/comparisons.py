@@ -152,7 +152,7 @@ def against_dense(collection: Collection) -> list[Comparison]:
         if runs:
             differences = tuple(judged(run.rounds[-1]) - judged(run.rounds[0]) for run in runs)
             density = statistics.fmean(run.rounds[-1]["density"] for run in runs)
-            found.append(Comparison(group.title, "its dense network", "", differences, (density, 100.0)))
+            found.append(Comparison(group.title, "its dense network", "last round", differences, (density, 100.0)))
     return adjusted(found)
 
 
