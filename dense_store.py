@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from errors import DataError, StorageError
-from files import write_atomically
+from files import replacing, write_atomically
 from run_state import RunFolder, RunState
 
 log = logging.getLogger("rsst")
@@ -52,6 +52,7 @@ class DenseStore:
             RunFolder.load(entry.best(0))
         except DataError as error:
             log.warning("%s; round 0 is trained here", error)
+            shutil.rmtree(entry.path, ignore_errors=True)  # so that the one that is trained can take its place
             return None
         _copy(entry.best(0), folder.best(0))
         return found
@@ -62,29 +63,25 @@ class DenseStore:
         Raises:
             StorageError: The store cannot be written.
         """
-        entry, draft = self.entry(address), RunFolder(self.path / f"{address}.{os.getpid()}.tmp")
+        entry = self.entry(address)
         if entry.path.is_dir():
             return
         try:
-            draft.path.mkdir(parents=True, exist_ok=True)
-            for file in (folder.checkpoint(0), folder.best(0)):
-                _copy(file, draft.path / file.name)
-            write_atomically(json.dumps(about, indent=1, default=str) + "\n", draft.path / "about.json")
-            if not entry.path.is_dir():
-                draft.path.rename(entry.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+            draft = Path(tempfile.mkdtemp(prefix=f"{address}.", dir=self.path))
+            try:
+                for file in (folder.checkpoint(0), folder.best(0)):
+                    shutil.copyfile(file, draft / file.name)
+                write_atomically(json.dumps(about, indent=1, default=str) + "\n", draft / "about.json")
+                draft.rename(entry.path)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
         except OSError as error:
             if not entry.path.is_dir():  # else another run was faster by a moment
                 raise StorageError(f"cannot write {entry.path}: {error.strerror}") from error
-        finally:
-            shutil.rmtree(draft.path, ignore_errors=True)
 
 
 def _copy(source: Path, target: Path) -> None:
-    """A copy that is whole or absent; a hard link where that works, since checkpoints are only ever replaced."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        temporary = target.with_name(f"{target.name}.tmp")
-        shutil.copyfile(source, temporary)
-        temporary.replace(target)
+    """A copy that is whole or absent."""
+    with replacing(target) as file, source.open("rb") as content:
+        shutil.copyfileobj(content, file)

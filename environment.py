@@ -42,7 +42,8 @@ def numerics(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "program": _program_digest(),
+        "program": PROGRAM,
+        "kernels": "deterministic" if torch.are_deterministic_algorithms_enabled() else "fastest",
     }
 
 
@@ -52,6 +53,9 @@ def _program_digest() -> str:
     for file in sorted([*here.glob("*.py"), *here.glob("models/*.py"), *here.glob("reg_pruner_files/*.py")]):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+PROGRAM = _program_digest()  # when it is imported: files that are edited later are not what runs
 
 
 def _processor() -> str:

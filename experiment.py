@@ -25,7 +25,7 @@ from environment import describe_environment, fingerprint, numerics
 from errors import DivergedError, Interrupted, UsageError
 from masks import MaskPair, by_parameter, count_ones, current_key, pruning_state, refill_key
 from methods import CONTROLS, METHODS, SQUEEZE_GOAL
-from models import MODELS, source_digest
+from models import MODELS, runs_a_file
 from network_check import check_units
 from oneshot_pruners import Admm
 from optimization import OPTIMIZERS, LearningRate
@@ -158,7 +158,8 @@ class Experiment:
             args.lr, args.epochs, len(self.train_loader), args.warmup, args.lr_schedule, args.decreasing_lr
         )
         self.stop = StopRequest()
-        self.store = DenseStore(Path(args.dense_store)) if args.dense_store else None
+        known = args.dense_store and not runs_a_file(args.arch)  # nobody knows what a user's file depends on
+        self.store = DenseStore(Path(args.dense_store)) if known else None
         self.tracker = Trackers()
         self.run = RunState(settings_of(args), fingerprint(*loaders), classes=list(getattr(model, "classes", ())))
 
@@ -186,6 +187,8 @@ class Experiment:
         else:
             check_same_run(found, identity_of(self.run.args), identity_of(found.args), self.run.data)
             self.run = replace(found, args=self.run.args)
+            if self.run.round_0.get("numerics", self._numerics) != self._numerics:
+                self.run.round_0 = {**self.run.round_0, "numerics": {}}  # part of it was computed otherwise
             log.info("continuing %s: round %d, %d epochs done", self.folder.path, found.state, found.epoch)
             if found.precision != precision:
                 log.warning("the run began in %s and goes on in %s", found.precision, precision)
@@ -272,7 +275,7 @@ class Experiment:
 
     @property
     def _numerics(self) -> dict[str, Any]:
-        return numerics(self.device) | {"precision": str(self.precision), "network": source_digest(self.args.arch)}
+        return numerics(self.device) | {"precision": str(self.precision), "compiled": self.args.compile}
 
     @property
     def progress(self) -> Progress:
@@ -502,10 +505,11 @@ class Experiment:
         }
         save_atomically(ticket, self.folder.ticket)
         draw_kept_units(run.rounds, self.folder.path)
-        shared = bool(self.run.round_0.get("shared") or self.source)
-        first = seconds_of(r for r in run.history if r["round"] == 0)
-        self.folder.write_result({"rounds": len(run.rounds), "seconds": seconds_of(run.history) - shared * first,
-                                  "seconds_of_round_0": first, "round_0_is_shared": shared})  # fmt: skip
+        shared, first = bool(run.round_0.get("shared")), seconds_of(r for r in run.history if r["round"] == 0)
+        others = first if shared or self.source else 0.0
+        self.folder.write_result({"rounds": len(run.rounds), "seconds": seconds_of(run.history) - others,
+                                  "seconds_of_round_0": first, "round_0_is_shared": shared,
+                                  "round_0_address": run.round_0.get("address", "")})  # fmt: skip
         log.info("finished: %d rounds; the ticket is %s", len(run.rounds), self.folder.ticket)
         return rounds_table(run.rounds)
 

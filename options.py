@@ -121,7 +121,7 @@ _COUNT, _NATURAL = count(1), count(0)
 _SHARE = _number(float, "a number in [0, 1)", lambda v: 0 <= v < 1)
 _CLOSED_SHARE = _number(float, "a number in [0, 1]", lambda v: 0 <= v <= 1)
 _POSITIVE = _number(float, "a number above 0", lambda v: 0 < v < math.inf)
-_NONNEGATIVE = _number(float, "a number of at least 0", lambda v: 0 <= v < math.inf)
+NONNEGATIVE = _number(float, "a number of at least 0", lambda v: 0 <= v < math.inf)
 _LIMIT = _number(float, "a number above 0, or inf", lambda v: v > 0)
 _SIZE = _number(int, "a multiple of 4 of at least 8", lambda v: v >= 8 and v % 4 == 0)
 _SEED = _number(int, "a whole number in [0, 4294967295]", lambda v: 0 <= v < 2**32)
@@ -245,7 +245,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="adamw suits a ViT trained from nothing")
     group.add_argument("--lr", type=_POSITIVE, default=0.01, help="learning rate after the warm-up")
     group.add_argument("--momentum", type=_SHARE, default=0.9, help="momentum of SGD, beta 1 of AdamW")
-    group.add_argument("--weight_decay", type=_NONNEGATIVE, default=1e-4, help="weight decay (AdamW: decoupled)")
+    group.add_argument("--weight_decay", type=NONNEGATIVE, default=1e-4, help="weight decay (AdamW: decoupled)")
     group.add_argument("--warmup", type=_NATURAL, default=20, help="epochs of linear warm-up")
     group.add_argument(
         "--lr_schedule",
@@ -341,7 +341,7 @@ def _add_comparisons(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("one-shot pruners and controls")
     _flag(group, "regroup", "turn the mask of any method into whole units")
     group.add_argument("--admm_epochs", type=_COUNT, default=20, help="epochs of ADMM before each mask")
-    group.add_argument("--admm_rho", type=_NONNEGATIVE, default=0.01, help="ADMM's pull towards the sparse network")
+    group.add_argument("--admm_rho", type=NONNEGATIVE, default=0.01, help="ADMM's pull towards the sparse network")
     group.add_argument(
         "--control",
         choices=CONTROLS,
@@ -448,7 +448,8 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--dense_store",
         metavar="DIR",
         help="take round 0 from this folder if a run with the same model, data, seed and training flags has left it "
-        "there, bit for bit what training it would give; else train it and leave it there",
+        "there, bit for bit what training it would give; else train it and leave it there (networks from your own file "
+        "always train it)",
     )
     group.add_argument(
         "--print_freq", type=_COUNT, default=200, metavar="BATCHES", help="batches between lines in the log"
@@ -714,12 +715,10 @@ def identity_of(settings: dict[str, Any]) -> dict[str, Any]:
 def identity_of_round_0(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that decide what round 0 computes, as far as they are not the parser's defaults.
 
-    The kernels' flags are among them, which change the last bits; files of initial weights are not: what they hold is.
+    Files of initial weights are not among them: what they hold counts. Nor are the kernels' flags, see `numerics`.
     """
-    settings = settings_of(args)
     unread = AFTER_ROUND_0 | {"init", "pretrained"}
-    read = {k: v for k, v in identity_of(settings).items() if k not in unread}
-    return read | {k: settings[k] for k in ("compile", "deterministic") if settings[k]}
+    return {k: v for k, v in identity_of(settings_of(args)).items() if k not in unread}
 
 
 def default_run_folder(args: argparse.Namespace) -> str:

@@ -21,8 +21,9 @@ import yaml
 from console import exit_status, log_to_file, start_logging
 from errors import DataError, RunError, StorageError, UsageError
 from files import lock, write_atomically
-from options import OneLineParser, count, truth
+from options import NONNEGATIVE, OneLineParser, count, truth
 from run_files import read_result
+from sweeps.executors import check_executor
 from sweeps.grid import Job, Plan, Spec, plan, words_of
 from sweeps.job_process import Outcome
 from sweeps.live_view import title_of
@@ -31,6 +32,8 @@ from sweeps.slurm import write_scripts
 from text_tables import text_table
 
 log = logging.getLogger("rsst")
+
+TAG_LENGTH = 64  # WandB refuses longer ones
 
 EXAMPLES = """examples:
   python sweep.py --grid struct=rsst,refill criteria=magnitude,l1 rate=0.2,0.4 seed=0,1,2 \\
@@ -68,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--retries", type=count(0), default=2, metavar="N",
                        help="how often a run is begun again that was killed (default: 2)")  # fmt: skip
     where.add_argument("--address", default="auto", help="ray: of the cluster (default: auto, the one that runs here)")
-    where.add_argument("--gpus_per_run", type=float, metavar="SHARE", help="ray: GPUs that a run asks for (default: 0)")
+    where.add_argument("--gpus_per_run", type=NONNEGATIVE, metavar="N", help="ray: GPUs of a run (default: 0)")
     where.add_argument("--slurm_options", default="", metavar="WORDS", help="slurm: e.g. '--partition=gpu --time=60'")
     search = parser.add_argument_group("search")
     search.add_argument("--search", action="store_true",
@@ -88,9 +91,7 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, Spec]:
         UsageError: One line that names the flag.
         DataError: The file cannot be read.
     """
-    words = [f"--{w[2:].split('=')[0].replace('-', '_')}{w[len(w.split('=')[0]):]}" if w.startswith("--") else w
-             for w in argv]  # fmt: skip
-    args, flags = build_parser().parse_known_args(words)
+    args, flags = build_parser().parse_known_args(_normalised(argv))
     from_file = _read_file(args.file) if args.file else {}
     grids = from_file.get("grid") or []
     grids = [*(grids if isinstance(grids, list) else [grids]), *([_grid_of(args.grid)] if args.grid else [])]
@@ -103,9 +104,27 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, Spec]:
         raise UsageError("argument --search: not with --executor slurm, which only writes scripts")
     if args.search and not (args.density or args.macs):
         raise UsageError("argument --search: needs a budget: --density PERCENT or --macs MILLIONS")
+    try:
+        args.slurm_options = shlex.split(args.slurm_options)
+    except ValueError as error:
+        raise UsageError(f"argument --slurm_options: {error}") from error
     args.out = args.out or Path(f"sweep_output_{spec.digest()}")
     args.out = args.out.resolve()
     return args, spec
+
+
+def _normalised(argv: Sequence[str]) -> list[str]:
+    """Flags with `_` for `-`; options for sbatch, which look like flags, as one word with their own."""
+    words: list[str] = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if words and words[-1] == "--slurm_options":
+            words[-1] += f"={word}"
+        elif word.startswith("--"):
+            words.append(f"--{name[2:].replace('-', '_')}{equals}{value}")
+        else:
+            words.append(word)
+    return words
 
 
 def _grid_of(words: Sequence[str]) -> dict[str, list[str]]:
@@ -145,6 +164,8 @@ def _problem_of(found: Any) -> str:
         return "flags is a mapping; grid a mapping, or a list of mappings; list a list of mappings"
     if bad := next((k for grid in grids for k, v in grid.items() if not isinstance(v, list) or not v), None):
         return f"grid: {bad} needs a list of values"
+    if bad := next((k for part in named for k in part if not isinstance(k, str)), None):
+        return f"{bad!r} is no flag's name (quote it: YAML reads some words as true or false)"
     values = [v for part in (flags or {}, *(listed or [])) for v in part.values()]
     values += [v for grid in grids for some in grid.values() for v in some]
     if bad := next((v for v in values if isinstance(v, dict)), None):
@@ -165,40 +186,47 @@ def _run(words: list[str]) -> str:
     args, spec = parse_args(words)
     start_logging(args.quiet, verbose=False)
     if args.search:
+        check_executor(args)
         return _search(args, spec, words)
     wanted = plan(spec, args.out, args.share_round_0)
     if args.dry_run:
         return describe(wanted)
+    check_executor(args)
     jobs = [_grouped(job, args.out.name) for job in wanted.jobs]
     with locked(args.out):
         log_to_file(args.out / "sweep.log")
-        for note in wanted.notes:
+        for note in [*wanted.notes, *runs_of_other_sweeps(args.out, jobs)]:
             log.info("%s", note)
         write_record(args.out, words, spec, jobs)
         if args.executor == "slurm":
-            script = write_scripts(jobs, args.out, args.out.name, args.threads, args.jobs,
-                                   shlex.split(args.slurm_options))  # fmt: skip
+            script = write_scripts(jobs, args.out, args.out.name, args.threads, args.jobs, args.slurm_options)
             return f"bash {shlex.quote(str(script))}"
         outcomes = carry_out(jobs, args)
         return conclude(jobs, outcomes, args.out)
 
 
 def _search(args: argparse.Namespace, spec: Spec, words: Sequence[str]) -> str:
-    from sweeps.search import search
+    from sweeps.search import prepared, search
 
+    ready = prepared(args, spec)
     with locked(args.out):
         log_to_file(args.out / "sweep.log")
-        found = search(args, spec)
+        found = search(args, ready)
         write_record(args.out, words, spec, [_grouped(job, args.out.name) for job in found.jobs])
-        return f"{found.table}\n\nreport: python report.py {_shorter(args.out)}"
+        text = [found.table, *([f"report: python report.py {_shorter(args.out)}"] if found.jobs else [])]
+        if found.failed:
+            print("\n\n".join(text))
+            raise SweepFailed(f"{found.failed} settings failed; their output is in {args.out / 'logs'}")
+        return "\n\n".join(text)
 
 
 def _grouped(job: Job, name: str) -> Job:
     """The job with a group and tags for WandB."""
     if job.dense:
         return job
-    tags = ",".join(f"{k}={v}" for k, v in job.settings.items() if not isinstance(v, list))
-    return replace(job, words=(*job.words, f"--wandb_group={name}", f"--wandb_tags={tags}"))
+    given = [w.partition("=")[2] for w in job.words if w.startswith("--wandb_tags=")]
+    tags = [f"{k}={v}"[-TAG_LENGTH:] for k, v in job.settings.items() if "," not in str(v)]
+    return replace(job, words=(*job.words, f"--wandb_group={name}", f"--wandb_tags={','.join([*given, *tags])}"))
 
 
 @contextmanager
@@ -219,10 +247,17 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
+def runs_of_other_sweeps(out: Path, jobs: Sequence[Job]) -> list[str]:
+    """A sentence if the folder holds runs that are not in this sweep."""
+    others = {p.parent.name for p in out.glob("runs/*/args.yaml")} - {job.name for job in jobs}
+    return [f"{out} holds {len(others)} runs that are not in this sweep; reports leave them out"] if others else []
+
+
 def write_record(out: Path, words: Sequence[str], spec: Spec, jobs: Sequence[Job]) -> None:
     """`sweep.json`: the command, and every job, for reports."""
     record = {
-        "command": ["sweep.py", *words], "axes": spec.axes,
+        "command": ["sweep.py", *words],
+        "axes": list(dict.fromkeys([*spec.axes, *(key for job in jobs for key in job.settings)])),
         "jobs": [{**vars(j), "folder": str(j.folder.relative_to(out))} for j in jobs],
     }  # fmt: skip
     write_atomically(json.dumps(record, indent=1) + "\n", out / "sweep.json")
@@ -249,7 +284,8 @@ def conclude(jobs: Sequence[Job], outcomes: Mapping[str, Outcome], out: Path) ->
     if offline := sorted(out.glob("runs/*/wandb/offline-run-*")):
         text.append(f"{len(offline)} WandB runs are offline; to send them: "
                     f"wandb sync {_shorter(out)}/runs/*/wandb/offline-run-*")  # fmt: skip
-    text.append(f"report: python report.py {_shorter(out)}")
+    if any(o.fine for job in jobs if not job.dense for o in [outcomes[job.name]]):
+        text.append(f"report: python report.py {_shorter(out)}")
     failed = [(job, outcomes[job.name]) for job in jobs if not outcomes[job.name].fine]
     if failed:
         rows = [[title_of(job), "-" if o.status is None else str(o.status), o.reason] for job, o in failed]
@@ -269,7 +305,7 @@ def time_saved(jobs: Sequence[Job]) -> list[str]:
     results = [read_result(j.folder) for j in jobs]
     taken = [r["seconds_of_round_0"] for r in results if r.get("round_0_is_shared")]
     given = [r["seconds"] for j, r in zip(jobs, results, strict=True) if j.dense and r]
-    if not taken:
+    if not taken or not given:
         return []
     spent = sum(r.get("seconds", 0.0) for r in results)
     saved = sum(taken) - sum(given)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,13 +56,6 @@ def parse_arch(text: str) -> str:
 def runs_a_file(arch: str) -> bool:
     """Whether building this network runs code of a user's file."""
     return arch not in MODELS and not arch.startswith(LIBRARIES)
-
-
-def source_digest(arch: str) -> str:
-    """A hash of the user's file that the network comes from (without what that imports); empty for other networks."""
-    if not runs_a_file(arch):
-        return ""
-    return hashlib.sha256(Path(arch.rpartition(":")[0]).read_bytes()).hexdigest()[:16]
 
 
 def family_of(arch: str) -> str | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import DataError
+from files import lock
 from methods import SQUEEZE_GOAL
 from run_files import Row, is_run, read_environment, read_metrics, read_result, read_rounds, read_settings
 
@@ -168,11 +169,16 @@ def _sweep(path: Path) -> Collection:
     return Collection(path.resolve().name, path, axes, _groups(runs), runs, dense, record["command"])
 
 
-def _folder(path: Path, folders: Iterable[Path]) -> Collection:
-    """Runs that no sweep has made: what differs between them is read from their settings."""
+def _folder(path: Path, folders: Sequence[Path]) -> Collection:
+    """Runs that no sweep has made: what differs is read from their settings, as far as a command has named it.
+
+    So a setting that only follows another by its default is no axis of its own.
+    """
     every = {folder: read_settings(folder) for folder in folders}
     keys = dict.fromkeys(key for args in every.values() for key in args if key not in PLUMBING)
-    axes = [k for k in keys if len({str(args.get(k)) for args in every.values()}) > 1]
+    commands = [read_environment(folder).get("command", []) for folder in folders]
+    named = {word.removeprefix("--").split("=")[0].replace("-", "_") for words in commands for word in words}
+    axes = [k for k in keys if len({str(args.get(k)) for args in every.values()}) > 1 and (k in named or not named)]
     runs = [_run(folder, {k: args.get(k) for k in axes}) for folder, args in every.items()]
     return Collection(path.resolve().name, path, [a for a in axes if a != "seed"], _groups(runs), runs, [], [])
 
@@ -188,9 +194,21 @@ def _run(folder: Path, settings: dict[str, Any], wanted: int | None = None, reas
     args, result = read_settings(folder), read_result(folder)
     wanted = wanted or int(args.get("pruning_times", 1))
     if not reason and result.get("rounds", 0) < wanted:
-        reason = "broken off; the same command continues" if args else "not begun"
+        reason = _unfinished(folder) if args else "not begun"
     return Run(folder.resolve().name, folder, settings, args, read_metrics(folder), read_rounds(folder), result,
                read_environment(folder), wanted, reason)  # fmt: skip
+
+
+def _unfinished(folder: Path) -> str:
+    """Whether a process is at work there now."""
+    try:
+        held = lock(folder / "lock")
+    except OSError:  # a folder that can only be read
+        return "not finished"
+    if held is None:
+        return "running"
+    held.close()
+    return "broken off; the same command continues"
 
 
 def _groups(runs: Iterable[Run]) -> list[Group]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from reports.collection import Collection, Group, Run, in_words, judged
+from reports.collection import Collection, Group, in_words, judged
 from run_files import Row
 
 LEVEL = 0.05
@@ -59,6 +59,9 @@ class Comparison:
         value = f"{_signed(self.mean)} points"
         if self.seeds < 2:
             said = f"One seed says nothing about the difference between {self.first} and {self.second}: {value}"
+        elif math.isnan(self.adjusted):
+            said = (f"{self.first} and {self.second} differ by {value} in each of {self.seeds} seeds, which leaves "
+                    "nothing to test with")  # fmt: skip
         elif self.is_seen and self.mean > 0:
             said = f"{self.first} is better than {self.second} with {self.seeds} seeds: by {self._evidence()}"
         elif self.is_seen:
@@ -82,8 +85,6 @@ def _signed(value: float) -> str:
 
 
 def _p(value: float) -> str:
-    if math.isnan(value):
-        return "the same in every seed"
     return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
 
 
@@ -93,7 +94,7 @@ def with_test(comparison: Comparison) -> Comparison:
         return comparison
     if statistics.stdev(comparison.differences) < 1e-9:  # no spread, for which the test is not defined
         always = comparison.mean
-        return replace(comparison, p=1.0 if abs(always) < 1e-9 else math.nan, low=always, high=always)
+        return replace(comparison, p=1.0, low=0.0, high=0.0) if abs(always) < 1e-9 else comparison
     from scipy import stats
 
     outcome = stats.ttest_1samp(comparison.differences, 0.0)
@@ -112,11 +113,6 @@ def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return done
 
 
-def last_rows(groups: Iterable[Group]) -> dict[tuple[str, int], tuple[Group, Row]]:
-    """(group's title, seed) -> its last wanted round, of runs that are finished."""
-    return {(g.title, run.seed): (g, run.rounds[-1]) for g in groups for run in g.runs if run.finished}
-
-
 def main_effects(collection: Collection) -> list[Comparison]:
     """For each flag that differs, each pair of its values: in the last round, averaged over all other settings."""
     pairs = []
@@ -125,9 +121,8 @@ def main_effects(collection: Collection) -> list[Comparison]:
         others = [a for a in collection.axes if a != axis]
         where = f"last round, mean over {' and '.join(others)}" if others else "last round"
         for first, second in itertools.combinations(values, 2):
-            chosen = [{_rest(g, axis): g for g in collection.groups if str(g.settings.get(axis)) == v}
-                      for v in (first, second)]  # fmt: skip
-            if found := _paired(chosen[0], chosen[1], (f"{axis}={first}", f"{axis}={second}"), where):
+            sides = _cells(collection, axis, (first, second))
+            if found := _paired(sides, (f"{axis}={first}", f"{axis}={second}"), where):
                 pairs.append(found)
     return adjusted(pairs)
 
@@ -135,13 +130,31 @@ def main_effects(collection: Collection) -> list[Comparison]:
 def cell_by_cell(collection: Collection, axis: str) -> list[Comparison]:
     """Each pair of values of one flag, for each combination of the others by itself."""
     pairs = []
-    cells = dict.fromkeys(_rest(g, axis) for g in collection.groups if axis in g.settings)
-    for cell in cells:
-        groups = {str(g.settings[axis]): g for g in collection.groups if axis in g.settings and _rest(g, axis) == cell}
-        for first, second in itertools.combinations(groups, 2):
-            if found := _paired({cell: groups[first]}, {cell: groups[second]}, (first, second), cell):
+    values = list(dict.fromkeys(str(g.settings[axis]) for g in collection.groups if axis in g.settings))
+    for first, second in itertools.combinations(values, 2):
+        ones, others = _cells(collection, axis, (first, second))
+        for cell in (c for c in ones if c in others):
+            if found := _paired(({cell: ones[cell]}, {cell: others[cell]}), (first, second), cell):
                 pairs.append(found)
     return adjusted(pairs)
+
+
+Cells = dict[str, list[Group]]
+
+
+def _cells(collection: Collection, axis: str, values: tuple[str, str]) -> tuple[Cells, Cells]:
+    """The groups with either value of a flag, by their other settings.
+
+    A setting that some of them do not read (a schedule of lambda, of Refill) tells no cells apart: groups that differ
+    in it alone are in one cell, and count as their mean.
+    """
+    sides = [[g for g in collection.groups if str(g.settings.get(axis, "")) == value] for value in values]
+    read = [a for a in collection.axes if a != axis and all(a in g.settings for side in sides for g in side)]
+    found: tuple[Cells, Cells] = ({}, {})
+    for side, cells in zip(sides, found, strict=True):
+        for group in side:
+            cells.setdefault(in_words({a: group.settings[a] for a in read}), []).append(group)
+    return found
 
 
 def against_dense(collection: Collection) -> list[Comparison]:
@@ -156,32 +169,36 @@ def against_dense(collection: Collection) -> list[Comparison]:
     return adjusted(found)
 
 
-def _rest(group: Group, axis: str) -> str:
-    return in_words({k: v for k, v in group.settings.items() if k != axis})
+def _paired(sides: tuple[Cells, Cells], names: tuple[str, str], where: str) -> Comparison | None:
+    """One value of a flag against another, over the cells that both have; None if there are none.
 
-
-def _paired(ones: dict[str, Group], others: dict[str, Group], names: tuple[str, str], where: str) -> Comparison | None:
-    """One value of a flag against another, over the cells and seeds that both have; None if there are none."""
-    by_seed: dict[int, list[float]] = {}
-    densities: tuple[list[float], list[float]] = ([], [])
-    cells = [c for c in ones if c in others]
-    for cell in cells:
-        runs = [{run.seed: run for run in g.runs if run.finished} for g in (ones[cell], others[cell])]
-        for seed in runs[0].keys() & runs[1].keys():
-            rows = [_last(r[seed]) for r in runs]
-            by_seed.setdefault(seed, []).append(judged(rows[0]) - judged(rows[1]))
-            for kept, row in zip(densities, rows, strict=True):
-                kept.append(row["density"])
-    complete = {seed: d for seed, d in by_seed.items() if len(d) == max(map(len, by_seed.values()))}
-    if not complete:
+    Each seed is a sample: the mean over cells. So that all seeds average the same cells, seeds and cells are chosen
+    that are complete together, as many as there are; the others are left out.
+    """
+    ones, others = sides
+    values = {cell: (_by_seed(ones[cell]), _by_seed(others[cell])) for cell in ones if cell in others}
+    seeds_of = {cell: frozenset(one.keys() & other.keys()) for cell, (one, other) in values.items()}
+    if not any(seeds_of.values()):
         return None
-    differences = tuple(statistics.fmean(complete[seed]) for seed in sorted(complete))
-    one, other = (statistics.fmean(d) for d in densities)
+    seeds = max(seeds_of.values(), key=lambda s: len(s) * sum(s <= other for other in seeds_of.values()))
+    cells = [cell for cell, found in seeds_of.items() if seeds <= found]
+    left_out = len(ones.keys() | others.keys()) - len(cells)
+    differences = tuple(
+        statistics.fmean(values[c][0][seed][0] - values[c][1][seed][0] for c in cells) for seed in sorted(seeds)
+    )
+    one, other = (statistics.fmean(values[c][k][seed][1] for c in cells for seed in seeds) for k in (0, 1))
+    where += f", without {left_out} settings that are not complete" if left_out else ""
     return Comparison(*names, where, differences, (one, other))
 
 
-def _last(run: Run) -> Row:
-    return run.rounds[-1]
+def _by_seed(groups: Sequence[Group]) -> dict[int, tuple[float, float]]:
+    """Accuracy and density of the last round, mean over the groups, for each seed that all of them have finished."""
+    rows = [{run.seed: run.rounds[-1] for run in group.runs if run.finished} for group in groups]
+    complete = set.intersection(*(set(r) for r in rows))
+    return {
+        seed: (statistics.fmean(judged(r[seed]) for r in rows), statistics.fmean(r[seed]["density"] for r in rows))
+        for seed in complete
+    }
 
 
 def best_by_validation(collection: Collection) -> tuple[Group, list[Row]] | None:

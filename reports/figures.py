@@ -88,7 +88,8 @@ def accuracy_figures(
         figure, axes = figure_of()
         for group in groups:
             colour, marker = colour_of(colours, picked(group, roles.colour))
-            dash = DASHES[dashes.index(picked(group, roles.dash)) % len(DASHES)]
+            repeats = colours.index(picked(group, roles.colour)) // MANY_SERIES
+            dash = DASHES[(dashes.index(picked(group, roles.dash)) + repeats) % len(DASHES)]
             named = in_words({a: group.settings[a] for a in (*roles.colour, *roles.dash) if a in group.settings})
             _accuracy_line(axes, group, place, named or "test accuracy", colour, marker, dash)
         axes.set(xlabel=label, ylabel="test accuracy %", title=title)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -58,7 +59,9 @@ def _shape(run: Run, state: int) -> str:
     row = run.rounds[state]
     whole = run.args.get("struct") in ("refill", "rsst") or run.args.get("regroup")
     kept = row["kept_per_layer"] if whole else run.rounds[0]["kept_per_layer"]
-    return json.dumps([run.args["arch"], run.args["dataset"], run.args["image_size"], list(kept.values())])
+    file = Path(run.args["arch"].rpartition(":")[0])
+    code = hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""
+    return json.dumps([run.args["arch"], code, run.args["dataset"], run.args["image_size"], list(kept.values())])
 
 
 def _measure(places: dict[str, tuple[Run, int]], arch: str | None) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,8 @@ def _findings(collection: Collection, effects: Sequence[Comparison], dense: Sequ
         which = f"{group.title} is the best by validation accuracy in its last round" if collection.axes else \
             "In its last round the run"  # fmt: skip
         accuracy = f"{spread([judged(r) for r in rows])} % on the test images"
-        size = f"{rows[0]['density']:.1f} % of the prunable weights, {rows[0]['macs'] / 1e6:.1f} M MACs an image"
+        density, macs = (statistics.fmean(r[name] for r in rows) for name in ("density", "macs"))
+        size = f"{density:.1f} % of the prunable weights, {macs / 1e6:.1f} M MACs an image"
         verb = ": it reaches" if collection.axes else " reaches"
         said.append(f"{which}{verb} {accuracy} with {size}.")
         said += [c.sentence for c in dense if c.first == group.title]
@@ -127,18 +129,14 @@ def _render(report: Report, inline: Mapping[str, str]) -> str:
         report=report, collection=collection, titles=TITLES, colours=list(zip(COLOURS, ON_DARK, strict=True)), ink=INK,
         faint=FAINT, counts=_counts(collection), settings=_common_settings(collection.runs),
         environment=environment_of_first, time=begun, command=shlex.join(["python", *collection.command]),
-        commands=[(r.name, shlex.join(["python", *_runners(r)])) for r in collection.runs if r.environment],
+        commands=[(r.name, shlex.join(["python", *r.environment.get("command", [])])) for r in collection.runs
+                  if r.environment],
         cost=_cost(collection),
     )  # fmt: skip
 
 
 def _is_number(cell: Any) -> bool:
     return isinstance(cell, int | float) and not isinstance(cell, bool)
-
-
-def _runners(run: Run) -> list[str]:
-    """The run's command line, by the name of the program that a shell would call."""
-    return ["main_imp_fillback.py", *run.environment["command"][1:]]
 
 
 def _counts(collection: Collection) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -68,5 +69,5 @@ def for_page(svg: str, label: str, name: str) -> str:
         svg = re.sub(rf'(id="|href="#|url\(#){re.escape(old)}(?=["\)])', rf"\g<1>{name}-{old}", svg)
     size = re.search(r'viewBox="[\d.]+ [\d.]+ ([\d.]+) ([\d.]+)"', svg)
     assert size is not None
-    head = f'<svg role="img" aria-label="{label}" viewBox="0 0 {size.group(1)} {size.group(2)}" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'  # noqa: E501
-    return re.sub(r"<svg[^>]*>", head, svg, count=1)
+    head = f'<svg role="img" aria-label="{html.escape(label)}" viewBox="0 0 {size.group(1)} {size.group(2)}" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'  # noqa: E501
+    return head + svg[svg.index(">") + 1 :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import queue
@@ -61,8 +62,11 @@ class Slot:
 
 
 def slots_of(jobs: int, threads: int, cores: list[int], gpus: list[str]) -> list[Slot]:
-    """The machine in so many shares: cores of its own for each while there are enough, and GPUs in turn."""
-    pinned = jobs * threads <= len(cores)
+    """The machine in so many shares: cores of its own for each, and GPUs in turn.
+
+    Cores are shared out where all of them are used; else another sweep would be pinned to the same ones.
+    """
+    pinned = jobs * threads == len(cores)
     return [
         Slot(
             tuple(cores[k * threads : (k + 1) * threads]) if pinned else (),
@@ -105,15 +109,20 @@ class LocalExecutor:
     def _carry_out(self, job: Job) -> Outcome:
         slot = self._free.get()
         try:
-            task = replace(self.places.task(job), cores=slot.cores, gpus=slot.gpus)
-            for attempt in range(self.places.retries + 1):
-                outcome = self._once(task)
-                if self._stopping or not told_to_stop(outcome) or attempt == self.places.retries:
-                    break
-                log.warning("%s: %s; it is begun again", job.name, outcome.reason)
-            return outcome
+            return self._attempts(job, slot)
+        except Exception as error:  # of whatever kind: one job must not end the sweep
+            return Outcome(1, f"{type(error).__name__}: {error}")
         finally:
             self._free.put(slot)
+
+    def _attempts(self, job: Job, slot: Slot) -> Outcome:
+        task = replace(self.places.task(job), cores=slot.cores, gpus=slot.gpus)
+        for _ in range(self.places.retries):
+            outcome = self._once(task)
+            if self._stopping or not told_to_stop(outcome):
+                return outcome
+            log.warning("%s: %s; it is begun again", job.name, outcome.reason)
+        return self._once(task)
 
     def _once(self, task: Task) -> Outcome:
         with self._guard:
@@ -138,6 +147,14 @@ class LocalExecutor:
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+
+def check_executor(args: argparse.Namespace) -> None:
+    """Raises: UsageError, if the executor that is asked for cannot be had."""
+    if args.executor == "ray":
+        if find_spec("ray") is None:
+            raise UsageError("argument --executor: ray needs the package ray (pip install ray)")
+        _check_that_somebody_answers(args.address)
 
 
 def _check_that_somebody_answers(address: str) -> None:
@@ -178,9 +195,6 @@ class RayExecutor:
     """
 
     def __init__(self, places: Places, address: str, gpus_per_job: float) -> None:
-        if find_spec("ray") is None:
-            raise UsageError("argument --executor: ray needs the package ray (pip install ray)")
-        _check_that_somebody_answers(address)
         import ray
 
         self.places, self._ray = places, ray

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UsageError
+from models import runs_a_file
 from options import (
     AFTER_ROUND_0,
     NOT_IDENTITY,
@@ -58,8 +59,9 @@ class Spec:
         return [*products, *map(dict, self.listed)]
 
     def digest(self) -> str:
-        """The same sweep has the same, another one another."""
-        content = [self.flags, [dict(g) for g in self.grids], [dict(s) for s in self.listed]]
+        """The same sweep has the same, another one another; more rounds, or other cores, make no other sweep."""
+        flags = [w for w in _joined(self.flags) if _key(w) not in NOT_IDENTITY - {"data"}]
+        content = [flags, [dict(g) for g in self.grids], [dict(s) for s in self.listed]]
         return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:8]
 
 
@@ -135,9 +137,9 @@ def check_axes(spec: Spec) -> None:
     for key in spec.axes:
         _action(key)
         if key in OURS or (key in NOT_IDENTITY and key != "pruning_times"):
-            raise UsageError(f"argument --grid: {key} cannot differ between runs: it does not change what they compute")
-    for word in spec.flags:
-        if (key := word.removeprefix("--").split("=")[0]) in OURS and word.startswith("--"):
+            raise UsageError(f"argument --grid: {key} cannot differ between runs, which are not named by it")
+    for word in _joined(spec.flags):
+        if (key := _key(word)) in (*OURS, "help"):
             raise UsageError(f"argument --{key}: not in a sweep, which decides it for each of its runs")
 
 
@@ -160,7 +162,13 @@ def plan(spec: Spec, out: Path, share_round_0: bool = True) -> Plan:
         if known is None or known.rounds < job.rounds:
             jobs[job.name] = job
     notes = [f"{doubled} combinations differ in nothing that is read, and are left out"] if doubled else []
-    added = {t.name: t for j in jobs.values() if (t := _ticket_of(j, spec, out)) and t.name not in jobs}
+    added: dict[str, Job] = {}
+    for job in list(jobs.values()):
+        if ticket := _ticket_of(job, out):
+            jobs[job.name] = replace(job, settings={**job.settings, "control": parse_args(job.words).control})
+            known = jobs.get(ticket.name) or added.get(ticket.name)
+            if known is None or known.rounds < ticket.rounds:
+                (jobs if ticket.name in jobs else added)[ticket.name] = ticket
     if added:
         notes.append(f"{len(added)} runs are added, with which controls are compared")
     jobs = added | jobs
@@ -197,14 +205,14 @@ def _unread(args: argparse.Namespace, flags: Iterable[str]) -> set[str]:
 
 def _parsed(flags: Sequence[str], settings: Settings) -> tuple[argparse.Namespace, list[str]]:
     """The arguments of a combination, and a command line for them without flags that nothing reads."""
-    words = [*flags, *words_of(settings)]
+    words = [*(w for w in _joined(flags) if _key(w) not in settings), *words_of(settings)]
     try:
         args = parse_args(words)
     except UsageError as error:
         where = " ".join(f"{k}={v}" for k, v in settings.items())
         raise UsageError(f"{error} (in {where})" if where else str(error)) from error
     for flag in _unread(args, args.explicit):
-        fewer = [w for w in _joined(words) if w.split("=")[0] != f"--{flag}"]
+        fewer = [w for w in words if _key(w) != flag]
         trial = parse_args(fewer)
         ours, theirs = ({k: v for k, v in settings_of(a).items() if k != flag} for a in (args, trial))
         if ours == theirs:
@@ -219,16 +227,23 @@ def _joined(words: Sequence[str]) -> list[str]:
         if word.startswith("--"):
             name, equals, value = word.partition("=")
             joined.append(f"--{name[2:].replace('-', '_')}{equals}{value}")
-        else:
+        elif joined and "=" not in joined[-1]:
             joined[-1] += f"={word}"
+        else:
+            raise UsageError(f"unrecognized arguments: {word}")
     return joined
 
 
-def _ticket_of(job: Job, spec: Spec, out: Path) -> Job | None:
+def _key(word: str) -> str:
+    """The flag of a joined word."""
+    return word.removeprefix("--").split("=")[0]
+
+
+def _ticket_of(job: Job, out: Path) -> Job | None:
     """The run that a control is compared with."""
     if not job.after:
         return None
-    fewer = [w for w in _joined(job.words) if w.split("=")[0] not in ("--control", "--control_of", "--save_dir")]
+    fewer = [w for w in job.words if _key(w) not in ("control", "control_of", "save_dir")]
     ticket = _job(Spec(tuple(fewer)), {}, out)
     return replace(ticket, settings={**job.settings, "control": "none"})
 
@@ -238,7 +253,7 @@ def _dense_jobs(jobs: Sequence[Job], out: Path) -> dict[str, Job]:
     groups: dict[str, list[Job]] = {}
     for job in jobs:
         args = parse_args(job.words)
-        if args.control == "none":
+        if args.control == "none" and not runs_a_file(args.arch):
             alike = [identity_of_round_0(args), args.init, args.pretrained, str(Path(args.data).resolve())]
             key = hashlib.sha256(json.dumps(alike, sort_keys=True).encode()).hexdigest()[:8]
             groups.setdefault(key, []).append(job)
@@ -252,7 +267,7 @@ def _dense_jobs(jobs: Sequence[Job], out: Path) -> dict[str, Job]:
 
 def _dense_job(key: str, member: Job, out: Path) -> Job:
     left_out = AFTER_ROUND_0 | {"save_dir", "preset", "pruning_times", "wandb", "wandb_tags", "tensorboard"}
-    words = [w for w in _joined(member.words) if w.removeprefix("--").split("=")[0] not in left_out]
+    words = [w for w in member.words if _key(w) not in left_out]
     args = parse_args(words)
     name = f"{args.dataset}_round_0_{Path(args.arch).name}_seed{args.seed}_{key}"
     folder = out / "round_0" / name

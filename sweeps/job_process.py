@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from pathlib import Path
 
 from files import lock
@@ -62,38 +62,64 @@ class Outcome:
         return self.status == 0
 
 
+# Whoever starts a process looks after all others too, and two that read the same process's end lose it.
+_GUARD = threading.Lock()
+
+
 class JobProcess:
     """A running task. It ends in good order, its state saved, when this process does, however that ends."""
 
     def __init__(self, task: Task) -> None:
-        _prepare_server(task.threads)
         self._log = Path(task.log)
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        self._begins_at = self._log.stat().st_size if self._log.exists() else 0
-        self._process = _CONTEXT.Process(target=_child, args=(task,))
-        self._process.start()
+        self._log.touch()
+        self._begins_at = self._log.stat().st_size
+        with _GUARD:
+            start_server(task.threads)
+            self._process = _CONTEXT.Process(target=_child, args=(task,))
+            self._process.start()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
 
     def wait(self) -> Outcome:
-        while self._process.is_alive():
-            self._process.join(LISTEN)
+        while not self._ended(LISTEN):
+            pass
         status = self._process.exitcode
         return Outcome(status, "" if status == 0 else _last_words(self._log, self._begins_at, status))
 
+    def _ended(self, seconds: float) -> bool:
+        connection.wait([self._process.sentinel], seconds)
+        with _GUARD:
+            return not self._process.is_alive()
+
     def stop(self) -> None:
         """Ask it to save its state and end; it is killed if it takes too long."""
-        self._process.terminate()
-        self._process.join(PATIENCE)
-        if self._process.is_alive():
-            self._process.kill()
+        with _GUARD:
+            self._process.terminate()
+        until = time.monotonic() + PATIENCE
+        while not self._ended(LISTEN):
+            if time.monotonic() > until:
+                with _GUARD:
+                    self._process.kill()
 
 
-def _prepare_server(threads: int) -> None:
-    """What is read when a library is loaded has to be there before the server starts."""
+def start_server(threads: int) -> None:
+    """Start what jobs are forked from, unless it runs; what libraries read when they are loaded has to be there before.
+
+    A Ctrl-C at the terminal is not for the server, which would die while it imports.
+    """
     places = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(places))
     os.environ |= _environment(threads)
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a server that has touched CUDA cannot be forked
     _CONTEXT.set_forkserver_preload(["experiment"])
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _environment(threads: int) -> dict[str, str]:
@@ -101,6 +127,7 @@ def _environment(threads: int) -> dict[str, str]:
 
 
 def _child(task: Task) -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     os.setsid()  # a Ctrl-C at the terminal is for the sweep, which asks its jobs to stop
     os.environ |= _environment(task.threads)
     if task.gpus is not None:
@@ -111,6 +138,7 @@ def _child(task: Task) -> None:
     os.chdir(task.cwd)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     _wait_for_a_dying_predecessor(Path(task.folder))
+    sys.argv = ["main_imp_fillback.py", *task.words]  # the command that the run notes down
     importlib.import_module("torch").set_num_threads(task.threads)
     sys.exit(importlib.import_module("main_imp_fillback").main(task.words))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import signal
 import time
 from collections.abc import Sequence
@@ -41,12 +42,22 @@ def is_finished(job: Job) -> bool:
         return False
 
 
+def _begin_lost_dense_rounds_anew(jobs: Sequence[Job]) -> None:
+    """A dense round is there for others: without its entry in the store, its finished run is of no use."""
+    for job in jobs:
+        if job.dense and is_finished(job):
+            address = read_result(job.folder).get("round_0_address", "")
+            if not (job.folder.parent / "store" / address / "about.json").is_file():
+                shutil.rmtree(job.folder)
+
+
 def carry_out(jobs: Sequence[Job], args: argparse.Namespace) -> dict[str, Outcome]:
     """Carry out what is not finished, each job when those that it needs are; returns how each of them ended.
 
     Raises:
         Interrupted: By Ctrl-C or SIGTERM, when all running jobs have saved their state.
     """
+    _begin_lost_dense_rounds_anew(jobs)
     outcomes = {job.name: Outcome(0) for job in jobs if is_finished(job)}
     needed = {name for job in jobs if job.name not in outcomes for name in job.after}
     outcomes |= {j.name: Outcome(0) for j in jobs if j.dense and j.name not in needed}
@@ -59,6 +70,9 @@ def carry_out(jobs: Sequence[Job], args: argparse.Namespace) -> dict[str, Outcom
     with StopSignals() as stop:  # after Ray, which takes the signals too
         try:
             _schedule(jobs, outcomes, executor, view, stop)
+        except BaseException:
+            executor.stop()
+            raise
         finally:
             view.close()
             executor.close()

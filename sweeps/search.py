@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +53,60 @@ class Reached:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search has found: a table for the console, and the jobs of its last rung."""
+    """What a search has found.
+
+    Attributes:
+        table: For the console.
+        jobs: Of the settings that got all epochs.
+        failed: How many settings had a run that failed.
+    """
 
     table: str
     jobs: list[Job]
+    failed: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A search whose every run has been checked.
+
+    Attributes:
+        settings: The combinations, without seeds.
+        budgets: Epochs of each rung.
+        jobs: Of each setting (by its number) and budget: one for each seed.
+    """
+
+    settings: list[dict[str, Any]]
+    budgets: list[int]
+    seeds: int
+    jobs: dict[tuple[int, int], list[Job]]
+
+
+def prepared(args: argparse.Namespace, spec: Spec) -> Ready:
+    """Plan every run that the search may come to.
+
+    Raises:
+        UsageError: A combination makes no sense, Optuna is not installed, or the grid leaves nothing to choose.
+    """
+    if find_spec("optuna") is None:
+        raise UsageError("argument --search: needs the package optuna (pip install optuna)")
+    if "epochs" in spec.axes:
+        raise UsageError("argument --search: epochs cannot be in the grid: the search decides them")
+    settings, seeds = without_seeds(spec)
+    if len(settings) < 2:
+        raise UsageError("argument --search: the grid leaves nothing to choose")
+    plan(spec, args.out)  # so that what is wrong is named as in other sweeps
+    full = {parse_args([*spec.flags, *words_of(s)]).epochs for s in settings}
+    budgets = budgets_of(full.pop(), args.rungs)
+    store = f"--dense_store={args.out / 'round_0' / 'store'}"
+    jobs = {}
+    for number, setting in enumerate(settings):
+        for epochs in budgets:
+            settled = {**setting, **scaled([*spec.flags, *words_of(setting)], epochs)}
+            listed = tuple({**settled, "seed": seed} for seed in seeds)
+            found = plan(Spec(spec.flags, (), listed), args.out, share_round_0=False).jobs
+            jobs[number, epochs] = [replace(j, words=(*j.words, store)) for j in found]
+    return Ready(settings, budgets, len(seeds), jobs)
 
 
 @dataclass
@@ -64,43 +114,34 @@ class Search:
     """The state of a search; its trials run in threads.
 
     Attributes:
-        budgets: Epochs of each rung.
-        settings: The combinations, without seeds.
         reached: Number of the setting -> what it reached, rung by rung.
+        failed: Number of the setting -> why.
     """
 
     args: argparse.Namespace
-    spec: Spec
+    ready: Ready
     executor: Executor
     stop: StopSignals
-    budgets: list[int]
-    seeds: list[Any]
-    settings: list[dict[str, Any]]
     reached: dict[int, list[Reached]] = field(default_factory=dict)
-    jobs: dict[int, list[Job]] = field(default_factory=dict)
-
-    def jobs_of(self, number: int, epochs: int) -> list[Job]:
-        """A setting's runs, one for each seed, with so many epochs."""
-        flags = (*self.spec.flags, *scaled(self.spec.flags, epochs))
-        listed = tuple({**self.settings[number], "seed": seed} for seed in self.seeds)
-        store = f"--dense_store={self.args.out / 'round_0' / 'store'}"
-        found = plan(Spec(flags, (), listed), self.args.out, share_round_0=False).jobs
-        return [Job(**{**vars(j), "words": (*j.words, store)}) for j in found]
+    failed: dict[int, str] = field(default_factory=dict)
 
     def objective(self, trial: optuna.Trial) -> float:
         """A trial: rung after rung, until Optuna says that others are better."""
         import optuna
 
-        number = trial.suggest_int("setting", 0, len(self.settings) - 1)
-        for epochs in self.budgets:
-            jobs = self.jobs_of(number, epochs)
-            self._carry_out(jobs)
+        ready, number = self.ready, trial.suggest_int("setting", 0, len(self.ready.settings) - 1)
+        for epochs in ready.budgets:
+            jobs = ready.jobs[number, epochs]
+            try:
+                self._carry_out(jobs)
+            except RunError as error:
+                self.failed[number] = str(error)
+                raise
             found = within(jobs, epochs, self.args.density, self.args.macs)
             self.reached.setdefault(number, []).append(found)
-            self.jobs[number] = jobs
-            log.info("%s: %s", in_words(self.settings[number]), _in_words(found))
+            log.info("%s: %s", in_words(ready.settings[number]), _in_words(found))
             trial.report(found.val, epochs)
-            if math.isnan(found.val) or (epochs != self.budgets[-1] and trial.should_prune()):
+            if math.isnan(found.val) or (epochs != ready.budgets[-1] and trial.should_prune()):
                 raise optuna.TrialPruned
         return found.val
 
@@ -118,36 +159,27 @@ class Search:
                 raise RunError(f"{job.name}: {outcome.reason}")
 
 
-def search(args: argparse.Namespace, spec: Spec) -> Found:
+def search(args: argparse.Namespace, ready: Ready) -> Found:
     """Find the combination with the best validation accuracy among rounds within the limits.
 
     Raises:
-        UsageError: Optuna is not installed, or the grid leaves nothing to choose.
         Interrupted: By Ctrl-C or SIGTERM; the same command goes on from the runs that are finished.
     """
-    if find_spec("optuna") is None:
-        raise UsageError("argument --search: needs the package optuna (pip install optuna)")
     import optuna
 
-    settings, seeds = without_seeds(spec)
-    if len(settings) < 2:
-        raise UsageError("argument --search: the grid leaves nothing to choose")
-    full = parse_args([*spec.flags, *words_of(settings[0])]).epochs
-    budgets = budgets_of(full, args.rungs)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=budgets[0], reduction_factor=FACTOR)
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=ready.budgets[0], reduction_factor=FACTOR)
     study = optuna.create_study(direction="maximize", pruner=pruner, sampler=optuna.samplers.RandomSampler(seed=0))
-    order = list(range(len(settings)))
+    order = list(range(len(ready.settings)))
     random.Random(0).shuffle(order)  # the first ones meet no competition: no corner of the grid should profit
     for number in order:
         study.enqueue_trial({"setting": number})
     executor = executor_for(args)
     with StopSignals() as stop:
-        state = Search(args, spec, executor, stop, budgets, seeds, settings)
-        watcher = threading.Thread(target=_stop_when_told, args=(state, study), daemon=True)
-        watcher.start()
+        state = Search(args, ready, executor, stop)
+        threading.Thread(target=_stop_when_told, args=(state, study), daemon=True).start()
         try:
-            at_once = max(1, (args.jobs or 2) // len(seeds))
+            at_once = max(1, (args.jobs or 2) // ready.seeds)
             study.optimize(state.objective, n_trials=len(order), n_jobs=at_once, catch=(RunError,))
         finally:
             executor.close()
@@ -169,7 +201,8 @@ def without_seeds(spec: Spec) -> tuple[list[dict[str, Any]], list[Any]]:
     """The combinations without their seeds, and the seeds."""
     seeds = list(dict.fromkeys(s["seed"] for s in spec.combinations() if "seed" in s))
     rest = ({k: v for k, v in s.items() if k != "seed"} for s in spec.combinations())
-    return list({in_words(s): s for s in rest}.values()), seeds or [parse_args(spec.flags).seed]
+    settings = list({in_words(s): s for s in rest}.values())
+    return settings, seeds or [parse_args([*spec.flags, *words_of(settings[0])]).seed]
 
 
 def budgets_of(epochs: int, rungs: int) -> list[int]:
@@ -177,14 +210,14 @@ def budgets_of(epochs: int, rungs: int) -> list[int]:
     return sorted({max(1, round(epochs / FACTOR**k)) for k in range(rungs)})
 
 
-def scaled(flags: Sequence[str], epochs: int) -> list[str]:
-    """Flags that make a run of so many epochs a small picture of the whole one."""
-    args = parse_args(flags)
+def scaled(words: Sequence[str], epochs: int) -> dict[str, Any]:
+    """Settings that make a run of so many epochs a small picture of the whole one."""
+    args = parse_args(words)
     share = epochs / args.epochs
-    milestones = ",".join(str(round(share * m)) for m in args.decreasing_lr)
-    words = [f"--epochs={epochs}", f"--warmup={round(share * args.warmup)}", f"--decreasing_lr={milestones}"]
+    found = {"epochs": epochs, "warmup": round(share * args.warmup),
+             "decreasing_lr": [round(share * m) for m in args.decreasing_lr]}  # fmt: skip
     rewinds = args.prune_type == "rewind_lt"
-    return [*words, f"--rewind_epoch={int(share * args.rewind_epoch)}"] if rewinds else words
+    return found | ({"rewind_epoch": int(share * args.rewind_epoch)} if rewinds else {})
 
 
 def within(jobs: Sequence[Job], epochs: int, density: float | None, macs: float | None) -> Reached:
@@ -208,29 +241,31 @@ def _in_words(found: Reached) -> str:
 
 
 def _conclude(state: Search) -> Found:
-    best_first = sorted(state.reached, key=lambda k: (state.reached[k][-1].epochs, _score(state.reached[k][-1])),
-                        reverse=True)  # fmt: skip
+    ready, reached = state.ready, {k: r for k, r in state.reached.items() if k not in state.failed}
+    best_first = sorted(reached, key=lambda k: (reached[k][-1].epochs, _score(reached[k][-1])), reverse=True)
     head = ["setting", "epochs", "round", "density %", "MACs (M)", "val %", "test %"]
     rows: list[list[Any]] = []
     for k in best_first:
-        last = state.reached[k][-1]
-        rows.append([in_words(state.settings[k]), last.epochs, last.round if last.round >= 0 else "–", last.density,
+        last = reached[k][-1]
+        rows.append([in_words(ready.settings[k]), last.epochs, last.round if last.round >= 0 else "–", last.density,
                      last.macs, last.val, last.test])  # fmt: skip
     table = Table("search", "What each setting reached with the most epochs that it was given", head, rows)
     write_atomically(table.csv(), state.args.out / "search.csv")
     text = [text_table(head, [[shown(c) for c in row] for row in rows])]
-    failed = [in_words(state.settings[k]) for k in range(len(state.settings)) if k not in state.reached]
-    text += [f"failed: {name} (see {state.args.out / 'logs'})" for name in failed]
-    finalists = [k for k in best_first if state.reached[k][-1].epochs == state.budgets[-1]]
-    winner = next((k for k in finalists if not math.isnan(state.reached[k][-1].val)), None)
-    if winner is None:
-        raise UsageError("argument --search: no setting has a round within the limits; allow more, or prune further "
-                         "by --rate and --pruning_times")  # fmt: skip
-    last, seeds = state.reached[winner][-1], len(state.seeds)
-    basis = f"{seeds} seed{'s' * (seeds > 1)}, {last.density:.1f} % density, {last.macs:.1f} M MACs"
-    text.append(f"best: {in_words(state.settings[winner])} with {last.test:.2f} % on the test images in round "
-                f"{last.round} ({basis})")  # fmt: skip
-    return Found("\n".join(text), [job for k in finalists for job in state.jobs[k]])
+    text += [f"failed: {in_words(ready.settings[k])}: {reason}" for k, reason in state.failed.items()]
+    finalists = [k for k in best_first if reached[k][-1].epochs == ready.budgets[-1]]
+    winner = next((k for k in finalists if not math.isnan(reached[k][-1].val)), None)
+    if winner is not None:
+        last = reached[winner][-1]
+        basis = f"{ready.seeds} seed{'s' * (ready.seeds > 1)}, {last.density:.1f} % density, {last.macs:.1f} M MACs"
+        text.append(f"best: {in_words(ready.settings[winner])} with {last.test:.2f} % on the test images in round "
+                    f"{last.round} ({basis})")  # fmt: skip
+    elif reached:
+        text.append(
+            "no setting has a round within the limits; allow more, or prune further by --rate and --pruning_times"
+        )
+    jobs = [job for k in finalists for job in ready.jobs[k, ready.budgets[-1]]]
+    return Found("\n".join(text), jobs, len(state.failed))
 
 
 def _score(found: Reached) -> float:

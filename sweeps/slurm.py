@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ SCRIPT = """#!/usr/bin/env bash
 #SBATCH --job-name={name}
 #SBATCH --array=1-{count}{at_once}
 #SBATCH --cpus-per-task={threads}
-#SBATCH --output={logs}/%x-%A_%a.log
+#SBATCH --output={output}
 {options}# Line number SLURM_ARRAY_TASK_ID of the list is this task's job; the same job again continues or does nothing.
 set -euo pipefail
 export OMP_NUM_THREADS={threads} MKL_NUM_THREADS={threads}
@@ -43,16 +45,19 @@ def write_scripts(
         options: Further options of sbatch.
     """
     folder, program = out / "slurm", ROOT / "main_imp_fillback.py"
+    plain = re.sub(r"[^A-Za-z0-9_.-]", "-", name)
     folder.mkdir(parents=True, exist_ok=True)
     lines, waits = ["#!/usr/bin/env bash", "set -euo pipefail"], ""
     for k, stage in enumerate(stages_of(jobs)):
-        script, commands = folder / f"stage_{k}.sbatch", folder / f"stage_{k}.jobs"
-        words = ([sys.executable, str(program), *job.words] for job in stage)
-        write_atomically("".join(f"{shlex.join(w)}\n" for w in words), commands)
+        script = folder / f"stage_{k}.sbatch"
+        lines_of_stage = "".join(f"{shlex.join([sys.executable, str(program), *job.words])}\n" for job in stage)
+        # Tasks that are still queued read their line when they begin: another sweep here must have another list.
+        commands = folder / f"stage_{k}.{hashlib.sha256(lines_of_stage.encode()).hexdigest()[:8]}.jobs"
+        write_atomically(lines_of_stage, commands)
         text = SCRIPT.format(
-            name=f"{name}_{k}", count=len(stage), at_once=f"%{at_once}" if at_once else "", threads=threads,
-            options="".join(f"#SBATCH {o}\n" for o in options), cwd=shlex.quote(str(Path.cwd())),
-            jobs=shlex.quote(str(commands)), logs=out / "logs",
+            name=f"{plain}_{k}", count=len(stage), at_once=f"%{at_once}" if at_once else "", threads=threads,
+            options="".join(f"#SBATCH {shlex.quote(o)}\n" for o in options), cwd=shlex.quote(str(Path.cwd())),
+            jobs=shlex.quote(str(commands)), output=shlex.quote(str(out / "logs" / "%x-%A_%a.log")),
         )  # fmt: skip
         write_atomically(text, script)
         # "any": a job whose round 0 or ticket failed says so by itself, and must not hold up the others.

@@ -49,7 +49,8 @@ def write_run(folder, struct, criteria, seed, rounds=3):
     args = {"struct": struct, "criteria": criteria, "seed": seed, "pruning_times": 3, "arch": "vit_tiny", "epochs": 2,
             "dataset": "digits", "image_size": 8, "save_dir": str(folder)}  # fmt: skip
     (folder / "args.yaml").write_text(yaml.safe_dump(args))
-    environment = {"time": "2026-01-01T10:00:00", "command": ["sweep.py", "--seed", "0"], "packages": {"torch": "2.9"}}
+    command = ["main_imp_fillback.py", f"--struct={struct}", f"--criteria={criteria}", f"--seed={seed}"]
+    environment = {"time": "2026-01-01T10:00:00", "command": command, "packages": {"torch": "2.9"}}
     (folder / "env.json").write_text(json.dumps(environment))
     rows = [round_row(struct, criteria, seed, state) for state in range(rounds)]
     epochs = [epoch_row(struct, s, e, accuracy(struct, criteria, seed, s)) for s in range(rounds) for e in range(2)]

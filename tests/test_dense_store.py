@@ -55,7 +55,7 @@ def test_flags_that_round_0_is_said_not_to_read_do_not_change_it(flag, tmp_path)
 @pytest.mark.parametrize(
     "change",
     [{"seed": 1}, {"lr": 0.04}, {"epochs": 2}, {"batch_size": 128}, {"optimizer": "adamw"}, {"arch": "res56s"},
-     {"prune_type": "rewind_lt", "rewind_epoch": 0}, {"image_size": 16}, {"label_smoothing": 0.1}, {"deterministic": True}],
+     {"prune_type": "rewind_lt", "rewind_epoch": 0}, {"image_size": 16}, {"label_smoothing": 0.1}],
 )  # fmt: skip
 def test_flags_that_round_0_reads_have_another_address(change):
     assert identity_of_round_0(parse_args(tiny("x"))) != identity_of_round_0(parse_args(tiny("x", **change)))
@@ -132,15 +132,51 @@ def test_another_number_of_threads_has_another_address(tmp_path):
     assert not result(tmp_path / "two")["round_0_is_shared"]
 
 
-def test_a_damaged_entry_is_not_taken(tmp_path, capsys):
+@pytest.mark.parametrize("file", ["0checkpoint.pth.tar", "0model_SA_best.pth.tar"])
+def test_a_damaged_entry_is_not_taken_and_is_replaced(file, tmp_path, capsys):
     store = tmp_path / "store"
     assert run(*tiny(tmp_path / "one", pruning_times=1, dense_store=store)) == 0
     (entry,) = store.iterdir()
-    (entry / "0checkpoint.pth.tar").write_bytes(b"junk")
+    (entry / file).write_bytes(b"junk")
     assert run(*tiny(tmp_path / "two", dense_store=store)) == 0
     assert "round 0 is trained here" in capsys.readouterr().err
     assert not result(tmp_path / "two")["round_0_is_shared"]
-    assert equal(dense(tmp_path / "one").init_weight, dense(tmp_path / "two").init_weight)
+    assert equal(dense(tmp_path / "one").state_dict, RunFolder.load(entry / "0checkpoint.pth.tar").state_dict)
+    assert run(*tiny(tmp_path / "three", dense_store=store)) == 0
+    assert result(tmp_path / "three")["round_0_is_shared"]
+    assert [p.name for p in store.iterdir()] == [entry.name], "no draft is left"
+
+
+def test_what_was_partly_computed_otherwise_is_not_left(tmp_path, monkeypatch):
+    """One epoch by one thread, one by two, one by one again: the address would be right, the bits are not."""
+    store, threads = tmp_path / "store", iter([1, 2, 1, 1])
+
+    def command(turn):
+        torch.set_num_threads(next(threads))
+        return tiny(tmp_path / "run", epochs=3, pruning_times=1, dense_store=store)
+
+    try:
+        assert stopped_again_and_again(monkeypatch, 5, command) == 2
+    finally:
+        torch.set_num_threads(1)
+    assert not store.exists()
+
+
+def test_a_network_from_a_users_file_is_always_trained(tmp_path):
+    (tmp_path / "net.py").write_text("from torch import nn\n\n\ndef net(num_classes):\n    return nn.Sequential(nn.Conv2d(3, 8, 3), "
+                                     "nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))\n")  # fmt: skip
+    settings = {"arch": f"{tmp_path / 'net.py'}:net", "pruning_times": 1, "dense_store": tmp_path / "store"}
+    assert run(*tiny(tmp_path / "one", **settings)) == 0
+    assert not (tmp_path / "store").exists()
+
+
+def test_what_others_took_is_not_touched_by_what_they_do(tmp_path):
+    store = tmp_path / "store"
+    assert run(*tiny(tmp_path / "one", pruning_times=1, dense_store=store)) == 0
+    (entry,) = store.iterdir()
+    before = (entry / "0model_SA_best.pth.tar").read_bytes()
+    (tmp_path / "one" / "0model_SA_best.pth.tar").open("r+b").write(b"junk")
+    assert (entry / "0model_SA_best.pth.tar").read_bytes() == before
 
 
 def test_a_diverged_round_0_is_not_left(tmp_path):

@@ -20,6 +20,7 @@ from scipy import stats
 from test_experiment import run
 
 import report
+from files import lock
 from reports import latency, style
 from reports.collection import collect
 from reports.comparisons import (
@@ -99,7 +100,10 @@ def test_plain_sentences(comparison, said):
 def test_differences_without_spread_are_no_proof():
     same, always = adjusted([made_up(0.0, 0.0, 0.0), made_up(1.0, 1.0, 1.0)])
     assert same.p == 1 and not same.is_seen
-    assert math.isnan(always.p) and not always.is_seen and "the same in every seed" in always.sentence
+    assert math.isnan(always.p) and not always.is_seen
+    assert always.sentence.startswith(
+        "one and other differ by +1.00 points in each of 3 seeds, which leaves nothing to test"
+    )
 
 
 def test_effects_are_paired_over_seeds_and_averaged_over_the_rest(tmp_path):
@@ -123,6 +127,59 @@ def test_a_seed_that_one_side_lacks_is_in_no_pair(tmp_path):
     by_cell = {c.where: c.seeds for c in cell_by_cell(collection, "struct")}
     assert by_cell == {"criteria=l1": 2, "criteria=remain": 3}
     assert {c.seeds for c in main_effects(collection)} == {2}
+
+
+def test_a_setting_that_lacks_most_seeds_is_left_out_of_means(tmp_path):
+    collection = collect(write_sweep(tmp_path / "s", broken=[("refill", "l1", 1), ("refill", "l1", 2)]))
+    found = main_effects(collection)[0]
+    assert (
+        found.seeds == 3 and found.where == "last round, mean over criteria, without 1 settings that are not complete"
+    )
+    wanted = [accuracy("rsst", "remain", s, 2) - accuracy("refill", "remain", s, 2) for s in SEEDS]
+    assert found.differences == pytest.approx(wanted)
+
+
+def test_a_flag_that_one_side_does_not_read_is_averaged(tmp_path):
+    """RSST with two schedules against Refill, which has none."""
+    path = write_sweep(tmp_path / "s")
+    record = json.loads((path / "sweep.json").read_text())
+    record["axes"] = ["struct", "RST_schedule", "seed"]
+    for each in record["jobs"]:
+        criterion = each["settings"].pop("criteria")
+        if each["settings"]["struct"] == "rsst":
+            each["settings"]["RST_schedule"] = {"l1": "x", "remain": "x^2"}[criterion]
+    record["jobs"] = [j for j in record["jobs"] if j["name"].startswith("rsst") or "l1" in j["name"]]
+    (path / "sweep.json").write_text(json.dumps(record))
+    found = {(c.first, c.second): c for c in main_effects(collect(path))}
+    wanted = [statistics.fmean(accuracy("rsst", c, s, 2) for c in ("l1", "remain")) - accuracy("refill", "l1", s, 2)
+              for s in SEEDS]  # fmt: skip
+    assert found["struct=rsst", "struct=refill"].differences == pytest.approx(wanted)
+    assert ("RST_schedule=x", "RST_schedule=x^2") in found
+
+
+def test_settings_that_follow_others_are_no_axes(tmp_path):
+    for k, rate in enumerate((0.2, 0.3)):
+        folder = tmp_path / str(k)
+        args = {**write_run(folder, "rsst", "l1", 0), "rate": rate, "mlp_prune_ratio": rate}
+        (folder / "args.yaml").write_text(json.dumps(args))
+        (folder / "env.json").write_text(json.dumps({"command": ["main_imp_fillback.py", f"--rate={rate}"]}))
+    assert collect(tmp_path).axes == ["rate"]
+
+
+def test_a_run_that_is_at_work_is_said_to_be(tmp_path):
+    write_run(tmp_path / "run", "rsst", "l1", 0, rounds=1)
+    (before,) = collect(tmp_path / "run").runs
+    held = lock(tmp_path / "run" / "lock")
+    (during,) = collect(tmp_path / "run").runs
+    held.close()
+    assert before.reason.startswith("broken off") and during.reason == "running"
+
+
+def test_labels_of_figures_may_hold_anything():
+    from matplotlib.figure import Figure
+
+    svg = style.for_page(style.as_svg(Figure()), 'a "b" <c> \\d', "x")
+    assert ET.fromstring(svg).get("aria-label") == 'a "b" <c> \\d'
 
 
 def test_what_is_chosen_is_chosen_by_validation(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,13 @@ from typing import ClassVar
 import pytest
 import yaml
 from conftest import ROOT, TINY, flags, tiny
+from nothing import nothing
 from test_experiment import assert_same_runs, run
 
 import sweep
 from errors import DataError, UsageError
 from options import default_run_folder, identity_of_round_0, parse_args
-from sweeps import executors, schedule
+from sweeps import executors, job_process, schedule
 from sweeps.executors import LocalExecutor, Places, Slot, slots_of
 from sweeps.grid import Job, Spec, plan, words_of
 from sweeps.job_process import JobProcess, Outcome, Task
@@ -101,6 +103,34 @@ def test_controls_wait_for_their_tickets_which_are_added():
     assert len(jobs) == 2 and not notes
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_ticket_has_the_rounds_of_its_longest_control(order):
+    listed = ({"control": "reinit", "pruning_times": 4}, {"control": "permute", "pruning_times": 2})[::order]
+    for extra in ((), ({"pruning_times": 3},)):
+        jobs = plan(Spec(BASE, (), (*listed, *extra)), ROOT / "nowhere").jobs
+        (ticket,) = (j for j in jobs if parse_args(j.words).control == "none")
+        assert ticket.rounds == parse_args(ticket.words).pruning_times == 4
+
+
+def test_a_control_that_all_runs_share_is_told_from_its_ticket():
+    jobs, _, _ = runs_of({"seed": [0, 1]}, "--control=reinit")
+    assert [j.settings["control"] for j in jobs] == ["none", "none", "reinit", "reinit"]
+
+
+def test_the_grid_can_turn_off_what_the_command_line_turns_on():
+    jobs, _, _ = runs_of({"regroup": [True, False], "struct": ["imp"]}, "--regroup")
+    assert [parse_args(j.words).regroup for j in jobs] == [True, False]
+    jobs, _, _ = runs_of({"lr": [0.1, 0.2]}, "--lr", "0.3")
+    assert [parse_args(j.words).lr for j in jobs] == [0.1, 0.2]
+
+
+def test_more_rounds_are_the_same_sweep():
+    digests = {Spec((*BASE, *more), ({"seed": [0]},)).digest() for more in
+               ((), ("--pruning_times", "9"), ("--pruning-times=7", "--workers=2"))}  # fmt: skip
+    assert len(digests) == 1
+    assert Spec((*BASE, "--lr=1"), ({"seed": [0]},)).digest() not in digests
+
+
 def test_stages_come_after_what_they_need():
     jobs = plan(Spec(BASE, ({"struct": ["rsst", "refill"], "control": ["none", "reinit"]},)), ROOT / "nowhere").jobs
     stages = stages_of(jobs)
@@ -134,19 +164,28 @@ def test_settings_become_words():
     (["--grid", "seed=0", "--density", "50"], "only read by --search"),
     (["--grid", "seed=0,1", "--executor", "slurm", "--search", "--macs", "1"], "not with --executor slurm"),
     (["--grid", "seed=0", "--jobs", "0"], "at least 1"),
+    (["--grid", "seed=0", "stray"], "seed=0"), (["--grid", "data=a,b"], "data cannot differ"),
+    (["--grid", "seed=0", "--slurm_options", "--comment 'x"], "No closing quotation"),
+    (["--grid", "seed=0", "--executor", "ray", "--address", "127.0.0.1:1"], "no Ray cluster"),
+    (["--grid", "seed=0", "--executor", "ray", "--gpus_per_run", "-1"], "at least 0"),
+    (["--grid", "epochs=2,3", "--search", "--macs", "1"], "epochs cannot be in the grid"),
+    (["--grid", "rate=0.3,2", "--search", "--macs", "1"], "(in rate=2)"),
+    (["--grid", "rate=0.3,0.4", "--search", "--macs", "1", "--epochs", "0"], "at least 1"),
 ])  # fmt: skip
 def test_usage_errors_are_one_line_and_leave_nothing(words, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert sweep.main([*words, *BASE]) == 2
+    assert sweep.main([*words[:2], *BASE, *words[2:]] if "stray" not in words else [*words, *BASE]) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
-    assert [p for p in tmp_path.rglob("*") if p.is_file() and p.name not in ("lock", "sweep.log")] == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("content, said", [
     ("[1, 2]", "holds no mapping"), ("grids: {seed: [0]}", "grids: not one of"), ("grid: {seed: 0}", "seed needs a list"),
     ("grid: 3", "grid a mapping"), ("flags: [a]", "flags is a mapping"), ("list: {seed: 0}", "list a list"),
     ("grid: {seed: [{a: 1}]}", "is not a value"), ("grid: {seed: []}", "seed needs a list"),
+    ("grid: {on: [1, 2]}", "True is no flag's name"), ("flags: {1: 2}\ngrid: {seed: [0]}", "1 is no flag's name"),
+    ("flags: {help: true}\ngrid: {seed: [0]}", "--help: not in a sweep"),
 ])  # fmt: skip
 def test_a_file_that_is_no_sweep_is_named(content, said, tmp_path, capsys):
     (tmp_path / "sweep.yaml").write_text(content)
@@ -191,10 +230,10 @@ def sweep_words(out, *grid, **settings):
     return ["--out", str(out), "--jobs", "2", "--grid", *grid, *flags(**{**own, **settings})]
 
 
-def start_sweep(words, **environment):
-    env = {**os.environ, "OMP_WAIT_POLICY": "passive", **environment}
+def start_sweep(words, own_group=False):
+    env = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     return subprocess.Popen([sys.executable, str(ROOT / "sweep.py"), *words], cwd=ROOT, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=own_group)  # fmt: skip
 
 
 def wait_for(condition, seconds=120):
@@ -315,10 +354,46 @@ def test_jobs_wait_for_what_they_need_and_do_not_begin_if_it_failed():
     assert outcomes["control"].reason == "not begun, since a failed"
 
 
+def test_jobs_that_end_together_are_not_taken_for_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(job_process, "_child", nothing)
+    executor = LocalExecutor(Places(tmp_path), [Slot()] * 4)
+    outcomes = [executor.submit(job(str(k))) for k in range(200)]
+    assert {future.result().status for future in outcomes} == {0}
+    executor.close()
+
+
+def test_an_error_of_our_own_ends_one_job_not_the_sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr(executors, "JobProcess", lambda task: 1 / 0)
+    executor = LocalExecutor(Places(tmp_path), [Slot()])
+    assert executor.submit(job()).result() == Outcome(1, "ZeroDivisionError: division by zero")
+    executor.close()
+
+
+@pytest.mark.parametrize("seconds", [0.7, 1.5, 3.0, 5.0])
+def test_ctrl_c_at_once_ends_well(seconds, tmp_path):
+    process = start_sweep(sweep_words(tmp_path / "sweep", "seed=0,1", epochs=200), own_group=True)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+
+
+def test_a_lost_dense_round_is_trained_again(tmp_path):
+    out = tmp_path / "sweep"
+    assert start_sweep(sweep_words(out, "struct=rsst,refill")).wait(200) == 0
+    shutil.rmtree(out / "round_0" / "store")
+    process = start_sweep(sweep_words(out, "struct=rsst,refill", "rate=0.4,0.3"))
+    stdout, stderr = process.communicate(timeout=200)
+    assert process.returncode == 0, stderr
+    assert "round 0 was trained 1 time instead of 4" in stdout
+
+
 def test_cores_are_shared_out_and_gpus_in_turn(monkeypatch):
-    slots = slots_of(3, 2, [0, 1, 2, 3, 4, 5, 6], ["0", "1"])
-    assert [s.cores for s in slots] == [(0, 1), (2, 3), (4, 5)] and [s.gpus for s in slots] == ["0", "1", "0"]
+    slots = slots_of(3, 2, [0, 1, 2, 4, 5, 6], ["0", "1"])
+    assert [s.cores for s in slots] == [(0, 1), (2, 4), (5, 6)] and [s.gpus for s in slots] == ["0", "1", "0"]
     assert [s.cores for s in slots_of(3, 2, [0, 1], [])] == [(), (), ()]
+    assert [s.cores for s in slots_of(2, 1, [0, 1, 2], [])] == [(), ()], "or another sweep would take the same two"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-7a, 3")
     assert executors.gpus_here() == ["GPU-7a", "3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
@@ -332,7 +407,7 @@ def test_a_job_is_pinned_and_stopped_with_its_state_saved(tmp_path):
     wait_for(
         lambda: (tmp_path / "run" / "metrics.jsonl").exists() and (tmp_path / "run" / "metrics.jsonl").stat().st_size
     )
-    assert os.sched_getaffinity(process._process.pid) == {core}
+    assert os.sched_getaffinity(process.pid) == {core}
     process.stop()
     outcome = process.wait()
     assert outcome.status == 143 and "the same command continues" in outcome.reason
@@ -371,12 +446,15 @@ echo "$$;cluster"
 def test_slurms_scripts_do_what_the_sweep_would(tmp_path, monkeypatch):
     out = tmp_path / "a sweep"
     words = sweep_words(out, "struct=rsst,refill", "control=none,reinit")
-    process = start_sweep([*words, "--executor", "slurm", "--slurm_options=--partition=gpu --time=60"])
+    process = start_sweep(
+        [*words, "--executor", "slurm", "--slurm-options", "--partition=gpu --mem-per-cpu=2G --comment='a b'"]
+    )
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
     assert not list(out.glob("runs/*"))
     text = (out / "slurm" / "stage_1.sbatch").read_text()
-    assert "#SBATCH --array=1-2%2" in text and "#SBATCH --partition=gpu\n" in text
+    assert "#SBATCH --array=1-2%2" in text and "#SBATCH --partition=gpu\n#SBATCH --mem-per-cpu=2G\n" in text
+    assert "#SBATCH '--comment=a b'\n" in text and "#SBATCH --job-name=a-sweep_1\n" in text
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "sbatch").write_text(SBATCH)
     (tmp_path / "bin" / "sbatch").chmod(0o755)
@@ -446,8 +524,8 @@ def test_scaled_runs_keep_the_shape_of_their_schedule():
     from sweeps.search import budgets_of, scaled
 
     assert budgets_of(27, 3) == [3, 9, 27] and budgets_of(2, 3) == [1, 2] and budgets_of(10, 1) == [10]
-    flags_of = ("--epochs=120", "--prune_type=rewind_lt", "--rewind_epoch=24")
-    assert scaled(flags_of, 40) == ["--epochs=40", "--warmup=7", "--decreasing_lr=30,45", "--rewind_epoch=8"]
+    words = ["--epochs=120", "--prune_type=rewind_lt", "--rewind_epoch=24"]
+    assert scaled(words, 40) == {"epochs": 40, "warmup": 7, "decreasing_lr": [30, 45], "rewind_epoch": 8}
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
