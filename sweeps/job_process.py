@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 
 from files import lock
@@ -115,6 +115,7 @@ def start_server(threads: int) -> None:
     os.environ |= _environment(threads)
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a server that has touched CUDA cannot be forked
     _CONTEXT.set_forkserver_preload(["experiment"])
+    resource_tracker.ensure_running()  # it lets the signal through again when it starts
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         forkserver.ensure_running()
