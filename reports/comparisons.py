@@ -85,7 +85,7 @@ def _signed(value: float) -> str:
 
 
 def _p(value: float) -> str:
-    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+    return "adjusted p < 0.001" if value < 0.001 else f"adjusted p = {value:.2g}"
 
 
 def with_test(comparison: Comparison) -> Comparison:

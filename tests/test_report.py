@@ -83,11 +83,11 @@ def test_holms_method_by_hand(monkeypatch):
 
 @pytest.mark.parametrize("comparison, said", [
     (made_up(1.0, 2.0, 3.0, adjusted=0.01),
-     "one is better than other with 3 seeds: by +2.00 points (95 % interval +0.00 to +4.00, p = 0.01); last round."),
+     "one is better than other with 3 seeds: by +2.00 points (95 % interval +0.00 to +4.00, adjusted p = 0.01); last round."),
     (made_up(-1.0, -2.0, -3.0, adjusted=0.0001),
-     "other is better than one with 3 seeds: by +2.00 points (95 % interval +0.00 to +4.00, p < 0.001); last round."),
+     "other is better than one with 3 seeds: by +2.00 points (95 % interval +0.00 to +4.00, adjusted p < 0.001); last round."),
     (made_up(1.0, -1.0, 3.0, adjusted=0.4),
-     "No difference can be seen between one and other with 3 seeds: +1.00 points (95 % interval −2.00 to +4.00, p = 0.4); "
+     "No difference can be seen between one and other with 3 seeds: +1.00 points (95 % interval −2.00 to +4.00, adjusted p = 0.4); "
      "last round."),
     (made_up(1.5), "One seed says nothing about the difference between one and other: +1.50 points; last round."),
     (made_up(1.5, densities=(50.0, 30.0)), "One seed says nothing about the difference between one and other: +1.50 points; "
