@@ -238,7 +238,7 @@ def _squeeze_figure(collection: Collection, squeezing: Sequence[Group]) -> Drawn
         )
     axes.set_xlim(0.5, max(group.rounds for group in squeezing) - 0.5)
     axes.axhline(SQUEEZE_GOAL, color=INK, linewidth=0.8, linestyle=":")
-    floor = max(1e-4, 10 ** math.floor(math.log10(smallest)))
+    floor = min(0.01, max(1e-4, 10 ** math.floor(math.log10(smallest))))
     axes.set_yscale("symlog", linthresh=floor)
     ticks = [0.0, *(t for t in (1e-4, 1e-3, 0.01, 0.05, 0.2, 1.0) if t >= floor)]
     axes.set_yticks(ticks, [f"{t:g}" for t in ticks])

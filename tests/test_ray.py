@@ -29,9 +29,9 @@ def on(cluster, words):
 def test_a_node_that_is_killed_in_the_middle_changes_no_number(cluster, tmp_path):
     out = tmp_path / "sweep"
     node = cluster.add_node(num_cpus=1)
-    process = start_sweep(on(cluster, sweep_words(out, "struct=rsst,refill", "seed=0,1", epochs=6)))
+    process = start_sweep(on(cluster, sweep_words(out, "struct=rsst,refill", "seed=0,1", epochs=4)))
     # Two runs side by side, one of them on the node.
-    wait_for(lambda: sum(1 for p in out.glob("runs/*/metrics.jsonl") if len(p.read_text().splitlines()) > 6) >= 2, 240)
+    wait_for(lambda: sum(1 for p in out.glob("runs/*/metrics.jsonl") if len(p.read_text().splitlines()) > 4) >= 2, 240)
     cluster.remove_node(node, allow_graceful=False)
     assert len(list(out.glob("runs/*/result.json"))) < 3
     stdout, stderr = process.communicate(timeout=400)
