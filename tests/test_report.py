@@ -22,7 +22,7 @@ from test_experiment import run
 import report
 from files import lock
 from reports import latency, style
-from reports.collection import collect
+from reports.collection import collect, weak_penalties
 from reports.comparisons import (
     Comparison,
     adjusted,
@@ -201,6 +201,15 @@ def test_hardened_accuracy_is_what_counts(tmp_path):
     values = [accuracy("rsst", "l1", s, 2) for s in SEEDS]
     assert row[table.head.index("test %")] == spread(values)
     assert row[table.head.index("test % soft")] == spread([v + 0.5 for v in values])
+
+
+def test_weak_penalties_are_said(tmp_path):
+    path = write_sweep(tmp_path / "s")
+    assert weak_penalties(collect(path)) == []
+    file = path / "runs" / "rsst_l1_0" / "summary.csv"
+    file.write_text(file.read_text().replace(",0.02,", ",0.2,"))
+    (said,) = weak_penalties(collect(path))
+    assert said.startswith("In 1 of 6 RSST runs the penalty was weak: more than 5 %")
 
 
 def test_failed_runs_are_in_the_table_of_runs(tmp_path):

@@ -387,6 +387,9 @@ def test_a_lost_dense_round_is_trained_again(tmp_path):
     stdout, stderr = process.communicate(timeout=200)
     assert process.returncode == 0, stderr
     assert "round 0 was trained 1 time instead of 4" in stdout
+    for each in json.loads((out / "sweep.json").read_text())["jobs"]:
+        noted = json.loads((out / each["folder"] / "env.json").read_text())["command"]
+        assert noted[0] == "main_imp_fillback.py" and noted[1:3] == each["words"][:2], "a run notes its own command"
 
 
 def test_cores_are_shared_out_and_gpus_in_turn(monkeypatch):
