@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import ROOT, tiny
 from test_experiment import assert_same_runs, equal, run, stopped_again_and_again
 
 import training
@@ -156,16 +156,18 @@ def test_what_was_partly_computed_otherwise_is_not_left(tmp_path, monkeypatch):
         return tiny(tmp_path / "run", epochs=3, pruning_times=1, dense_store=store)
 
     try:
-        assert stopped_again_and_again(monkeypatch, 5, command) == 2
+        assert stopped_again_and_again(monkeypatch, 5, command) == 3
     finally:
         torch.set_num_threads(1)
     assert not store.exists()
 
 
 def test_a_network_from_a_users_file_is_always_trained(tmp_path):
-    (tmp_path / "net.py").write_text("from torch import nn\n\n\ndef net(num_classes):\n    return nn.Sequential(nn.Conv2d(3, 8, 3), "
-                                     "nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))\n")  # fmt: skip
-    settings = {"arch": f"{tmp_path / 'net.py'}:net", "pruning_times": 1, "dense_store": tmp_path / "store"}
+    settings = {
+        "arch": f"{ROOT / 'examples' / 'my_model.py'}:net",
+        "pruning_times": 1,
+        "dense_store": tmp_path / "store",
+    }
     assert run(*tiny(tmp_path / "one", **settings)) == 0
     assert not (tmp_path / "store").exists()
 
