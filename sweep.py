@@ -22,7 +22,6 @@ from console import exit_status, log_to_file, start_logging
 from errors import DataError, RunError, StorageError, UsageError
 from files import lock, write_atomically
 from options import NONNEGATIVE, OneLineParser, count, truth
-from run_files import read_result
 from sweeps.executors import check_executor
 from sweeps.grid import Job, Plan, Spec, plan, words_of
 from sweeps.job_process import Outcome
@@ -280,7 +279,7 @@ def conclude(jobs: Sequence[Job], outcomes: Mapping[str, Outcome], out: Path) ->
     summarise: Callable[[Path], str] = importlib.import_module("reports.sweep_tables").printed_summary
     ends = {name: {"status": o.status, "reason": o.reason} for name, o in outcomes.items()}
     write_atomically(json.dumps(ends, indent=1) + "\n", out / "outcomes.json")
-    text = [summarise(out), *time_saved(jobs)]
+    text = [summarise(out)]
     if offline := sorted(out.glob("runs/*/wandb/offline-run-*")):
         text.append(f"{len(offline)} WandB runs are offline; to send them: "
                     f"wandb sync {_shorter(out)}/runs/*/wandb/offline-run-*")  # fmt: skip
@@ -298,20 +297,6 @@ def conclude(jobs: Sequence[Job], outcomes: Mapping[str, Outcome], out: Path) ->
 def _shorter(path: Path) -> str:
     near = os.path.relpath(path)
     return shlex.quote(near if len(near) < len(str(path)) else str(path))
-
-
-def time_saved(jobs: Sequence[Job]) -> list[str]:
-    """A sentence on what the shared round 0 has saved; none if nothing was shared."""
-    results = [read_result(j.folder) for j in jobs]
-    taken = [r["seconds_of_round_0"] for r in results if r.get("round_0_is_shared")]
-    given = [r["seconds"] for j, r in zip(jobs, results, strict=True) if j.dense and r]
-    if not taken or not given:
-        return []
-    spent = sum(r.get("seconds", 0.0) for r in results)
-    saved = sum(taken) - sum(given)
-    times = f"{len(given)} time{'s' * (len(given) != 1)} instead of {len(taken)}"
-    return [f"round 0 was trained {times}: {saved:.0f} s of training saved, "
-            f"{spent:.0f} s spent ({100 * saved / (spent + saved):.0f} % less)"]  # fmt: skip
 
 
 if __name__ == "__main__":

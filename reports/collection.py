@@ -135,6 +135,19 @@ def weak_penalties(collection: Collection) -> list[str]:
             "--reg_granularity_prune, or try --penalty decoupled."]  # fmt: skip
 
 
+def time_saved(collection: Collection) -> list[str]:
+    """A sentence on what the shared round 0 has saved; none if nothing was shared."""
+    results = [run.result for run in (*collection.runs, *collection.dense) if run.result]
+    taken = [r["seconds_of_round_0"] for r in results if r["round_0_is_shared"]]
+    given = [run.result["seconds"] for run in collection.dense if run.result]
+    if not taken or not given:
+        return []
+    spent, saved = sum(r["seconds"] for r in results), sum(taken) - sum(given)
+    times = f"{len(given)} time{'s' * (len(given) != 1)} instead of {len(taken)}"
+    return [f"round 0 was trained {times}: {saved:.0f} s of training saved, {spent:.0f} s spent "
+            f"({100 * saved / (spent + saved):.0f} % less)"]  # fmt: skip
+
+
 def collect(path: Path) -> Collection:
     """The runs at `path`.
 

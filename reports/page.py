@@ -11,7 +11,7 @@ from typing import Any
 
 from errors import StorageError
 from files import write_atomically
-from reports.collection import PLUMBING, Collection, Run, judged, weak_penalties
+from reports.collection import PLUMBING, Collection, Run, judged, time_saved, weak_penalties
 from reports.comparisons import Comparison, against_dense, best_by_validation, cell_by_cell, main_effects
 from reports.figures import Drawn, every_figure, kept_figure, training_figure
 from reports.style import COLOURS, FAINT, INK, ON_DARK, as_png, as_svg, for_page, styled
@@ -155,15 +155,6 @@ def _common_settings(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 def _cost(collection: Collection) -> list[str]:
     """Sentences on time."""
-    results = [r.result for r in (*collection.runs, *collection.dense) if "seconds" in r.result]
-    spent = sum(r["seconds"] for r in results)
+    spent = sum(r.result["seconds"] for r in (*collection.runs, *collection.dense) if r.result)
     said = [f"{spent / 60:.1f} minutes of training and evaluation in all, summed over runs."] if spent else []
-    taken = [r["seconds_of_round_0"] for r in results if r["round_0_is_shared"]]
-    if taken and collection.dense:
-        trained = sum(r.result.get("seconds", 0.0) for r in collection.dense)
-        saved = sum(taken) - trained
-        share = 100 * saved / (spent + saved)
-        times = f"{len(collection.dense)} time{'s' * (len(collection.dense) != 1)} instead of {len(taken)}"
-        said.append(f"Round 0 was trained {times}, which saved "
-                    f"{saved / 60:.1f} minutes ({share:.0f} % of what it would have been).")  # fmt: skip
-    return said
+    return said + [f"{sentence[0].upper()}{sentence[1:]}." for sentence in time_saved(collection)]

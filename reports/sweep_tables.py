@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import DataError
-from reports.collection import Collection, Group, collect, judged, mean_and_spread, soft, weak_penalties
+from reports.collection import Collection, Group, collect, judged, mean_and_spread, soft, time_saved, weak_penalties
 from reports.comparisons import Comparison, best_by_validation
 from text_tables import text_table
 
@@ -73,10 +73,6 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean:.2f}" if math.isnan(deviation) else f"{mean:.2f} ± {deviation:.2f}"
 
 
-def _columns(collection: Collection) -> list[str]:
-    return collection.axes or []
-
-
 def _values(group: Group, axes: Sequence[str]) -> list[str]:
     found = (group.settings.get(a, "–") for a in axes)
     return [",".join(map(str, v)) if isinstance(v, list) else str(v) for v in found]
@@ -84,7 +80,7 @@ def _values(group: Group, axes: Sequence[str]) -> list[str]:
 
 def groups_table(collection: Collection, only_last: bool = False) -> Table:
     """A row for each group and round: mean and standard deviation over seeds."""
-    axes = _columns(collection)
+    axes = collection.axes
     rows: list[list[Any]] = []
     for group in collection.groups:
         for state in range(group.rounds)[-1:] if only_last else range(group.rounds):
@@ -104,7 +100,7 @@ def groups_table(collection: Collection, only_last: bool = False) -> Table:
 
 def runs_table(collection: Collection) -> Table:
     """A row for each run, in the state in which it is."""
-    axes = [*_columns(collection), "seed"]
+    axes = [*collection.axes, "seed"]
     rows: list[list[Any]] = []
     for run in collection.runs:
         last = run.rounds[-1] if run.rounds else {}
@@ -120,7 +116,7 @@ def runs_table(collection: Collection) -> Table:
 
 def rounds_table(collection: Collection) -> Table:
     """Every round of every run, unrounded."""
-    axes = _columns(collection)
+    axes = collection.axes
     names = (
         "density", "parameters", "macs", "accuracy", "val_accuracy", "test_accuracy", "hardened_val_accuracy",
         "hardened_test_accuracy", "squeeze_ratio", "reg_lambd", "best_val_accuracy", "test_at_best_val",
@@ -151,4 +147,5 @@ def printed_summary(path: Path) -> str:
         group, rows = best
         lines.append(f"best by validation: {group.title} with {spread([judged(r) for r in rows])} % on the test images "
                      f"({len(rows)} seed{'s' if len(rows) > 1 else ''})")  # fmt: skip
-    return "\n".join([*lines, *weak_penalties(collection)])
+    paragraphs = ["\n".join([*lines, *weak_penalties(collection)]), *time_saved(collection)]
+    return "\n\n".join(paragraphs)
