@@ -7,28 +7,21 @@ import logging
 import math
 import random
 import statistics
-import threading
 from collections.abc import Sequence
-from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from errors import Interrupted, RunError, UsageError
+from errors import UsageError
 from files import write_atomically
 from options import parse_args
 from reports.collection import in_words, judged
 from reports.sweep_tables import Table, shown
 from run_files import read_rounds
-from sweeps.executors import Executor
 from sweeps.grid import Job, Spec, plan, words_of
-from sweeps.job_process import Outcome
-from sweeps.schedule import POLL_SECONDS, StopSignals, executor_for, is_finished
+from sweeps.schedule import carry_out
 from text_tables import text_table
-
-if TYPE_CHECKING:
-    import optuna
 
 log = logging.getLogger("rsst")
 
@@ -110,57 +103,24 @@ def prepared(args: argparse.Namespace, spec: Spec) -> Ready:
 
 
 @dataclass
-class Search:
-    """The state of a search; its trials run in threads.
+class Results:
+    """What a search has come to.
 
     Attributes:
-        reached: Number of the setting -> what it reached, rung by rung.
+        last: Number of the setting -> what it reached with the most epochs that it was given.
         failed: Number of the setting -> why.
     """
 
-    args: argparse.Namespace
     ready: Ready
-    executor: Executor
-    stop: StopSignals
-    reached: dict[int, list[Reached]] = field(default_factory=dict)
+    last: dict[int, Reached] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
-
-    def objective(self, trial: optuna.Trial) -> float:
-        """A trial: rung after rung, until Optuna says that others are better."""
-        import optuna
-
-        ready, number = self.ready, trial.suggest_int("setting", 0, len(self.ready.settings) - 1)
-        for epochs in ready.budgets:
-            jobs = ready.jobs[number, epochs]
-            try:
-                self._carry_out(jobs)
-            except RunError as error:
-                self.failed[number] = str(error)
-                raise
-            found = within(jobs, epochs, self.args.density, self.args.macs)
-            self.reached.setdefault(number, []).append(found)
-            log.info("%s: %s", in_words(ready.settings[number]), _in_words(found))
-            trial.report(found.val, epochs)
-            if math.isnan(found.val) or (epochs != ready.budgets[-1] and trial.should_prune()):
-                raise optuna.TrialPruned
-        return found.val
-
-    def _carry_out(self, jobs: Sequence[Job]) -> None:
-        """Raises: RunError, if a run fails or the search is stopped."""
-        futures: list[tuple[Job, Future[Outcome]]] = []
-        for job in jobs:
-            if self.stop.number is not None:
-                raise Interrupted("stopped", self.stop.number)
-            if not is_finished(job):
-                futures.append((job, self.executor.submit(job)))
-        for job, future in futures:
-            outcome = future.result()
-            if not outcome.fine:
-                raise RunError(f"{job.name}: {outcome.reason}")
 
 
 def search(args: argparse.Namespace, ready: Ready) -> Found:
     """Find the combination with the best validation accuracy among rounds within the limits.
+
+    Rung by rung, each decided when all of its runs have ended, in an order that does not depend on which was faster:
+    the same command comes to the same end, however often it is broken off.
 
     Raises:
         Interrupted: By Ctrl-C or SIGTERM; the same command goes on from the runs that are finished.
@@ -172,29 +132,26 @@ def search(args: argparse.Namespace, ready: Ready) -> Found:
     study = optuna.create_study(direction="maximize", pruner=pruner, sampler=optuna.samplers.RandomSampler(seed=0))
     order = list(range(len(ready.settings)))
     random.Random(0).shuffle(order)  # the first ones meet no competition: no corner of the grid should profit
+    trials = {}
     for number in order:
         study.enqueue_trial({"setting": number})
-    executor = executor_for(args)
-    with StopSignals() as stop:
-        state = Search(args, ready, executor, stop)
-        threading.Thread(target=_stop_when_told, args=(state, study), daemon=True).start()
-        try:
-            at_once = max(1, (args.jobs or 2) // ready.seeds)
-            study.optimize(state.objective, n_trials=len(order), n_jobs=at_once, catch=(RunError,))
-        finally:
-            executor.close()
-    if stop.number is not None:
-        raise Interrupted("stopped; the same command continues", stop.number)
-    return _conclude(state)
-
-
-def _stop_when_told(state: Search, study: optuna.Study) -> None:
-    pause = threading.Event()
-    while state.stop.number is None:
-        pause.wait(POLL_SECONDS)
-    with suppress(RuntimeError):  # it says that nothing is running
-        study.stop()
-    state.executor.stop()
+        trials[number] = study.ask({"setting": optuna.distributions.IntDistribution(0, len(order) - 1)})
+    result = Results(ready)
+    for epochs in ready.budgets:
+        outcomes = carry_out([job for number in trials for job in ready.jobs[number, epochs]], args)
+        for number, trial in list(trials.items()):
+            jobs = ready.jobs[number, epochs]
+            if unfinished := [job for job in jobs if not outcomes[job.name].fine]:
+                result.failed[number] = f"{unfinished[0].name}: {outcomes[unfinished[0].name].reason}"
+                study.tell(trials.pop(number), state=optuna.trial.TrialState.FAIL)
+                continue
+            found = within(jobs, epochs, args.density, args.macs)
+            result.last[number] = found
+            log.info("%s: %s", in_words(ready.settings[number]), _in_words(found))
+            trial.report(found.val, epochs)
+            if math.isnan(found.val) or (epochs != ready.budgets[-1] and trial.should_prune()):
+                study.tell(trials.pop(number), state=optuna.trial.TrialState.PRUNED)
+    return _conclude(result, args.out)
 
 
 def without_seeds(spec: Spec) -> tuple[list[dict[str, Any]], list[Any]]:
@@ -240,23 +197,23 @@ def _in_words(found: Reached) -> str:
     return f"{found.epochs} epochs: val {found.val:.2f} at {found.density:.1f} % density, {found.macs:.1f} M MACs"
 
 
-def _conclude(state: Search) -> Found:
-    ready, reached = state.ready, {k: r for k, r in state.reached.items() if k not in state.failed}
-    best_first = sorted(reached, key=lambda k: (reached[k][-1].epochs, _score(reached[k][-1])), reverse=True)
+def _conclude(result: Results, out: Path) -> Found:
+    ready, reached = result.ready, {k: r for k, r in result.last.items() if k not in result.failed}
+    best_first = sorted(reached, key=lambda k: (-reached[k].epochs, -_score(reached[k]), k))
     head = ["setting", "epochs", "round", "density %", "MACs (M)", "val %", "test %"]
     rows: list[list[Any]] = []
     for k in best_first:
-        last = reached[k][-1]
+        last = reached[k]
         rows.append([in_words(ready.settings[k]), last.epochs, last.round if last.round >= 0 else "–", last.density,
                      last.macs, last.val, last.test])  # fmt: skip
     table = Table("search", "What each setting reached with the most epochs that it was given", head, rows)
-    write_atomically(table.csv(), state.args.out / "search.csv")
+    write_atomically(table.csv(), out / "search.csv")
     text = [text_table(head, [[shown(c) for c in row] for row in rows])]
-    text += [f"failed: {in_words(ready.settings[k])}: {reason}" for k, reason in state.failed.items()]
-    finalists = [k for k in best_first if reached[k][-1].epochs == ready.budgets[-1]]
-    winner = next((k for k in finalists if not math.isnan(reached[k][-1].val)), None)
+    text += [f"failed: {in_words(ready.settings[k])}: {reason}" for k, reason in sorted(result.failed.items())]
+    finalists = [k for k in best_first if reached[k].epochs == ready.budgets[-1]]
+    winner = next((k for k in finalists if not math.isnan(reached[k].val)), None)
     if winner is not None:
-        last = reached[winner][-1]
+        last = reached[winner]
         basis = f"{ready.seeds} seed{'s' * (ready.seeds > 1)}, {last.density:.1f} % density, {last.macs:.1f} M MACs"
         text.append(f"best: {in_words(ready.settings[winner])} with {last.test:.2f} % on the test images in round "
                     f"{last.round} ({basis})")  # fmt: skip
@@ -265,7 +222,7 @@ def _conclude(state: Search) -> Found:
             "no setting has a round within the limits; allow more, or prune further by --rate and --pruning_times"
         )
     jobs = [job for k in finalists for job in ready.jobs[k, ready.budgets[-1]]]
-    return Found("\n".join(text), jobs, len(state.failed))
+    return Found("\n".join(text), jobs, len(result.failed))
 
 
 def _score(found: Reached) -> float:
