@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -53,6 +54,9 @@ class BatchLoader:
 
     Args:
         augment: Shuffle, and draw crops (padding an eighth of the side, 4 pixels at 32) and, if `flip`, mirrorings.
+
+    Attributes:
+        share: (k, n): of every batch, only the k-th of n parts, which are as equal as can be.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class BatchLoader:
         self.augment, self.flip, self.seed = augment, flip, seed
         self.place = (0, 0)
         self.start = 0
+        self.share = (0, 1)
 
     def __len__(self) -> int:
         return math.ceil(len(self.data) / self.batch_size)
@@ -83,11 +88,31 @@ class BatchLoader:
         start, self.start = self.start * self.batch_size, 0
         yield from self._augmented(start) if self.augment else self._plain(torch.arange(start, len(self.data)))
 
+    def whole(self) -> BatchLoader:
+        """The same loader, for whole batches."""
+        loader = copy.copy(self)
+        loader.share = (0, 1)
+        return loader
+
+    def _parts(self, order: Tensor) -> list[Tensor]:
+        """This share of each batch of `order`."""
+        k, n = self.share
+        return [batch.tensor_split(n)[k] for batch in order.split(self.batch_size)]
+
     def _plain(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        parts = order.split(self.batch_size)
-        labels = self.data.labels[order.to(self.device)].split(self.batch_size)
+        parts = self._parts(order)
+        (labels,) = self._handed_out(parts, self.data.labels)
         for images, targets in zip(self._fetched(parts), labels, strict=True):
             yield images.float() / 255, targets
+
+    def _handed_out(self, parts: Sequence[Tensor], *values: Tensor) -> list[tuple[Tensor, ...]]:
+        """The values at these positions, batch by batch, on the device.
+
+        One transfer an epoch: a small one in each step would make the host wait for the device.
+        """
+        sizes = [len(part) for part in parts]
+        where = torch.cat(list(parts)) if parts else torch.empty(0, dtype=torch.long)
+        return [v[where.to(v.device)].to(self.device).split(sizes) for v in values]
 
     def _augmented(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         n, padding = len(self.data), self.image_size // 8
@@ -95,19 +120,19 @@ class BatchLoader:
         order = torch.randperm(n, generator=draw)
         offsets = torch.randint(0, 2 * padding + 1, (n, 2), generator=draw)
         mirrored = (torch.rand(n, generator=draw) < 0.5) & self.flip
-        # One transfer an epoch: a small one in each step would make the host wait for the device.
-        drawn = [values[start:].to(self.device).split(self.batch_size) for values in (offsets, mirrored)]
-        labels = self.data.labels[order[start:].to(self.device)].split(self.batch_size)
-        fetched = self._fetched(order[start:].split(self.batch_size))
-        for images, corner, mirror, targets in zip(fetched, *drawn, labels, strict=True):
+        places = self._parts(torch.arange(start, n))
+        which = [order[part] for part in places]
+        (labels,) = self._handed_out(which, self.data.labels)
+        drawn = self._handed_out(places, offsets, mirrored)
+        for images, corner, mirror, targets in zip(self._fetched(which), *drawn, labels, strict=True):
             yield crop_and_flip(images, corner, mirror, padding).float() / 255, targets
 
     def _fetched(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
         """The uint8 images at these positions, batch by batch, on the device."""
         images = self.data.images
         if isinstance(images, Tensor) and images.device == self.device:
-            whole = torch.cat(list(parts)).to(self.device) if parts else torch.empty(0, dtype=torch.long)
-            return (images[which] for which in whole.split(self.batch_size))
+            (positions,) = self._handed_out(parts, torch.arange(len(images)))
+            return (images[which] for which in positions)
         source = (
             images if isinstance(images, LazyImages) else LazyImages(images.__getitem__, torch.arange(len(images)), 0)
         )
@@ -116,7 +141,7 @@ class BatchLoader:
     def fixed_batches(self, count: int) -> list[tuple[Tensor, Tensor]]:
         """The first `count` batches of a fixed permutation, without augmentation."""
         order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(SPLIT_SEED))
-        return list(self._plain(order[: count * self.batch_size]))
+        return list(self.whole()._plain(order[: count * self.batch_size]))
 
 
 def _fits(images: Tensor, device: torch.device) -> bool:

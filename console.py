@@ -39,11 +39,18 @@ class _ConsoleHandler(logging.StreamHandler):
             super().emit(record)
 
 
+def rank_here() -> int:
+    """The number of this process among those that torchrun has started for the run; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0")) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
 def start_logging(quiet: bool, verbose: bool) -> None:
-    """Log to stderr at the wanted level."""
+    """Log to stderr at the wanted level; of several processes the first one speaks for all, but for their errors."""
+    quiet_level = logging.WARNING if rank_here() == 0 else logging.ERROR
+    quiet, verbose = quiet or rank_here() != 0, verbose and rank_here() == 0
     terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     console = _ConsoleHandler(sys.stderr)
-    console.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    console.setLevel(quiet_level if quiet else logging.DEBUG if verbose else logging.INFO)
     console.setFormatter(_ConsoleFormatter(colour=terminal and "NO_COLOR" not in os.environ))
     log.handlers = [console]
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
@@ -60,10 +67,16 @@ def log_to_file(path: Path) -> None:
 def exit_status(program: Callable[[], str]) -> int:
     """Run a program and print what it returns; an end that the user can act on is one line and its status."""
     start_logging(quiet=False, verbose=False)
+    rank = rank_here()
     try:
-        print(program())
+        said = program()
+        if rank == 0:
+            print(said)
     except RunError as error:
-        log.error("%s", error)
+        if rank == 0:
+            log.error("%s", error)
+        elif not error.shared:
+            log.error("rank %d: %s", rank, error)
         return error.exit_code
     except KeyboardInterrupt:
         log.error("stopped")

@@ -1,6 +1,7 @@
 """The ways a run can end badly, each with the exit status that a shell sees.
 
-0 finished, 1 a bug, 2 usage, 3 data or weights missing, 4 loss not finite, 5 cannot write, 130 Ctrl-C, 143 SIGTERM.
+0 finished, 1 a bug, 2 usage, 3 data or weights missing, 4 loss not finite, 5 cannot write, 6 another process of the run
+is gone, 130 Ctrl-C, 143 SIGTERM.
 """
 
 
@@ -8,12 +9,15 @@ class RunError(Exception):
     """An end of the run that the user can act on: one line, no traceback."""
 
     exit_code = 1
+    shared = False
+    """Whether all processes of a run come to it alike, so that the first one's word is enough."""
 
 
 class UsageError(RunError):
     """A flag, or a combination of flags, that makes no sense."""
 
     exit_code = 2
+    shared = True
 
 
 class DataError(RunError):
@@ -26,6 +30,7 @@ class DivergedError(RunError):
     """The loss stopped being a finite number."""
 
     exit_code = 4
+    shared = True
 
 
 class StorageError(RunError):
@@ -34,8 +39,17 @@ class StorageError(RunError):
     exit_code = 5
 
 
+class PeerLostError(RunError):
+    """Another process of the same run (under torchrun) has ended, or cannot be reached."""
+
+    exit_code = 6
+    shared = True
+
+
 class Interrupted(RunError):
     """A signal asked the run to stop; its state is saved."""
+
+    shared = True
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

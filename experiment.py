@@ -21,6 +21,7 @@ from console import log_to_file
 from control_source import ControlSource
 from counting import cost_of
 from dense_store import DenseStore, address_of
+from distributed import ALONE, World, digest_of, has_batchnorm, is_about_peers, lost
 from environment import describe_environment, fingerprint, numerics
 from errors import DivergedError, Interrupted, UsageError
 from masks import MaskPair, by_parameter, count_ones, current_key, pruning_state, refill_key
@@ -36,7 +37,7 @@ from plan import describe_plan, expected_squeeze
 from reg_pruner_files.reg_pruner import Pruner
 from reg_pruner_files.schedules import clock_from
 from regroup_report import banner, ratio_labels, summary
-from reporter import Reporter, rounds_table
+from reporter import Reporter, SilentReporter, rounds_table
 from rounds import decide, doomed_whole, faded_units, held_masks, kept_per_group, kept_per_kind, shares
 from rules import RoundRules, kinds_of
 from run_state import (
@@ -46,6 +47,7 @@ from run_state import (
     RunState,
     check_same_run,
     packed,
+    random_states,
     restore_random_states,
     save_atomically,
 )
@@ -58,27 +60,57 @@ from utils import cloned_state, load_initial_weights, prepare_for_speed, seed_ev
 
 log = logging.getLogger("rsst")
 
+PROBES = 2  # images that show which parameters the logits depend on
+
 
 def run(args: argparse.Namespace) -> str:
     """Plan, or carry out, the experiment that the arguments describe; returns the plan, or the table of rounds."""
+    world = World.join()
+    try:
+        return _run_in(world, args)
+    finally:
+        world.leave()
+
+
+def _run_in(world: World, args: argparse.Namespace) -> str:
+    check_world(args, world)
+    if args.gpu >= 0 and world.size > 1:
+        args.gpu = world.local_rank
     model, *loaders = setup_model_dataset(args)
+    for loader in loaders:
+        loader.share = (world.rank, world.size)
     groups = groups_for(args, model, loaders[0].image_size)
-    source = None if args.control == "none" else ControlSource(args)
+    source = None if args.control == "none" or not world.is_first else ControlSource(args)
     if args.dry_run:
+        if not world.is_first:
+            return ""
         tell_warnings(args)
         step = one_step(copy.deepcopy(model), loaders[0], args)
         rules = rules_from(args, groups)
         return describe_plan(model, groups, rules, loaders[0], args.pruning_times, args.epochs, step)
-    folder = RunFolder(args.save_dir or (Path(args.checkpoint).parent if args.checkpoint else default_run_folder(args)))
-    experiment = Experiment(args, model, (loaders[0], loaders[1], loaders[2]), groups, folder, source)
+    path = args.save_dir or (Path(args.checkpoint).parent if args.checkpoint else default_run_folder(args))
+    folder = RunFolder(path, writes=world.is_first)
+    experiment = Experiment(args, model, (loaders[0], loaders[1], loaders[2]), groups, folder, source, world)
     try:
         experiment.open()
         for state in range(experiment.next_state, args.pruning_times):
             experiment.train_round(state)
             experiment.close_round(state)
         return experiment.finish()
+    except RuntimeError as error:
+        if is_about_peers(error):
+            raise lost(error) from error
+        raise
     finally:
         experiment.close()
+
+
+def check_world(args: argparse.Namespace, world: World) -> None:
+    """Raises: UsageError, if the run cannot be shared out."""
+    if world.size > args.batch_size:
+        raise UsageError(f"argument --batch_size: {args.batch_size} images are too few for {world.size} processes")
+    if world.size > 1 and args.compile:
+        raise UsageError("argument --compile: not with several processes")
 
 
 def tell_warnings(args: argparse.Namespace) -> None:
@@ -143,9 +175,9 @@ class Experiment:
 
     def __init__(
         self, args: argparse.Namespace, model: nn.Module, loaders: Loaders, groups: list[UnitGroup], folder: RunFolder,
-        source: ControlSource | None = None,
+        source: ControlSource | None = None, world: World = ALONE,
     ) -> None:  # fmt: skip
-        self.args, self.model, self.groups, self.folder = args, model, groups, folder
+        self.args, self.model, self.groups, self.folder, self.world = args, model, groups, folder, world
         self.train_loader, self.val_loader, self.test_loader = loaders
         self.names = ranked_names(model, groups)
         self.rules = rules_from(args, groups)
@@ -157,14 +189,22 @@ class Experiment:
         self.rate = LearningRate(
             args.lr, args.epochs, len(self.train_loader), args.warmup, args.lr_schedule, args.decreasing_lr
         )
-        self.stop = StopRequest()
-        known = args.dense_store and not runs_a_file(args.arch)  # nobody knows what a user's file depends on
-        self.store = DenseStore(Path(args.dense_store)) if known else None
+        self.stop = StopRequest(world)
+        known = not runs_a_file(args.arch)  # nobody knows what a user's file depends on
+        self.store = DenseStore(Path(args.dense_store)) if args.dense_store and known and world.is_first else None
         self.tracker = Trackers()
-        self.run = RunState(settings_of(args), fingerprint(*loaders), classes=list(getattr(model, "classes", ())))
+        self.run = RunState(settings_of(args), fingerprint(*loaders), classes=list(getattr(model, "classes", ())),
+                            processes=world.size)  # fmt: skip
+        self.reporter: Reporter = SilentReporter()
 
     def open(self) -> None:
-        """Take up the run in the folder, or begin one there."""
+        """Take up the run in the folder, or begin one there; all processes go on from what the first one finds."""
+        self.world.check_agreement("the images or labels", self.run.data)
+        if self.world.is_first:
+            self._take_up()
+        self.run = RunState(**self.world.share(vars(self.run)))
+
+    def _take_up(self) -> None:
         if self.args.resume and not self.args.checkpoint and not self.folder.checkpoints():
             raise UsageError(f"argument --resume: {self.folder.path} holds no run to continue")
         self.folder.lock()
@@ -192,6 +232,9 @@ class Experiment:
             log.info("continuing %s: round %d, %d epochs done", self.folder.path, found.state, found.epoch)
             if found.precision != precision:
                 log.warning("the run began in %s and goes on in %s", found.precision, precision)
+            if found.processes != self.world.size:
+                log.warning("the run began with %d processes and goes on with %d: the last digits will differ",
+                            found.processes, self.world.size)  # fmt: skip
         if self.next_state < self.args.pruning_times:
             self._warn_if_the_penalty_is_weak()
             self.folder.write_settings(self.run.args)
@@ -204,6 +247,9 @@ class Experiment:
         weights = sum(self.run.init_weight[n].numel() for n in self.names)
         log.info("%s on %s in %s: %d prunable layers, %d weights; run folder %s", self.args.arch, self.device,
                  precision, len(self.names), weights, self.folder.path)  # fmt: skip
+        if self.world.size > 1:
+            log.info("%d processes share batches of %d images%s", self.world.size, self.args.batch_size,
+                     "; BatchNorm sees whole batches" * has_batchnorm(self.model))  # fmt: skip
 
     def _trackers(self) -> Trackers:
         args, run, path = self.args, self.run, self.folder.path
@@ -275,7 +321,8 @@ class Experiment:
 
     @property
     def _numerics(self) -> dict[str, Any]:
-        return numerics(self.device) | {"precision": str(self.precision), "compiled": self.args.compile}
+        others = {"processes": self.world.size} if self.world.size > 1 else {}
+        return numerics(self.device) | {"precision": str(self.precision), "compiled": self.args.compile} | others
 
     @property
     def progress(self) -> Progress:
@@ -302,16 +349,15 @@ class Experiment:
                 meter = train(state, self.train_loader, model, self.criterion, optimizer, epoch, passer, self.pruner)
             except Interrupted:
                 assert passer.meter is not None
-                run.epoch, run.step, run.partial = epoch, passer.meter.steps, passer.meter.sums()
+                run.epoch, run.step, run.partial = epoch, passer.meter.steps, passer.meter.reached()
                 run.partial["seconds"] = before + time.perf_counter() - began
                 self.trainee.write_back()
                 self._save()
                 raise
             except DivergedError as error:
-                file = self.folder.path / "diverged.pth.tar"
                 self.trainee.write_back()
-                save_atomically({"state_dict": cloned_state(self.model)}, file)
-                raise DivergedError(f"{error}; its weights are in {file}") from error
+                self.folder.save_value({"state_dict": cloned_state(self.model)}, self.folder.diverged)
+                raise DivergedError(f"{error}; its weights are in {self.folder.diverged}") from error
             trained = time.perf_counter() - began
             self._close_epoch(epoch, meter, trained / (meter.steps - first), before + trained)
             self.stop.obey(f"after round {state}, epoch {epoch}")
@@ -330,13 +376,31 @@ class Experiment:
         self._equip({} if fresh else run.optimizer)
         if fresh:
             run.doomed_norm = self.pruner.doomed_norm() if self.pruner else 0.0
-            seed_everything(mixed_seed(args.seed, state))
-        else:
-            restore_random_states(run.rng)
+        self._seed(fresh)
+        self._check_agreement("begins with")
         part = shares(self.pair, self.names, self.rules)
         log.info("round %d: %.2f %% of the prunable weights are zero, %.2f %% being squeezed, %.2f %% kept by the "
                  "structure%s", state, part.zero, part.squeezed, part.kept, self._size_in_words())  # fmt: skip
         self.tracker.log({"remain_weight": 100 - part.zero, "prune_times": state, "step": state * args.epochs})
+
+    def _seed(self, fresh: bool) -> None:
+        """Every process draws by itself what a network draws (dropout)."""
+        run, rank = self.run, self.world.rank
+        states = [run.rng, *run.other_rng]
+        if not fresh and len(states) == self.world.size:
+            restore_random_states(states[rank])
+        else:
+            place = () if fresh else (run.epoch, run.step)
+            seed_everything(mixed_seed(self.args.seed, run.state, *place, *([rank] if rank else [])))
+
+    def _check_agreement(self, when: str) -> None:
+        """Raises: RunError, unless masks, penalty and weights are the same in all processes."""
+        if self.world.size == 1:
+            return
+        masks = {**self.pair.current, **self.pair.refill} if self.pair else {}
+        penalty = torch.tensor([self.pruner.strength, self.run.doomed_norm] if self.pruner else [], dtype=torch.float64)
+        digest = digest_of({**self.model.state_dict(), **masks, "penalty": penalty})
+        self.world.check_agreement(f"what round {self.run.state} {when}", digest)
 
     def _equip(self, optimizer: dict[str, Any]) -> None:
         """What trains the model under its masks; `optimizer` is a state to go on from, or empty."""
@@ -358,7 +422,8 @@ class Experiment:
         self.passer = Passer(
             args, {current_key(n): m for n, m in current.items()}, {refill_key(n): m for n, m in refill.items()},
             held=self.trainee.held, rate=self.rate, stop=self.stop, reporter=self.reporter,
-            decoupled=args.penalty == "decoupled",
+            decoupled=args.penalty == "decoupled", world=self.world,
+            network=self.world.parallel(self.trainee.model, self.train_loader.fixed_batches(1)[0][0][:PROBES]),
         )  # fmt: skip
         squeezing = self.pair is not None and self.rules.method.squeezes
         self.pruner = Pruner(self.trainee.model, args, self.passer) if squeezing else None
@@ -390,7 +455,7 @@ class Experiment:
         self.trainee.write_back()
         self._let_faded_units_go(epoch)
         loaders, model = (self.val_loader, self.test_loader), self.trainee.model
-        val, test = (validate(loader, model, self.criterion) for loader in loaders)
+        val, test = (validate(loader, model, self.criterion, self.world) for loader in loaders)
         run.reg_lambda = self.pruner.strength if self.pruner else 0.0
         run.history.append({
             "round": run.state, "prune_times": run.state, "epoch": epoch, "step": run.state * self.args.epochs + epoch,
@@ -410,12 +475,14 @@ class Experiment:
     def _save(self, *copies: Path) -> None:
         """Write the state, as far as it has been written back, to these files and then to the round's checkpoint."""
         self.run.state_dict, self.run.optimizer = cloned_state(self.model), self.trainee.optimizer_state()
+        self.run.other_rng = self.world.gather(random_states())[1:]
         for path in (*copies, None):
             self.folder.save(self.run, path, self.held)
 
     def close_round(self, state: int) -> None:
         """Judge the round, then decide the masks of the next."""
         run = self.run
+        self._check_agreement("has come to")
         if state == 0 and self.store is not None:
             self._leave_round_0(self.store)
         row, trained = self._judge(state), cloned_state(self.model)
@@ -423,15 +490,16 @@ class Experiment:
             ratios = ratio_labels(self.rules.ratios)
             hard = not self.rules.method.squeezes
             log.debug("%s", banner(self.rules.targets, self.args.criteria, ratios, hard))
-        following = self._controlled(state) if self.source else self._decided(state, trained)
+        following = self._decided(state, trained)
         log.debug("%s", summary(self.groups, following.refill))
         left = count_ones(by_parameter(following.current), self.names)
         row["remain_weight_after"] = 100 * left / sum(trained[n].numel() for n in self.names)
         self._set_following(following)
-        save_atomically(packed(run.following), self.folder.masks(state))
+        self.folder.save_value(packed(run.following), self.folder.masks(state))
         run.rounds.append(row)
         self._save()
-        self.progress.forget()
+        if self.world.is_first:
+            self.progress.forget()
         self.reporter.round(row, run.rounds)
         self.stop.obey(f"after round {state}")
 
@@ -439,7 +507,15 @@ class Experiment:
         self.run.following = {"current": pair.current, "refill": pair.refill}
 
     def _decided(self, state: int, trained: dict[str, Tensor]) -> MaskPair:
-        """The masks of the next round."""
+        """The masks of the next round, which the first process decides for all."""
+        pair = MaskPair({}, {})
+        if self.world.is_first:
+            with self.stop.alone():
+                pair = self._controlled(state) if self.source else self._regrouped(state, trained)
+        masks = self.world.share({"current": pair.current, "refill": pair.refill})
+        return MaskPair(masks["current"], masks["refill"])
+
+    def _regrouped(self, state: int, trained: dict[str, Tensor]) -> MaskPair:
         run, args, method = self.run, self.args, self.rules.method
         if state == 0 and method.ranks == "dense":
             run.dense_weight = trained
@@ -455,8 +531,9 @@ class Experiment:
         )  # fmt: skip
 
     def _admm_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        self.train_loader.seek(self.run.state, self.args.epochs + epoch)
-        for batch in self.train_loader:
+        loader = self.train_loader.whole()
+        loader.seek(self.run.state, self.args.epochs + epoch)
+        for batch in loader:
             self.stop.obey(f"while ADMM trained after round {self.run.state}")
             yield batch
 
@@ -476,8 +553,8 @@ class Experiment:
         }  # fmt: skip
         if self.pruner is not None:
             with hardened(self.model, structure):
-                row["hardened_val_accuracy"] = validate(self.val_loader, self.model, self.criterion)
-                row["hardened_test_accuracy"] = validate(self.test_loader, self.model, self.criterion)
+                for part, loader in (("val", self.val_loader), ("test", self.test_loader)):
+                    row[f"hardened_{part}_accuracy"] = validate(loader, self.model, self.criterion, self.world)
             if run.doomed_norm:
                 row["squeeze_ratio"] = self.pruner.doomed_norm() / run.doomed_norm
                 self._warn_if_not_squeezed(state, row["squeeze_ratio"])
@@ -492,6 +569,8 @@ class Experiment:
 
     def finish(self) -> str:
         """Save the ticket (the last round's weights, hardened); returns the table of rounds."""
+        if not self.world.is_first:
+            return ""
         last = self.run.rounds[-1]["round"]
         # The state may be that of a later round, broken off when more rounds were wanted.
         run = self.run if self.run.state == last else RunFolder.load(self.folder.checkpoint(last))
@@ -503,7 +582,7 @@ class Experiment:
             "state_dict": pruning_state(hard, structure),
             "args": run.args,
         }
-        save_atomically(ticket, self.folder.ticket)
+        self.folder.save_value(ticket, self.folder.ticket)
         draw_kept_units(run.rounds, self.folder.path)
         shared, first = bool(run.round_0.get("shared")), seconds_of(r for r in run.history if r["round"] == 0)
         others = first if shared or self.source else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,9 +38,36 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _note_names(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise StorageError(f"cannot write {path}: {error.strerror}; what was saved before is intact") from error
+
+
+def _note_names(folder: Path) -> None:
+    """Have the disk note which names the folder holds: after a power failure a new name would be gone without."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def link(source: Path, target: Path) -> None:
+    """Make `target` a second name of what `source` is now, or a copy where the file system has no such thing.
+
+    Raises:
+        StorageError: The folder cannot be written; the target is as it was before.
+    """
+    temporary = target.with_name(f"{target.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.hardlink_to(source)
+        temporary.replace(target)
+    except OSError:
+        with replacing(target) as file, source.open("rb") as content:
+            shutil.copyfileobj(content, file)
 
 
 def lock(path: Path, patience: float = 0.0) -> IO[str] | None:

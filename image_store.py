@@ -71,7 +71,7 @@ class LazyImages(Dataset):
         return self.load(self.rows[which])
 
     def __getitems__(self, which: Sequence[int]) -> Tensor:
-        return self[torch.as_tensor(which)]
+        return self[torch.as_tensor(which, dtype=torch.long)]
 
     def select(self, which: Tensor) -> LazyImages:
         """These images alone, none of them read."""

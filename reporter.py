@@ -73,6 +73,22 @@ class Reporter:
         return tqdm(batches, label, total, initial=start, leave=False, disable=not self.bars, unit="batch")
 
 
+class SilentReporter(Reporter):
+    """Of a process that leaves telling to another."""
+
+    def __init__(self) -> None:
+        self.bars = False
+
+    def restore(self, history: Sequence[Row], rounds: Sequence[Row]) -> None:
+        """Nothing."""
+
+    def epoch(self, row: Row) -> None:
+        """Nothing."""
+
+    def round(self, row: Row, rounds: Sequence[Row]) -> None:
+        """Nothing."""
+
+
 def _json_line(row: Row) -> str:
     return json.dumps(row) + "\n"
 

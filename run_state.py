@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor
 
 from errors import DataError, StorageError, UsageError
-from files import lock, replacing, write_atomically
+from files import link, lock, replacing, write_atomically
 from masks import Mask, effective_state, pruning_state
 from run_files import Row
 
@@ -55,6 +55,7 @@ class RunState:
         classes: Names of the classes, in the order of the logits.
         round_0: Where a `--dense_store` has this run's round 0 (`address`), whether it came from there (`shared`), and
             what its bits depend on besides the settings (`numerics`); empty without a store.
+        processes: How many processes trained it; `other_rng`: random states of all of them but the first.
     """
 
     args: dict[str, Any]
@@ -81,6 +82,8 @@ class RunState:
     tracker_id: str = field(default_factory=lambda: secrets.token_hex(4))
     classes: list[str] = field(default_factory=list)
     round_0: dict[str, Any] = field(default_factory=dict)
+    processes: int = 1
+    other_rng: list[dict[str, Any]] = field(default_factory=list)
     version: int = VERSION
 
 
@@ -194,10 +197,14 @@ class Progress:
 
 
 class RunFolder:
-    """The folder of one run, and the names in it."""
+    """The folder of one run, and the names in it.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    Args:
+        writes: False for a process that leaves writing to another: what it is told to write, it does not.
+    """
+
+    def __init__(self, path: str | Path, writes: bool = True) -> None:
+        self.path, self.writes = Path(path), writes
         self._lock: IO[str] | None = None
 
     def checkpoint(self, state: int) -> Path:
@@ -210,6 +217,16 @@ class RunFolder:
     def ticket(self) -> Path:
         """The hardened network of the last round."""
         return self.path / "ticket.pth.tar"
+
+    @property
+    def diverged(self) -> Path:
+        """The weights of which the loss was not finite."""
+        return self.path / "diverged.pth.tar"
+
+    @property
+    def previous(self) -> Path:
+        """The checkpoint that was written before the newest one."""
+        return self.path / "previous.pth.tar"
 
     def masks(self, state: int) -> Path:
         """The masks decided at the end of a round, under which the next one trains."""
@@ -232,13 +249,15 @@ class RunFolder:
             DataError: There are checkpoints, but none can be read.
         """
         paths = self.checkpoints()
+        if self.previous.is_file():
+            paths.insert(1, self.previous)
         for path in paths:
             try:
                 return self.load(path)
             except DataError as error:
                 if path == paths[-1]:
                     raise
-                log.warning("%s; going back to the checkpoint of the round before", error)
+                log.warning("%s; going back to the checkpoint before", error)
         return None
 
     def refuse_foreign_results(self) -> None:
@@ -253,19 +272,21 @@ class RunFolder:
                 raise UsageError(f"argument --save_dir: {file} holds results, but there is no checkpoint beside it")
 
     def lock(self) -> None:
-        """Make the folder, and keep other processes out of it until this one ends.
+        """Make the folder, keep other processes out of it until this one ends, and clear away what a killed one left.
 
         Raises:
-            StorageError: It cannot be made.
+            StorageError: It cannot be made, or written.
             UsageError: Another process has it.
         """
         try:
             (self.path / "masks").mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.path / "lock")
         except OSError as error:
             raise StorageError(f"cannot make the run folder {self.path}: {error.strerror}") from error
-        self._lock = lock(self.path / "lock")
         if self._lock is None:
             raise UsageError(f"argument --save_dir: another process is running in {self.path}")
+        for left in self.path.rglob("*.tmp"):
+            left.unlink(missing_ok=True)
 
     def unlock(self) -> None:
         """Let others in."""
@@ -273,12 +294,36 @@ class RunFolder:
             self._lock.close()
 
     def save(self, run: RunState, path: Path | None = None, masked: Mapping[str, Tensor] | None = None) -> None:
-        """Write a checkpoint; parameters in `masked` (by name) get torch's pruning keys."""
+        """Write a checkpoint; parameters in `masked` (by name) get torch's pruning keys.
+
+        Args:
+            path: Where to; by default it is the newest checkpoint, and the one before stays as `previous`.
+        """
+        if not self.writes:
+            return
         fields = {k: getattr(run, k) for k in RunState.__dataclass_fields__}
         fields["state_dict"] = pruning_state(run.state_dict, masked or {})
         fields |= {k: packed(fields[k]) for k in MASKS}
         fields["rng"] = random_states()
+        if path is None:
+            self._keep_the_one_before(run.state)
         save_atomically(fields, path or self.checkpoint(run.state))
+
+    def _keep_the_one_before(self, state: int) -> None:
+        before = next((p for p in map(self.checkpoint, (state, state - 1)) if p.is_file()), None)
+        if before is not None:
+            link(before, self.previous)
+
+    def forget_rounds(self, newest: int, keep: int) -> None:
+        """Remove checkpoints but for those of the last `keep` rounds up to `newest`, and of round 0, for controls."""
+        for state in range(1, newest - keep + 1) if self.writes else ():
+            for path in (self.checkpoint(state), self.best(state)):
+                path.unlink(missing_ok=True)
+
+    def save_value(self, value: Any, path: Path) -> None:
+        """Write anything else that `torch.save` takes."""
+        if self.writes:
+            save_atomically(value, path)
 
     @staticmethod
     def load(path: Path) -> RunState:
@@ -297,13 +342,17 @@ class RunFolder:
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """The last thing that a run writes: who finds it knows that the run has ended well."""
-        write_atomically(json.dumps(dict(result), indent=1) + "\n", self.path / "result.json")
+        self._write(json.dumps(dict(result), indent=1) + "\n", "result.json")
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
-        write_atomically(yaml.safe_dump(dict(settings), sort_keys=True), self.path / "args.yaml")
+        self._write(yaml.safe_dump(dict(settings), sort_keys=True), "args.yaml")
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
-        write_atomically(json.dumps(environment, indent=2) + "\n", self.path / "env.json")
+        self._write(json.dumps(environment, indent=2) + "\n", "env.json")
+
+    def _write(self, text: str, name: str) -> None:
+        if self.writes:
+            write_atomically(text, self.path / name)
 
 
 def check_same_run(run: RunState, identity: Mapping[str, Any], saved_identity: Mapping[str, Any], data: str) -> None:

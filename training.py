@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 
+from distributed import ALONE, World
 from errors import DivergedError, Interrupted
 from masks import HeldMask, Mask
 from optimization import LearningRate, set_learning_rate
@@ -27,9 +28,14 @@ log = logging.getLogger("rsst")
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a wish that the training loop grants after the step; the second kills."""
+    """Turns the first Ctrl-C or SIGTERM into a wish that the training loop grants after the step; the second kills.
 
-    def __init__(self) -> None:
+    Args:
+        world: Processes that stop together, whichever of them has got the signal.
+    """
+
+    def __init__(self, world: World = ALONE) -> None:
+        self.world = world
         self.signal: int | None = None
         self._before = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
 
@@ -44,44 +50,72 @@ class StopRequest:
             signal.signal(number, handler)
 
     def obey(self, where: str) -> None:
-        """Raise `Interrupted` if a signal has come."""
-        if self.signal is not None:
-            raise Interrupted(f"stopped {where}; the same command continues", self.signal)
+        """Raise `Interrupted` if a signal has come, to any process."""
+        number = int(self.world.highest(torch.tensor(self.signal or 0)))
+        if number:
+            raise Interrupted(f"stopped {where}; the same command continues", number)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While it lasts, the other processes are not asked: they wait."""
+        world, self.world = self.world, ALONE
+        try:
+            yield
+        finally:
+            self.world = world
 
 
 @dataclass
 class Meter:
-    """Sums over the batches of one epoch; they stay on the device until they are read."""
+    """Sums over the batches of one epoch; they stay on the device until they are read.
 
-    loss: Tensor
-    correct: Tensor
-    seen: int = 0
+    Attributes:
+        sums: float64 [3]: loss, correct answers, images.
+    """
+
+    sums: Tensor
     steps: int = 0
 
     @staticmethod
     def start(device: torch.device, partial: Mapping[str, float] | None = None) -> Meter:
-        """From nothing, or from the `sums` of an epoch that was broken off."""
-        sums = partial or {"loss": 0.0, "correct": 0.0, "seen": 0, "steps": 0}
-        loss, correct = (torch.tensor(sums[k], dtype=torch.float64, device=device) for k in ("loss", "correct"))
-        return Meter(loss, correct, int(sums["seen"]), int(sums["steps"]))
+        """From nothing, or from what an epoch had reached that was broken off."""
+        reached = partial or {}
+        sums = [reached.get(name, 0.0) for name in ("loss", "correct", "seen")]
+        return Meter(torch.tensor(sums, dtype=torch.float64, device=device), int(reached.get("steps", 0)))
 
     def add(self, loss: Tensor, output: Tensor, target: Tensor) -> None:
-        self.loss += loss.detach().double() * len(target)
-        self.correct += (output.detach().argmax(1) == target).sum()
-        self.seen += len(target)
+        correct = (output.detach().argmax(1) == target).sum()
+        images = correct.new_tensor(len(target))
+        self.sums += torch.stack([loss.detach().double() * len(target), correct.double(), images.double()])
         self.steps += 1
 
-    def sums(self) -> dict[str, float]:
-        return {"loss": float(self.loss), "correct": float(self.correct), "seen": self.seen, "steps": self.steps}
+    def over(self, world: World) -> Meter:
+        """The same steps, with the images of all processes."""
+        return Meter(world.total(self.sums), self.steps)
+
+    def join(self, other: Meter) -> None:
+        """Add what another has counted."""
+        self.sums += other.sums
+        self.steps += other.steps
+
+    def reached(self) -> dict[str, float]:
+        """What `start` goes on from."""
+        loss, correct, seen = self.sums.tolist()
+        return {"loss": loss, "correct": correct, "seen": int(seen), "steps": self.steps}
+
+    @property
+    def seen(self) -> int:
+        """Images."""
+        return int(self.sums[2])
 
     @property
     def mean_loss(self) -> float:
-        return float(self.loss) / max(1, self.seen)
+        return float(self.sums[0]) / max(1, self.seen)
 
     @property
     def accuracy(self) -> float:
         """In percent."""
-        return 100 * float(self.correct) / max(1, self.seen)
+        return 100 * float(self.sums[1]) / max(1, self.seen)
 
 
 @dataclass
@@ -97,6 +131,8 @@ class Passer:
         meter: Sums of an epoch taken up in the middle.
         stop: Asked after every step.
         reporter: Shows a progress bar.
+        world: The processes that train together, each on its share of every batch.
+        network: What forward passes go through; None: the model itself.
         decoupled: Whether the penalty shrinks weights directly instead of entering the gradient.
         lr_share: Learning rate of the step over its peak.
     """
@@ -110,6 +146,8 @@ class Passer:
     meter: Meter | None = None
     stop: StopRequest | None = None
     reporter: Reporter | None = None
+    world: World = ALONE
+    network: nn.Module | None = None
     decoupled: bool = False
     lr_share: float = 1.0
 
@@ -138,17 +176,19 @@ def train(
     device = next(model.parameters()).device
     passer.epoch, passer.meter = epoch, passer.meter or Meter.start(device)
     meter, began = passer.meter, time.perf_counter()
+    world, network = getattr(passer, "world", ALONE), getattr(passer, "network", None) or model
     model.train()
     for i, (image, target) in enumerate(_shown(train_loader, passer, state, epoch), meter.steps):
         if passer.rate is not None:
             lr = passer.rate.at(epoch, i)
             set_learning_rate(optimizer, lr)
             passer.lr_share = lr / passer.rate.base
-        with computing(model):
-            output = model(image)
-        loss = criterion(output.float(), target)
+        has_share = len(target) > 0  # of a batch of fewer images than processes, some have none, and only keep step
+        with computing(model), world.over_whole_batches(model, has_share):
+            output = network(image if has_share else image.new_zeros(1, *image.shape[1:]))[: len(target)]
+        loss = criterion(output.float(), target) if has_share else output.sum()
         optimizer.zero_grad()
-        loss.backward()
+        world.backward(loss, len(target))
         _zero_where_unreached(model)
         if pruner is not None:
             update_reg(passer, pruner, model, state, i, batches)
@@ -156,12 +196,14 @@ def train(
         optimizer.step()
         if passer.held is not None:
             passer.held.apply()
-        meter.add(loss, output, target)
+        step = Meter.start(device)
+        step.add(loss, output, target)
+        meter.join(step.over(world))
         last = i + 1 == batches
         # Reading the loss waits for the device: cheap on a CPU, so that divergence is caught at once.
-        stopping = passer.stop is not None and passer.stop.signal is not None
+        stopping = world.size == 1 and passer.stop is not None and passer.stop.signal is not None
         read = device.type == "cpu" or last or stopping or (i + 1) % print_freq == 0
-        if read and not math.isfinite(float(meter.loss)):
+        if read and not math.isfinite(float(meter.sums[0])):
             raise DivergedError(f"the loss is not finite in round {state}, epoch {epoch}, step {i + 1} of {batches}")
         if (i + 1) % print_freq == 0:
             log.info("Epoch: [%d][%d/%d]\tLoss %.4f\tAccuracy %.2f\tTime %.1f", epoch, i + 1, batches,
@@ -207,15 +249,19 @@ def apply_reg(pruner: Pruner, model: nn.Module, passer: Any) -> nn.Module:
 
 
 @torch.no_grad()
-def validate(val_loader: Iterable[tuple[Tensor, Tensor]], model: nn.Module, criterion: nn.Module) -> float:
-    """Accuracy in percent, in eval mode."""
+def validate(
+    val_loader: Iterable[tuple[Tensor, Tensor]], model: nn.Module, criterion: nn.Module, world: World = ALONE
+) -> float:
+    """Accuracy in percent, in eval mode, over the images of all processes."""
     model.eval()
     meter = Meter.start(next(model.parameters()).device)
     for image, target in val_loader:
+        if not len(target):
+            continue
         with computing(model):
             output = model(image)
         meter.add(criterion(output.float(), target), output, target)
-    return meter.accuracy
+    return meter.over(world).accuracy
 
 
 @contextmanager
