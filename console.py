@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -57,9 +58,28 @@ def start_logging(quiet: bool, verbose: bool) -> None:
     log.propagate = False
 
 
+class _LogFile(logging.FileHandler):
+    """Does without lines for which the disk has no room: the checkpoint that follows ends the run in good order."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 def log_to_file(path: Path) -> None:
-    """Append everything to a file as well, with the time."""
-    handler = logging.FileHandler(path)
+    """Append everything to a file as well, with the time.
+
+    Raises:
+        StorageError: It cannot be opened.
+    """
+    try:
+        handler = _LogFile(path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
 

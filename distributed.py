@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import secrets
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,6 +31,7 @@ from errors import PeerLostError, RunError
 
 # The others wait while the first one decides, and ADMM trains meanwhile. Whoever has died is noticed by torchrun.
 PATIENCE = timedelta(hours=24)
+POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,12 @@ class World:
             return World()
         # The gradient of an expanded parameter (class token); it costs a copy of a few numbers.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         with _talking():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+            store, _, _ = next(dist.rendezvous("env://", rank, size))
+            dist.init_process_group(
+                backend, store=own_names(store, rank, size), rank=rank, world_size=size, timeout=PATIENCE
+            )
         return World(rank, size, int(os.environ["LOCAL_RANK"]))
 
     def leave(self) -> None:
@@ -166,6 +173,29 @@ def _started_by_torchrun() -> bool:
     return dist.is_torchelastic_launched()
 
 
+def own_names(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of the store that only these processes know.
+
+    torchrun keeps one store for all attempts, in which restarted processes would find the addresses of their dead
+    predecessors (pytorch issue 135712), and its count of restarts may differ between machines. So the first process
+    makes up a name for the attempt, and tells it to everybody who says hello, until all have answered under it.
+    """
+    mine = secrets.token_hex(8)
+    if rank:
+        store.set(f"hello {rank}", mine)
+        name = store.get(f"welcome {mine}").decode()  # waits for it
+        store.set(f"{name} {rank}", "here")
+        return dist.PrefixStore(name, store)
+    missing = list(range(1, size))
+    while missing:
+        for other in missing:
+            if store.check([f"hello {other}"]):  # a predecessor's, perhaps: then another follows
+                store.set(f"welcome {store.get(f'hello {other}').decode()}", mine)
+        missing = [other for other in missing if not store.check([f"{mine} {other}"])]
+        time.sleep(POLL_SECONDS)
+    return dist.PrefixStore(mine, store)
+
+
 def has_batchnorm(model: nn.Module) -> bool:
     """Whether what an image comes to depends on the others of its batch."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
@@ -262,10 +292,10 @@ class _Normalised(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, counts: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-        values, others = x.to(kind), [d for d in range(x.ndim) if d != 1]
+        values, others, exact = x.to(kind), [d for d in range(x.ndim) if d != 1], torch.float64
         count = x.numel() // x.shape[1] if counts else 0
-        mean = values.mean(others)
-        squares = (values - _along(mean, x)).square().sum(others) * counts
+        mean = values.mean(others, dtype=exact)
+        squares = (values - _along(mean.to(kind), x)).square().sum(others, dtype=exact) * counts
         own = torch.cat([mean.new_tensor([count]), mean, squares])
         shares = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(shares, own)
@@ -273,8 +303,8 @@ class _Normalised(torch.autograd.Function):
         total = sizes.sum()
         mean = (sizes * means).sum(0) / total
         squares = parts.sum(0) + (sizes * (means - mean).square()).sum(0)
-        scale = (squares / total + eps).rsqrt()
-        normal = (values - _along(mean, x)) * _along(scale, x)
+        scale = (squares / total + eps).rsqrt().to(kind)
+        normal = (values - _along(mean.to(kind), x)) * _along(scale, x)
         ctx.save_for_backward(normal, weight, scale, total)
         ctx.counts = counts
         output = (normal * _along(weight.to(kind), x) + _along(bias.to(kind), x)).to(x.dtype)
@@ -286,10 +316,12 @@ class _Normalised(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None, None]:
         normal, weight, scale, total = ctx.saved_tensors
         values, others = slope.to(normal.dtype), [d for d in range(slope.ndim) if d != 1]
-        own = torch.stack([values.sum(others), (values * normal).sum(others)])
+        exact = torch.float64
+        own = torch.stack([values.sum(others, dtype=exact), (values * normal).sum(others, dtype=exact)])
         sums = own.clone()
         dist.all_reduce(sums)
-        centred = values - _along(sums[0] / total, slope) - normal * _along(sums[1] / total, slope)
+        means = (sums / total).to(values.dtype)
+        centred = values - _along(means[0], slope) - normal * _along(means[1], slope)
         inner = (centred * _along(scale * weight.to(normal.dtype), slope) * ctx.counts).to(slope.dtype)
         return inner, own[1].to(weight.dtype), own[0].to(weight.dtype), None, None
 

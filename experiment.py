@@ -498,6 +498,8 @@ class Experiment:
         self.folder.save_value(packed(run.following), self.folder.masks(state))
         run.rounds.append(row)
         self._save()
+        if self.args.keep_checkpoints:
+            self.folder.forget_rounds(state, self.args.keep_checkpoints)
         if self.world.is_first:
             self.progress.forget()
         self.reporter.round(row, run.rounds)

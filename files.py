@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -22,6 +22,23 @@ def write_atomically(content: bytes | str, path: Path) -> None:
     """
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def append(text: str, path: Path) -> None:
+    """Write at a file's end.
+
+    Raises:
+        StorageError: It cannot be written; part of the text may be there.
+    """
+    try:
+        with path.open("a") as file:
+            file.write(text)
+    except OSError as error:
+        raise _storage_error(path, error) from error
+
+
+def _storage_error(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"cannot write {path}: {error.strerror}; what was saved before is intact")
 
 
 @contextmanager
@@ -40,8 +57,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         temporary.replace(path)
         _note_names(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {error.strerror}; what was saved before is intact") from error
+        with suppress(OSError):  # a folder that cannot be written at all
+            temporary.unlink(missing_ok=True)
+        raise _storage_error(path, error) from error
 
 
 def _note_names(folder: Path) -> None:
@@ -65,6 +83,7 @@ def link(source: Path, target: Path) -> None:
         temporary.unlink(missing_ok=True)
         temporary.hardlink_to(source)
         temporary.replace(target)
+        temporary.unlink(missing_ok=True)  # two names of one file are left as they are
     except OSError:
         with replacing(target) as file, source.open("rb") as content:
             shutil.copyfileobj(content, file)

@@ -49,6 +49,7 @@ NOT_IDENTITY = frozenset(
         "gpu",
         "pruning_times",
         "dense_store",
+        "keep_checkpoints",
         "dry_run",
         "wandb",
         "wandb_group",
@@ -134,6 +135,10 @@ def truth(text: str) -> bool:
     if text.lower() in ("false", "0", "no"):
         return False
     raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+
+
+def _rounds_to_keep(text: str) -> int | None:
+    return None if text.lower() in ("all", "none") else int(count(1)(text))
 
 
 def _milestones(text: str) -> tuple[int, ...]:
@@ -450,6 +455,13 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         help="take round 0 from this folder if a run with the same model, data, seed and training flags has left it "
         "there, bit for bit what training it would give; else train it and leave it there (networks from your own file "
         "always train it)",
+    )
+    group.add_argument(
+        "--keep_checkpoints",
+        type=_rounds_to_keep,
+        metavar="ROUNDS",
+        help="bound the disk space: keep checkpoints of only so many last rounds, and of round 0; masks and metrics "
+        "stay (None: of all rounds)",
     )
     group.add_argument(
         "--print_freq", type=_COUNT, default=200, metavar="BATCHES", help="batches between lines in the log"

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from files import write_atomically
+from files import append, write_atomically
 from run_state import Row
 from text_tables import text_table
 from tracker import Trackers
@@ -40,8 +40,7 @@ class Reporter:
 
     def epoch(self, row: Row) -> None:
         """One epoch: a line in metrics.jsonl, on the console and at the tracker."""
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(_json_line(row))
+        append(_json_line(row), self.folder / "metrics.jsonl")
         log.info(
             "round %(round)d epoch %(epoch)3d  loss %(loss).4f  train %(accuracy).2f  val %(val_accuracy).2f  "
             "test %(test_accuracy).2f  lr %(lr).2g  lambda %(reg_lambd).3g  %(images_per_second).0f images/s",

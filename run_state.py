@@ -7,6 +7,7 @@ import logging
 import random
 import re
 import secrets
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,12 +131,16 @@ class _Sink:
 
 
 def load_safely(path: Path) -> Any:
-    """`torch.load` without unpickling code.
+    """`torch.load` without unpickling code, after a look at the file's check sums, which torch does not compare.
 
     Raises:
-        DataError: The file is not a checkpoint that torch reads that way.
+        DataError: The file is damaged, or not a checkpoint that torch reads that way.
     """
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as parts:
+                if damaged := parts.testzip():
+                    raise zipfile.BadZipFile(f"{damaged} is damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a wide family for damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -124,8 +124,7 @@ class Trainee:
                 if _is_per_weight(value):
                     outer.state[parameter][key] = torch.zeros_like(parameter)
                     self._join(name, {n: s[key] for n, s in own.items()}, outer.state[parameter][key])
-        for group, ours in zip(outer.param_groups, self.optimizer.param_groups, strict=True):
-            group |= {k: v for k, v in ours.items() if k != "params"}
+        _copy_settings(self.optimizer, outer)
         return outer.state_dict()
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
@@ -135,12 +134,19 @@ class Trainee:
             return
         outer = self._build(self.whole)
         outer.load_state_dict(state)
+        _copy_settings(outer, self.optimizer)
         whole = dict(self.whole.named_parameters())
         for piece, parameter in self.model.named_parameters():
             name = piece.removeprefix(IDLE)
             for key, value in outer.state[whole[name]].items():
                 part = self._pieces(name, value)[piece] if _is_per_weight(value) else value
                 self.optimizer.state[parameter][key] = _laid_out_like(parameter, part)
+
+
+def _copy_settings(source: optim.Optimizer, target: optim.Optimizer) -> None:
+    """Learning rate and the like, group by group."""
+    for theirs, ours in zip(source.param_groups, target.param_groups, strict=True):
+        ours |= {k: v for k, v in theirs.items() if k != "params"}
 
 
 def _laid_out_like(parameter: Tensor, value: Any) -> Any:

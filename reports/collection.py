@@ -18,7 +18,8 @@ from run_files import Row, is_run, read_environment, read_metrics, read_result, 
 # Settings that say where a run was and how it was watched, not what it was.
 PLUMBING = frozenset(
     {"save_dir", "data", "checkpoint", "resume", "control_of", "dense_store", "wandb", "wandb_group", "wandb_tags",
-     "tensorboard", "exp_name", "quiet", "verbose", "print_freq", "dry_run", "gpu", "workers"}
+     "tensorboard", "exp_name", "quiet", "verbose", "print_freq", "dry_run", "gpu", "workers",
+     "keep_checkpoints"}
 )  # fmt: skip
 
 
