@@ -21,6 +21,7 @@ from errors import DataError, StorageError, UsageError
 from files import lock, replacing, write_atomically
 from masks import Mask, effective_state, pruning_state
 from run_files import Row
+from tensor_files import check_fields, check_shapes, load_tensors
 
 log = logging.getLogger("rsst")
 
@@ -285,14 +286,27 @@ class RunFolder:
         """Read a checkpoint back; the model's weights come under their plain names.
 
         Raises:
-            DataError: Unreadable, or written by another version.
+            DataError: Unreadable, written by another version, or not what a run writes.
         """
-        fields = load_safely(path)
+        fields = load_tensors(path, f"cannot read the checkpoint {path}")
         if not isinstance(fields, dict) or fields.get("version") != VERSION:
             raise DataError(f"{path} is not a checkpoint of this program's version {VERSION}")
+        try:
+            return RunFolder._checked(fields)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"cannot read the checkpoint {path}: {reason}; it is not loaded") from error
+
+    @staticmethod
+    def _checked(fields: dict[str, Any]) -> RunState:
+        """The state that the fields of a checkpoint describe. Checkpoints may be anybody's."""
+        check_fields(fields)
         fields |= {k: unpacked(fields[k]) for k in MASKS}
         run = RunState(**{k: v for k, v in fields.items() if k in RunState.__dataclass_fields__})
         run.state_dict = effective_state(run.state_dict)
+        others = {"initial weights": run.init_weight, "dense weights": run.dense_weight}
+        following = (run.following.get("current", {}), run.following.get("refill", {}))
+        check_shapes(run.state_dict, others, [(run.current_mask, run.refill_mask), following])
         return run
 
     def write_result(self, result: Mapping[str, Any]) -> None:

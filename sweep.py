@@ -16,12 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from console import exit_status, log_to_file, start_logging
 from errors import DataError, RunError, StorageError, UsageError
 from files import lock, write_atomically
 from options import NONNEGATIVE, OneLineParser, count, truth
+from structured_text import parse_yaml
 from sweeps.executors import check_executor
 from sweeps.grid import Job, Plan, Spec, plan, words_of
 from sweeps.job_process import Outcome
@@ -141,8 +140,8 @@ def _grid_of(words: Sequence[str]) -> dict[str, list[str]]:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        found = parse_yaml(path.read_text())
+    except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     problem = _problem_of(found)
     if problem:
