@@ -12,11 +12,19 @@ from pathlib import Path
 from tqdm import tqdm
 
 from errors import RunError, StorageError
+from redaction import redacted
 
 log = logging.getLogger("rsst")
 
 
-class _ConsoleFormatter(logging.Formatter):
+class _Formatter(logging.Formatter):
+    """Hides secrets, which may be part of what a library says when it fails."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
+class _ConsoleFormatter(_Formatter):
     """Bare messages; warnings are marked, in colour where the terminal takes it."""
 
     def __init__(self, colour: bool) -> None:
@@ -53,7 +61,7 @@ def start_logging(quiet: bool, verbose: bool) -> None:
 def log_to_file(path: Path) -> None:
     """Append everything to a file as well, with the time."""
     handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
 
 
@@ -61,7 +69,7 @@ def exit_status(program: Callable[[], str]) -> int:
     """Run a program and print what it returns; an end that the user can act on is one line and its status."""
     start_logging(quiet=False, verbose=False)
     try:
-        print(program())
+        print(redacted(program()))
     except RunError as error:
         log.error("%s", error)
         return error.exit_code

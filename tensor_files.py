@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import random
 import re
 import warnings
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from errors import DataError
 from masks import MaskPair, by_parameter, check_mask
 
-CODE = re.compile(r"(?:GLOBAL|class) (\S+?)[.,]? was not an allowed global")
+CODE = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)")
+CODE_BY_FORMAT = {"TorchScript": "a TorchScript archive", "legacy .tar format": "of a format that torch 0.4 gave up"}
 LARGEST = 2**53  # up to here, numbers of JSON and of tables are exact
 
 Check = Callable[[Any], bool]
@@ -45,11 +47,15 @@ def load_tensors(path: Path, failure: str, also: Sequence[type] = ()) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    if code := CODE.search(str(error)):
-        return f"it names {code[1]}, which could run code; nothing of it is loaded"
+    said = str(error)
+    if code := CODE.search(said):
+        return f"it holds more than tensors and plain values, {code[1]}, which could run code; nothing of it is loaded"
+    if kind := next((kind for words, kind in CODE_BY_FORMAT.items() if words in said), None):
+        return f"it is {kind}, which could run code; nothing of it is loaded"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    said = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+    if isinstance(error, pickle.UnpicklingError | EOFError):
+        return "it is not a file of tensors and plain values; nothing of it is loaded"
     return (said.splitlines() or [type(error).__name__])[0]
 
 
