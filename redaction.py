@@ -15,7 +15,7 @@ SECRET_WORDS = frozenset(
 )
 SHORTEST = 8
 ORDINARY = re.compile(r"[a-z]+([-_ ][a-z]+)*|[A-Z]?[a-z]+|[A-Z]+(_[A-Z]+)*|[\d.:,-]+")
-PASSWORD_IN_URL = re.compile(r"\b([A-Za-z][\w+.-]*:/{1,2}[^/\s:@]*):[^/\s@]+@")  # one /: of a URL taken for a path
+PASSWORD_IN_URL = re.compile(r"\b([A-Za-z][\w+.-]*:/{1,2}[^/\s:@]*):([^/\s@]+)@")  # one /: of a URL taken for a path
 HIDDEN = "***"
 
 
@@ -23,14 +23,15 @@ def secrets_of(environment: Mapping[str, str]) -> list[str]:
     """The values that must not be written down, the longest first.
 
     Those of variables with a word such as KEY or TOKEN in their name (TOKENIZERS_PARALLELISM has none) and passwords of
-    netrc, of at least eight characters. Paths are not secret, nor are words and numbers, which would be hidden wherever
-    they stand; but a password may be a word.
+    netrc and in URLs, of at least eight characters. Paths are not secret, nor are words and numbers, which would be
+    hidden wherever they stand; but a password may be a word.
     """
     found = {
         value for name, value in environment.items()
         if (words := SECRET_WORDS & set(name.upper().split("_"))) and _is_secret(value, words)
     }  # fmt: skip
-    found |= {p for p in _netrc_passwords(environment) if len(p) >= SHORTEST}
+    in_urls = (match[2] for value in environment.values() for match in PASSWORD_IN_URL.finditer(value))
+    found |= {p for p in (*in_urls, *_netrc_passwords(environment)) if len(p) >= SHORTEST}
     return sorted(found, key=len, reverse=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import netrc
@@ -151,13 +152,13 @@ class Tracker:
             self._rows.put(None, timeout=FINISH_SECONDS if self._thread.is_alive() else 0)
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
-            log.warning("WandB did not finish in %d s; `wandb sync` sends the rest", FINISH_SECONDS)
+            log.warning("WandB did not finish in %g s; `wandb sync` sends the rest", FINISH_SECONDS)
         elif self._dropped:
             log.warning("WandB was too slow: it lacks %d rows, which are in the run's own files", self._dropped)
         self._leave()
 
     def _leave(self) -> None:
-        """Take WandB's hook from the end of the process, where it would wait for its own without an end."""
+        """Let WandB's own process go: at the end of this one, WandB would wait for it without a limit."""
 
         def tear_down() -> None:
             with contextlib.suppress(Exception):  # what is gone can no longer be told to go
@@ -167,3 +168,13 @@ class Tracker:
             leaving = threading.Thread(target=tear_down, daemon=True)
             leaving.start()
             leaving.join(LEAVE_SECONDS)
+            atexit.unregister(_HookOfWandB())
+
+
+class _HookOfWandB:
+    """Equal to every function of WandB's and its telemetry: what they do, and wait for, at exit has no public name."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return str(getattr(other, "__module__", "")).partition(".")[0] in ("wandb", "opentelemetry")
