@@ -105,7 +105,7 @@ class Tracker:
         self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(PENDING_ROWS)
         self._thread: threading.Thread | None = None
         self._library: Any = None
-        self._dropped = 0
+        self._dropped, self._given_up = 0, False
         if mode != "disabled":
             start = {"mode": mode, "dir": str(folder), "name": name, "config": settings, "id": run_id,
                      "group": group, "tags": list(tags)}  # fmt: skip
@@ -130,7 +130,8 @@ class Tracker:
             run.finish()
         except Exception as error:  # a tracker may fail in any way; the run goes on
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            log.warning("WandB failed (%s); the run goes on without it", reason)
+            if not self._given_up:  # else that has been said, and this only follows from it
+                log.warning("WandB failed (%s); the run goes on without it", reason)
             self.mode = "disabled"
 
     def log(self, row: dict[str, Any]) -> None:
@@ -152,6 +153,7 @@ class Tracker:
             self._rows.put(None, timeout=FINISH_SECONDS if self._thread.is_alive() else 0)
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
+            self._given_up = True
             log.warning("WandB did not finish in %g s; `wandb sync` sends the rest", FINISH_SECONDS)
         elif self._dropped:
             log.warning("WandB was too slow: it lacks %d rows, which are in the run's own files", self._dropped)
@@ -168,7 +170,7 @@ class Tracker:
             leaving = threading.Thread(target=tear_down, daemon=True)
             leaving.start()
             leaving.join(LEAVE_SECONDS)
-            atexit.unregister(_HookOfWandB())
+            atexit.unregister(_HookOfWandB())  # type: ignore[arg-type]
 
 
 class _HookOfWandB:
