@@ -163,7 +163,7 @@ def _read(images: LazyImages, parts: Sequence[Tensor], device: torch.device) -> 
     try:
         yield from loader
     except DataError as error:  # from a worker process it comes with that process's traceback
-        raise DataError(str(error).strip().splitlines()[-1].removeprefix("errors.DataError: ")) from None
+        raise DataError(str(error).strip().rpartition("errors.DataError: ")[2]) from None
 
 
 def _as_it_is(batch: Any) -> Any:

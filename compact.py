@@ -18,14 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from channel_flow import Cuts, Follower
-from errors import DataError
+from errors import DataError, UsageError
 from files import write_atomically
 from models import build_model, runs_a_file, spec_of
 from models.layers import Normalize, channels_side_by_side
+from run_files import check, is_mapping, is_words
+from structured_text import parse_json
 from unit_groups import unit_groups
 from units import UnitGroup, masks_of_units
 
 FORMAT = 1
+LARGEST_IMAGE = 4096  # pixels a side: a file must not make a network that fills the memory
 
 
 class Constant(nn.Module):
@@ -204,10 +207,8 @@ def load(folder: str | Path, arch: str | None = None) -> nn.Module:
     """
     folder = Path(folder)
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = _config(folder / "config.json")
         tensors = safetensors.torch.load_file(folder / "model.safetensors")
-        if config["format"] != FORMAT:
-            raise DataError(f"{folder} was written by another version of this program")
         if runs_a_file(config["arch"]) and arch is None:
             raise DataError(f"the network in {folder} comes from {config['arch']}: give that as `arch` to run its code")
         with torch.random.fork_rng(devices=[]):
@@ -215,6 +216,26 @@ def load(folder: str | Path, arch: str | None = None) -> nn.Module:
         model.normalize = Normalize((0.0,) * 3, (1.0,) * 3)
         small = shrink(model, structure_of(model, config["kept"]))
         small.load_state_dict(tensors)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, UsageError, safetensors.SafetensorError) as error:
         raise DataError(f"cannot read the network in {folder}: {(str(error).splitlines() or ['?'])[0]}") from error
     return channels_side_by_side(small.eval())
+
+
+def _config(file: Path) -> dict[str, Any]:
+    """What `save` wrote beside the tensors.
+
+    Raises:
+        DataError: Another version of this program wrote it.
+        ValueError: It is not what `save` writes, whoever wrote it.
+    """
+    config = parse_json(file.read_text())
+    check(is_mapping(config), "a network's description")
+    if config.get("format") != FORMAT:
+        raise DataError(f"{file.parent} was written by another version of this program")
+    size, kept = config.get("image_size"), config.get("kept")
+    check(isinstance(config.get("arch"), str), "a network's name as arch")
+    check(is_words(config.get("classes")), "names as classes")
+    check(isinstance(size, int) and 0 < size <= LARGEST_IMAGE, "a number of pixels as image_size")
+    check(is_mapping(kept) and all(isinstance(units, list) for units in kept.values()), "lists of units as kept")
+    check(all(type(unit) is int for units in kept.values() for unit in units), "whole numbers as units")
+    return config

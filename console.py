@@ -13,11 +13,19 @@ from pathlib import Path
 from tqdm import tqdm
 
 from errors import RunError, StorageError
+from redaction import redacted
 
 log = logging.getLogger("rsst")
 
 
-class _ConsoleFormatter(logging.Formatter):
+class _Formatter(logging.Formatter):
+    """Hides secrets, which may be part of what a library says when it fails."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
+class _ConsoleFormatter(_Formatter):
     """Bare messages; warnings are marked, in colour where the terminal takes it."""
 
     def __init__(self, colour: bool) -> None:
@@ -80,7 +88,7 @@ def log_to_file(path: Path) -> None:
         handler = _LogFile(path)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
 
 
@@ -91,7 +99,7 @@ def exit_status(program: Callable[[], str]) -> int:
     try:
         said = program()
         if rank == 0:
-            print(said)
+            print(redacted(said))
     except RunError as error:
         if rank == 0:
             log.error("%s", error)

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from batches import mixed_seed
-from errors import UsageError
+from errors import DataError, UsageError
 from masks import MaskPair
 from methods import CONTROLS
 from models import build_model
 from options import default_run_folder, identity_of, settings_of
 from permute_masks import CONTROL_STREAM
-from run_state import RunFolder, RunState, load_safely, random_states, restore_random_states, unpacked
+from run_state import RunFolder, RunState, random_states, restore_random_states, unpacked
+from tensor_files import as_state_dict, check_shapes, load_tensors
 from utils import seed_everything
 
 
@@ -79,6 +80,17 @@ class ControlSource:
         return drawn
 
     def masks(self, state: int) -> MaskPair:
-        """What the run decided when round `state` had ended."""
-        found = unpacked(load_safely(self.folder.masks(state)))
-        return MaskPair(found["current"], found["refill"])
+        """What the run decided when round `state` had ended.
+
+        Raises:
+            DataError: The file cannot be read, or does not hold the masks of this network.
+        """
+        file = self.folder.masks(state)
+        found = load_tensors(file, f"argument --control: cannot read the masks {file}")
+        try:
+            current, refill = (as_state_dict(found[name], "") for name in ("current", "refill"))
+            pair = MaskPair(**unpacked({"current": current, "refill": refill}))
+            check_shapes(self.dense.state_dict, {}, [(pair.current, pair.refill)])
+        except (DataError, LookupError, TypeError, ValueError) as error:
+            raise DataError(f"argument --control: {file} does not hold the masks of a round ({error})") from error
+        return pair

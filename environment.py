@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from batches import BatchLoader
+from redaction import redacted
 
 
 def describe_environment(device: torch.device, precision: str) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def describe_environment(device: torch.device, precision: str) -> dict[str, Any]
     packages = ("torch", "torchvision", "timm", "numpy", "wandb")
     return {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *map(redacted, sys.argv[1:])],
         "python": platform.python_version(),
         "packages": {p: _version(p) for p in packages},
         "platform": platform.platform(),

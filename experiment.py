@@ -51,6 +51,7 @@ from run_state import (
     restore_random_states,
     save_atomically,
 )
+from tensor_files import check_fits
 from tracker import Sink, TensorBoard, Tracker, Trackers
 from trainee import Trainee
 from training import Meter, Passer, StopRequest, hardened, train, validate
@@ -203,6 +204,7 @@ class Experiment:
         if self.world.is_first:
             self._take_up()
         self.run = RunState(**self.world.share(vars(self.run)))
+        check_fits(self.run.state_dict or self.run.init_weight, self.run.optimizer, self.model)
 
     def _take_up(self) -> None:
         if self.args.resume and not self.args.checkpoint and not self.folder.checkpoints():

@@ -50,7 +50,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # not through a link that somebody has put there
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -95,7 +96,7 @@ def lock(path: Path, patience: float = 0.0) -> IO[str] | None:
     Args:
         patience: Seconds to wait for the other process.
     """
-    file, until = path.open("w"), time.monotonic() + patience
+    file, until = path.open("a"), time.monotonic() + patience
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import json
 import re
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from errors import DataError
 from image_store import one_line, read_image
+from structured_text import parse_json
 
 SIDE = 32
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -219,9 +219,10 @@ def _first_of(wanted: Sequence[str], available: Collection[str], file: Path) -> 
 def _class_names(metadata: Mapping[bytes, bytes] | None, label: str) -> tuple[str, ...]:
     """The names that Hugging Face's `datasets` library writes into its files; none if something else wrote the file."""
     try:
-        return tuple(json.loads((metadata or {})[b"huggingface"])["info"]["features"][label]["names"])
-    except (KeyError, TypeError, ValueError):
+        names = parse_json((metadata or {})[b"huggingface"].decode())["info"]["features"][label]["names"]
+    except (LookupError, TypeError, ValueError):
         return ()
+    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
 
 
 def checked_labels(values: numpy.ndarray, image_count: int, class_count: int, where: str) -> Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from console import exit_status, start_logging
 from options import parse_args
+from redaction import refuse_secrets
 
 if TYPE_CHECKING:
     from training import apply_reg, train, update_reg, validate
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str]) -> str:
+    refuse_secrets(words)
     args = parse_args(words)
     start_logging(args.quiet, args.verbose)
     return importlib.import_module("experiment").run(args)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from console import exit_status, start_logging
 from options import OneLineParser, truth
+from redaction import refuse_secrets
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str]) -> str:
+    refuse_secrets(words)
     args = parse_args(words)
     start_logging(args.quiet, verbose=False)
     page, latency = importlib.import_module("reports.page"), importlib.import_module("reports.latency")

@@ -7,7 +7,6 @@ import logging
 import random
 import re
 import secrets
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from errors import DataError, StorageError, UsageError
 from files import link, lock, replacing, write_atomically
 from masks import Mask, effective_state, pruning_state
 from run_files import Row
+from tensor_files import are_random_states, check_fields, check_shapes, load_tensors
 
 log = logging.getLogger("rsst")
 
@@ -131,20 +131,12 @@ class _Sink:
 
 
 def load_safely(path: Path) -> Any:
-    """`torch.load` without unpickling code, after a look at the file's check sums, which torch does not compare.
+    """A checkpoint's content, see `load_tensors`.
 
     Raises:
-        DataError: The file is damaged, or not a checkpoint that torch reads that way.
+        DataError: The file is damaged, or not a checkpoint.
     """
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as parts:
-                if damaged := parts.testzip():
-                    raise zipfile.BadZipFile(f"{damaged} is damaged")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a wide family for damaged files
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"cannot read the checkpoint {path}: {reason}") from error
+    return load_tensors(path, f"cannot read the checkpoint {path}")
 
 
 def random_states() -> dict[str, Any]:
@@ -192,7 +184,10 @@ class Progress:
         except DataError as error:
             log.warning("%s; beginning again", error)
             return {}
-        if found.get("owner") != self.owner:
+        if not isinstance(found, dict) or found.get("owner") != self.owner:
+            return {}
+        if not isinstance(found.get("values"), dict) or not are_random_states(found.get("rng")):
+            log.warning("%s is not what a run writes; beginning again", self.path)
             return {}
         restore_random_states(found["rng"])
         return found["values"]
@@ -335,14 +330,27 @@ class RunFolder:
         """Read a checkpoint back; the model's weights come under their plain names.
 
         Raises:
-            DataError: Unreadable, or written by another version.
+            DataError: Unreadable, written by another version, or not what a run writes.
         """
         fields = load_safely(path)
         if not isinstance(fields, dict) or fields.get("version") != VERSION:
             raise DataError(f"{path} is not a checkpoint of this program's version {VERSION}")
+        try:
+            return RunFolder._checked(fields)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"cannot read the checkpoint {path}: {reason}; it is not loaded") from error
+
+    @staticmethod
+    def _checked(fields: dict[str, Any]) -> RunState:
+        """The state that the fields of a checkpoint describe. Checkpoints may be anybody's."""
+        check_fields(fields)
         fields |= {k: unpacked(fields[k]) for k in MASKS}
         run = RunState(**{k: v for k, v in fields.items() if k in RunState.__dataclass_fields__})
         run.state_dict = effective_state(run.state_dict)
+        others = {"initial weights": run.init_weight, "dense weights": run.dense_weight}
+        following = (run.following.get("current", {}), run.following.get("refill", {}))
+        check_shapes(run.state_dict, others, [(run.current_mask, run.refill_mask), following])
         return run
 
     def write_result(self, result: Mapping[str, Any]) -> None:

@@ -16,12 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from console import exit_status, log_to_file, start_logging
 from errors import DataError, RunError, StorageError, UsageError
 from files import lock, write_atomically
 from options import NONNEGATIVE, OneLineParser, count, truth
+from redaction import refuse_secrets
+from structured_text import parse_yaml
 from sweeps.executors import check_executor
 from sweeps.grid import Job, Plan, Spec, plan, words_of
 from sweeps.job_process import Outcome
@@ -95,6 +95,7 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, Spec]:
     grids = from_file.get("grid") or []
     grids = [*(grids if isinstance(grids, list) else [grids]), *([_grid_of(args.grid)] if args.grid else [])]
     spec = Spec((*words_of(from_file.get("flags") or {}), *flags), tuple(grids), tuple(from_file.get("list") or ()))
+    refuse_secrets([*spec.flags, *(word for settings in spec.combinations() for word in words_of(settings))])
     if not spec.combinations():
         raise UsageError("argument --grid: nothing to run; give --grid FLAG=VALUES ... or --file FILE")
     if not args.search and (args.density or args.macs):
@@ -141,8 +142,8 @@ def _grid_of(words: Sequence[str]) -> dict[str, list[str]]:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        found = parse_yaml(path.read_text())
+    except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     problem = _problem_of(found)
     if problem:
@@ -182,6 +183,7 @@ class SweepFailed(RunError):
 
 
 def _run(words: list[str]) -> str:
+    refuse_secrets(words)
     args, spec = parse_args(words)
     start_logging(args.quiet, verbose=False)
     if args.search:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import compact
 from counting import cost_of
-from errors import DataError, RunError, UsageError
+from errors import DataError, RunError, StorageError, UsageError
 from files import write_atomically
 from masks import MaskPair
 from models import build_model, runs_a_file
@@ -69,23 +69,27 @@ def read_ticket(folder: Path, state: int | None = None, best: bool = False, arch
     if not path.is_file():
         raise DataError(f"{folder} holds no round {state} ({path.name} is missing)")
     run = RunFolder.load(path)
-    model = _network(run, arch)
+    model = _network(run, arch, path)
     model.normalize = Normalize((0.0,) * 3, (1.0,) * 3)
     structure = MaskPair(run.current_mask, run.refill_mask).structure if run.current_mask else {}
     weights = {n: v * structure[n] if n in structure else v for n, v in run.state_dict.items()}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise UsageError(f"argument --arch: {arch or run.args['arch']} is not the network of this run") from error
+        if arch is None:
+            raise DataError(f"{path} does not hold the weights of {run.args['arch']}") from error
+        raise UsageError(f"argument --arch: {arch} is not the network of this run") from error
     return Ticket(run, model.eval(), structure)
 
 
-def _network(run: RunState, arch: str | None) -> nn.Module:
+def _network(run: RunState, arch: str | None, file: Path) -> nn.Module:
     """The run's network. Code in a user's file is only run when the user says so: a checkpoint may be anybody's."""
-    named = run.args["arch"]
+    named, size = run.args.get("arch"), run.args.get("image_size")
+    if not isinstance(named, str) or not isinstance(size, int) or not 0 < size <= compact.LARGEST_IMAGE:
+        raise DataError(f"{file} does not say which network it holds, for images of how many pixels")
     if runs_a_file(named) and arch is None:
         raise UsageError(f"argument --arch: the network comes from {named}: name it again, since its code will be run")
-    return build_model(arch or named, len(run.classes), run.args["image_size"])
+    return build_model(arch or named, len(run.classes), size)
 
 
 def export(
@@ -112,7 +116,7 @@ def export(
     with torch.no_grad():
         wanted = ticket.masked(images)
         check("the compact network", small(images), wanted)
-    out = out or folder / "export" / f"round_{ticket.run.state}"
+    out = out or _within(folder / "export", f"round_{ticket.run.state}")
     out.mkdir(parents=True, exist_ok=True)
     normalize: Any = ticket.masked.normalize
     config = {
@@ -132,6 +136,14 @@ def export(
     write_atomically(json.dumps(rows, indent=1) + "\n", out / "export.json")
     log.info("wrote %s", out)
     return _table(rows)
+
+
+def _within(folder: Path, name: str) -> Path:
+    """Raises: StorageError, if a link leads out of a run's folder, which may be anybody's."""
+    for path in (folder, folder / name):
+        if path.is_symlink():
+            raise StorageError(f"{path} is a link, which is not followed; name a folder by --out")
+    return folder / name
 
 
 def check(what: str, found: Tensor, wanted: Tensor) -> None:

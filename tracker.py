@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import netrc
 import os
 import queue
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +18,7 @@ log = logging.getLogger("rsst")
 
 INIT_SECONDS = 20
 FINISH_SECONDS = 30
+LEAVE_SECONDS = 1
 PENDING_ROWS = 10_000
 
 
@@ -101,6 +104,8 @@ class Tracker:
         self.mode = mode
         self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(PENDING_ROWS)
         self._thread: threading.Thread | None = None
+        self._library: Any = None
+        self._dropped, self._given_up = 0, False
         if mode != "disabled":
             start = {"mode": mode, "dir": str(folder), "name": name, "config": settings, "id": run_id,
                      "group": group, "tags": list(tags)}  # fmt: skip
@@ -108,10 +113,15 @@ class Tracker:
             self._thread.start()
 
     def _work(self, start: dict[str, Any]) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")  # it says where it logs in before it reads its settings
         try:
             import wandb
 
-            quiet = wandb.Settings(init_timeout=INIT_SECONDS, silent=True)
+            self._library = wandb
+            limits: dict[str, Any] = {"init_timeout": INIT_SECONDS, "finish_timeout": 0.9 * FINISH_SECONDS,
+                                      "finish_timeout_raises": True}  # fmt: skip
+            known = getattr(wandb.Settings, "model_fields", limits)  # older versions cannot be told all of them
+            quiet = wandb.Settings(silent=True, **{k: v for k, v in limits.items() if k in known})
             run = wandb.init(project="RSST", resume="allow", settings=quiet, **start)
             run.define_metric("step")
             run.define_metric("*", step_metric="step")
@@ -120,7 +130,8 @@ class Tracker:
             run.finish()
         except Exception as error:  # a tracker may fail in any way; the run goes on
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            log.warning("WandB failed (%s); the run goes on without it", reason)
+            if not self._given_up:  # else that has been said, and this only follows from it
+                log.warning("WandB failed (%s); the run goes on without it", reason)
             self.mode = "disabled"
 
     def log(self, row: dict[str, Any]) -> None:
@@ -129,13 +140,43 @@ class Tracker:
             try:
                 self._rows.put_nowait(row)
             except queue.Full:
-                log.warning("WandB is too slow; a row was dropped")
+                if not self._dropped:
+                    log.warning("WandB is too slow; rows are not sent any more until it has caught up")
+                self._dropped += 1
 
     def finish(self) -> None:
         """Let what is pending go out, for half a minute at most."""
-        if self._thread is not None and self._thread.is_alive():
-            with contextlib.suppress(queue.Full):
-                self._rows.put(None, timeout=FINISH_SECONDS)
-            self._thread.join(FINISH_SECONDS)
-            if self._thread.is_alive():
-                log.warning("WandB did not finish in %d s; `wandb sync` sends the rest", FINISH_SECONDS)
+        if self._thread is None:
+            return
+        until = time.monotonic() + FINISH_SECONDS
+        with contextlib.suppress(queue.Full):
+            self._rows.put(None, timeout=FINISH_SECONDS if self._thread.is_alive() else 0)
+        self._thread.join(max(0.0, until - time.monotonic()))
+        if self._thread.is_alive():
+            self._given_up = True
+            log.warning("WandB did not finish in %g s; `wandb sync` sends the rest", FINISH_SECONDS)
+        elif self._dropped:
+            log.warning("WandB was too slow: it lacks %d rows, which are in the run's own files", self._dropped)
+        self._leave()
+
+    def _leave(self) -> None:
+        """Let WandB's own process go: at the end of this one, WandB would wait for it without a limit."""
+
+        def tear_down() -> None:
+            with contextlib.suppress(Exception):  # what is gone can no longer be told to go
+                self._library.teardown()
+
+        if self._library is not None:
+            leaving = threading.Thread(target=tear_down, daemon=True)
+            leaving.start()
+            leaving.join(LEAVE_SECONDS)
+            atexit.unregister(_HookOfWandB())  # type: ignore[arg-type]
+
+
+class _HookOfWandB:
+    """Equal to every function of WandB's and its telemetry: what they do, and wait for, at exit has no public name."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return str(getattr(other, "__module__", "")).partition(".")[0] in ("wandb", "opentelemetry")

@@ -20,6 +20,7 @@ from models.layers import Normalize, channels_side_by_side
 from models.pretrained import load_pretrained_weights
 from models.vision_transformer import set_fused_attention
 from precision import choose_precision
+from tensor_files import as_state_dict, load_tensors
 
 
 def seed_everything(seed: int) -> None:
@@ -123,16 +124,10 @@ def load_initial_weights(model: nn.Module, file: Path) -> None:
     Raises:
         DataError: The file cannot be read, or holds another network.
     """
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a wide family for a file that is not a checkpoint
-        raise DataError(
-            f"--init {file}: not a readable state dict ({(str(error).splitlines() or ['?'])[0]})"
-        ) from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else None
-    if not isinstance(state, dict):
-        raise DataError(f"--init {file}: holds no state dict")
-    state = {k: v for k, v in state.items() if not k.startswith("normalize.")}
+    failure = f"--init {file}: not a readable state dict"
+    found = load_tensors(file, failure)
+    found = as_state_dict(found.get("state_dict", found) if isinstance(found, dict) else found, failure)
+    state = {k: v for k, v in found.items() if not k.startswith("normalize.")}
     own = {k: v.shape for k, v in model.state_dict().items() if not k.startswith("normalize.")}
     wrong = sorted(k for k in own.keys() | state.keys() if own.get(k) != getattr(state.get(k), "shape", None))
     if wrong:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 from pathlib import Path
+from typing import Any
 
+import safetensors
+import safetensors.torch
 import timm
 import timm.models
 from timm.models import vision_transformer
@@ -12,6 +16,7 @@ from torch import Tensor, nn
 
 from errors import DataError
 from models.registry import ModelSpec
+from tensor_files import as_state_dict, load_tensors
 
 log = logging.getLogger("rsst.models")
 
@@ -43,10 +48,9 @@ def load_pretrained_weights(
         if isinstance(model, vision_transformer.VisionTransformer):
             weights = vision_transformer.checkpoint_filter_fn(weights, model)
         missing, unexpected = model.load_state_dict(weights, strict=False)
-    except (RuntimeError, KeyError) as error:
-        raise DataError(
-            f"the weights of {source} do not fit the model: {str(error).splitlines()[-1].strip()}"
-        ) from error
+    except Exception as error:  # timm takes a name or a shape for a format, and converts it whatever it is
+        reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
+        raise DataError(f"the weights of {source} do not fit the model: {reason}") from error
     left = [k for k in missing if not k.startswith(own)]
     if left or unexpected:
         raise DataError(
@@ -58,10 +62,20 @@ def load_pretrained_weights(
 def _weights_from_file(file: str | Path) -> dict[str, Tensor]:
     if not Path(file).is_file():
         raise DataError(f"no such weights file: {file}")
+    failure = f"cannot read weights from {file}"
+    found = _tensors_of(Path(file), failure)
+    if isinstance(found, dict):
+        found = next((found[key] for key in ("state_dict", "model") if key in found), found)
+    return timm.models.clean_state_dict(as_state_dict(found, failure))
+
+
+def _tensors_of(file: Path, failure: str) -> Any:
+    if file.suffix != ".safetensors":
+        return load_tensors(file, failure, also=[argparse.Namespace])  # which timm's checkpoints hold
     try:
-        return dict(timm.models.load_state_dict(str(file), use_ema=False, weights_only=True))
-    except Exception as error:  # timm and torch raise a wide family for a file that is not a checkpoint
-        raise DataError(f"cannot read weights from {file}: {str(error).splitlines()[0]}") from error
+        return safetensors.torch.load_file(file)
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise DataError(f"{failure}: {str(error).splitlines()[0]}") from error
 
 
 def _weights_from_timm(timm_name: str) -> dict[str, Tensor]:

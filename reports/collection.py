@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from errors import DataError
 from files import lock
 from methods import SQUEEZE_GOAL
-from run_files import Row, is_run, read_environment, read_metrics, read_result, read_rounds, read_settings
+from run_files import (
+    Row,
+    check,
+    is_mapping,
+    is_number,
+    is_run,
+    is_words,
+    read_environment,
+    read_metrics,
+    read_result,
+    read_rounds,
+    read_settings,
+)
+from structured_text import parse_json
 
 # Settings that say where a run was and how it was watched, not what it was.
 PLUMBING = frozenset(
@@ -171,7 +183,7 @@ def collect(path: Path) -> Collection:
 
 
 def _sweep(path: Path) -> Collection:
-    record, ends = (_json(path / name) for name in ("sweep.json", "outcomes.json"))
+    record, ends = _json(path / "sweep.json", _check_record), _json(path / "outcomes.json", _check_ends)
     runs: list[Run] = []
     dense: list[Run] = []
     for job in record["jobs"]:
@@ -197,11 +209,34 @@ def _folder(path: Path, folders: Sequence[Path]) -> Collection:
     return Collection(path.resolve().name, path, [a for a in axes if a != "seed"], _groups(runs), runs, [], [])
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path, refuse: Callable[[Any], None]) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
+        found = parse_json(path.read_text()) if path.is_file() else {}
+        if found:
+            refuse(found)
+        return found
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
+
+
+def _check_record(found: Any) -> None:
+    """Raises: ValueError, if it is not what a sweep writes down, or names a folder outside its own."""
+    check(is_mapping(found) and isinstance(found.get("jobs"), list), "the jobs of a sweep")
+    check(is_words(found.get("axes")) and is_words(found.get("command")), "the axes and the command of a sweep")
+    for job in found["jobs"]:
+        words = is_mapping(job) and all(isinstance(job.get(name), str) for name in ("name", "folder"))
+        check(words and is_mapping(job.get("settings")), "a name, a folder and settings for each job")
+        check(is_number(job.get("rounds")) and isinstance(job.get("dense"), bool), "a kind and rounds for each job")
+        check(is_number(job["settings"].get("seed", 0)), "a number as seed")
+        folder = PurePath(job["folder"])
+        inside = not folder.is_absolute() and ".." not in folder.parts
+        check(inside, f"a folder within the sweep's, and not {folder},")
+
+
+def _check_ends(found: Any) -> None:
+    """Raises: ValueError, if it is not what a sweep says of its jobs' ends."""
+    fine = is_mapping(found) and all(is_mapping(e) and isinstance(e.get("reason", ""), str) for e in found.values())
+    check(fine, "a reason for each job")
 
 
 def _run(folder: Path, settings: dict[str, Any], wanted: int | None = None, reason: str = "") -> Run:
@@ -215,6 +250,8 @@ def _run(folder: Path, settings: dict[str, Any], wanted: int | None = None, reas
 
 def _unfinished(folder: Path) -> str:
     """Whether a process is at work there now."""
+    if (folder / "lock").is_symlink():  # which taking the lock would follow, to whatever file it names
+        return "not finished"
     try:
         held = lock(folder / "lock")
     except OSError:  # a folder that can only be read

@@ -11,6 +11,8 @@ from typing import Any
 from errors import DataError, RunError
 from files import write_atomically
 from reports.collection import Collection, Run
+from run_files import is_mapping, is_number
+from structured_text import parse_json
 
 log = logging.getLogger("rsst")
 
@@ -48,10 +50,12 @@ def measured(collection: Collection, folder: Path, arch: str | None = None) -> d
 
 def _cached(path: Path, here: dict[str, Any]) -> dict[str, float]:
     try:
-        found = json.loads(path.read_text())
+        found = parse_json(path.read_text())
     except (OSError, ValueError):
         return {}
-    return found["milliseconds"] if found.get("where") == here else {}
+    if not is_mapping(found) or found.get("where") != here or not is_mapping(found.get("milliseconds")):
+        return {}
+    return {shape: value for shape, value in found["milliseconds"].items() if is_number(value)}
 
 
 def _shape(run: Run, state: int) -> str:
@@ -59,9 +63,10 @@ def _shape(run: Run, state: int) -> str:
     row = run.rounds[state]
     whole = run.args.get("struct") in ("refill", "rsst") or run.args.get("regroup")
     kept = row["kept_per_layer"] if whole else run.rounds[0]["kept_per_layer"]
-    file = Path(run.args["arch"].rpartition(":")[0])
+    arch, dataset, size = (run.args.get(name) for name in ("arch", "dataset", "image_size"))
+    file = Path(str(arch).rpartition(":")[0])
     code = hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""
-    return json.dumps([run.args["arch"], code, run.args["dataset"], run.args["image_size"], list(kept.values())])
+    return json.dumps([arch, code, dataset, size, list(kept.values())])
 
 
 def _measure(places: dict[str, tuple[Run, int]], arch: str | None) -> dict[str, float]:
@@ -78,7 +83,7 @@ def _measure(places: dict[str, tuple[Run, int]], arch: str | None) -> dict[str, 
             log.warning("no latency of %s, round %d: %s", run.name, state, error)
             continue
         small = compact.shrink(ticket.masked, ticket.structure).eval()
-        networks[shape] = channels_side_by_side(small), run.args["image_size"]
+        networks[shape] = channels_side_by_side(small), ticket.run.args["image_size"]
     found: dict[str, float] = {}
     for size in {size for _, size in networks.values()}:
         alike = {shape: network for shape, (network, side) in networks.items() if side == size}

@@ -80,7 +80,9 @@ def _findings(collection: Collection, effects: Sequence[Comparison], dense: Sequ
 
 
 def make_folder(path: Path) -> None:
-    """Raises: StorageError, if it cannot be made."""
+    """Raises: StorageError, if it cannot be made, or is a link: what a report is about may be anybody's."""
+    if path.is_symlink():
+        raise StorageError(f"{path} is a link, which is not followed; name a folder by --out")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -24,6 +24,7 @@ SETTINGS: Any = {
     "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": FAINT, "grid.alpha": 0.25,
     "grid.linewidth": 0.6, "legend.frameon": False, "axes.titlesize": 9.5, "lines.linewidth": 1.6,
+    "text.parse_math": False,  # a $ in a setting is a $
     "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
 }  # fmt: skip
 
@@ -66,7 +67,7 @@ def for_page(svg: str, label: str, name: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     ids = dict.fromkeys(re.findall(r'\bid="([^"]+)"', svg))
     for old in ids:  # ids have to differ between the figures of a page
-        svg = re.sub(rf'(id="|href="#|url\(#){re.escape(old)}(?=["\)])', rf"\g<1>{name}-{old}", svg)
+        svg = re.sub(rf'(id="|href="#|url\(#)(?={re.escape(old)}["\)])', rf"\g<1>{name}-", svg)
     size = re.search(r'viewBox="[\d.]+ [\d.]+ ([\d.]+) ([\d.]+)"', svg)
     assert size is not None
     head = f'<svg role="img" aria-label="{html.escape(label)}" viewBox="0 0 {size.group(1)} {size.group(2)}" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'  # noqa: E501

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from errors import DataError
 from reports.collection import Collection, Group, collect, judged, mean_and_spread, soft, time_saved, weak_penalties
 from reports.comparisons import Comparison, best_by_validation
 from text_tables import text_table
+
+NUMBERS = re.compile(r"[-+][\d.]+(e[-+]?\d+)?( ± [\d.]+)?")
 
 
 @dataclass(frozen=True)
@@ -36,26 +39,42 @@ class Table:
 
     def csv(self) -> str:
         text = io.StringIO()
-        csv.writer(text).writerows([self.head, *self.rows])
+        csv.writer(text).writerows([[_inert(c) for c in row] for row in (self.head, *self.rows)])
         return text.getvalue()
 
     def markdown(self) -> str:
         lines = [self.head, ["---"] * len(self.head), *([shown(c) for c in row] for row in self.rows)]
-        return "".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |\n" for line in lines)
+        return "".join("| " + " | ".join(map(_as_text, line)) + " |\n" for line in lines)
 
     def latex(self) -> str:
         """A `tabular` for the package booktabs."""
         columns = "".join("r" if self.is_numeric(k) else "l" for k in range(len(self.head)))
         lines = [_latex_row(self.head), "\\midrule", *(_latex_row([shown(c) for c in row]) for row in self.rows)]
         body = "\n".join(lines)
-        return (f"% {self.caption}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n{body}\n\\bottomrule\n"
+        return (f"% {_one_line(self.caption)}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n{body}\n\\bottomrule\n"
                 "\\end{tabular}\n")  # fmt: skip
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _inert(cell: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula."""
+    is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{cell}" if is_formula and not NUMBERS.fullmatch(cell) else cell
+
+
+def _as_text(cell: str) -> str:
+    """A cell of a Markdown table in which nothing is markup."""
+    special = {"\\": "\\\\", "|": "\\|", "<": "&lt;", "&": "&amp;", "`": "\\`", "[": "\\["}
+    return "".join(special.get(c, c) for c in _one_line(cell))
 
 
 def _latex_row(cells: Sequence[str]) -> str:
     special = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "$": r"\$", "±": r"$\pm$", "−": "$-$", "<": "$<$",
                "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\^{}"}  # fmt: skip
-    return " & ".join("".join(special.get(c, c) for c in cell) for cell in cells) + r" \\"
+    return " & ".join("".join(special.get(c, c) for c in _one_line(cell)) for cell in cells) + r" \\"
 
 
 def shown(cell: Any) -> str:

@@ -15,7 +15,7 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 from conftest import tiny
-from report_data import DENSITIES, SEEDS, accuracy, write_run, write_sweep
+from report_data import DENSITIES, SEEDS, accuracy, epoch_row, write_run, write_sweep
 from scipy import stats
 from test_experiment import run
 
@@ -335,8 +335,9 @@ def test_what_cannot_be_reported_is_named(file, content, said, tmp_path, capsys)
 
 
 def test_rows_that_are_being_written_are_left_out(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"epoch": 0}\n{"epo')
-    assert read_metrics(tmp_path) == [{"epoch": 0}]
+    row = epoch_row("rsst", 0, 0, 50.0)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + '\n{"epo')
+    assert read_metrics(tmp_path) == [row]
 
 
 def test_a_real_run_is_read_as_it_was_written_and_measured_once(tmp_path, monkeypatch):

@@ -73,9 +73,10 @@ def test_checkpoints_run_no_code_and_damage_is_named(content, tmp_path, monkeypa
 def test_a_run_state_survives_the_disk(tmp_path):
     folder = RunFolder(tmp_path)
     mask = torch.tensor([1.0, 0.0])
+    row = dict.fromkeys(("round", "epoch", "step", "loss", "accuracy", "val_accuracy", "test_accuracy"), 0)
     run = RunState(args={"rate": 0.2, "decreasing_lr": [1]}, data="x", state=3, epoch=2, step=1, partial={"loss": 0.5},
                    state_dict={"a.weight": torch.tensor([5.0, 0.0])}, current_mask={"a.weight_mask": mask},
-                   refill_mask={"a": mask}, history=[{"round": 0}], best_sa=[1.0, 2.0, 3.0])  # fmt: skip
+                   refill_mask={"a": mask}, history=[row], best_sa=[1.0, 2.0, 3.0])  # fmt: skip
     folder.save(run, masked={"a.weight": mask})
     assert folder.checkpoints() == [tmp_path / "3checkpoint.pth.tar"]
     raw = load_safely(folder.checkpoint(3))
@@ -84,7 +85,7 @@ def test_a_run_state_survives_the_disk(tmp_path):
     back = RunFolder.load(folder.checkpoint(3))
     assert torch.equal(back.state_dict["a.weight"], run.state_dict["a.weight"])
     assert back.refill_mask["a"].dtype == torch.float32
-    assert (back.epoch, back.step, back.partial, back.history) == (2, 1, {"loss": 0.5}, [{"round": 0}])
+    assert (back.epoch, back.step, back.partial, back.history) == (2, 1, {"loss": 0.5}, [row])
     folder.save(RunState(args={}, data="", state=10))
     assert folder.checkpoints()[0] == tmp_path / "10checkpoint.pth.tar"
     save_atomically({"version": 99}, tmp_path / "11checkpoint.pth.tar")

@@ -1,0 +1,61 @@
+"""JSON and YAML that may be anybody's: plain values only, and no more of them than the text is long."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import yaml
+
+ASKS_FOR = re.compile(r"tag:yaml\.org,2002:(python/\S+?)'")
+MOST_VALUES = 100_000  # of a YAML file, with what its aliases repeat
+
+
+def parse_json(text: str) -> Any:
+    """Raises: ValueError, if it is no JSON, or is nested without end."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML file says; of plain values alone, whatever it calls them.
+
+    Raises:
+        ValueError: It is no YAML, names a class to be built, is nested without end, or unfolds to too many values.
+    """
+    try:
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            if _unfolded(node, {}) > MOST_VALUES:
+                raise ValueError(f"its aliases unfold to more than {MOST_VALUES} values")
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply, or holds itself") from error
+    except yaml.constructor.ConstructorError as error:
+        if tag := ASKS_FOR.search(str(error)):
+            raise ValueError(f"it asks for {tag[1]}, which could run code; nothing of it is loaded") from error
+        raise ValueError(" ".join(str(error).split())) from error
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except (AttributeError, LookupError, TypeError, OverflowError) as error:  # PyYAML does not look before it converts
+        raise ValueError("a value is not what its tag says") from error
+
+
+def _unfolded(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for, if those that are named several times are counted each time."""
+    if id(node) not in known:
+        parts: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        elif isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_unfolded(part, known) for part in parts)
+    return known[id(node)]
