@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -15,6 +16,8 @@ from errors import RunError, StorageError
 
 log = logging.getLogger("rsst")
 
+LONGEST_MESSAGE = 2000  # characters; a value of a megabyte would hide what is wrong with it
+
 
 class _ConsoleFormatter(logging.Formatter):
     """Bare messages; warnings are marked, in colour where the terminal takes it."""
@@ -27,8 +30,21 @@ class _ConsoleFormatter(logging.Formatter):
         text = super().format(record)
         if record.levelno < logging.WARNING:
             return text
+        text = _in_one_line(text)
         word = record.levelname.lower()
         return f"\033[33m{word}:\033[0m {text}" if self.colour else f"{word}: {text}"
+
+
+def _in_one_line(text: str) -> str:
+    """The text with line breaks and other invisible characters escaped, and its middle left out if it is very long.
+
+    Names of files and values of flags are shown in messages, and can hold anything.
+    """
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    half = LONGEST_MESSAGE // 2
+    if len(text) <= 2 * half:
+        return text
+    return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
 
 
 class _ConsoleHandler(logging.StreamHandler):
@@ -60,6 +76,8 @@ def log_to_file(path: Path) -> None:
 def exit_status(program: Callable[[], str]) -> int:
     """Run a program and print what it returns; an end that the user can act on is one line and its status."""
     start_logging(quiet=False, verbose=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and tables must not end a finished run
     try:
         print(program())
     except RunError as error:
