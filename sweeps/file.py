@@ -13,12 +13,23 @@ from errors import DataError, UsageError
 
 LONGEST = 10**6  # characters
 MOST_ENTRIES = 10**4  # of a mapping with what it merges; each level of `<<: [*a, *a]` would double them
+DEEPEST = 50
 
 SHAPE = "flags is a mapping; grid a mapping, or a list of mappings; list a list of mappings"
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only, and merges that stay small."""
+    """Plain values only, merges that stay small, and nothing so deep that reading it takes minutes."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise yaml.composer.ComposerError(None, None, f"more than {DEEPEST} levels", self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         super().flatten_mapping(node)
@@ -42,8 +53,6 @@ def read_file(path: Path) -> dict[str, Any]:
         raise DataError(f"cannot read {path}: longer than {LONGEST} characters, which is no sweep file")
     try:
         found = yaml.load(text, _Loader)
-    except RecursionError as error:
-        raise DataError(f"cannot read {path}: it is nested too deeply") from error
     except Exception as error:  # PyYAML lets through whatever int(), float() and date() raise
         raise DataError(f"cannot read {path}: {' '.join(str(error).split()) or type(error).__name__}") from error
     if problem := next(_problems(found), None):

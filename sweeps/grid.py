@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -239,7 +240,7 @@ def _joined(words: Sequence[str]) -> list[str]:
         elif joined and "=" not in joined[-1]:
             joined[-1] += f"={word}"
         else:
-            raise UsageError(f"unrecognized arguments: {word}")
+            raise UsageError(f"unrecognized arguments: {shlex.quote(word)}")
     return joined
 
 
