@@ -86,6 +86,14 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Raises: UsageError, for `--flag=--` too, which argparse before Python 3.13 takes for an empty list."""
+        for word in args or ():
+            flag, _, value = word.partition("=")
+            if word.startswith("--") and value == "--":
+                raise UsageError(f"argument {flag}: '--' is not a value")
+        return super().parse_known_args(args, namespace)
+
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Raises: UsageError, for words that are no flags too."""
         found, unknown = self.parse_known_args(args, namespace)
