@@ -68,7 +68,7 @@ def start_logging(quiet: bool, verbose: bool) -> None:
 
 def log_to_file(path: Path) -> None:
     """Append everything to a file as well, with the time."""
-    handler = logging.FileHandler(path)
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
 

@@ -145,14 +145,15 @@ def load_initial_weights(model: nn.Module, file: Path) -> None:
     Raises:
         DataError: The file cannot be read, or holds another network.
     """
+    if not file.is_file():  # a pipe would be waited for without end
+        raise DataError(f"--init {file}: no regular file")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a wide family for a file that is not a checkpoint
-        raise DataError(
-            f"--init {file}: not a readable state dict ({(str(error).splitlines() or ['?'])[0]})"
-        ) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"--init {file}: not a readable state dict ({reason})") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else None
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise DataError(f"--init {file}: holds no state dict")
     state = {k: v for k, v in state.items() if not k.startswith("normalize.")}
     own = {k: v.shape for k, v in model.state_dict().items() if not k.startswith("normalize.")}

@@ -43,7 +43,7 @@ def load_pretrained_weights(
         if isinstance(model, vision_transformer.VisionTransformer):
             weights = vision_transformer.checkpoint_filter_fn(weights, model)
         missing, unexpected = model.load_state_dict(weights, strict=False)
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:  # timm expects tensors of a ViT
         raise DataError(
             f"the weights of {source} do not fit the model: {str(error).splitlines()[-1].strip()}"
         ) from error
@@ -61,7 +61,8 @@ def _weights_from_file(file: str | Path) -> dict[str, Tensor]:
     try:
         return dict(timm.models.load_state_dict(str(file), use_ema=False, weights_only=True))
     except Exception as error:  # timm and torch raise a wide family for a file that is not a checkpoint
-        raise DataError(f"cannot read weights from {file}: {str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"cannot read weights from {file}: {reason}") from error
 
 
 def _weights_from_timm(timm_name: str) -> dict[str, Tensor]:

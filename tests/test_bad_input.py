@@ -18,7 +18,9 @@ from types import ModuleType
 from unittest import mock
 
 import pytest
+import torch
 import yaml
+from conftest import start, tiny
 from hypothesis import HealthCheck, currently_in_test_context, event, example, given, settings
 from hypothesis import strategies as st
 
@@ -215,6 +217,49 @@ def test_dry_runs(words):
     assert ("min in all" in out) == (status == 0)
 
 
+# Files of weights
+
+
+NO_WEIGHTS = {
+    "empty": b"", "text": b"weights", "a list": [1, 2], "a tensor": torch.zeros(3), "numbers": {"a": 1}, "no names": {1: 2},
+    "no state": {"state_dict": 5}, "another network's": {"state_dict": {"x": torch.zeros(1)}},
+    "not tensors": {"pos_embed": 3, "patch_embed.proj.weight": torch.zeros(1)},
+}  # fmt: skip
+READERS = {
+    "--init": ["--arch=res20s"],
+    "--pretrained": ["--arch=res20s", "--prune_type=pt"],
+    "--pretrained ": ["--arch=vit_tiny", "--vit_pretrained"],
+    "--checkpoint": ["--arch=res20s"],
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("kind", NO_WEIGHTS)
+def test_a_file_that_holds_no_such_weights_is_named(kind, reader, tmp_path):
+    file, found = tmp_path / "a file.pth", NO_WEIGHTS[kind]
+    file.write_bytes(found) if isinstance(found, bytes) else torch.save(found, file)
+    words = ["--dataset=digits", "--image_size=8", f"--save_dir={tmp_path / 'run'}", "--wandb=disabled", "--quiet"]
+    status, _, line = ends_well(main_imp_fillback, [*words, f"{reader.strip()}={file}", *READERS[reader]])
+    assert status == 3 and "a file.pth" in line
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for flag, status in (("--init", 3), ("--pretrained", 2), ("--checkpoint", 2)):
+        words = ["--dataset=digits", "--image_size=8", f"{flag}={tmp_path / 'pipe'}", f"--save_dir={tmp_path / 'run'}"]
+        found, _, line = ends_well(
+            main_imp_fillback, [*words, "--prune_type=pt" if flag == "--pretrained" else "--quiet"]
+        )
+        assert found == status and "pipe" in line
+
+
+def test_a_network_of_ones_own_that_ends_the_program_does_not(tmp_path):
+    (tmp_path / "mine.py").write_text("raise SystemExit(7)")
+    words = ["--dataset=digits", f"--arch={tmp_path / 'mine.py'}:net", "--dry_run"]
+    assert ends_well(main_imp_fillback, words)[0] == 2
+
+
 # Sweeps
 
 
@@ -389,6 +434,15 @@ def test_command_lines_of_exports_and_reports(program, words):
 
 
 # What is shown
+
+
+def test_a_run_folder_may_have_any_name(tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    words = tiny(folder, pruning_times=1)
+    process = start(words)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0 and "Logging error" not in stderr, stderr
+    assert "caf\\udce9" in (Path(folder) / "log.txt").read_text()
 
 
 def test_output_that_the_terminal_cannot_write_does_not_end_a_run(monkeypatch):
