@@ -341,24 +341,24 @@ def mutated(draw) -> str:
     return text
 
 
-def levels(first: str, each: str, depth: int = 40) -> str:
-    """A file of aliases: each level says the one before it several times."""
+def levels(first: str, each: str, depth: int) -> str:
+    """A file of aliases: each level says the one before it several times. Written out they are some hundred megabytes."""
     lines = [f"a0: &a0 {first}", *(f"a{k}: &a{k} {each.replace('X', f'*a{k - 1}')}" for k in range(1, depth))]
     return "\n".join(lines)
 
 
 LAUGHS = {
-    "lists": levels("[lol]", "[X, X, X, X, X, X, X, X, X]") + "\ngrid: {seed: *a39}",
-    "values": "grid: {seed: [&b0 [lol], " + ", ".join(f"&b{k} [*b{k - 1}, *b{k - 1}]" for k in range(1, 60)) + "]}",
-    "flags": "flags: {rate: &b0 [1], " + ", ".join(f"r{k}: &b{k} [*b{k - 1}, *b{k - 1}]" for k in range(1, 60)) + "}",
-    "mappings": levels("{x: lol}", "{x: X, y: X, z: X}") + "\nlist: [*a39]",
-    "merges": levels("{x: 1}", "{<<: [X, X, X]}") + "\nflags: *a39",
+    "lists": levels("[lol]", "[X, X, X, X, X, X, X, X, X]", 9) + "\ngrid: {seed: *a8}",
+    "values": "grid: {seed: [&b0 [lol], " + ", ".join(f"&b{k} [*b{k - 1}, *b{k - 1}]" for k in range(1, 26)) + "]}",
+    "flags": "flags: {rate: &b0 [1], " + ", ".join(f"r{k}: &b{k} [*b{k - 1}, *b{k - 1}]" for k in range(1, 26)) + "}",
+    "mappings": levels("{x: lol}", "{x: X, y: X, z: X}", 17) + "\nlist: [*a16]",
+    "merges": levels("{x: 1}", "{<<: [X, X, X]}", 17) + "\nflags: *a16",
     "itself": "grid: &a {seed: [*a]}",
     "itself in a list": "flags: {rate: &a [*a]}",
     "itself as a whole": "&a {flags: *a, grid: *a, list: [*a]}",
     "deep": "grid: " + "[" * 100_000,
     "deep mappings": "{a: " * 5_000,
-    "deep blocks": "\n".join(" " * k + "-" for k in range(900)),
+    "deep blocks": "\n".join(" " * k + "-" for k in range(300)),
     "long": "# " + "x" * 2_000_000,
     "many": "grid: {" + ", ".join(f"{n}: [{', '.join(map(str, range(20)))}]" for n in NAMES) + "}",
     "digits": "grid: {seed: [" + "9" * 5000 + "]}",
@@ -381,6 +381,7 @@ def test_sweep_files(content, tmp_path_factory):
     assert (out != "") == (status == 0)
 
 
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", LAUGHS)
 def test_a_small_file_does_not_eat_the_memory(kind, tmp_path):
     (tmp_path / "sweep.yaml").write_text(LAUGHS[kind])
