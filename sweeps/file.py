@@ -12,7 +12,7 @@ import yaml
 from errors import DataError, UsageError
 
 LONGEST = 10**6  # characters
-MOST_ENTRIES = 10**4  # of a mapping with what it merges; each level of `<<: [*a, *a]` would double them
+MOST_ENTRIES = 10**4  # of a mapping with what it merges: older PyYAMLs double them at each level of `<<: [*a, *a]`
 DEEPEST = 50
 
 SHAPE = "flags is a mapping; grid a mapping, or a list of mappings; list a list of mappings"

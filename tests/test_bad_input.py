@@ -400,6 +400,7 @@ def test_a_small_file_does_not_eat_the_memory(kind, tmp_path):
     ("grid: {seed: [!!binary aa==]}", 2, "a bytes is not a value"), ("grid: {help: [true]}", 2, "help cannot differ"),
     ("grid: {seed: [2020-13-45]}", 3, "month must be in 1..12"), ("grid: !!bool x", 3, "cannot read"),
     ("grid: {init: [\"a\\0b\"]}", 2, "'a\\x00b' cannot be the name of a file"), ("[" * 5000, 3, "more than 50 levels"),
+    ("{" + ", ".join(f"k{k}" for k in range(10_001)) + "}", 3, "more than 10000 entries"),
     ("#" * 2_000_000, 3, "longer than 1000000 characters"),
 ])  # fmt: skip
 def test_what_is_wrong_with_a_sweep_file_is_said(content, status, said, tmp_path):
