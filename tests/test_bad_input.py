@@ -414,6 +414,13 @@ def test_a_sweep_file_that_is_none(name):
     assert ends_well(sweep, ["--file", name, "--dry_run"])[0] in (2, 3)
 
 
+@pytest.mark.timeout(60)
+def test_a_grid_that_is_endless_is_refused_at_once():
+    words = [f"{flag}={','.join(f'0.{k}' for k in range(1, 400))}" for flag in ("lr", "rate")]
+    status, _, line = ends_well(sweep, ["--grid", *words, "--dry_run"])
+    assert status == 2 and "more than 100000 combinations" in line
+
+
 def test_a_dry_run_of_a_search_begins_nothing():
     pytest.importorskip("optuna")
     words = ["--grid", "rate=0.1,0.2", "seed=0,1", "--search", "--density", "50", "--dry_run", "--epochs", "9"]
