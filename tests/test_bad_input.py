@@ -38,7 +38,7 @@ EXAMPLES = {
     "sweep": 600,
     "sweep file": 1000,
     "export and report": 600,
-    "dry run": 40,
+    "dry run": 20,
 }
 SCALE = float(os.environ.get("BAD_INPUT_SCALE", "1"))
 DOCUMENTED = {0, 2, 3, 4, 5, 130, 143}  # 1 is a bug; of a sweep, runs that failed, and none is begun here
