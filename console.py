@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -16,6 +17,8 @@ from errors import RunError, StorageError
 from redaction import redacted
 
 log = logging.getLogger("rsst")
+
+LONGEST_MESSAGE = 2000  # characters; a value of a megabyte would hide what is wrong with it
 
 
 class _Formatter(logging.Formatter):
@@ -36,8 +39,21 @@ class _ConsoleFormatter(_Formatter):
         text = super().format(record)
         if record.levelno < logging.WARNING:
             return text
+        text = _in_one_line(text)
         word = record.levelname.lower()
         return f"\033[33m{word}:\033[0m {text}" if self.colour else f"{word}: {text}"
+
+
+def _in_one_line(text: str) -> str:
+    """The text with line breaks and other invisible characters escaped, and its middle left out if it is very long.
+
+    Names of files and values of flags are shown in messages, and can hold anything.
+    """
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    half = LONGEST_MESSAGE // 2
+    if len(text) <= 2 * half:
+        return text
+    return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
 
 
 class _ConsoleHandler(logging.StreamHandler):
@@ -85,7 +101,7 @@ def log_to_file(path: Path) -> None:
         StorageError: It cannot be opened.
     """
     try:
-        handler = _LogFile(path)
+        handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -96,6 +112,8 @@ def exit_status(program: Callable[[], str]) -> int:
     """Run a program and print what it returns; an end that the user can act on is one line and its status."""
     start_logging(quiet=False, verbose=False)
     rank = rank_here()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and tables must not end a finished run
     try:
         said = program()
         if rank == 0:

@@ -7,20 +7,19 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from console import exit_status, start_logging
-from options import OneLineParser, count
+from options import OneLineParser, count, path
 from redaction import refuse_secrets
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Raises: UsageError."""
     parser = OneLineParser(prog="export.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("run", metavar="RUN_DIR", type=Path, help="folder of the run")
+    parser.add_argument("run", metavar="RUN_DIR", type=path, help="folder of the run")
     parser.add_argument("--round", type=count(0), help="which round (default: the last that is finished)")
     parser.add_argument("--best", action="store_true", help="its weights of best validation accuracy, not its last")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/export/round_<k>")
+    parser.add_argument("--out", type=path, metavar="DIR", help="default: RUN_DIR/export/round_<k>")
     parser.add_argument("--round_to", type=count(1), default=1, metavar="N",
                         help="keep more units, up to a multiple of N in each layer")  # fmt: skip
     parser.add_argument("--onnx", action="store_true", help="also model.onnx, compared with ONNX Runtime's outputs")

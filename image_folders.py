@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import mimetypes
 import os
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision.datasets
-from torchvision.datasets.folder import is_image_file
 
 from errors import DataError
 from image_sets import ImageSet, Splits, empty_classes, few, require_every_class, with_validation
@@ -20,6 +20,9 @@ from image_store import Decoding, one_line, open_images
 log = logging.getLogger("rsst.data")
 
 Files = list[tuple[str, str]]  # the path of an image, and the name of its class
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
+WANTED = "what is wanted is <part>/<class>/* with at least one image per class"
 
 
 def read_imagefolder(root: Path, size: int, decoding: Decoding) -> Splits:
@@ -102,18 +105,78 @@ def _sorted_files(folder: Path) -> Files:
 
 
 def _class_files(folder: Path) -> Files:
-    listing = _listing(folder)
-    return [(path, listing.classes[label]) for path, label in listing.samples]
+    """The images of `<class>/*` and of folders below, by class and path; a warning says what is left out.
+
+    Hidden files and folders are left out silently: they are copies and notes that other programs make.
+
+    Raises:
+        DataError: The folder has no classes, or one of them no image.
+    """
+    classes, loose = _class_folders(folder)
+    files: Files = []
+    others = [name for name in loose if is_image_file(name)]
+    for name in classes:
+        for root, names in sorted(_walk(str(folder / name))):
+            images = [n for n in sorted(names) if is_image_file(n)]
+            files += [(os.path.join(root, n), name) for n in images]  # noqa: PTH118 (a million of them)
+            others += [n for n in sorted(set(names) - set(images)) if _may_be_meant(n)]
+    if absent := empty_classes([name for _, name in files], classes):
+        raise DataError(f"{folder} has no valid file for the classes {few(absent)} ({', '.join(SUFFIXES)}); {WANTED}")
+    if others:
+        log.warning("%s: not read, for their suffix or since they are in no class: %s", folder, few(others))
+    return files
 
 
-def _listing(folder: Path) -> Any:
+def _class_folders(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of the classes, and of files beside them."""
     try:
-        return torchvision.datasets.ImageFolder(str(folder))
+        with os.scandir(folder) as entries:
+            found = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
-        reason = f"is not an image folder ({one_line(error)})" if folder.is_dir() else "does not exist"
-        raise DataError(
-            f"{folder} {reason}; what is wanted is <part>/<class>/* with at least one image per class"
-        ) from error
+        reason = f"cannot be read ({one_line(error)})" if folder.is_dir() else "does not exist"
+        raise DataError(f"{folder} {reason}; {WANTED}") from error
+    classes, loose = (sorted(name for name, is_folder in found if is_folder == wanted) for wanted in (True, False))
+    if not classes:
+        raise DataError(f"{folder} has no class folders; {WANTED}")
+    return classes, loose
+
+
+def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
+    """Each folder from `top` downwards and its files, none hidden; links are followed.
+
+    Raises:
+        DataError: A folder cannot be read, or a link leads back to a folder that holds it.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+    for root, folders, names in os.walk(top, followlinks=True, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            if (Path(root) / name).is_symlink():
+                _refuse_circle(Path(top), Path(root) / name)
+        yield root, [name for name in names if not name.startswith(".")]
+
+
+def _refuse_circle(top: Path, link: Path) -> None:
+    goal = link.resolve()
+    above = [link.parent, *link.parent.parents]
+    for folder in above[: above.index(top) + 1]:
+        if folder.resolve().is_relative_to(goal):
+            raise DataError(f"{link} is a link to a folder that holds it")
+
+
+def is_image_file(name: str) -> bool:
+    """Whether it is called like an image, and not hidden; what is in it does not matter here."""
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def _may_be_meant(name: str) -> bool:
+    """Whether somebody may take this file for an image of the set: it is no text, and no cache of a file manager."""
+    kind = mimetypes.guess_type(name)[0] or ""
+    text = kind.startswith("text/") or kind.endswith(("/json", "/xml"))
+    return not text and name.lower() not in ("thumbs.db", "desktop.ini")
 
 
 def _classes(files: Files) -> list[str]:
@@ -124,6 +187,8 @@ def _load(root: Path, parts: dict[str, Files], size: int, decoding: Decoding, st
     """The splits of a training and a test part, which are called after their folders under `root`."""
     train, test = parts
     classes = _classes(parts[train])
+    if len(classes) < 2:
+        raise DataError(f"{root}/{train} has one class alone, {classes[0]}: there is nothing to tell apart; {WANTED}")
     unknown = sorted(set(_classes(parts[test])) - set(classes))
     if unknown:
         raise DataError(f"{root}/{test} has classes that {root}/{train} lacks: {few(unknown)}")
@@ -140,9 +205,11 @@ def _from_files(files: Sequence[tuple[str, int]], size: int, root: Path, part: s
     digest = hashlib.sha256()
     for path, _ in files:
         try:
-            length = os.stat(path).st_size  # noqa: PTH116 (a Path for each of a million files takes seconds)
+            status = os.stat(path)  # noqa: PTH116 (a Path for each of a million files takes seconds)
         except OSError as error:  # a link to nowhere, say
             raise DataError(f"cannot read the image {path}: {error.strerror}") from error
-        digest.update(f"{os.path.relpath(path, root)} {length}\n".encode())
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
+            raise DataError(f"cannot read the image {path}: it is no regular file")
+        digest.update(os.fsencode(f"{os.path.relpath(path, root)} {status.st_size}\n"))
     images = open_images([path for path, _ in files], size, root, part, decoding)
     return ImageSet(images, torch.tensor([label for _, label in files]), digest.hexdigest())

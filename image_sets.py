@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from errors import DataError
-from image_store import Decoding, Images, LazyImages, one_line
+from image_store import Decoding, Images, LazyImages, one_line, require_memory
 from image_tables import CIFAR10, CIFAR100, TableFormat, checked_labels, find_table
 
 log = logging.getLogger("rsst.data")
@@ -230,6 +230,7 @@ def resized(images: Tensor, size: int) -> Tensor:
     """uint8 images at another side length, bilinearly; unchanged if they have it."""
     if images.shape[-1] == size and images.shape[-2] == size:
         return images.contiguous()
+    require_memory(len(images), size)
     return torch.cat([_resized(some, size) for some in images.split(RESIZED_AT_ONCE)])
 
 

@@ -12,6 +12,7 @@ import os
 import shutil
 import struct
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,17 +22,28 @@ from typing import BinaryIO
 
 import numpy
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from errors import DataError
+from errors import DataError, UsageError
 
 log = logging.getLogger("rsst.data")
 
-FORMAT = 1
+FORMAT = 2  # raised when a file gives other pixels than before
 STALE_SECONDS = 3600
 MEMORY_SHARE = 0.25  # of the free memory, for one part of a data set
+
+# EXIF's orientation -> what turns the picture upright; 1 is upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+# PIL's own words do not say of which file; what matters is raised.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
@@ -102,6 +114,7 @@ def open_images(paths: Sequence[str], size: int, folder: Path, part: str, decodi
                 return images.clone()
             return LazyImages(images.__getitem__, torch.arange(len(paths)), size)
     if store == "memory":
+        require_memory(len(paths), size)
         images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
         decode_into(images, paths, decoding.workers)
         return images
@@ -121,6 +134,18 @@ def _chosen(count: int, size: int, folder: Path, store: str) -> str:
 
 def _free_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def require_memory(count: int, size: int) -> None:
+    """Refuse images that this machine could not hold even if it held nothing else.
+
+    Raises:
+        UsageError: The side of the images is too large.
+    """
+    needed, there = count * 3 * size * size, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UsageError(f"argument --image_size: {count:,} images of {size} pixels a side take {needed / 1e9:,.0f} GB "
+                         f"of memory; this machine has {there / 1e9:,.0f} GB")  # fmt: skip
 
 
 def _cached(paths: Sequence[str], size: int, folder: Path, part: str, workers: int) -> Tensor:
@@ -154,7 +179,7 @@ def _key(paths: Sequence[str], size: int, folder: Path) -> str:
     digest = hashlib.sha256(struct.pack("2q", FORMAT, size))
     for path in paths:
         status = os.stat(path)  # noqa: PTH116 (a Path for each of a million files takes seconds)
-        digest.update(os.path.relpath(path, folder).encode())
+        digest.update(os.fsencode(os.path.relpath(path, folder)))
         digest.update(struct.pack("2q", status.st_size, status.st_mtime_ns))
     return digest.hexdigest()[:16]
 
@@ -204,18 +229,48 @@ def read_image(source: str | BinaryIO, name: str, size: int | None = None) -> Te
         name: What a message calls it.
         size: The side that it is to have, in pixels: cropped to the middle square and resized (None: left as it is).
 
+    It is the first picture of an animation, turned upright as its EXIF says, in front of white where it is transparent;
+    16 bits become 8. Colour profiles are not applied.
+
     Raises:
         DataError: It cannot be read.
     """
     try:
         with Image.open(source) as file:
-            image = file.convert("RGB")
+            file.load()
+            image = _in_colour(_upright(file))
             if size is not None and image.size != (size, size):
                 image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
             return torch.from_numpy(numpy.array(image)).permute(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # whatever its format's reader raises for a file that is damaged
         reason = "no known format" if isinstance(error, UnidentifiedImageError) else one_line(error)
         raise DataError(f"cannot read the image {name}: {reason}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As the camera was held: its EXIF says how, and a reader has already obeyed where it is that of a TIFF."""
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # EXIF that cannot be read says nothing; the picture is there all the same
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _in_colour(image: Image.Image) -> Image.Image:
+    """Any mode as RGB of 8 bits, on white where it is transparent.
+
+    Raises:
+        ValueError: Nothing says which of its values is white.
+    """
+    sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if sixteen_bits:  # PIL's own conversion makes everything above 255 white
+        image = Image.fromarray((numpy.asarray(image) / 257).round().astype(numpy.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError("its pixels have 32 bits, of an unknown range; 8 or 16 are expected")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def one_line(error: BaseException) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import hashlib
 import json
 import math
+import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,22 +85,36 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are one line each, with the nearest flag for a misspelt one."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(self._with_suggestions(message))
+        raise UsageError(message)
 
-    def _with_suggestions(self, message: str) -> str:
-        if message.startswith("unrecognized arguments:"):
-            known = [o for a in self._actions for o in a.option_strings]
-            words = [w.split("=")[0] for w in message.split(":", 1)[1].split() if w.startswith("-")]
-            near = [difflib.get_close_matches(w, known, 1) for w in words]
-            hints = [f"{w}: did you mean {n[0]}?" for w, n in zip(words, near, strict=True) if n]
-            return "; ".join([message, *hints])
-        choice = re.match(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message)
-        if choice:
-            flag, value, allowed = choice.group(1), choice.group(2), choice.group(3).replace("'", "")
-            near = difflib.get_close_matches(value, allowed.split(", "), 1, cutoff=0.5)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            return f"argument {flag}: {value!r} is not one of {allowed}{hint}"
-        return message
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Raises: UsageError, for `--flag=--` too, which argparse before Python 3.13 takes for an empty list."""
+        for word in args or ():
+            flag, _, value = word.partition("=")
+            if word.startswith("--") and value == "--":
+                raise UsageError(f"argument {flag}: '--' is not a value")
+        return super().parse_known_args(args, namespace)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Raises: UsageError, for words that are no flags too."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise UsageError(self._unrecognized(unknown))
+        return found
+
+    def _unrecognized(self, words: Sequence[str]) -> str:
+        known = [o for a in self._actions for o in a.option_strings]
+        flags = [w.split("=")[0] for w in words if len(w.split("=")[0].strip("-")) > 1 and w.startswith("-")]
+        near = [difflib.get_close_matches(flag, known, 1) for flag in flags]
+        hints = [f"{flag}: did you mean {n[0]}?" for flag, n in zip(flags, near, strict=True) if n]
+        return "; ".join([f"unrecognized arguments: {' '.join(map(shlex.quote, words))}", *hints])
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        near = difflib.get_close_matches(value, action.choices, 1, cutoff=0.5)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise argparse.ArgumentError(action, f"{value!r} is not one of {', '.join(action.choices)}{hint}")
 
 
 def _number(kind: Callable[[str], Any], allowed: str, test: Callable[[Any], bool]) -> Callable[[str], Any]:
@@ -113,19 +130,21 @@ def _number(kind: Callable[[str], Any], allowed: str, test: Callable[[Any], bool
     return parse
 
 
-def count(least: int) -> Callable[[str], Any]:
-    """A parser of whole numbers."""
-    return _number(int, f"a whole number of at least {least}", lambda v: v >= least)
+def count(least: int, most: int = 10**9) -> Callable[[str], Any]:
+    """A parser of whole numbers. What is beyond a thousand million would overflow somewhere, much later."""
+    return _number(int, f"a whole number of at least {least} and at most {most}", lambda v: least <= v <= most)
 
 
 _COUNT, _NATURAL = count(1), count(0)
+PARALLEL = 1024  # processes or threads: as many are really started, and more would bring a machine down
 _SHARE = _number(float, "a number in [0, 1)", lambda v: 0 <= v < 1)
 _CLOSED_SHARE = _number(float, "a number in [0, 1]", lambda v: 0 <= v <= 1)
-_POSITIVE = _number(float, "a number above 0", lambda v: 0 < v < math.inf)
+POSITIVE = _number(float, "a number above 0", lambda v: 0 < v < math.inf)
 NONNEGATIVE = _number(float, "a number of at least 0", lambda v: 0 <= v < math.inf)
 _LIMIT = _number(float, "a number above 0, or inf", lambda v: v > 0)
-_SIZE = _number(int, "a multiple of 4 of at least 8", lambda v: v >= 8 and v % 4 == 0)
+_SIZE = _number(int, "a multiple of 4 of at least 8 and at most 16384", lambda v: 8 <= v <= 2**14 and v % 4 == 0)
 _SEED = _number(int, "a whole number in [0, 4294967295]", lambda v: 0 <= v < 2**32)
+_GPU = _number(int, "a whole number", lambda v: abs(v) < 2**31)
 
 
 def truth(text: str) -> bool:
@@ -146,9 +165,27 @@ def _milestones(text: str) -> tuple[int, ...]:
         values = tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
         values = (-1,)
-    if any(v < 0 for v in values):
+    if any(not 0 <= v <= 10**9 for v in values):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of epochs such as 91,136")
     return values
+
+
+def path_text(text: str) -> str:
+    """A parser of the name of a file or folder, which need not exist."""
+    try:
+        os.stat(text)  # noqa: PTH116 (a Path would not take an empty name for what it is)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be the name of a file") from None
+    except OSError as error:
+        if not text or error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            reason = error.strerror if text else "it is empty"
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be the name of a file: {reason}") from None
+    return text
+
+
+def path(text: str) -> Path:
+    """A parser of the name of a file or folder, which need not exist, as a `Path`."""
+    return Path(path_text(text))
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -205,7 +242,11 @@ def _flag(group: Any, name: str, help: str) -> None:
 def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--data", default="data", metavar="DIR", help="folder of the data set (for CIFAR also an .npz file)"
+        "--data",
+        type=path_text,
+        default="data",
+        metavar="DIR",
+        help="folder of the data set (for CIFAR also an .npz file)",
     )
     group.add_argument(
         "--dataset", default="cifar100", choices=DATASETS, help=_rows((n, d.summary) for n, d in DATASETS.items())
@@ -219,7 +260,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--image_store", choices=IMAGE_STORES, default="auto", help="image files: " + _rows(IMAGE_STORES.items())
     )
-    group.add_argument("--workers", type=_NATURAL, default=4, help="threads or processes that decode image files")
+    group.add_argument(
+        "--workers", type=count(0, PARALLEL), default=4, help="threads or processes that decode image files"
+    )
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -234,11 +277,15 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--init",
+        type=path_text,
         metavar="FILE",
         help="initial weights: loaded if the file exists, else written there (None: the run folder)",
     )
     group.add_argument(
-        "--pretrained", metavar="FILE", help="weights file for --prune_type pt or --vit_pretrained (.safetensors, .pth)"
+        "--pretrained",
+        type=path_text,
+        metavar="FILE",
+        help="weights file for --prune_type pt or --vit_pretrained (.safetensors, .pth)",
     )
     _flag(group, "fc", "with --prune_type pt: take the classifier from the file too, instead of a fresh one")
 
@@ -248,7 +295,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--epochs", type=_COUNT, default=120, help="epochs of a round")
     group.add_argument("--batch_size", type=_COUNT, default=128, help="images in a batch")
     group.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="adamw suits a ViT trained from nothing")
-    group.add_argument("--lr", type=_POSITIVE, default=0.01, help="learning rate after the warm-up")
+    group.add_argument("--lr", type=POSITIVE, default=0.01, help="learning rate after the warm-up")
     group.add_argument("--momentum", type=_SHARE, default=0.9, help="momentum of SGD, beta 1 of AdamW")
     group.add_argument("--weight_decay", type=NONNEGATIVE, default=1e-4, help="weight decay (AdamW: decoupled)")
     group.add_argument("--warmup", type=_NATURAL, default=20, help="epochs of linear warm-up")
@@ -265,7 +312,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--seed", type=_SEED, default=0, help="everything random comes from it; 0 is a seed like any other"
     )
-    group.add_argument("--gpu", type=int, default=0, help="CUDA device; the CPU where there is none, or with -1")
+    group.add_argument("--gpu", type=_GPU, default=0, help="CUDA device; the CPU where there is none, or with -1")
     group.add_argument(
         "--precision",
         choices=("auto", "fp32", "bf16"),
@@ -355,6 +402,7 @@ def _add_comparisons(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--control_of",
+        type=path_text,
         metavar="DIR",
         help="folder of the finished run that --control compares with (None: where the same command without --control "
         "puts it)",
@@ -390,8 +438,8 @@ def _add_rsst(parser: argparse.ArgumentParser) -> None:
         default="exp_custom_exponents",
         help="lambda after n updates of K; " + _rows((n, s.summary) for n, s in SCHEDULES.items()),
     )
-    group.add_argument("--reg_granularity_prune", type=_POSITIVE, default=1.0, help="delta in those formulas")
-    group.add_argument("--exponents", type=_POSITIVE, default=4, help="power in exp_custom_exponents")
+    group.add_argument("--reg_granularity_prune", type=POSITIVE, default=1.0, help="delta in those formulas")
+    group.add_argument("--exponents", type=POSITIVE, default=4, help="power in exp_custom_exponents")
     group.add_argument(
         "--reg_horizon", choices=("state", "epoch"), default="state", help="what K counts: a round or an epoch"
     )
@@ -444,13 +492,17 @@ def _add_rsst(parser: argparse.ArgumentParser) -> None:
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
-    group.add_argument("--save_dir", metavar="DIR", help="run folder (None: named after the settings)")
+    group.add_argument("--save_dir", type=path_text, metavar="DIR", help="run folder (None: named after the settings)")
     _flag(group, "resume", "insist on continuing: an error if the run folder holds nothing to continue")
     group.add_argument(
-        "--checkpoint", metavar="FILE", help="continue from this checkpoint if the run folder holds none"
+        "--checkpoint",
+        type=path_text,
+        metavar="FILE",
+        help="continue from this checkpoint if the run folder holds none",
     )
     group.add_argument(
         "--dense_store",
+        type=path_text,
         metavar="DIR",
         help="take round 0 from this folder if a run with the same model, data, seed and training flags has left it "
         "there, bit for bit what training it would give; else train it and leave it there (networks from your own file "

@@ -7,18 +7,17 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from console import exit_status, start_logging
-from options import OneLineParser, truth
+from options import OneLineParser, path, truth
 from redaction import refuse_secrets
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Raises: UsageError."""
     parser = OneLineParser(prog="report.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("path", metavar="DIR", type=Path, help="folder of a run, of a sweep, or that holds runs")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: DIR/report")
+    parser.add_argument("path", metavar="DIR", type=path, help="folder of a run, of a sweep, or that holds runs")
+    parser.add_argument("--out", type=path, metavar="DIR", help="default: DIR/report")
     parser.add_argument("--latency", type=truth, default=True, metavar="BOOL",
                         help="measure the compact network of each round here (default: true)")  # fmt: skip
     parser.add_argument("--arch", metavar="FILE.py:FACTORY", help="the network, if the runs' comes from your own file")

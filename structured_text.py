@@ -10,6 +10,27 @@ import yaml
 
 ASKS_FOR = re.compile(r"tag:yaml\.org,2002:(python/\S+?)'")
 MOST_VALUES = 100_000  # of a YAML file, with what its aliases repeat
+MOST_ENTRIES = 10**4  # of a mapping with what it merges: older PyYAMLs double them at each level of `<<: [*a, *a]`
+DEEPEST = 50
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, merges that stay small, and nothing so deep that reading it takes minutes."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise yaml.composer.ComposerError(None, None, f"more than {DEEPEST} levels", self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_ENTRIES:
+            raise yaml.constructor.ConstructorError(None, None, f"more than {MOST_ENTRIES} entries", node.start_mark)
 
 
 def parse_json(text: str) -> Any:
@@ -27,14 +48,14 @@ def parse_yaml(text: str) -> Any:
         ValueError: It is no YAML, names a class to be built, is nested without end, or unfolds to too many values.
     """
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         try:
             node = loader.get_single_node()
             if node is None:
                 return None
             if _unfolded(node, {}) > MOST_VALUES:
                 raise ValueError(f"its aliases unfold to more than {MOST_VALUES} values")
-            return loader.construct_document(node)
+            return _constructed(loader, node)
         finally:
             loader.dispose()
     except RecursionError as error:
@@ -45,7 +66,13 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    except (AttributeError, LookupError, TypeError, OverflowError) as error:  # PyYAML does not look before it converts
+
+
+def _constructed(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+    try:
+        return loader.construct_document(node)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # PyYAML does not look before it converts.
         raise ValueError("a value is not what its tag says") from error
 
 

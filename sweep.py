@@ -14,21 +14,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from console import exit_status, log_to_file, start_logging
-from errors import DataError, RunError, StorageError, UsageError
+from errors import RunError, StorageError, UsageError
 from files import lock, write_atomically
-from options import NONNEGATIVE, OneLineParser, count, truth
+from options import NONNEGATIVE, PARALLEL, POSITIVE, OneLineParser, count, path, truth
 from redaction import refuse_secrets
-from structured_text import parse_yaml
 from sweeps.executors import check_executor
-from sweeps.grid import Job, Plan, Spec, plan, words_of
+from sweeps.file import read_file
+from sweeps.grid import MOST_RUNS, Job, Plan, Spec, plan, words_of
 from sweeps.job_process import Outcome
 from sweeps.live_view import title_of
 from sweeps.schedule import carry_out
 from sweeps.slurm import write_scripts
 from text_tables import text_table
+
+if TYPE_CHECKING:
+    from sweeps.search import Ready
 
 log = logging.getLogger("rsst")
 
@@ -55,18 +58,18 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--grid", nargs="+", default=[], metavar="FLAG=VALUES", action="extend",
                       help="values with commas between them; every combination is a run. With semicolons, values may "
                       "hold commas: vit_prune_target='head;head,mlp'")  # fmt: skip
-    what.add_argument("--file", type=Path, help="YAML with flags, grid and list")
-    what.add_argument("--out", type=Path, metavar="DIR", help="folder (default: named after the grid)")
+    what.add_argument("--file", type=path, help="YAML with flags, grid and list")
+    what.add_argument("--out", type=path, metavar="DIR", help="folder (default: named after the grid)")
     what.add_argument("--share_round_0", type=truth, default=True, metavar="BOOL",
                       help="train each dense round once, for all runs that begin with it (default: true)")  # fmt: skip
     what.add_argument("--dry_run", action="store_true", help="list the runs, and start none")
     where = parser.add_argument_group("where to run it")
     where.add_argument("--executor", choices=("local", "ray", "slurm"), default="local",
                        help="processes here (default); a Ray cluster; or batch scripts for Slurm")  # fmt: skip
-    where.add_argument("--jobs", type=count(1), metavar="N",
+    where.add_argument("--jobs", type=count(1, PARALLEL), metavar="N",
                        help="runs at a time (local: one for each GPU, else for each core; slurm: all)")  # fmt: skip
-    where.add_argument("--threads", type=count(1), default=1, metavar="N", help="of each run (default: 1). The last "
-                       "digits of results depend on it")  # fmt: skip
+    where.add_argument("--threads", type=count(1, PARALLEL), default=1, metavar="N",
+                       help="of each run (default: 1). The last digits of results depend on it")  # fmt: skip
     where.add_argument("--retries", type=count(0), default=2, metavar="N",
                        help="how often a run is begun again that was killed (default: 2)")  # fmt: skip
     where.add_argument("--address", default="auto", help="ray: of the cluster (default: auto, the one that runs here)")
@@ -76,8 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     search.add_argument("--search", action="store_true",
                         help="do not run the whole grid: successive halving by Optuna. All begin with few epochs, the "
                         "better third goes on with three times as many")  # fmt: skip
-    search.add_argument("--density", type=float, metavar="PERCENT", help="search: at most this share of the weights")
-    search.add_argument("--macs", type=float, metavar="MILLIONS", help="search: at most so many MACs")
+    search.add_argument("--density", type=POSITIVE, metavar="PERCENT", help="search: at most this share of the weights")
+    search.add_argument("--macs", type=POSITIVE, metavar="MILLIONS", help="search: at most so many MACs")
     search.add_argument("--rungs", type=count(1), default=3, help="search: how many budgets of epochs (default: 3)")
     parser.add_argument("--quiet", action="store_true", help="only warnings and the final tables")
     return parser
@@ -91,13 +94,15 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, Spec]:
         DataError: The file cannot be read.
     """
     args, flags = build_parser().parse_known_args(_normalised(argv))
-    from_file = _read_file(args.file) if args.file else {}
+    from_file = read_file(args.file) if args.file else {}
     grids = from_file.get("grid") or []
     grids = [*(grids if isinstance(grids, list) else [grids]), *([_grid_of(args.grid)] if args.grid else [])]
     spec = Spec((*words_of(from_file.get("flags") or {}), *flags), tuple(grids), tuple(from_file.get("list") or ()))
-    refuse_secrets([*spec.flags, *(word for settings in spec.combinations() for word in words_of(settings))])
-    if not spec.combinations():
+    if not spec.count:
         raise UsageError("argument --grid: nothing to run; give --grid FLAG=VALUES ... or --file FILE")
+    if spec.count > MOST_RUNS:
+        raise UsageError(f"argument --grid: more than {MOST_RUNS} combinations, which no sweep can have")
+    refuse_secrets([*spec.flags, *(word for settings in spec.combinations() for word in words_of(settings))])
     if not args.search and (args.density or args.macs):
         raise UsageError("argument --density, --macs: only read by --search")
     if args.search and args.executor == "slurm":
@@ -140,39 +145,6 @@ def _grid_of(words: Sequence[str]) -> dict[str, list[str]]:
     return grid
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        found = parse_yaml(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    problem = _problem_of(found)
-    if problem:
-        raise UsageError(f"argument --file: {path}: {problem}")
-    return found
-
-
-def _problem_of(found: Any) -> str:
-    """What is wrong with the content of a sweep file; empty if nothing is."""
-    if not isinstance(found, dict):
-        return "holds no mapping with flags, grid or list"
-    if unknown := found.keys() - {"flags", "grid", "list"}:
-        return f"{sorted(map(str, unknown))[0]}: not one of flags, grid, list"
-    flags, grids, listed = (found.get(k) for k in ("flags", "grid", "list"))
-    grids = grids if isinstance(grids, list) else [grids or {}]
-    named = [flags or {}, *grids, *(listed if isinstance(listed, list) else [] if listed is None else [listed])]
-    if not isinstance(listed, list | None) or not all(isinstance(part, dict) for part in named):
-        return "flags is a mapping; grid a mapping, or a list of mappings; list a list of mappings"
-    if bad := next((k for grid in grids for k, v in grid.items() if not isinstance(v, list) or not v), None):
-        return f"grid: {bad} needs a list of values"
-    if bad := next((k for part in named for k in part if not isinstance(k, str)), None):
-        return f"{bad!r} is no flag's name (quote it: YAML reads some words as true or false)"
-    values = [v for part in (flags or {}, *(listed or [])) for v in part.values()]
-    values += [v for grid in grids for some in grid.values() for v in some]
-    if bad := next((v for v in values if isinstance(v, dict)), None):
-        return f"{bad} is not a value of a flag"
-    return ""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sweep; returns its exit status: that of the runner (see `errors`), 1 if a run has failed."""
     return exit_status(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
@@ -210,6 +182,8 @@ def _search(args: argparse.Namespace, spec: Spec, words: Sequence[str]) -> str:
     from sweeps.search import prepared, search
 
     ready = prepared(args, spec)
+    if args.dry_run:
+        return describe_search(ready)
     with locked(args.out):
         log_to_file(args.out / "sweep.log")
         found = search(args, ready)
@@ -219,6 +193,13 @@ def _search(args: argparse.Namespace, spec: Spec, words: Sequence[str]) -> str:
             print("\n\n".join(text))
             raise SweepFailed(f"{found.failed} settings failed; their output is in {args.out / 'logs'}")
         return "\n\n".join(text)
+
+
+def describe_search(ready: Ready) -> str:
+    """What `--search --dry_run` prints: the settings, and the epochs that the search may give them."""
+    table = text_table(["setting"], [[" ".join(f"{k}={v}" for k, v in s.items())] for s in ready.settings])
+    epochs = ", ".join(map(str, ready.budgets))
+    return f"{table}\n{len(ready.settings)} settings, {ready.seeds} runs each; epochs of a round: {epochs}"
 
 
 def _grouped(job: Job, name: str) -> Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import shutil
@@ -53,6 +54,7 @@ def setup_model_dataset(args: Any) -> tuple[nn.Module, Any, Any, Any]:
 
     Raises:
         DataError: Data or weights are missing or unreadable.
+        UsageError: The device, the network, the images' size and the batches do not go together.
     """
     settings = vars(args)
     choose_kernels(settings.get("deterministic", False))
@@ -68,12 +70,32 @@ def setup_model_dataset(args: Any) -> tuple[nn.Module, Any, Any, Any]:
     load_start_weights(model, settings)
     model.normalize = Normalize(splits.mean, splits.std)
     model.classes = splits.classes  # type: ignore[assignment]
+    _check_last_batch(model, len(splits.train), args.batch_size, size)
     model.to(device)
     prepare_for_speed(
         model, choose_precision(settings.get("precision", "auto"), device), settings.get("compile", False)
     )
     loaders: Loaders = make_loaders(splits, args.batch_size, device, source.flip, seed)
     return model, *loaders
+
+
+def _check_last_batch(model: nn.Module, images: int, batch_size: int, image_size: int) -> None:
+    """Refuse a last batch of one image where BatchNorm sees one pixel of it, and so has nothing to average over.
+
+    Raises:
+        UsageError: It does.
+    """
+    if (images - 1) % batch_size:
+        return
+    trial = copy.deepcopy(model).train()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            trial(torch.zeros(1, 3, image_size, image_size))
+        except ValueError as error:
+            raise UsageError(
+                f"argument --batch_size: {batch_size} leaves a batch of one of the {images} training images, and at "
+                f"--image_size {image_size} BatchNorm has one pixel of it to average over; take another of the two"
+            ) from error
 
 
 def load_start_weights(model: nn.Module, settings: dict[str, Any]) -> None:
@@ -125,6 +147,8 @@ def load_initial_weights(model: nn.Module, file: Path) -> None:
         DataError: The file cannot be read, or holds another network.
     """
     failure = f"--init {file}: not a readable state dict"
+    if not file.is_file():  # a pipe would be waited for without end
+        raise DataError(f"--init {file}: no regular file")
     found = load_tensors(file, failure)
     found = as_state_dict(found.get("state_dict", found) if isinstance(found, dict) else found, failure)
     state = {k: v for k, v in found.items() if not k.startswith("normalize.")}

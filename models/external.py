@@ -94,7 +94,7 @@ def _from_file(arch: str, num_classes: int, img_size: int) -> nn.Module:
         return build(num_classes=num_classes, **_size_for(build, img_size))
     except UsageError:
         raise
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise _not_buildable(arch, error) from error
     finally:
         sys.path.pop(0)

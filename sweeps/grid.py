@@ -7,6 +7,8 @@ import difflib
 import hashlib
 import itertools
 import json
+import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +34,9 @@ OURS = ("save_dir", "checkpoint", "resume", "control_of", "dense_store", "dry_ru
         "verbose")  # fmt: skip
 
 
+MOST_RUNS = 100_000  # combinations: all are planned before the first begins
+
+
 @dataclass(frozen=True)
 class Spec:
     """What a sweep is asked for.
@@ -50,6 +55,11 @@ class Spec:
     def axes(self) -> list[str]:
         """The flags that differ between runs."""
         return list(dict.fromkeys(key for part in (*self.grids, *self.listed) for key in part))
+
+    @property
+    def count(self) -> int:
+        """How many combinations there are."""
+        return len(self.listed) + sum(math.prod(map(len, grid.values())) for grid in self.grids)
 
     def combinations(self) -> list[dict[str, Any]]:
         """The settings of each run, as far as they differ."""
@@ -114,7 +124,7 @@ def words_of(settings: Settings) -> list[str]:
 
 
 def _action(key: str) -> argparse.Action:
-    actions = {name.removeprefix("--"): a for a in build_parser()._actions for name in a.option_strings}
+    actions = {a.dest: a for a in build_parser()._actions}
     if key not in actions:
         near = difflib.get_close_matches(key, actions, 1)
         raise UsageError(f"argument --grid: no such flag: {key}" + (f" (did you mean {near[0]}?)" if near else ""))
@@ -136,7 +146,7 @@ def check_axes(spec: Spec) -> None:
     """
     for key in spec.axes:
         _action(key)
-        if key in OURS or (key in NOT_IDENTITY and key != "pruning_times"):
+        if key in (*OURS, "help") or (key in NOT_IDENTITY and key != "pruning_times"):
             raise UsageError(f"argument --grid: {key} cannot differ between runs, which are not named by it")
     for word in _joined(spec.flags):
         if (key := _key(word)) in (*OURS, "help"):
@@ -230,7 +240,7 @@ def _joined(words: Sequence[str]) -> list[str]:
         elif joined and "=" not in joined[-1]:
             joined[-1] += f"={word}"
         else:
-            raise UsageError(f"unrecognized arguments: {word}")
+            raise UsageError(f"unrecognized arguments: {shlex.quote(word)}")
     return joined
 
 
