@@ -17,7 +17,7 @@ from methods import CONTROLS
 from models import build_model
 from options import default_run_folder, identity_of, settings_of
 from permute_masks import CONTROL_STREAM
-from run_state import RunFolder, RunState, random_states, restore_random_states, unpacked
+from run_state import RunFolder, RunState, check_same_data, random_states, restore_random_states, unpacked
 from tensor_files import as_state_dict, check_shapes, load_tensors
 from utils import seed_everything
 
@@ -62,8 +62,9 @@ class ControlSource:
         Raises:
             UsageError: The data are others, or the network always begins with the same weights.
         """
-        if self.dense.data != run.data:
-            raise UsageError(f"argument --control: the run in {self.folder.path} was on other images or labels")
+        check_same_data(
+            self.dense, run.data, run.contents, f"the run in {self.folder.path} was on other images or labels"
+        )
         begun = replace(self.dense, args=run.args, tracker_id=run.tracker_id, classes=run.classes)
         if CONTROLS[self.args.control].fresh:
             drawn = self._new_weights(len(run.classes), image_size)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from batches import BatchLoader
 from redaction import redacted
 
 
@@ -87,11 +86,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return head.strip() + ("+" if changes.strip() else "")
-
-
-def fingerprint(*loaders: BatchLoader) -> str:
-    """A hash of the images and labels, by which a continued run recognises its data."""
-    digest = hashlib.sha256()
-    for loader in loaders:
-        digest.update(loader.data.digest())
-    return digest.hexdigest()[:16]

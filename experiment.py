@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,9 +21,10 @@ from batches import Loaders, mixed_seed
 from console import log_to_file
 from control_source import ControlSource
 from counting import cost_of
+from data_record import describe_data, fingerprint
 from dense_store import DenseStore, address_of
 from distributed import ALONE, World, digest_of, has_batchnorm, is_about_peers, lost
-from environment import describe_environment, fingerprint, numerics
+from environment import describe_environment, numerics
 from errors import DivergedError, Interrupted, UsageError
 from masks import MaskPair, by_parameter, count_ones, current_key, pruning_state, refill_key
 from methods import CONTROLS, METHODS, SQUEEZE_GOAL
@@ -194,13 +196,14 @@ class Experiment:
         known = not runs_a_file(args.arch)  # nobody knows what a user's file depends on
         self.store = DenseStore(Path(args.dense_store)) if args.dense_store and known and world.is_first else None
         self.tracker = Trackers()
-        self.run = RunState(settings_of(args), fingerprint(*loaders), classes=list(getattr(model, "classes", ())),
-                            processes=world.size)  # fmt: skip
+        classes = list(getattr(model, "classes", ()))
+        self.run = RunState(settings_of(args), fingerprint(*loaders), classes=classes, processes=world.size,
+                            contents=describe_data(loaders, classes))  # fmt: skip
         self.reporter: Reporter = SilentReporter()
 
     def open(self) -> None:
         """Take up the run in the folder, or begin one there; all processes go on from what the first one finds."""
-        self.world.check_agreement("the images or labels", self.run.data)
+        self.world.check_agreement("the images or labels", json.dumps([self.run.data, self.run.contents]))
         if self.world.is_first:
             self._take_up()
         self.run = RunState(**self.world.share(vars(self.run)))
@@ -227,8 +230,9 @@ class Experiment:
             elif self.store is not None:
                 self._share_round_0(self.store, self._numerics)
         else:
-            check_same_run(found, identity_of(self.run.args), identity_of(found.args), self.run.data)
-            self.run = replace(found, args=self.run.args)
+            check_same_run(found, identity_of(self.run.args), identity_of(found.args), self.run.data,
+                           self.run.contents)  # fmt: skip
+            self.run = replace(found, args=self.run.args, contents=self.run.contents)
             if self.run.round_0.get("numerics", self._numerics) != self._numerics:
                 self.run.round_0 = {**self.run.round_0, "numerics": {}}  # part of it was computed otherwise
             log.info("continuing %s: round %d, %d epochs done", self.folder.path, found.state, found.epoch)
@@ -293,7 +297,11 @@ class Experiment:
     def _share_round_0(self, store: DenseStore, numbers: dict[str, Any]) -> None:
         """Take round 0 from the store, or note where to leave it."""
         address = address_of(
-            {"settings": identity_of_round_0(self.args), "data": self.run.data, "numerics": numbers},
+            {
+                "settings": identity_of_round_0(self.args),
+                "data": [self.run.data, self.run.contents],
+                "numerics": numbers,
+            },
             self.run.init_weight,
         )
         found = store.fetch(address, self.folder)
@@ -301,7 +309,7 @@ class Experiment:
         if found is None:
             self.run.round_0 = about
             return
-        own = {k: getattr(self.run, k) for k in ("args", "tracker_id", "classes")}
+        own = {k: getattr(self.run, k) for k in ("args", "tracker_id", "classes", "contents")}
         self.run = replace(found, **own, round_0=about)
         restore_random_states(found.rng)
         self.folder.save(self.run)

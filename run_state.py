@@ -17,6 +17,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from data_record import difference
 from errors import DataError, StorageError, UsageError
 from files import link, lock, replacing, write_atomically
 from masks import Mask, effective_state, pruning_state
@@ -50,7 +51,7 @@ class RunState:
         following: The masks ("current", "refill") that the finished round decided for the next.
         history: A row per epoch; `rounds`: a row per finished round.
         args: The settings of the run.
-        data: Fingerprint of the images and labels.
+        data: Fingerprint of the images and labels; `contents`: what is known of them, see `describe_data`.
         precision: Type of matrix products that the run began with.
         tracker_id: Name of the run for trackers, drawn once.
         classes: Names of the classes, in the order of the logits.
@@ -85,6 +86,7 @@ class RunState:
     round_0: dict[str, Any] = field(default_factory=dict)
     processes: int = 1
     other_rng: list[dict[str, Any]] = field(default_factory=list)
+    contents: dict[str, Any] = field(default_factory=dict)
     version: int = VERSION
 
 
@@ -368,7 +370,13 @@ class RunFolder:
             write_atomically(text, self.path / name)
 
 
-def check_same_run(run: RunState, identity: Mapping[str, Any], saved_identity: Mapping[str, Any], data: str) -> None:
+def check_same_run(
+    run: RunState,
+    identity: Mapping[str, Any],
+    saved_identity: Mapping[str, Any],
+    data: str,
+    contents: Mapping[str, Any],
+) -> None:
     """Refuse to continue a run whose settings or data were others.
 
     Raises:
@@ -380,5 +388,11 @@ def check_same_run(run: RunState, identity: Mapping[str, Any], saved_identity: M
             raise UsageError(
                 f"argument --{key}: the run folder holds a run with {theirs}, not {ours}; choose another --save_dir"
             )
-    if run.data != data:
-        raise UsageError("argument --data: the images or labels are not those that the run began with")
+    check_same_data(run, data, contents, "the images or labels are not those that the run began with")
+
+
+def check_same_data(run: RunState, data: str, contents: Mapping[str, Any], otherwise: str) -> None:
+    """Raises: UsageError, that begins with `otherwise` and names what is different, unless the run had these data."""
+    different = difference(run.contents, contents)
+    if different or run.data != data:
+        raise UsageError(f"argument --data: {otherwise}" + (f": {different}" if different else ""))

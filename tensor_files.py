@@ -16,6 +16,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from data_record import is_record
 from errors import DataError
 from masks import MaskPair, by_parameter, check_mask
 
@@ -292,7 +293,7 @@ FIELDS: dict[str, tuple[Check, str]] = {
 }
 # Fields that older checkpoints lack.
 LATER_FIELDS: dict[str, tuple[Check, str]] = {
-    "contents": (lambda v: isinstance(v, dict), "a description of the data"),
+    "contents": (is_record, "a description of the data"),
     "processes": _COUNT,
     "other_rng": (_is_list_of(are_random_states), "states of random generators"),
 }

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import start, tiny
+from PIL import Image
 from test_experiment import assert_same_runs
 
 import experiment
@@ -274,6 +275,63 @@ def test_a_clock_that_is_set_back_changes_nothing(broken_off, tmp_path, monkeypa
     assert_same_runs(home / "whole", tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < r["seconds"] < 1000 and r["images_per_second"] > 0 for r in rows)
+
+
+# Data
+
+
+@pytest.fixture(scope="module")
+def begun_on_photographs(tmp_path_factory):
+    """A run of one round on an image folder of 2 x 3 classes, of files that all have the same size."""
+    home = tmp_path_factory.mktemp("photographs")
+    draw = torch.Generator().manual_seed(0)
+    for part, count in (("train", 20), ("test", 4)):
+        for name in ("cat", "dog", "frog"):
+            folder = home / "data" / part / name
+            folder.mkdir(parents=True)
+            for k in range(count):
+                pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8, generator=draw)
+                Image.fromarray(pixels.numpy()).save(folder / f"{k}.bmp")
+    words = {"dataset": "imagefolder", "pruning_times": 1, "batch_size": 16}
+    assert program.main(tiny(home / "run", data=home / "data", **words)) == 0
+    return home, words
+
+
+def _paint(folder) -> None:
+    file = folder / "test" / "dog" / "2.bmp"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x07")
+
+
+def _move(folder) -> None:
+    (folder / "test" / "cat" / "1.bmp").rename(folder / "test" / "frog" / "17.bmp")
+
+
+CHANGES = {
+    "one pixel": (_paint, "test images of class dog look different"),
+    "a file is gone": (lambda f: (f / "test" / "cat" / "3.bmp").unlink(), "test images of class cat: 4 then, 3 now"),
+    "another label": (_move, "test images of class cat: 4 then, 3 now; test images of class frog: 4 then, 5 now"),
+    "another name": (lambda f: (f / "test" / "dog" / "3.bmp").rename(f / "test" / "dog" / "4.bmp"), "other names"),
+    "nothing": (lambda f: os.utime(f / "test" / "cat" / "3.bmp", (1, 1)), ""),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("store", ["memory", "mapped"])
+def test_data_that_have_changed_are_refused_and_the_difference_is_named(
+    change, store, begun_on_photographs, tmp_path, capsys
+):
+    home, words = begun_on_photographs
+    for name in ("run", "data"):
+        shutil.copytree(home / name, tmp_path / name)
+    act, message = CHANGES[change]
+    act(tmp_path / "data")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.tar")}
+    more = tiny(tmp_path / "run", data=tmp_path / "data", image_store=store, **{**words, "pruning_times": 2})
+    assert program.main(more) == (2 if message else 0)
+    if message:
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert "argument --data: the images or labels are not those that the run began with" in said and message in said
+        assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.tar")} == before
 
 
 # Numbers

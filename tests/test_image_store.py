@@ -16,8 +16,8 @@ from PIL import Image
 import image_store
 import main_imp_fillback
 from batches import BatchLoader, make_loaders
+from data_record import fingerprint
 from dataset import IMAGE_STORES, load_splits
-from environment import fingerprint
 from errors import DataError
 from image_store import Decoding, LazyImages, open_images
 
