@@ -81,8 +81,8 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def _differences(part: str, then: Record, now: Record) -> list[str]:
     found, ours = [], now["classes"]
-    for name, (count, places, pixels) in then["classes"].items():
-        here, there, seen = ours.get(name, (0, "", ""))
+    for name, (count, _, pixels) in then["classes"].items():
+        here, _, seen = ours.get(name, (0, "", ""))
         if count != here:
             found.append(f"{part} images of class {name}: {count} then, {here} now")
         elif pixels and seen and pixels != seen:

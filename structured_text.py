@@ -73,7 +73,7 @@ def _constructed(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
         return loader.construct_document(node)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # PyYAML does not look before it converts.
-        raise ValueError("a value is not what its tag says") from error
+        raise ValueError(f"a value is not what its tag says ({error})") from error
 
 
 def _unfolded(node: yaml.Node, known: dict[int, int]) -> int:
