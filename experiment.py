@@ -408,7 +408,7 @@ class Experiment:
         if self.world.size == 1:
             return
         masks = {**self.pair.current, **self.pair.refill} if self.pair else {}
-        penalty = torch.tensor([self.pruner.strength, self.run.doomed_norm] if self.pruner else [], dtype=torch.float64)
+        penalty = torch.tensor([self.pruner.strength] if self.pruner else [], dtype=torch.float64)
         digest = digest_of({**self.model.state_dict(), **masks, "penalty": penalty})
         self.world.check_agreement(f"what round {self.run.state} {when}", digest)
 
@@ -448,8 +448,8 @@ class Experiment:
         if self.pruner is None or self.pair is None or share == 0 or epoch + 1 == self.args.epochs:
             return
         weights = self.model.state_dict()
-        faded = faded_units([g for g in self.groups if g.kind in self.rules.targets], self.pair, weights,
-                            run.init_weight, share)  # fmt: skip
+        faded = self.world.share(faded_units([g for g in self.groups if g.kind in self.rules.targets], self.pair,
+                                             weights, run.init_weight, share))  # fmt: skip
         if sum(map(len, faded.values())) > sum(map(len, run.faded.values())):
             state, strength = self.trainee.optimizer_state(), self.pruner.strength
             run.faded = faded

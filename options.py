@@ -293,7 +293,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training (of each round)")
     group.add_argument("--epochs", type=_COUNT, default=120, help="epochs of a round")
-    group.add_argument("--batch_size", type=_COUNT, default=128, help="images in a batch")
+    group.add_argument("--batch_size", type=_COUNT, default=128, help="images in a batch, of all processes together")
     group.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="adamw suits a ViT trained from nothing")
     group.add_argument("--lr", type=POSITIVE, default=0.01, help="learning rate after the warm-up")
     group.add_argument("--momentum", type=_SHARE, default=0.9, help="momentum of SGD, beta 1 of AdamW")
@@ -312,7 +312,12 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--seed", type=_SEED, default=0, help="everything random comes from it; 0 is a seed like any other"
     )
-    group.add_argument("--gpu", type=_GPU, default=0, help="CUDA device; the CPU where there is none, or with -1")
+    group.add_argument(
+        "--gpu",
+        type=_GPU,
+        default=0,
+        help="CUDA device; the CPU where there is none, or with -1. Under torchrun each process has its own",
+    )
     group.add_argument(
         "--precision",
         choices=("auto", "fp32", "bf16"),
