@@ -114,11 +114,12 @@ def test_the_message_says_what_would_have_run(tmp_path, ends):
 def test_a_run_goes_back_to_a_checkpoint_that_can_be_read_if_there_is_one(name, status, run_folder, tmp_path, capsys):
     (run_folder / name).write_bytes(CODE["torch's zip"](tmp_path / "ran"))
     if status:
-        (run_folder / "1checkpoint.pth.tar").unlink()
+        for other in ("1checkpoint.pth.tar", "previous.pth.tar"):
+            (run_folder / other).unlink()
     assert main_imp_fillback.main(tiny(run_folder)) == status
     err = capsys.readouterr().err
     assert err.count("could run code; nothing of it is loaded") == 1 and "Traceback" not in err
-    assert ("going back to the checkpoint of the round before" in err) == (status == 0)
+    assert ("going back to the checkpoint before" in err) == (status == 0)
     assert not (tmp_path / "ran").exists()
 
 
@@ -173,7 +174,7 @@ def test_the_state_of_admm_is_not_run_but_begun_again(run_folder, tmp_path, caps
 @pytest.mark.parametrize("words", [[], ["--best"]])
 def test_export_runs_nothing_of_a_run_folder(words, run_folder, tmp_path, ends):
     file = run_folder / ("1model_SA_best.pth.tar" if words else "1checkpoint.pth.tar")
-    for other in run_folder.glob("0*"):
+    for other in (*run_folder.glob("0*"), run_folder / "previous.pth.tar"):
         other.unlink()
     for content in FILES.values():
         file.write_bytes(content(tmp_path / "ran"))
@@ -532,17 +533,17 @@ def test_fashion_mnist_runs_nothing(fashion, tmp_path, ends, offline):  # noqa: 
 
 
 def test_an_image_runs_nothing_and_fills_no_memory(tmp_path, ends):
-    for part in ("train", "test"):
-        (tmp_path / "data" / part / "a").mkdir(parents=True)
-        (tmp_path / "data" / part / "a" / "0.png").write_bytes(b"")
+    files = [tmp_path / "data" / part / name / "0.png" for part in ("train", "test") for name in "ab"]
+    for file in files:
+        file.parent.mkdir(parents=True)
     huge = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (2**31 - 1).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0\0\0\0\0"
     for content in (
         pickle.dumps(Bomb(tmp_path / "ran")),
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(x) run\n",
         huge,
     ):
-        for part in ("train", "test"):
-            (tmp_path / "data" / part / "a" / "0.png").write_bytes(content)
+        for file in files:
+            file.write_bytes(content)
         words = tiny(tmp_path / "run", dataset="imagefolder", data=tmp_path / "data", image_size=8)
         ends(main_imp_fillback, words, 3, "0.png")
 

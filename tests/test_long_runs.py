@@ -1,0 +1,44 @@
+"""Runs of very many rounds: what a process holds does not grow with their number."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, tiny
+from PIL import Image
+
+ROUNDS = 200
+MEMORY = 32 * 2**20  # bytes that may be added after the tenth round; a state of this run takes 4 MiB, and 190 follow
+
+
+@pytest.mark.timeout(900)
+def test_memory_descriptors_threads_and_checkpoints_do_not_grow_with_the_rounds(tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    for part, count in (("train", 12), ("test", 2)):
+        for name in "abc":
+            folder = tmp_path / "data" / part / name
+            folder.mkdir(parents=True)
+            for k in range(count):
+                pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8, generator=draw)
+                Image.fromarray(pixels.numpy()).save(folder / f"{k}.png")
+    words = tiny(tmp_path / "run", dataset="imagefolder", data=tmp_path / "data", rate=0.02, min_units=2,
+                 pruning_times=ROUNDS, batch_size=32, keep_checkpoints=1, quiet=True)  # fmt: skip
+    command = [sys.executable, str(ROOT / "tests" / "long_run.py"), str(tmp_path / "notes"), *words]
+    ended = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    notes = [json.loads(line) for line in (tmp_path / "notes").read_text().splitlines()]
+    assert len(notes) == ROUNDS
+    memory, descriptors, threads, disk = zip(*notes, strict=True)
+    print(
+        f"MiB after rounds 10, 100, 200: {[memory[k] >> 20 for k in (9, 99, 199)]}; descriptors {set(descriptors[9:])}"
+    )
+    assert max(memory[10:]) < memory[9] + MEMORY
+    assert max(descriptors[10:]) <= descriptors[9] and max(threads[10:]) <= threads[9]
+    assert max(disk[10:]) < 1.2 * disk[9]
