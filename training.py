@@ -183,10 +183,7 @@ def train(
             lr = passer.rate.at(epoch, i)
             set_learning_rate(optimizer, lr)
             passer.lr_share = lr / passer.rate.base
-        has_share = len(target) > 0  # of a batch of fewer images than processes, some have none, and only keep step
-        with computing(model), world.over_whole_batches(model, has_share):
-            output = network(image if has_share else image.new_zeros(1, *image.shape[1:]))[: len(target)]
-        loss = criterion(output.float(), target) if has_share else output.sum()
+        output, loss = _forward(model, network, world, criterion, image, target)
         optimizer.zero_grad()
         world.backward(loss, len(target))
         _zero_where_unreached(model)
@@ -214,6 +211,19 @@ def train(
         raise DivergedError(f"a weight is not finite after the last step of round {state}, epoch {epoch}")
     passer.meter = None
     return meter
+
+
+def _forward(
+    model: nn.Module, network: nn.Module, world: World, criterion: nn.Module, image: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Logits and mean loss of this process's images.
+
+    Of a batch of fewer images than processes some have none: they compute something that does not count, to keep step.
+    """
+    has_share = len(target) > 0
+    with computing(model), world.over_whole_batches(model, has_share):
+        output = network(image if has_share else image.new_zeros(1, *image.shape[1:]))[: len(target)]
+    return output, criterion(output.float(), target) if has_share else output.sum()
 
 
 def _zero_where_unreached(model: nn.Module) -> None:
