@@ -134,7 +134,8 @@ def _cut_linear(layer: Any, name: str, axis: int, positions: Tensor, cuts: Cuts)
     params = ["weight"] if axis or layer.bias is None else ["weight", "bias"]
     for param in params:
         value = getattr(layer, param)
-        setattr(layer, param, nn.Parameter(value.detach().index_select(axis, positions.to(value.device))))
+        cut = value.detach().index_select(axis, positions.to(value.device))
+        setattr(layer, param, nn.Parameter(cut, value.requires_grad))
         cuts.setdefault(f"{name}.{param}", {})[axis] = positions
     layer.out_features, layer.in_features = layer.weight.shape
 

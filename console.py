@@ -64,18 +64,21 @@ class _ConsoleHandler(logging.StreamHandler):
             super().emit(record)
 
 
+def started_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def rank_here() -> int:
     """The number of this process among those that torchrun has started for the run; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0")) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+    return int(os.environ.get("RANK", "0")) if started_by_torchrun() else 0
 
 
 def start_logging(quiet: bool, verbose: bool) -> None:
     """Log to stderr at the wanted level; of several processes the first one speaks for all, but for their errors."""
-    quiet_level = logging.WARNING if rank_here() == 0 else logging.ERROR
-    quiet, verbose = quiet or rank_here() != 0, verbose and rank_here() == 0
+    level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
     terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     console = _ConsoleHandler(sys.stderr)
-    console.setLevel(quiet_level if quiet else logging.DEBUG if verbose else logging.INFO)
+    console.setLevel(level if rank_here() == 0 else logging.ERROR)
     console.setFormatter(_ConsoleFormatter(colour=terminal and "NO_COLOR" not in os.environ))
     log.handlers = [console]
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
@@ -112,6 +115,7 @@ def exit_status(program: Callable[[], str]) -> int:
     """Run a program and print what it returns; an end that the user can act on is one line and its status."""
     start_logging(quiet=False, verbose=False)
     rank = rank_here()
+    speaker = f"rank {rank}: " if rank else ""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files and tables must not end a finished run
     try:
@@ -119,15 +123,13 @@ def exit_status(program: Callable[[], str]) -> int:
         if rank == 0:
             print(redacted(said))
     except RunError as error:
-        if rank == 0:
-            log.error("%s", error)
-        elif not error.shared:
-            log.error("rank %d: %s", rank, error)
+        if rank == 0 or not error.shared:
+            log.error("%s%s", speaker, error)
         return error.exit_code
     except KeyboardInterrupt:
-        log.error("stopped")
+        log.error("%sstopped", speaker)
         return 128 + signal.SIGINT
     except OSError as error:
-        log.error("%s", error)
+        log.error("%s%s", speaker, error)
         return StorageError.exit_code
     return 0

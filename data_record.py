@@ -13,9 +13,8 @@ from image_sets import ImageSet
 from image_store import LazyImages
 
 PARTS = ("training", "validation", "test")
-MOST_BYTES = (
-    2**31
-)  # of images of which every pixel is hashed; of larger sets a sample is, and the files' names and sizes
+# Bytes of images of which every pixel is hashed; of larger sets a sample is, and the files' names and sizes.
+MOST_BYTES = 2**31
 FEW = 3  # differences that are named
 
 Record = dict[str, Any]
@@ -42,12 +41,18 @@ def _describe_part(data: ImageSet, classes: Sequence[str]) -> Record:
     found: Record = {}
     labels = data.labels.cpu()
     readable = data.images.numel() if isinstance(data.images, Tensor) else _bytes_at_hand(data.images)
-    for label in labels.unique().tolist():
-        places = (labels == label).nonzero().flatten()
-        name = classes[label] if label < len(classes) else str(label)
+    values, counts = labels.sort().values.unique_consecutive(return_counts=True)
+    places_of = labels.argsort(stable=True).split(counts.tolist())
+    for label, places in zip(values.tolist(), places_of, strict=True):
+        name = _name_of(label, classes)
         pixels = _pixels(data, places) if 0 < readable <= MOST_BYTES else ""
         found[name] = [len(places), _hash(places), pixels]
     return {"images": len(data), "files": data.origin, "classes": found}
+
+
+def _name_of(label: int, classes: Sequence[str]) -> str:
+    name = classes[label] if label < len(classes) else ""
+    return name if name and classes.count(name) == 1 else f"{name} ({label})"
 
 
 def _bytes_at_hand(images: LazyImages) -> int:
@@ -94,6 +99,23 @@ def _differences(part: str, then: Record, now: Record) -> list[str]:
     if not found and then["files"] != now["files"]:
         found.append(f"{part} images: files have other names or sizes")
     return found
+
+
+def without_pixels(record: Record) -> Record:
+    """What does not depend on whether the images are decoded already."""
+    return {
+        part: {**about, "classes": {name: row[:2] for name, row in about["classes"].items()}}
+        for part, about in record.items()
+    }
+
+
+def completed(now: Record, then: Mapping[str, Any]) -> Record:
+    """`now`, with hashes of pixels from `then` where it has none. The two do not differ."""
+    for part, about in then.items():
+        for name, row in about["classes"].items():
+            ours = now[part]["classes"][name]
+            ours[2] = ours[2] or row[2]
+    return now
 
 
 def is_record(value: Any) -> bool:

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from console import rank_here
+from console import rank_here, started_by_torchrun
 from errors import PeerLostError, RunError
 
 # The others wait while the first one decides, and ADMM trains meanwhile. Whoever has died is noticed by torchrun.
@@ -55,7 +55,7 @@ class World:
         Raises:
             PeerLostError: The others cannot be reached.
         """
-        rank, size = rank_here(), int(os.environ.get("WORLD_SIZE", "1")) if _started_by_torchrun() else 1
+        rank, size = rank_here(), int(os.environ.get("WORLD_SIZE", "1")) if started_by_torchrun() else 1
         if size == 1:
             return World()
         # The gradient of an expanded parameter (class token); it costs a copy of a few numbers.
@@ -149,12 +149,13 @@ class World:
         """
         if self.size == 1:
             return model
+        leaves_out = leaves_parameters_out(model, images)
         with warnings.catch_warnings(), _talking():
             warnings.simplefilter("ignore", FutureWarning)  # newer versions call `broadcast_buffers` otherwise
             # Statistics of BatchNorm are the same everywhere already.
             return nn.parallel.DistributedDataParallel(
                 model, device_ids=[images.device] if images.device.type == "cuda" else None, broadcast_buffers=False,
-                find_unused_parameters=leaves_parameters_out(model, images),
+                find_unused_parameters=leaves_out,
             )  # fmt: skip
 
     def over_whole_batches(self, model: nn.Module, counts: bool = True) -> AbstractContextManager[Any]:
@@ -167,10 +168,6 @@ class World:
 
 
 ALONE = World()
-
-
-def _started_by_torchrun() -> bool:
-    return dist.is_torchelastic_launched()
 
 
 def own_names(store: dist.Store, rank: int, size: int) -> dist.Store:
@@ -202,8 +199,8 @@ def has_batchnorm(model: nn.Module) -> bool:
 
 
 def leaves_parameters_out(model: nn.Module, images: Tensor) -> bool:
-    """Whether there are parameters that the logits do not depend on; the model keeps no trace of the question."""
-    parameters = dict(model.named_parameters())
+    """Whether there are trainable parameters that the logits do not depend on; the model keeps no trace of this."""
+    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []):
         logits = torch.func.functional_call(model, {**parameters, **buffers}, (images,))
@@ -216,7 +213,9 @@ def _talking() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise lost(error) from error
+        if is_about_peers(error):
+            raise lost(error) from error
+        raise
 
 
 def lost(error: RuntimeError) -> PeerLostError:
@@ -299,6 +298,8 @@ class _Normalised(torch.autograd.Function):
         own = torch.cat([mean.new_tensor([count]), mean, squares])
         shares = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(shares, own)
+        if sum(int(share[0]) for share in shares) <= 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
         sizes, means, parts = torch.stack(shares).split([1, len(mean), len(mean)], dim=1)
         total = sizes.sum()
         mean = (sizes * means).sum(0) / total

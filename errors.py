@@ -20,6 +20,12 @@ class UsageError(RunError):
     shared = True
 
 
+class MachineError(UsageError):
+    """A flag that makes no sense on this machine; on another process's machine it may."""
+
+    shared = False
+
+
 class DataError(RunError):
     """Data or weights that are not where they should be, or cannot be read."""
 

@@ -21,7 +21,7 @@ from batches import Loaders, mixed_seed
 from console import log_to_file
 from control_source import ControlSource
 from counting import cost_of
-from data_record import describe_data, fingerprint
+from data_record import completed, describe_data, fingerprint, without_pixels
 from dense_store import DenseStore, address_of
 from distributed import ALONE, World, digest_of, has_batchnorm, is_about_peers, lost
 from environment import describe_environment, numerics
@@ -78,6 +78,8 @@ def run(args: argparse.Namespace) -> str:
 def _run_in(world: World, args: argparse.Namespace) -> str:
     check_world(args, world)
     if args.gpu >= 0 and world.size > 1:
+        if "gpu" in args.explicit and args.gpu != world.local_rank:
+            args.warnings.append("--gpu is not read: under torchrun each process has its own GPU")
         args.gpu = world.local_rank
     model, *loaders = setup_model_dataset(args)
     for loader in loaders:
@@ -88,7 +90,7 @@ def _run_in(world: World, args: argparse.Namespace) -> str:
         if not world.is_first:
             return ""
         tell_warnings(args)
-        step = one_step(copy.deepcopy(model), loaders[0], args)
+        step = one_step(copy.deepcopy(model), loaders[0].whole(), args)
         rules = rules_from(args, groups)
         return describe_plan(model, groups, rules, loaders[0], args.pruning_times, args.epochs, step)
     path = args.save_dir or (Path(args.checkpoint).parent if args.checkpoint else default_run_folder(args))
@@ -101,7 +103,8 @@ def _run_in(world: World, args: argparse.Namespace) -> str:
             experiment.close_round(state)
         return experiment.finish()
     except RuntimeError as error:
-        if is_about_peers(error):
+        if world.size > 1 and is_about_peers(error):
+            log.debug("what was under way", exc_info=error)
             raise lost(error) from error
         raise
     finally:
@@ -203,7 +206,8 @@ class Experiment:
 
     def open(self) -> None:
         """Take up the run in the folder, or begin one there; all processes go on from what the first one finds."""
-        self.world.check_agreement("the images or labels", json.dumps([self.run.data, self.run.contents]))
+        known_to_all = without_pixels(self.run.contents)  # each process keeps its images as its memory allows
+        self.world.check_agreement("the images or labels", json.dumps([self.run.data, known_to_all]))
         if self.world.is_first:
             self._take_up()
         self.run = RunState(**self.world.share(vars(self.run)))
@@ -232,7 +236,8 @@ class Experiment:
         else:
             check_same_run(found, identity_of(self.run.args), identity_of(found.args), self.run.data,
                            self.run.contents)  # fmt: skip
-            self.run = replace(found, args=self.run.args, contents=self.run.contents)
+            contents = completed(self.run.contents, found.contents)
+            self.run = replace(found, args=self.run.args, contents=contents)
             if self.run.round_0.get("numerics", self._numerics) != self._numerics:
                 self.run.round_0 = {**self.run.round_0, "numerics": {}}  # part of it was computed otherwise
             log.info("continuing %s: round %d, %d epochs done", self.folder.path, found.state, found.epoch)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import shutil
 import struct
@@ -15,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -27,11 +28,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from errors import DataError, UsageError
+from files import lock
 
 log = logging.getLogger("rsst.data")
 
 FORMAT = 2  # raised when a file gives other pixels than before
 STALE_SECONDS = 3600
+WAIT_SECONDS = 3600.0  # for another process that decodes the same; then both do
 MEMORY_SHARE = 0.25  # of the free memory, for one part of a data set
 
 # EXIF's orientation -> what turns the picture upright; 1 is upright.
@@ -154,25 +157,37 @@ def _cached(paths: Sequence[str], size: int, folder: Path, part: str, workers: i
     file = home / f"{part}_{size}_{_key(paths, size, folder)}.uint8"
     shape = (len(paths), 3, size, size)
     count = len(paths) * 3 * size * size
-    if not file.is_file() or file.stat().st_size != count:
+    if not _is_made(file, count):
         home.mkdir(exist_ok=True)
-        for left in home.glob("*.tmp"):  # by a process that was killed
-            with suppress(FileNotFoundError):  # or one that is at work, and has just finished
-                if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                    left.unlink()
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as new:
-                os.posix_fallocate(new.fileno(), 0, count)  # a full disk must show now: later it would kill the process
-            decode_into(torch.from_file(str(temporary), True, count, dtype=torch.uint8).view(shape), paths, workers)
-            temporary.replace(file)  # made by another process too? Then it stays, whoever comes last
-            for old in home.glob(f"{part}_{size}_*.uint8"):
-                if old != file:
-                    old.unlink(missing_ok=True)
-        finally:
-            temporary.unlink(missing_ok=True)
-        log.info("decoded %d images into %s", len(paths), file)
+        with lock(home / "lock", WAIT_SECONDS) or nullcontext():  # processes of one run would all decode
+            if not _is_made(file, count):
+                _make(file, shape, paths, workers)
     return torch.from_file(str(file), False, count, dtype=torch.uint8).view(shape)
+
+
+def _is_made(file: Path, count: int) -> bool:
+    return file.is_file() and file.stat().st_size == count
+
+
+def _make(file: Path, shape: tuple[int, ...], paths: Sequence[str], workers: int) -> None:
+    """Decode into a cache file; those of the same part and size that are out of date go."""
+    home, count = file.parent, math.prod(shape)
+    for left in home.glob("*.tmp"):  # by a process that was killed
+        with suppress(FileNotFoundError):  # or one that is at work, and has just finished
+            if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                left.unlink()
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as new:
+            os.posix_fallocate(new.fileno(), 0, count)  # a full disk must show now: later it would kill the process
+        decode_into(torch.from_file(str(temporary), True, count, dtype=torch.uint8).view(shape), paths, workers)
+        temporary.replace(file)  # made by another process too? Then it stays, whoever comes last
+        for old in home.glob(f"{file.stem.rpartition('_')[0]}_*.uint8"):
+            if old != file:
+                old.unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)
+    log.info("decoded %d images into %s", len(paths), file)
 
 
 def _key(paths: Sequence[str], size: int, folder: Path) -> str:

@@ -208,6 +208,7 @@ class RunFolder:
     def __init__(self, path: str | Path, writes: bool = True) -> None:
         self.path, self.writes = Path(path), writes
         self._lock: IO[str] | None = None
+        self._damaged: set[Path] = set()
 
     def checkpoint(self, state: int) -> Path:
         return self.path / f"{state}checkpoint.pth.tar"
@@ -259,6 +260,7 @@ class RunFolder:
             except DataError as error:
                 if path == paths[-1]:
                     raise
+                self._damaged.add(path)
                 log.warning("%s; going back to the checkpoint before", error)
         return None
 
@@ -313,8 +315,9 @@ class RunFolder:
 
     def _keep_the_one_before(self, state: int) -> None:
         before = next((p for p in map(self.checkpoint, (state, state - 1)) if p.is_file()), None)
-        if before is not None:
+        if before is not None and before not in self._damaged:  # else the one that could be read is the one before
             link(before, self.previous)
+        self._damaged.discard(self.checkpoint(state))
 
     def forget_rounds(self, newest: int, keep: int) -> None:
         """Remove checkpoints but for those of the last `keep` rounds up to `newest`, and of round 0, for controls."""

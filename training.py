@@ -41,7 +41,8 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        for each in self._before:
+        # torchrun hands on what its workers may have got already; it kills them itself if they take too long.
+        for each in (signal.SIGINT,) if self.world.size > 1 else self._before:
             signal.signal(each, signal.SIG_DFL)
 
     def restore(self) -> None:
@@ -229,7 +230,7 @@ def _forward(
 def _zero_where_unreached(model: nn.Module) -> None:
     """No gradient would mean no decay and no penalty; parameters that the loss does not depend on get both."""
     for parameter in model.parameters():
-        if parameter.grad is None:
+        if parameter.grad is None and parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
 
 
@@ -266,11 +267,8 @@ def validate(
     model.eval()
     meter = Meter.start(next(model.parameters()).device)
     for image, target in val_loader:
-        if not len(target):
-            continue
-        with computing(model):
-            output = model(image)
-        meter.add(criterion(output.float(), target), output, target)
+        output, loss = _forward(model, model, world, criterion, image, target)
+        meter.add(loss, output, target)
     return meter.over(world).accuracy
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from batches import Loaders, make_loaders
 from dataset import DATASETS, load_splits
-from errors import DataError, UsageError
+from errors import DataError, MachineError, UsageError
 from models import build_model
 from models.layers import Normalize, channels_side_by_side
 from models.pretrained import load_pretrained_weights
@@ -40,7 +40,7 @@ def choose_device(gpu: int) -> torch.device:
     if gpu < 0 or not torch.cuda.is_available():
         return torch.device("cpu")
     if gpu >= torch.cuda.device_count():
-        raise UsageError(
+        raise MachineError(
             f"argument --gpu: {gpu}; this machine has {torch.cuda.device_count()} CUDA device(s), numbered from 0"
         )
     return torch.device("cuda", gpu)

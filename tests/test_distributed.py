@@ -21,9 +21,10 @@ import distributed
 import main_imp_fillback as program
 from batches import BatchLoader
 from distributed import World
-from errors import RunError
+from errors import Interrupted, RunError
 from image_sets import ImageSet
 from run_state import RunFolder
+from training import StopRequest
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -220,6 +221,61 @@ def test_usage_errors_are_one_line_of_one_process(words, message, tmp_path):
     _, stderr = process.communicate(timeout=200)
     assert process.returncode and stderr.count(message) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_network_with_frozen_and_unused_parameters_is_shared_out(tmp_path):
+    file = tmp_path / "frozen.py"
+    file.write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, classes):\n"
+        "        super().__init__()\n"
+        "        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8, track_running_stats=False)\n"
+        "        self.inner, self.unused = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(3, 3)\n"
+        "        self.fc = nn.Linear(8, classes)\n"
+        "        self.fc.bias.requires_grad_(False)\n"
+        "    def forward(self, x):\n"
+        "        return self.fc(self.inner(self.norm(self.conv(x)).relu()).relu().mean((2, 3)))\n"
+        "def net(num_classes):\n"
+        "    return Net(num_classes)\n"
+    )
+    words = {"arch": f"{file}:net", "lr": 0.001, "epochs": 2}
+    assert program.main(tiny(tmp_path / "one", **words)) == 0
+    together(tiny(tmp_path / "two", **words))
+    for a, b in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"), strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-4
+        assert abs(a["test_accuracy"] - b["test_accuracy"]) < 1, "statistics over whole batches here too"
+    ended = RunFolder(tmp_path / "two").newest_run()
+    assert torch.equal(ended.state_dict["fc.bias"], ended.init_weight["fc.bias"]), "frozen is frozen"
+
+
+def test_torchrun_may_say_twice_what_its_workers_have_heard(monkeypatch):
+    monkeypatch.setattr(World, "highest", lambda self, values: values)
+    stop = StopRequest(World(0, 2))
+    try:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            stop.obey("here")
+    finally:
+        stop.restore()
+
+
+def test_an_error_of_one_process_alone_is_said(tmp_path):
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import main_imp_fillback, utils\n"
+        "from errors import MachineError\n"
+        "def no_such_device(gpu):\n"
+        "    raise MachineError('argument --gpu: no such device')\n"
+        "utils.choose_device = no_such_device if os.environ['RANK'] == '1' else utils.choose_device\n"
+        "sys.exit(main_imp_fillback.main(sys.argv[1:]))\n"
+    )
+    process = launch(script, tiny(tmp_path / "run"))
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode and "error: rank 1: argument --gpu: no such device" in stderr
 
 
 def test_processes_that_see_other_images_are_refused(tmp_path):

@@ -20,7 +20,10 @@ from test_experiment import assert_same_runs
 
 import experiment
 import main_imp_fillback as program
-from errors import DataError
+from batches import BatchLoader
+from data_record import describe_data, is_record
+from errors import DataError, StorageError
+from image_sets import ImageSet
 from run_state import RunFolder, load_safely, save_atomically
 
 # kill -9
@@ -150,6 +153,23 @@ def test_after_a_damaged_newest_checkpoint_the_one_before_is_used(damage, broken
     assert (
         said.count("going back to the checkpoint before") == 1 and f"continuing {tmp_path / 'run'}: round 1, " in said
     )
+    assert_same_runs(home / "whole", tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one_before(broken_off, tmp_path, monkeypatch):
+    home, words = broken_off
+    shutil.copytree(home / "half", tmp_path / "run")
+    (tmp_path / "run" / "1checkpoint.pth.tar").write_bytes(b"")
+    good = (tmp_path / "run" / "previous.pth.tar").read_bytes()
+
+    def full(value, path):
+        raise StorageError(f"cannot write {path}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("run_state.save_atomically", full)
+        assert program.main(tiny(tmp_path / "run", **words)) == 5
+    assert (tmp_path / "run" / "previous.pth.tar").read_bytes() == good
+    assert program.main(tiny(tmp_path / "run", **words)) == 0
     assert_same_runs(home / "whole", tmp_path / "run")
 
 
@@ -332,6 +352,27 @@ def test_data_that_have_changed_are_refused_and_the_difference_is_named(
         said = capsys.readouterr().err.splitlines()[-1]
         assert "argument --data: the images or labels are not those that the run began with" in said and message in said
         assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.tar")} == before
+
+
+def test_what_is_known_of_the_data_does_not_get_less(begun_on_photographs, tmp_path):
+    home, words = begun_on_photographs
+    shutil.copytree(home / "run", tmp_path / "run")
+    for k, store in enumerate(("stream", "memory"), 2):
+        more = tiny(tmp_path / "run", data=home / "data", image_store=store, **{**words, "pruning_times": k})
+        assert program.main(more) == 0
+        contents = RunFolder(tmp_path / "run").newest_run().contents
+        assert all(row[2] for part in contents.values() for row in part["classes"].values())
+    assert contents == RunFolder(home / "run").newest_run().contents
+
+
+def test_classes_of_one_name_are_told_apart():
+    labels = torch.tensor([1, 0, 2, 1, 2, 2])
+    images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 3, 8, 8).contiguous()
+    loader = BatchLoader(ImageSet(images, labels), 2, torch.device("cpu"))
+    record = describe_data([loader] * 3, ["a", "a"])["test"]["classes"]
+    assert {name: row[0] for name, row in record.items()} == {"a (0)": 1, "a (1)": 2, " (2)": 3}
+    assert len({row[2] for row in record.values()}) == 3
+    assert is_record(describe_data([loader] * 3, ["a", "b"]))
 
 
 # Numbers
