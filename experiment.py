@@ -214,13 +214,15 @@ class Experiment:
         check_fits(self.run.state_dict or self.run.init_weight, self.run.optimizer, self.model)
 
     def _take_up(self) -> None:
-        if self.args.resume and not self.args.checkpoint and not self.folder.checkpoints():
+        if self.args.resume and not self.args.checkpoint and not self.folder.candidates():
             raise UsageError(f"argument --resume: {self.folder.path} holds no run to continue")
+        wanted = self.args.checkpoint if not self.folder.candidates() else None
+        given = RunFolder.load(Path(wanted)) if wanted else None  # before anything is made
         self.folder.lock()
         found = self.folder.newest_run()
         if found is None:
             self.folder.refuse_foreign_results()
-            found = RunFolder.load(Path(self.args.checkpoint)) if self.args.checkpoint else None
+            found = given
         elif self.args.checkpoint:
             log.warning("--checkpoint is not read: %s holds a run, which continues", self.folder.path)
         log_to_file(self.folder.path / "log.txt")

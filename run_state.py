@@ -245,15 +245,18 @@ class RunFolder:
         found = [(int(m.group(1)), p) for p in files if (m := CHECKPOINT.fullmatch(p.name))]
         return [path for _, path in sorted(found, reverse=True)]
 
+    def candidates(self) -> list[Path]:
+        """What the run can go on from, the furthest first."""
+        paths = self.checkpoints()
+        return [*paths[:1], *([self.previous] if self.previous.is_file() else []), *paths[1:]]
+
     def newest_run(self) -> RunState | None:
         """The furthest state that can be read; None if there is no checkpoint.
 
         Raises:
             DataError: There are checkpoints, but none can be read.
         """
-        paths = self.checkpoints()
-        if self.previous.is_file():
-            paths.insert(1, self.previous)
+        paths = self.candidates()
         for path in paths:
             try:
                 return self.load(path)
