@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from console import exit_status, log_to_file, start_logging
+from console import exit_status, log_to_file, start_logging, started_by_torchrun
 from errors import RunError, StorageError, UsageError
 from files import lock, write_atomically
 from options import NONNEGATIVE, PARALLEL, POSITIVE, OneLineParser, count, path, truth
@@ -156,6 +156,8 @@ class SweepFailed(RunError):
 
 def _run(words: list[str]) -> str:
     refuse_secrets(words)
+    if started_by_torchrun():
+        raise UsageError("sweep.py is not started by torchrun: it starts processes of its own")
     args, spec = parse_args(words)
     start_logging(args.quiet, verbose=False)
     if args.search:

@@ -532,6 +532,13 @@ def test_scaled_runs_keep_the_shape_of_their_schedule():
     assert scaled(words, 40) == {"epochs": 40, "warmup": 7, "decreasing_lr": [30, 45], "rewind_epoch": 8}
 
 
+def test_a_sweep_is_not_shared_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert sweep.main(sweep_words(tmp_path / "sweep", "seed=0")) == 2
+    assert "it starts processes of its own" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(executors, "find_spec", lambda name: None)
     assert sweep.main([*sweep_words(tmp_path / "sweep", "seed=0"), "--executor", "ray"]) == 2
