@@ -236,12 +236,14 @@ def test_fewer_rounds_than_were_begun_give_the_ticket_of_a_finished_round(tmp_pa
     assert after["round"] == 1 and equal(before["state_dict"], after["state_dict"])
 
 
-def test_a_damaged_newest_checkpoint_falls_back_to_the_round_before(tmp_path, capsys):
+def test_with_the_two_newest_checkpoints_damaged_it_goes_back_to_the_round_before(tmp_path, capsys):
     assert run(*tiny(tmp_path / "a", pruning_times=3)) == 0
     assert run(*tiny(tmp_path / "b", pruning_times=3)) == 0
-    (tmp_path / "b" / "2checkpoint.pth.tar").write_bytes(b"half a file")
+    for name in ("2checkpoint.pth.tar", "previous.pth.tar"):
+        (tmp_path / "b" / name).write_bytes(b"half a file")
     assert run(*tiny(tmp_path / "b", pruning_times=3)) == 0
-    assert "going back to the checkpoint of the round before" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.count("going back to the checkpoint before") == 2 and ": round 1, 1 epochs done" in said
     assert_same_runs(tmp_path / "a", tmp_path / "b")
 
 
