@@ -211,7 +211,8 @@ class Experiment:
         if self.world.is_first:
             self._take_up()
         self.run = RunState(**self.world.share(vars(self.run)))
-        check_fits(self.run.state_dict or self.run.init_weight, self.run.optimizer, self.model)
+        weights, fresh = self.run.state_dict or self.run.init_weight, new_optimizer(self.args, self.model)
+        check_fits(weights, self.run.optimizer, self.model, fresh)
 
     def _take_up(self) -> None:
         if self.args.resume and not self.args.checkpoint and not self.folder.candidates():

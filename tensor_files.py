@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
 from data_record import is_record
 from errors import DataError
@@ -156,11 +156,15 @@ def check_shapes(state: Mapping[str, Tensor], others: Mapping[str, Mapping[str, 
             raise ValueError(f"its {field} do not fit its weights (first difference: {min(wrong)})")
 
 
-def check_fits(state: Mapping[str, Tensor], optimizer: Mapping[str, Any], model: nn.Module) -> None:
+def check_fits(
+    state: Mapping[str, Tensor], saved: Mapping[str, Any], model: nn.Module, optimizer: optim.Optimizer
+) -> None:
     """Refuse a checkpoint that is not of this network.
 
     Args:
-        state: Its weights; empty: nothing is checked. `optimizer`: of the whole network, or empty.
+        state: Its weights; empty: nothing is checked.
+        saved: State of its optimizer, which trained the whole network; or empty.
+        optimizer: A new one of `model`, with its parameters in the order of `saved`.
 
     Raises:
         DataError: The message names the first difference.
@@ -169,14 +173,16 @@ def check_fits(state: Mapping[str, Tensor], optimizer: Mapping[str, Any], model:
     wrong = [n for n in own.keys() | found.keys() if own.get(n) != found.get(n)] if found else []
     if wrong:
         raise DataError(f"the checkpoint holds another network's weights (first difference: {min(wrong)})")
-    parameters = list(model.named_parameters())
-    for number, entries in optimizer.get("state", {}).items():
-        name, parameter = parameters[number] if number < len(parameters) else ("", None)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, entries in saved.get("state", {}).items():
+        parameter = parameters[number] if number < len(parameters) else None
         shapes = [v.shape for v in entries.values() if isinstance(v, Tensor) and v.ndim]
         if parameter is None or any(shape != parameter.shape for shape in shapes):
-            raise DataError(f"the checkpoint holds another network's optimizer state (at {name or number})")
-    groups = [len(group["params"]) for group in optimizer.get("param_groups", ())]
-    if groups and sum(groups) != len(parameters):
+            where = number if parameter is None else names[parameter]
+            raise DataError(f"the checkpoint holds another network's optimizer state (at {where})")
+    groups = [len(group["params"]) for group in saved.get("param_groups", ())]
+    if groups and groups != [len(group["params"]) for group in optimizer.param_groups]:
         raise DataError(f"the checkpoint's optimizer has {sum(groups)} parameters, the network {len(parameters)}")
 
 

@@ -232,8 +232,9 @@ def test_no_field_of_a_checkpoint_is_believed(field, base, tmp_path, ends):
 def test_the_weights_of_another_network_fit_no_other(base):
     run = RunFolder.load(base / "1checkpoint.pth.tar")
     model = export.importlib.import_module("ticket_files").read_ticket(base).masked
-    check_fits(run.state_dict, run.optimizer, model)
-    check_fits({}, {}, model)
+    sgd = torch.optim.SGD(model.parameters())
+    check_fits(run.state_dict, run.optimizer, model, sgd)
+    check_fits({}, {}, model, sgd)
     grown = {**run.state_dict, "more": torch.ones(1)}
     other = {**run.state_dict, "conv1.weight": torch.ones(1)}
     momentum = {**run.optimizer, "state": {0: {"momentum_buffer": torch.ones(2, 2)}}}
@@ -244,7 +245,7 @@ def test_the_weights_of_another_network_fit_no_other(base):
         (run.state_dict, {"param_groups": [{"params": [0, 1]}]}, "has 2 parameters"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=said):
-            check_fits(state, optimizer, model)
+            check_fits(state, optimizer, model, sgd)
 
 
 # ---- exported networks

@@ -13,7 +13,8 @@ from conftest import ROOT, tiny
 from PIL import Image
 
 ROUNDS = 200
-MEMORY = 8 * 2**20  # bytes that may be added after the tenth round: two states of this run, of which 190 follow
+# Bytes that may be added: a state of this run takes 4 MiB. The allocator settles in the first rounds.
+SETTLING, MEMORY = 32 * 2**20, 8 * 2**20
 # torch keeps its compiled kernels for the last 1,024 shapes of layers, and tickets have ever new shapes: some 50 MiB.
 SMALL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
 
@@ -41,6 +42,6 @@ def test_memory_descriptors_threads_and_checkpoints_do_not_grow_with_the_rounds(
     print(
         f"MiB after rounds 10, 100, 200: {[memory[k] >> 20 for k in (9, 99, 199)]}; descriptors {set(descriptors[9:])}"
     )
-    assert max(memory[10:]) < memory[9] + MEMORY
+    assert max(memory[10:]) < memory[9] + SETTLING and max(memory[50:]) < max(memory[10:50]) + MEMORY
     assert max(descriptors[10:]) <= descriptors[9] and max(threads[10:]) <= threads[9]
     assert max(disk[10:]) < 1.2 * disk[9]
