@@ -56,7 +56,7 @@ from run_state import (
 from tensor_files import check_fits
 from tracker import Sink, TensorBoard, Tracker, Trackers
 from trainee import Trainee
-from training import Meter, Passer, StopRequest, hardened, train, validate
+from training import Meter, Passer, StopRequest, hardened, train, validate_together
 from unit_groups import unit_groups
 from units import UnitGroup, kinds, ranked_names
 from utils import cloned_state, load_initial_weights, prepare_for_speed, seed_everything, setup_model_dataset
@@ -473,7 +473,7 @@ class Experiment:
         self.trainee.write_back()
         self._let_faded_units_go(epoch)
         loaders, model = (self.val_loader, self.test_loader), self.trainee.model
-        val, test = (validate(loader, model, self.criterion, self.world) for loader in loaders)
+        val, test = (validate_together(loader, model, self.criterion, self.world) for loader in loaders)
         run.reg_lambda = self.pruner.strength if self.pruner else 0.0
         run.history.append({
             "round": run.state, "prune_times": run.state, "epoch": epoch, "step": run.state * self.args.epochs + epoch,
@@ -574,7 +574,7 @@ class Experiment:
         if self.pruner is not None:
             with hardened(self.model, structure):
                 for part, loader in (("val", self.val_loader), ("test", self.test_loader)):
-                    row[f"hardened_{part}_accuracy"] = validate(loader, self.model, self.criterion, self.world)
+                    row[f"hardened_{part}_accuracy"] = validate_together(loader, self.model, self.criterion, self.world)
             if run.doomed_norm:
                 row["squeeze_ratio"] = self.pruner.doomed_norm() / run.doomed_norm
                 self._warn_if_not_squeezed(state, row["squeeze_ratio"])

@@ -259,9 +259,14 @@ def apply_reg(pruner: Pruner, model: nn.Module, passer: Any) -> nn.Module:
     return model
 
 
+def validate(val_loader: Iterable[tuple[Tensor, Tensor]], model: nn.Module, criterion: nn.Module) -> float:
+    """Accuracy in percent, in eval mode."""
+    return validate_together(val_loader, model, criterion, ALONE)
+
+
 @torch.no_grad()
-def validate(
-    val_loader: Iterable[tuple[Tensor, Tensor]], model: nn.Module, criterion: nn.Module, world: World = ALONE
+def validate_together(
+    val_loader: Iterable[tuple[Tensor, Tensor]], model: nn.Module, criterion: nn.Module, world: World
 ) -> float:
     """Accuracy in percent, in eval mode, over the images of all processes."""
     model.eval()

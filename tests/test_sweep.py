@@ -17,6 +17,7 @@ import pytest
 import yaml
 from conftest import ROOT, TINY, flags, tiny
 from nothing import nothing
+from report_data import epoch_row
 from test_experiment import assert_same_runs, run
 
 import sweep
@@ -490,7 +491,7 @@ def test_a_line_for_each_running_job(tmp_path, monkeypatch):
     jobs = [Job(n, (), tmp_path / n, {"struct": n, "seed": 0}, rounds=3, epochs=4) for n in ("rsst", "refill")]
     for each in jobs:
         each.folder.mkdir()
-        row = {"round": 1, "epoch": 2, "val_accuracy": 71.5}
+        row = {**epoch_row("rsst", 1, 2, 66.5), "val_accuracy": 71.5}
         (each.folder / "metrics.jsonl").write_text((json.dumps(row) + "\n") * 7)
     view = LiveView(5, 3)
     view.update(jobs)
