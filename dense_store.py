@@ -16,17 +16,15 @@ from torch import Tensor
 from errors import DataError, StorageError
 from files import replacing, write_atomically
 from run_state import RunFolder, RunState
+from utils import digest_of
 
 log = logging.getLogger("rsst")
 
 
 def address_of(ingredients: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
     """A hash of what round 0 depends on: settings, data, numerics, and the weights that it begins with."""
-    digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True, default=str).encode())
-    for name, value in sorted(weights.items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    text = json.dumps(ingredients, sort_keys=True, default=str) + digest_of(weights)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class DenseStore:

@@ -6,13 +6,12 @@ told. A program that torchrun has not started is a world of one, and pays nothin
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import secrets
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -227,15 +226,6 @@ def lost(error: RuntimeError) -> PeerLostError:
 def is_about_peers(error: RuntimeError) -> bool:
     """Whether it comes from the collective operations, which have no error class of their own on CPUs."""
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "ProcessGroup"))
-
-
-def digest_of(values: Mapping[str, Tensor]) -> str:
-    """A hash of named tensors."""
-    digest = hashlib.sha256()
-    for name, value in values.items():
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _pack(value: Any) -> Tensor:

@@ -23,7 +23,7 @@ from control_source import ControlSource
 from counting import cost_of
 from data_record import completed, describe_data, fingerprint, without_pixels
 from dense_store import DenseStore, address_of
-from distributed import ALONE, World, digest_of, has_batchnorm, is_about_peers, lost
+from distributed import ALONE, World, has_batchnorm, is_about_peers, lost
 from environment import describe_environment, numerics
 from errors import DivergedError, Interrupted, UsageError
 from masks import MaskPair, by_parameter, count_ones, current_key, pruning_state, refill_key
@@ -59,7 +59,7 @@ from trainee import Trainee
 from training import Meter, Passer, StopRequest, hardened, train, validate_together
 from unit_groups import unit_groups
 from units import UnitGroup, kinds, ranked_names
-from utils import cloned_state, load_initial_weights, prepare_for_speed, seed_everything, setup_model_dataset
+from utils import cloned_state, digest_of, load_initial_weights, prepare_for_speed, seed_everything, setup_model_dataset
 
 log = logging.getLogger("rsst")
 

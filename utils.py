@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import random
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +164,12 @@ def load_initial_weights(model: nn.Module, file: Path) -> None:
 def cloned_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict as copies on the CPU: a value, not a view of a network that goes on training."""
     return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+
+
+def digest_of(values: Mapping[str, Tensor]) -> str:
+    """A hash of named tensors, in whatever order and on whatever device."""
+    digest = hashlib.sha256()
+    for name, value in sorted(values.items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

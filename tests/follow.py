@@ -13,10 +13,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distributed import World, digest_of
+from distributed import World
 from models import build_model
 from models.layers import Normalize
 from training import Passer, train
+from utils import digest_of
 
 STEPS = 50
 

@@ -17,7 +17,6 @@ from conftest import ROOT, tiny
 from test_data_sets import write_image
 from test_experiment import assert_same_runs
 
-import distributed
 import main_imp_fillback as program
 from batches import BatchLoader
 from distributed import World
@@ -25,6 +24,7 @@ from errors import Interrupted, RunError
 from image_sets import ImageSet
 from run_state import RunFolder
 from training import StopRequest
+from utils import digest_of
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -303,7 +303,7 @@ def test_disagreement_is_an_error(monkeypatch):
     monkeypatch.setattr(World, "gather", lambda self, value: [value, "other", value])
     with pytest.raises(RunError, match="disagree on the masks: rank 1 differs"):
         world.check_agreement("the masks", "one")
-    assert distributed.digest_of({"a": torch.zeros(2)}) != distributed.digest_of({"a": torch.ones(2)})
+    assert digest_of({"a": torch.zeros(2)}) != digest_of({"a": torch.ones(2)})
 
 
 # Two hosts
