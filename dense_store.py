@@ -8,6 +8,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from errors import DataError, StorageError
 from files import replacing, write_atomically
-from run_state import RunFolder, RunState
+from run_state import RunFolder, RunState, restore_random_states, seconds_of
 from utils import digest_of
 
 log = logging.getLogger("rsst")
@@ -54,6 +55,39 @@ class DenseStore:
             return None
         _copy(entry.best(0), folder.best(0))
         return found
+
+    def take(
+        self, run: RunState, folder: RunFolder, settings: Mapping[str, Any], numerics: Mapping[str, Any]
+    ) -> RunState:
+        """`run`, which has not begun, with round 0 behind it if the store has that; it notes where to leave it, if not.
+
+        Args:
+            settings: Those that round 0 depends on.
+            numerics: What its last digits depend on besides.
+        """
+        data = [run.data, run.contents]
+        address = address_of({"settings": settings, "data": data, "numerics": numerics}, run.init_weight)
+        found = self.fetch(address, folder)
+        about = {"address": address, "numerics": dict(numerics), "shared": found is not None}
+        own = {k: getattr(run, k) for k in ("args", "tracker_id", "classes", "contents")}
+        if found is None:
+            return replace(run, round_0=about)
+        restore_random_states(found.rng)
+        found = replace(found, **own, round_0=about)
+        folder.save(found)
+        log.info("round 0 is taken from %s: %.0f s of training saved", self.entry(address).path,
+                 seconds_of(found.history))  # fmt: skip
+        return found
+
+    def leave(self, run: RunState, folder: RunFolder, numerics: Mapping[str, Any]) -> None:
+        """Put round 0, which `run` has just ended, where other runs find it, unless it came from there.
+
+        Raises:
+            StorageError: The store cannot be written.
+        """
+        about = run.round_0
+        if about and not about["shared"] and about["numerics"] == numerics:
+            self.put(about["address"], folder, {"seconds": seconds_of(run.history), "settings": run.args, **about})
 
     def put(self, address: str, folder: RunFolder, about: Mapping[str, Any]) -> None:
         """Keep the round 0 that has just ended in `folder`; whoever comes second keeps the entry that is there.

@@ -3,177 +3,64 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 
 from batches import Loaders, mixed_seed
-from console import log_to_file
+from console import log_to_file, log_warnings
 from control_source import ControlSource
 from counting import cost_of
-from data_record import completed, describe_data, fingerprint, without_pixels
-from dense_store import DenseStore, address_of
-from distributed import ALONE, World, has_batchnorm, is_about_peers, lost
+from data_record import describe_data, fingerprint, without_pixels
+from dense_store import DenseStore
+from distributed import ALONE, World, has_batchnorm
 from environment import describe_environment, numerics
-from errors import DivergedError, Interrupted, UsageError
+from errors import DivergedError, Interrupted
+from from_args import learning_rate_from, loss_from, optimizer_from, rules_from
 from masks import MaskPair, by_parameter, count_ones, current_key, pruning_state, refill_key
-from methods import CONTROLS, METHODS, SQUEEZE_GOAL
-from models import MODELS, runs_a_file
-from network_check import check_units
+from methods import CONTROLS, SQUEEZE_GOAL
+from models import runs_a_file
 from oneshot_pruners import Admm
-from optimization import OPTIMIZERS, LearningRate
-from options import default_run_folder, identity_of, identity_of_round_0, settings_of, tracker_name
+from optimization import OPTIMIZERS
+from options import identity_of_round_0, settings_of, tracker_name
 from permute_masks import controlled
 from pictures import draw_kept_units
-from plan import describe_plan, expected_squeeze
+from plan import expected_squeeze
+from precision import name_of
 from reg_pruner_files.reg_pruner import Pruner
 from reg_pruner_files.schedules import clock_from
 from regroup_report import banner, ratio_labels, summary
 from reporter import Reporter, SilentReporter, rounds_table
 from rounds import decide, doomed_whole, faded_units, held_masks, kept_per_group, kept_per_kind, shares
-from rules import RoundRules, kinds_of
+from run_start import choose_initial_weights, continued, find_run
 from run_state import (
     Progress,
     Row,
     RunFolder,
     RunState,
-    check_same_run,
     packed,
     random_states,
     restore_random_states,
-    save_atomically,
+    seconds_of,
 )
 from tensor_files import check_fits
 from tracker import Sink, TensorBoard, Tracker, Trackers
 from trainee import Trainee
 from training import Meter, Passer, StopRequest, hardened, train, validate_together
-from unit_groups import unit_groups
-from units import UnitGroup, kinds, ranked_names
-from utils import cloned_state, digest_of, load_initial_weights, prepare_for_speed, seed_everything, setup_model_dataset
+from units import UnitGroup, ranked_names
+from utils import cloned_state, digest_of, prepare_for_speed, seed_everything
 
 log = logging.getLogger("rsst")
 
 PROBES = 2  # images that show which parameters the logits depend on
-
-
-def run(args: argparse.Namespace) -> str:
-    """Plan, or carry out, the experiment that the arguments describe; returns the plan, or the table of rounds."""
-    world = World.join()
-    try:
-        return _run_in(world, args)
-    finally:
-        world.leave()
-
-
-def _run_in(world: World, args: argparse.Namespace) -> str:
-    check_world(args, world)
-    if args.gpu >= 0 and world.size > 1:
-        if "gpu" in args.explicit and args.gpu != world.local_rank:
-            args.warnings.append("--gpu is not read: under torchrun each process has its own GPU")
-        args.gpu = world.local_rank
-    model, *loaders = setup_model_dataset(args)
-    for loader in loaders:
-        loader.share = (world.rank, world.size)
-    groups = groups_for(args, model, loaders[0].image_size)
-    source = None if args.control == "none" or not world.is_first else ControlSource(args)
-    if args.dry_run:
-        if not world.is_first:
-            return ""
-        tell_warnings(args)
-        step = one_step(copy.deepcopy(model), loaders[0].whole(), args)
-        rules = rules_from(args, groups)
-        return describe_plan(model, groups, rules, loaders[0], args.pruning_times, args.epochs, step)
-    path = args.save_dir or (Path(args.checkpoint).parent if args.checkpoint else default_run_folder(args))
-    folder = RunFolder(path, writes=world.is_first)
-    experiment = Experiment(args, model, (loaders[0], loaders[1], loaders[2]), groups, folder, source, world)
-    try:
-        experiment.open()
-        for state in range(experiment.next_state, args.pruning_times):
-            experiment.train_round(state)
-            experiment.close_round(state)
-        return experiment.finish()
-    except RuntimeError as error:
-        if world.size > 1 and is_about_peers(error):
-            log.debug("what was under way", exc_info=error)
-            raise lost(error) from error
-        raise
-    finally:
-        experiment.close()
-
-
-def check_world(args: argparse.Namespace, world: World) -> None:
-    """Raises: UsageError, if the run cannot be shared out."""
-    if world.size > args.batch_size:
-        raise UsageError(f"argument --batch_size: {args.batch_size} images are too few for {world.size} processes")
-    if world.size > 1 and args.compile:
-        raise UsageError("argument --compile: not with several processes")
-
-
-def tell_warnings(args: argparse.Namespace) -> None:
-    for warning in args.warnings:
-        log.warning("%s", warning)
-
-
-def groups_for(args: argparse.Namespace, model: nn.Module, image_size: int) -> list[UnitGroup]:
-    """The unit groups that the arguments ask for.
-
-    Raises:
-        UsageError: The network has none, or not the kinds that are to be pruned.
-    """
-    groups = unit_groups(model, args.conv1, "block" in kinds_of(args.vit_prune_target))
-    found, rules = kinds(groups), rules_from(args, groups)
-    if not groups:
-        raise UsageError(f"argument --arch: {args.arch} has no layers that can be pruned here")
-    if args.vit_structured and "channel" in found:
-        raise UsageError(f"argument --vit_structured: {args.arch} has no heads; choose a ViT or leave the flag out")
-    missing = [kind for kind in rules.targets if rules.structured and kind not in found]
-    if missing:
-        raise UsageError(f"argument --vit_prune_target: {args.arch} has no {missing[0]}s that are known, only "
-                         f"{', '.join(f'{kind}s' for kind in found)}")  # fmt: skip
-    if args.arch not in MODELS:
-        check_units(model, groups, image_size)
-    return groups
-
-
-def rules_from(args: argparse.Namespace, groups: Sequence[UnitGroup]) -> RoundRules:
-    """The pruning rules that the arguments ask for."""
-    names = ("struct", "rate", "rate_mode", "criteria", "mlp_prune_ratio", "block_prune_ratio", "sorting_mode",
-             "fillback_rate", "min_units", "rsst_dead", "reg_target", "criteria_batches")  # fmt: skip
-    is_cnn = "channel" in kinds(groups)
-    structured = args.regroup or (METHODS[args.struct].regroups and (args.vit_structured or is_cnn))
-    targets = ("channel",) if is_cnn else kinds_of(args.vit_prune_target)
-    return RoundRules(**{n: getattr(args, n) for n in names}, structured=structured, targets=targets)
-
-
-def seconds_of(history: Iterable[Row]) -> float:
-    """What epochs took, evaluation included; epochs written before this was measured count as nothing."""
-    return sum(row.get("seconds", 0.0) for row in history)
-
-
-def new_optimizer(args: argparse.Namespace, model: nn.Module) -> optim.Optimizer:
-    return OPTIMIZERS[args.optimizer].build(model, args.lr, args.momentum, args.weight_decay)
-
-
-def one_step(model: nn.Module, loader: object, args: argparse.Namespace) -> Callable[[], None]:
-    """A function that makes one training step, the way a round makes them."""
-    optimizer = new_optimizer(args, model)
-    passer, criterion = Passer(args), nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
-    batch = next(iter(loader))  # type: ignore[call-overload]
-
-    def step() -> None:
-        train(0, [batch], model, criterion, optimizer, 0, passer, None)
-
-    return step
 
 
 class Experiment:
@@ -189,20 +76,26 @@ class Experiment:
         self.rules = rules_from(args, groups)
         self.control = CONTROLS[args.control]
         self.source = source
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
+        self.criterion = loss_from(args)
         self.device = next(model.parameters()).device
         self.precision: torch.dtype = vars(model).get("precision", torch.float32)
-        self.rate = LearningRate(
-            args.lr, args.epochs, len(self.train_loader), args.warmup, args.lr_schedule, args.decreasing_lr
-        )
+        self.rate = learning_rate_from(args, len(self.train_loader))
         self.stop = StopRequest(world)
         known = not runs_a_file(args.arch)  # nobody knows what a user's file depends on
         self.store = DenseStore(Path(args.dense_store)) if args.dense_store and known and world.is_first else None
         self.tracker = Trackers()
         classes = list(getattr(model, "classes", ()))
         self.run = RunState(settings_of(args), fingerprint(*loaders), classes=classes, processes=world.size,
-                            contents=describe_data(loaders, classes))  # fmt: skip
+                            contents=describe_data(loaders, classes), precision=name_of(self.precision))  # fmt: skip
         self.reporter: Reporter = SilentReporter()
+
+    def carry_out(self) -> str:
+        """Take the run up and bring it to its end; returns the table of rounds."""
+        self.open()
+        for state in range(self.next_state, self.args.pruning_times):
+            self.train_round(state)
+            self.close_round(state)
+        return self.finish()
 
     def open(self) -> None:
         """Take up the run in the folder, or begin one there; all processes go on from what the first one finds."""
@@ -211,48 +104,22 @@ class Experiment:
         if self.world.is_first:
             self._take_up()
         self.run = RunState(**self.world.share(vars(self.run)))
-        weights, fresh = self.run.state_dict or self.run.init_weight, new_optimizer(self.args, self.model)
+        weights, fresh = self.run.state_dict or self.run.init_weight, optimizer_from(self.args, self.model)
         check_fits(weights, self.run.optimizer, self.model, fresh)
 
     def _take_up(self) -> None:
-        if self.args.resume and not self.args.checkpoint and not self.folder.candidates():
-            raise UsageError(f"argument --resume: {self.folder.path} holds no run to continue")
-        wanted = self.args.checkpoint if not self.folder.candidates() else None
-        given = RunFolder.load(Path(wanted)) if wanted else None  # before anything is made
-        self.folder.lock()
-        found = self.folder.newest_run()
-        if found is None:
-            self.folder.refuse_foreign_results()
-            found = given
-        elif self.args.checkpoint:
-            log.warning("--checkpoint is not read: %s holds a run, which continues", self.folder.path)
+        found = find_run(self.args, self.folder)
         log_to_file(self.folder.path / "log.txt")
-        tell_warnings(self.args)
-        precision = str(self.precision).removeprefix("torch.")
+        log_warnings(self.args.warnings)
         if found is None:
-            self.run.precision = precision
-            self._choose_initial_weights()
-            if self.source is not None:
-                self._begin_as_a_control(self.source)
-            elif self.store is not None:
-                self._share_round_0(self.store, self._numerics)
+            self._begin()
         else:
-            check_same_run(found, identity_of(self.run.args), identity_of(found.args), self.run.data,
-                           self.run.contents)  # fmt: skip
-            contents = completed(self.run.contents, found.contents)
-            self.run = replace(found, args=self.run.args, contents=contents)
-            if self.run.round_0.get("numerics", self._numerics) != self._numerics:
-                self.run.round_0 = {**self.run.round_0, "numerics": {}}  # part of it was computed otherwise
+            self.run = continued(self.run, found, self._numerics)
             log.info("continuing %s: round %d, %d epochs done", self.folder.path, found.state, found.epoch)
-            if found.precision != precision:
-                log.warning("the run began in %s and goes on in %s", found.precision, precision)
-            if found.processes != self.world.size:
-                log.warning("the run began with %d processes and goes on with %d: the last digits will differ",
-                            found.processes, self.world.size)  # fmt: skip
         if self.next_state < self.args.pruning_times:
             self._warn_if_the_penalty_is_weak()
             self.folder.write_settings(self.run.args)
-            self.folder.write_environment(describe_environment(self.device, precision))
+            self.folder.write_environment(describe_environment(self.device, name_of(self.precision)))
             self.tracker = self._trackers()
         self.reporter = Reporter(self.folder.path, self.tracker, self.args.quiet)
         self.reporter.restore(self.run.history, self.run.rounds)
@@ -260,10 +127,22 @@ class Experiment:
             self.reporter.track(self.run.history)  # another run's round 0
         weights = sum(self.run.init_weight[n].numel() for n in self.names)
         log.info("%s on %s in %s: %d prunable layers, %d weights; run folder %s", self.args.arch, self.device,
-                 precision, len(self.names), weights, self.folder.path)  # fmt: skip
+                 name_of(self.precision), len(self.names), weights, self.folder.path)  # fmt: skip
         if self.world.size > 1:
             log.info("%d processes share batches of %d images%s", self.world.size, self.args.batch_size,
                      "; BatchNorm sees whole batches" * has_batchnorm(self.model))  # fmt: skip
+
+    def _begin(self) -> None:
+        """A new run; where it is a control, or another has trained its round 0, that is behind it."""
+        choose_initial_weights(self.model, self.args.init, self.folder)
+        self.run.init_weight = cloned_state(self.model)
+        if self.source is not None:
+            self.run = self.source.begin(self.run, self.names, self.train_loader.image_size)
+            self._set_following(self._controlled(0))
+            log.info("control %s: round 0 is that of %s", self.args.control, self.source.folder.path)
+            self.folder.save(self.run)
+        elif self.store is not None:
+            self.run = self.store.take(self.run, self.folder, identity_of_round_0(self.args), self._numerics)
 
     def _trackers(self) -> Trackers:
         args, run, path = self.args, self.run, self.folder.path
@@ -285,51 +164,6 @@ class Experiment:
             if left > SQUEEZE_GOAL:
                 log.warning("the penalty is weak for so short a round: alone it leaves %.0f %% of doomed weights; "
                             "train longer, raise --lr, or try --penalty decoupled", 100 * left)  # fmt: skip
-
-    def _choose_initial_weights(self) -> None:
-        file = Path(self.args.init) if self.args.init else self.folder.path / "init.pth.tar"
-        if self.args.init and file.exists():
-            load_initial_weights(self.model, file)
-            log.info("initial weights from %s", file)
-        else:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_atomically(cloned_state(self.model), file)
-        self.run.init_weight = cloned_state(self.model)
-
-    def _begin_as_a_control(self, source: ControlSource) -> None:
-        self.run = source.begin(self.run, self.names, self.train_loader.image_size)
-        self._set_following(self._controlled(0))
-        log.info("control %s: round 0 is that of %s", self.args.control, source.folder.path)
-        self.folder.save(self.run)
-
-    def _share_round_0(self, store: DenseStore, numbers: dict[str, Any]) -> None:
-        """Take round 0 from the store, or note where to leave it."""
-        address = address_of(
-            {
-                "settings": identity_of_round_0(self.args),
-                "data": [self.run.data, self.run.contents],
-                "numerics": numbers,
-            },
-            self.run.init_weight,
-        )
-        found = store.fetch(address, self.folder)
-        about = {"address": address, "numerics": numbers, "shared": found is not None}
-        if found is None:
-            self.run.round_0 = about
-            return
-        own = {k: getattr(self.run, k) for k in ("args", "tracker_id", "classes", "contents")}
-        self.run = replace(found, **own, round_0=about)
-        restore_random_states(found.rng)
-        self.folder.save(self.run)
-        log.info("round 0 is taken from %s: %.0f s of training saved", store.entry(address).path,
-                 seconds_of(self.run.history))  # fmt: skip
-
-    def _leave_round_0(self, store: DenseStore) -> None:
-        """Put round 0, which has just ended, where other runs find it."""
-        about = self.run.round_0
-        if about and not about["shared"] and about["numerics"] == self._numerics:
-            seconds = seconds_of(self.run.history)
-            store.put(about["address"], self.folder, {"seconds": seconds, "settings": self.run.args, **about})
 
     def _controlled(self, state: int) -> MaskPair:
         assert self.source is not None
@@ -354,7 +188,7 @@ class Experiment:
 
     def train_round(self, state: int) -> None:
         """Train round `state` from its ticket, or from where it was broken off."""
-        self._begin(state)
+        self._begin_round(state)
         run, args = self.run, self.args
         for epoch in range(run.epoch, args.epochs):
             if state == 0 and args.prune_type == "rewind_lt" and epoch == args.rewind_epoch and run.step == 0:
@@ -380,7 +214,7 @@ class Experiment:
             self._close_epoch(epoch, meter, trained / (meter.steps - first), before + trained)
             self.stop.obey(f"after round {state}, epoch {epoch}")
 
-    def _begin(self, state: int) -> None:
+    def _begin_round(self, state: int) -> None:
         """Model, masks, penalty and optimizer as they are at the start of the round, or where it was broken off."""
         run, args = self.run, self.args
         fresh = run.state != state or not run.state_dict
@@ -430,7 +264,7 @@ class Experiment:
             torch.compiler.reset()  # it refuses to compile more than a few networks of one class
         self.held = held_masks(self.pair, self.rules, self.groups, run.faded)
         self.trainee = Trainee(
-            self.model, self.held, lambda model: new_optimizer(args, model),
+            self.model, self.held, lambda model: optimizer_from(args, model),
             lambda model: prepare_for_speed(model, self.precision, args.compile), args.compact_training,
         )  # fmt: skip
         if optimizer:
@@ -502,7 +336,7 @@ class Experiment:
         run = self.run
         self._check_agreement("has come to")
         if state == 0 and self.store is not None:
-            self._leave_round_0(self.store)
+            self.store.leave(run, self.folder, self._numerics)
         row, trained = self._judge(state), cloned_state(self.model)
         if self.rules.structured:
             ratios = ratio_labels(self.rules.ratios)
@@ -541,7 +375,7 @@ class Experiment:
             run.dense_weight = trained
         ranked = {"trained": run.init_weight if args.rank_weights == "initial" else trained,
                   "initial": run.init_weight, "dense": run.dense_weight}[method.ranks]  # fmt: skip
-        admm = Admm(lambda model: new_optimizer(args, model), self._admm_batches, args.admm_epochs, args.admm_rho,
+        admm = Admm(lambda model: optimizer_from(args, model), self._admm_batches, args.admm_epochs, args.admm_rho,
                     self.progress.load, self.progress.save)  # fmt: skip
         previous = MaskPair(run.current_mask, run.refill_mask) if state else None
         return decide(

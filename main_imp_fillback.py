@@ -34,7 +34,7 @@ def _run(words: Sequence[str]) -> str:
     refuse_secrets(words)
     args = parse_args(words)
     start_logging(args.quiet, args.verbose)
-    return importlib.import_module("experiment").run(args)
+    return importlib.import_module("launch").run(args)
 
 
 if __name__ == "__main__":

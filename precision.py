@@ -19,6 +19,11 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if wanted == "bf16" else torch.float32
 
 
+def name_of(precision: torch.dtype) -> str:
+    """As files and messages have it: "bfloat16", "float32"."""
+    return str(precision).removeprefix("torch.")
+
+
 def _cpu_has_bf16() -> bool:
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

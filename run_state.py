@@ -7,7 +7,7 @@ import logging
 import random
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -88,6 +88,11 @@ class RunState:
     other_rng: list[dict[str, Any]] = field(default_factory=list)
     contents: dict[str, Any] = field(default_factory=dict)
     version: int = VERSION
+
+
+def seconds_of(history: Iterable[Row]) -> float:
+    """What epochs took, evaluation included; epochs written before this was measured count as nothing."""
+    return sum(row.get("seconds", 0.0) for row in history)
 
 
 def packed(masks: Mapping[str, Any]) -> dict[str, Any]:

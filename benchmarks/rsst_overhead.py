@@ -11,7 +11,7 @@ from torch import nn
 
 from batches import BatchLoader
 from benchmarks import harness
-from experiment import rules_from
+from from_args import rules_from
 from image_sets import ImageSet
 from masks import HeldMask
 from models import MODELS, build_model

@@ -114,7 +114,7 @@ def start_server(threads: int) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(places))
     os.environ |= _environment(threads)
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a server that has touched CUDA cannot be forked
-    _CONTEXT.set_forkserver_preload(["experiment"])
+    _CONTEXT.set_forkserver_preload(["launch"])
     resource_tracker.ensure_running()  # it lets the signal through again when it starts
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:

@@ -153,7 +153,7 @@ def lines_of(*units: st.SearchStrategy[list[str]], most: int = 6) -> st.SearchSt
 @times("runner")
 @given(words=lines_of(sound, sound, sound, odd_words(NAMES), misspelt(NAMES), stray))
 def test_command_lines(words):
-    with mock.patch.dict(sys.modules, experiment=stub("experiment", run=lambda args: "trained")):
+    with mock.patch.dict(sys.modules, launch=stub("launch", run=lambda args: "trained")):
         status, out, _ = ends_well(main_imp_fillback, words)
     assert status in (0, 2)
     assert (out != "") == (status == 0)
@@ -163,7 +163,7 @@ def test_command_lines(words):
 @example(name="epochs", text="--")  # argparse takes it for an empty list
 @given(name=st.sampled_from(NAMES), text=value)
 def test_a_flag_that_is_refused_is_named(name, text):
-    with mock.patch.dict(sys.modules, experiment=stub("experiment", run=lambda args: "trained")):
+    with mock.patch.dict(sys.modules, launch=stub("launch", run=lambda args: "trained")):
         status, _, line = ends_well(main_imp_fillback, [f"--{name}={text}"])
     assert status in (0, 2)
     if status == 2:
@@ -172,7 +172,7 @@ def test_a_flag_that_is_refused_is_named(name, text):
 
 def test_sound_command_lines_are_not_refused():
     """The strategies above are no good if all that they make is refused."""
-    with mock.patch.dict(sys.modules, experiment=stub("experiment", run=lambda args: "trained")):
+    with mock.patch.dict(sys.modules, launch=stub("launch", run=lambda args: "trained")):
         for words in (
             ["--arch=res20s", "--rate=0.5"],
             ["--lr=0.1", "--reg_upper_limit=inf"],

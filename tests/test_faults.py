@@ -48,7 +48,7 @@ def _work(words, log) -> None:
 
 def forked(words, log):
     """The program in a process of its own, forked from one that has imported it."""
-    FORKS.set_forkserver_preload(["experiment", "sklearn.datasets"])
+    FORKS.set_forkserver_preload(["launch", "sklearn.datasets"])
     process = FORKS.Process(target=_work, args=(words, str(log)))
     process.start()
     return process

@@ -1,0 +1,96 @@
+"""What becomes of a command: network and data are loaded, then its rounds are planned, or carried out."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from batches import BatchLoader
+from console import log_warnings
+from control_source import ControlSource
+from distributed import World, is_about_peers, lost
+from errors import UsageError
+from experiment import Experiment
+from from_args import groups_from, loss_from, optimizer_from, rules_from
+from options import default_run_folder
+from plan import describe_plan
+from run_state import RunFolder
+from training import Passer, train
+from units import UnitGroup
+from utils import setup_model_dataset
+
+log = logging.getLogger("rsst")
+
+
+def run(args: argparse.Namespace) -> str:
+    """Plan, or carry out, the experiment that the arguments describe; returns the plan, or the table of rounds."""
+    world = World.join()
+    try:
+        return _run_in(world, args)
+    finally:
+        world.leave()
+
+
+def _run_in(world: World, args: argparse.Namespace) -> str:
+    settle_in(args, world)
+    model, *loaders = setup_model_dataset(args)
+    for loader in loaders:
+        loader.share = (world.rank, world.size)
+    groups = groups_from(args, model, loaders[0].image_size)
+    source = None if args.control == "none" or not world.is_first else ControlSource(args)
+    if args.dry_run:
+        return _plan(args, model, groups, loaders[0]) if world.is_first else ""
+    path = args.save_dir or (Path(args.checkpoint).parent if args.checkpoint else default_run_folder(args))
+    folder = RunFolder(path, writes=world.is_first)
+    experiment = Experiment(args, model, (loaders[0], loaders[1], loaders[2]), groups, folder, source, world)
+    try:
+        return experiment.carry_out()
+    except RuntimeError as error:
+        if world.size > 1 and is_about_peers(error):
+            log.debug("what was under way", exc_info=error)
+            raise lost(error) from error
+        raise
+    finally:
+        experiment.close()
+
+
+def settle_in(args: argparse.Namespace, world: World) -> None:
+    """Give this process its own GPU, if there is one for each.
+
+    Raises:
+        UsageError: The run cannot be shared out.
+    """
+    if world.size == 1:
+        return
+    if world.size > args.batch_size:
+        raise UsageError(f"argument --batch_size: {args.batch_size} images are too few for {world.size} processes")
+    if args.compile:
+        raise UsageError("argument --compile: not with several processes")
+    if args.gpu >= 0:
+        if "gpu" in args.explicit and args.gpu != world.local_rank:
+            args.warnings.append("--gpu is not read: under torchrun each process has its own GPU")
+        args.gpu = world.local_rank
+
+
+def _plan(args: argparse.Namespace, model: nn.Module, groups: list[UnitGroup], train_loader: BatchLoader) -> str:
+    log_warnings(args.warnings)
+    step = one_step(copy.deepcopy(model), train_loader.whole(), args)
+    rules = rules_from(args, groups)
+    return describe_plan(model, groups, rules, train_loader, args.pruning_times, args.epochs, step)
+
+
+def one_step(model: nn.Module, loader: object, args: argparse.Namespace) -> Callable[[], None]:
+    """A function that makes one training step, the way a round makes them."""
+    optimizer = optimizer_from(args, model)
+    passer, criterion = Passer(args), loss_from(args)
+    batch = next(iter(loader))  # type: ignore[call-overload]
+
+    def step() -> None:
+        train(0, [batch], model, criterion, optimizer, 0, passer, None)
+
+    return step

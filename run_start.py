@@ -1,0 +1,79 @@
+"""How a run begins in its folder, or goes on from what it finds there."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from data_record import completed
+from errors import UsageError
+from options import identity_of
+from run_state import RunFolder, RunState, check_same_run, save_atomically
+from utils import cloned_state, load_initial_weights
+
+log = logging.getLogger("rsst")
+
+
+def find_run(args: argparse.Namespace, folder: RunFolder) -> RunState | None:
+    """What there is to go on from: the folder's newest checkpoint, else the one that was named; None for a new run.
+
+    The folder is made, and locked.
+
+    Raises:
+        DataError: No checkpoint can be read.
+        StorageError: The folder cannot be written.
+        UsageError: There is nothing to resume, another process has the folder, or it holds foreign results.
+    """
+    if args.resume and not args.checkpoint and not folder.candidates():
+        raise UsageError(f"argument --resume: {folder.path} holds no run to continue")
+    wanted = args.checkpoint if not folder.candidates() else None
+    given = RunFolder.load(Path(wanted)) if wanted else None  # before anything is made
+    folder.lock()
+    found = folder.newest_run()
+    if found is None:
+        folder.refuse_foreign_results()
+        return given
+    if args.checkpoint:
+        log.warning("--checkpoint is not read: %s holds a run, which continues", folder.path)
+    return found
+
+
+def continued(run: RunState, found: RunState, numerics: Mapping[str, Any]) -> RunState:
+    """`found` with the settings of `run`, which is as this process would begin it.
+
+    Args:
+        numerics: What the last digits depend on here.
+
+    Raises:
+        UsageError: It was another run, or had other data; the message names the first difference.
+    """
+    check_same_run(found, identity_of(run.args), identity_of(found.args), run.data, run.contents)
+    if found.precision != run.precision:
+        log.warning("the run began in %s and goes on in %s", found.precision, run.precision)
+    if found.processes != run.processes:
+        log.warning("the run began with %d processes and goes on with %d: the last digits will differ",
+                    found.processes, run.processes)  # fmt: skip
+    round_0 = found.round_0
+    if round_0.get("numerics", numerics) != numerics:
+        round_0 = {**round_0, "numerics": {}}  # part of it was computed otherwise
+    return replace(found, args=run.args, contents=completed(run.contents, found.contents), round_0=round_0)
+
+
+def choose_initial_weights(model: nn.Module, file: str | None, folder: RunFolder) -> None:
+    """Put the weights of `file` (`--init`) into the model; where there is no such file, the model's own are kept there.
+
+    Without a name it is a file in the run's folder, which is written, never read.
+    """
+    path = Path(file) if file else folder.path / "init.pth.tar"
+    if file and path.exists():
+        load_initial_weights(model, path)
+        log.info("initial weights from %s", path)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_atomically(cloned_state(model), path)
