@@ -16,7 +16,7 @@ from timm.layers import DropPath
 from torch import Tensor, fx, nn
 from torchvision.ops import StochasticDepth
 
-from errors import UsageError
+from errors import UsageError, first_line
 
 OTHER = -1.0
 """Tag of a channel that is none of those that are followed."""
@@ -66,7 +66,7 @@ def traced(model: nn.Module) -> fx.GraphModule:
     try:
         graphs = [Tracer().trace(model.train(mode)) for mode in (not model.training, model.training)]
     except Exception as error:  # whatever the network's code does with a value that is not a tensor
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise _not_followed(model, f"is no fixed graph ({reason})") from error
     finally:
         for module, mode in modes.items():

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from channel_flow import Cuts, Follower
-from errors import DataError, UsageError
+from errors import DataError, UsageError, first_line
 from files import write_atomically
 from models import build_model, runs_a_file, spec_of
 from models.layers import Normalize, channels_side_by_side
@@ -218,7 +218,7 @@ def load(folder: str | Path, arch: str | None = None) -> nn.Module:
         small = shrink(model, structure_of(model, config["kept"]))
         small.load_state_dict(tensors)
     except (OSError, ValueError, RuntimeError, UsageError, safetensors.SafetensorError) as error:
-        raise DataError(f"cannot read the network in {folder}: {(str(error).splitlines() or ['?'])[0]}") from error
+        raise DataError(f"cannot read the network in {folder}: {first_line(error)}") from error
     return channels_side_by_side(small.eval())
 
 

@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from console import rank_here, started_by_torchrun
-from errors import PeerLostError, RunError
+from errors import PeerLostError, RunError, first_line
 
 # The others wait while the first one decides, and ADMM trains meanwhile. Whoever has died is noticed by torchrun.
 PATIENCE = timedelta(hours=24)
@@ -217,13 +217,13 @@ def _talking() -> Iterator[None]:
         raise
 
 
-def lost(error: RuntimeError) -> PeerLostError:
+def lost(error: Exception) -> PeerLostError:
     """An error of the collective operations, as one line."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     return PeerLostError(f"another process of the run is gone ({reason}); the same command continues")
 
 
-def is_about_peers(error: RuntimeError) -> bool:
+def is_about_peers(error: Exception) -> bool:
     """Whether it comes from the collective operations, which have no error class of their own on CPUs."""
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "ProcessGroup"))
 

@@ -60,3 +60,8 @@ class Interrupted(RunError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def first_line(error: BaseException) -> str:
+    """The first thing that an error of somebody else's code says; its name, if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

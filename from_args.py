@@ -48,6 +48,15 @@ def rules_from(args: argparse.Namespace, groups: Sequence[UnitGroup]) -> RoundRu
     return RoundRules(**{n: getattr(args, n) for n in names}, structured=structured, targets=targets)
 
 
+def warnings_for(rules: RoundRules, groups: Sequence[UnitGroup]) -> list[str]:
+    """Sentences about rules that these groups make pointless."""
+    ranked = [g for g in groups if rules.structured and g.kind in rules.targets and g.kind != "block"]
+    spared = [g for g in ranked if g.units <= rules.min_units]
+    if not spared:
+        return []
+    return [f"--min_units: {len(spared)} of {len(ranked)} layers have {rules.min_units} units or fewer, and lose none"]
+
+
 def optimizer_from(args: argparse.Namespace, model: nn.Module) -> optim.Optimizer:
     return OPTIMIZERS[args.optimizer].build(model, args.lr, args.momentum, args.weight_decay)
 

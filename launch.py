@@ -8,15 +8,16 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from batches import BatchLoader
 from console import log_warnings
 from control_source import ControlSource
 from distributed import World, is_about_peers, lost
-from errors import UsageError
+from errors import MachineError, UsageError, first_line
 from experiment import Experiment
-from from_args import groups_from, loss_from, optimizer_from, rules_from
+from from_args import groups_from, loss_from, optimizer_from, rules_from, warnings_for
 from options import default_run_folder
 from plan import describe_plan
 from run_state import RunFolder
@@ -32,8 +33,22 @@ def run(args: argparse.Namespace) -> str:
     world = World.join()
     try:
         return _run_in(world, args)
+    except (MemoryError, RuntimeError) as error:
+        if is_about_memory(error):
+            log.debug("what was under way", exc_info=error)
+            raise MachineError(f"argument --batch_size: the memory does not suffice for {args.arch} and "
+                               f"{args.batch_size} images at a time ({first_line(error)})") from error  # fmt: skip
+        if world.size > 1 and is_about_peers(error):
+            log.debug("what was under way", exc_info=error)
+            raise lost(error) from error
+        raise
     finally:
         world.leave()
+
+
+def is_about_memory(error: Exception) -> bool:
+    """Whether memory ran out; of torch's errors, only those of GPUs have a class of their own."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _run_in(world: World, args: argparse.Namespace) -> str:
@@ -42,6 +57,7 @@ def _run_in(world: World, args: argparse.Namespace) -> str:
     for loader in loaders:
         loader.share = (world.rank, world.size)
     groups = groups_from(args, model, loaders[0].image_size)
+    args.warnings += warnings_for(rules_from(args, groups), groups)
     source = None if args.control == "none" or not world.is_first else ControlSource(args)
     if args.dry_run:
         return _plan(args, model, groups, loaders[0]) if world.is_first else ""
@@ -50,11 +66,6 @@ def _run_in(world: World, args: argparse.Namespace) -> str:
     experiment = Experiment(args, model, (loaders[0], loaders[1], loaders[2]), groups, folder, source, world)
     try:
         return experiment.carry_out()
-    except RuntimeError as error:
-        if world.size > 1 and is_about_peers(error):
-            log.debug("what was under way", exc_info=error)
-            raise lost(error) from error
-        raise
     finally:
         experiment.close()
 

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from compact import shrink
 from counting import cost_of
-from errors import UsageError
+from errors import UsageError, first_line
 from units import UnitGroup, masks_of_units
 
 SHARES = (0.7, 0.4)  # of the units that stay, in turn
@@ -37,7 +37,7 @@ def check_units(model: nn.Module, groups: Sequence[UnitGroup], image_size: int) 
             difference = (shrink(network, masks)(images) - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
             cost_of(network, groups, masks, image_size)
         except Exception as error:  # whatever the network's code raises
-            reason = (str(error).splitlines() or ["?"])[0]
+            reason = first_line(error)
             raise _coupled(model, f"cannot be computed ({type(error).__name__}: {reason})") from error
         if not float(difference) <= TOLERANCE:
             raise _coupled(model, f"differs from the masked network by {float(difference):.2g} of its logits")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 NAMED_ROUNDS = 6
 BAR_WIDTH = 0.85
+WIDEST = 48  # layers beside each other
 
 
 def draw_kept_units(rounds: Sequence[Row], folder: Path) -> None:
@@ -33,17 +35,18 @@ def draw_kept_units(rounds: Sequence[Row], folder: Path) -> None:
 
 
 def kept_units_figure(rounds: Sequence[Row]) -> Figure:
-    """A panel for each kind of unit; a bar for each layer, from the first round (light) to the last (dark)."""
+    """Panels for each kind of unit; a bar for each layer, from the first round (light) to the last (dark)."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    panels = panels_of(rounds[0])
-    widest = max(len(layers) for layers in panels.values())
+    panels = [(kind, part) for kind, layers in panels_of(rounds[0]).items() for part in lines_of(layers)]
+    widest = max(len(layers) for _, layers in panels)
     with rc_context({"svg.hashsalt": "kept units", "font.size": 9}):
         size = (max(6.0, 0.32 * widest + 2.2), 2.6 * len(panels) + 0.8)
         figure = Figure(figsize=size, layout="constrained")
-        for axes, (kind, layers) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
+        for axes, (kind, layers) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
             _draw_panel(axes, kind, layers, rounds)
+            axes.set_xlim(-0.6, widest - 0.4)
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", frameon=False, title="round")
     return figure
@@ -62,6 +65,13 @@ def panels_of(row: Row) -> dict[str, list[str]]:
     return panels
 
 
+def lines_of(layers: Sequence[str]) -> list[Sequence[str]]:
+    """The layers in as few lines of equal length as a page is wide."""
+    lines = max(1, math.ceil(len(layers) / WIDEST))
+    length = max(1, math.ceil(len(layers) / lines))
+    return [layers[k : k + length] for k in range(0, max(1, len(layers)), length)]
+
+
 def _draw_panel(axes: Axes, kind: str, layers: Sequence[str], rounds: Sequence[Row]) -> None:
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
@@ -77,5 +87,4 @@ def _draw_panel(axes: Axes, kind: str, layers: Sequence[str], rounds: Sequence[R
     axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(f"{kind}s kept")
-    axes.margins(x=0.01)
     axes.spines[["top", "right"]].set_visible(False)

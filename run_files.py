@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from errors import DataError
+from errors import DataError, first_line
 from structured_text import parse_json, parse_yaml
 
 Row = dict[str, Any]
@@ -58,7 +58,7 @@ def _read(path: Path, parse: Callable[[str], Any]) -> Any:
     try:
         return parse(path.read_text()) if path.is_file() else None
     except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"cannot read {path}: {(str(error).splitlines() or ['?'])[0]}") from error
+        raise DataError(f"cannot read {path}: {first_line(error)}") from error
 
 
 def _settings(text: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor
 
 from data_record import difference
-from errors import DataError, StorageError, UsageError
+from errors import DataError, StorageError, UsageError, first_line
 from files import link, lock, replacing, write_atomically
 from masks import Mask, effective_state, pruning_state
 from run_files import Row
@@ -351,7 +351,7 @@ class RunFolder:
         try:
             return RunFolder._checked(fields)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise DataError(f"cannot read the checkpoint {path}: {reason}; it is not loaded") from error
 
     @staticmethod

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from data_record import is_record
-from errors import DataError
+from errors import DataError, first_line
 from masks import MaskPair, by_parameter, check_mask
 
 CODE = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)")
@@ -57,7 +57,7 @@ def _reason(error: Exception) -> str:
         return error.strerror
     if isinstance(error, pickle.UnpicklingError | EOFError):
         return "it is not a file of tensors and plain values; nothing of it is loaded"
-    return (said.splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def _check_archive(path: Path) -> None:

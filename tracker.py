@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from errors import first_line
+
 log = logging.getLogger("rsst")
 
 INIT_SECONDS = 20
@@ -129,7 +131,7 @@ class Tracker:
                 run.log(row)
             run.finish()
         except Exception as error:  # a tracker may fail in any way; the run goes on
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             if not self._given_up:  # else that has been said, and this only follows from it
                 log.warning("WandB failed (%s); the run goes on without it", reason)
             self.mode = "disabled"

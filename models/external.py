@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from errors import UsageError
+from errors import UsageError, first_line
 from models.attention import with_separate_heads
 from models.layers import Normalize, normalised
 from models.registry import ModelSpec
@@ -112,7 +112,7 @@ def _unknown(prefix: str, name: str, known: list[str]) -> UsageError:
 
 
 def _not_buildable(arch: str, error: BaseException) -> UsageError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     return UsageError(f"argument --arch: {arch} cannot be built: {type(error).__name__}: {reason}")
 
 
@@ -151,7 +151,7 @@ def _check_outcome(model: nn.Module, arch: str, num_classes: int, img_size: int)
         with torch.no_grad():
             logits = model.eval()(torch.zeros(2, 3, img_size, img_size))
     except Exception as error:  # whatever the network's code raises
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UsageError(
             f"argument --arch: {arch} cannot take images of {img_size} pixels ({reason}); try another --image_size"
         ) from error

@@ -14,7 +14,7 @@ import timm.models
 from timm.models import vision_transformer
 from torch import Tensor, nn
 
-from errors import DataError
+from errors import DataError, first_line
 from models.registry import ModelSpec
 from tensor_files import as_state_dict, load_tensors
 
@@ -75,14 +75,14 @@ def _tensors_of(file: Path, failure: str) -> Any:
     try:
         return safetensors.torch.load_file(file)
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        raise DataError(f"{failure}: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{failure}: {first_line(error)}") from error
 
 
 def _weights_from_timm(timm_name: str) -> dict[str, Tensor]:
     try:
         return {k: v.clone() for k, v in timm.create_model(timm_name, pretrained=True).state_dict().items()}
     except Exception as error:  # the hub client's errors share no base class
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DataError(
             f"cannot fetch ImageNet weights {timm_name} ({reason}); download them elsewhere and give the file "
             f"by --pretrained FILE"

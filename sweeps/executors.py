@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from errors import RunError, UsageError
+from errors import RunError, UsageError, first_line
 from sweeps.grid import Job
 from sweeps.job_process import ROOT, JobProcess, Outcome, Task, run, told_to_stop
 
@@ -204,7 +204,7 @@ class RayExecutor:
                 environment = {"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(places.threads)}}
                 ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UsageError(f"argument --address: no Ray cluster at {address} ({reason})") from error
         self._remote: Any = ray.remote(
             num_cpus=places.threads, num_gpus=gpus_per_job, max_retries=places.retries, retry_exceptions=[Killed]

@@ -400,6 +400,24 @@ def test_a_loss_that_is_not_finite_at_some_step(step, broken_off, tmp_path, monk
     assert_same_runs(home / "whole", tmp_path)
 
 
+def test_memory_that_runs_out(broken_off, tmp_path, monkeypatch, capsys):
+    """It is one line, and the run goes on from the last epoch when there is more of it."""
+    home, words = broken_off
+    real, calls = torch.nn.CrossEntropyLoss.forward, []
+
+    def greedy(self, output, target):
+        calls.append(None)
+        return real(self, output if len(calls) != 20 else torch.empty(2**50), target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.CrossEntropyLoss, "forward", greedy)
+        assert program.main(tiny(tmp_path, **words)) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "--batch_size: the memory does not suffice for" in line and "can't allocate memory" in line
+    assert program.main(tiny(tmp_path, **words)) == 0
+    assert_same_runs(home / "whole", tmp_path)
+
+
 # Two at once
 
 

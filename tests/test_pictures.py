@@ -35,3 +35,12 @@ def test_many_rounds_name_the_first_and_the_last():
     ]
     (axes,) = kept_units_figure(rounds).axes
     assert axes.get_legend_handles_labels()[1] == ["0", "8"]
+
+
+def test_the_layers_of_a_deep_network_go_on_in_the_next_line():
+    layers = {f"layer{k}.conv": 8 for k in range(100)}
+    rounds = [{"round": 0, "kept_units": {"channel": [800, 800]}, "kept_per_layer": layers}]
+    lines = kept_units_figure(rounds).axes
+    assert [len(axes.containers[0]) for axes in lines] == [34, 34, 32]
+    assert [t.get_text() for axes in lines for t in axes.get_xticklabels()] == list(layers)
+    assert len({axes.get_xlim() for axes in lines}) == 1, "bars are equally wide"
