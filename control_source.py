@@ -15,8 +15,8 @@ from errors import DataError, UsageError
 from masks import MaskPair
 from methods import CONTROLS
 from models import build_model
-from options import default_run_folder, identity_of, settings_of
 from permute_masks import CONTROL_STREAM
+from run_identity import default_run_folder, identity_of, settings_of
 from run_state import RunFolder, RunState, check_same_data, random_states, restore_random_states, unpacked
 from tensor_files import as_state_dict, check_shapes, load_tensors
 from utils import seed_everything

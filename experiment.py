@@ -30,7 +30,6 @@ from methods import CONTROLS, SQUEEZE_GOAL
 from models import runs_a_file
 from oneshot_pruners import Admm
 from optimization import OPTIMIZERS
-from options import identity_of_round_0, settings_of, tracker_name
 from permute_masks import controlled
 from pictures import draw_kept_units
 from plan import expected_squeeze
@@ -40,6 +39,7 @@ from reg_pruner_files.schedules import clock_from
 from regroup_report import banner, ratio_labels, summary
 from reporter import Reporter, SilentReporter, rounds_table
 from rounds import decide, doomed_whole, faded_units, held_masks, kept_per_group, kept_per_kind, shares
+from run_identity import identity_of_round_0, settings_of, tracker_name
 from run_start import choose_initial_weights, continued, find_run
 from run_state import (
     Progress,

@@ -8,8 +8,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from argument_types import OneLineParser, count, path
 from console import exit_status, start_logging
-from options import OneLineParser, count, path
 from redaction import refuse_secrets
 
 

@@ -18,8 +18,8 @@ from distributed import World, is_about_peers, lost
 from errors import MachineError, UsageError, first_line
 from experiment import Experiment
 from from_args import groups_from, loss_from, optimizer_from, rules_from, warnings_for
-from options import default_run_folder
 from plan import describe_plan
+from run_identity import default_run_folder
 from run_state import RunFolder
 from training import Passer, train
 from units import UnitGroup

@@ -8,8 +8,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from argument_types import OneLineParser, path, truth
 from console import exit_status, start_logging
-from options import OneLineParser, path, truth
 from redaction import refuse_secrets
 
 

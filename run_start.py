@@ -13,7 +13,7 @@ from torch import nn
 
 from data_record import completed
 from errors import UsageError
-from options import identity_of
+from run_identity import identity_of
 from run_state import RunFolder, RunState, check_same_run, save_atomically
 from utils import cloned_state, load_initial_weights
 

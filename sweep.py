@@ -16,10 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from argument_types import NONNEGATIVE, PARALLEL, POSITIVE, OneLineParser, count, path, truth
 from console import exit_status, log_to_file, start_logging, started_by_torchrun
 from errors import RunError, StorageError, UsageError
 from files import lock, write_atomically
-from options import NONNEGATIVE, PARALLEL, POSITIVE, OneLineParser, count, path, truth
 from redaction import refuse_secrets
 from sweeps.executors import check_executor
 from sweeps.file import read_file

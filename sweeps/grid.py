@@ -15,17 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from errors import UsageError
+from flag_checks import unread_flags
 from models import runs_a_file
-from options import (
-    AFTER_ROUND_0,
-    NOT_IDENTITY,
-    build_parser,
-    default_run_folder,
-    identity_of_round_0,
-    parse_args,
-    settings_of,
-    unread_flags,
-)
+from options import build_parser, parse_args
+from run_identity import AFTER_ROUND_0, NOT_IDENTITY, default_run_folder, identity_of_round_0, settings_of
 
 Settings = Mapping[str, Any]
 

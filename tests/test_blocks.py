@@ -13,10 +13,11 @@ from criteria import CRITERIA
 from evidence import collect_evidence
 from masks import MaskPair
 from models.vision_transformer import VisionTransformer
-from options import identity_of, parse_args, settings_of
+from options import parse_args
 from regroup import score_units
 from rounds import decide, kept_per_group, kept_per_kind
 from rules import RoundRules, kinds_of
+from run_identity import identity_of, settings_of
 from run_state import RunFolder
 from ticket_files import export
 from unit_groups import unit_groups

@@ -10,7 +10,8 @@ from conftest import ROOT, tiny
 from test_experiment import assert_same_runs, equal, run, stopped_again_and_again
 
 import training
-from options import AFTER_ROUND_0, identity_of_round_0, parse_args
+from options import parse_args
+from run_identity import AFTER_ROUND_0, identity_of_round_0
 from run_state import RunFolder
 
 VIT = {"arch": "vit_tiny", "image_size": 8, "vit_structured": True, "vit_prune_target": "both"}

@@ -6,7 +6,8 @@ import pytest
 
 import main_imp_fillback
 from errors import UsageError
-from options import NOT_IDENTITY, build_parser, default_run_folder, identity_of, parse_args, settings_of, tracker_name
+from options import build_parser, parse_args
+from run_identity import NOT_IDENTITY, default_run_folder, identity_of, settings_of, tracker_name
 
 DOCUMENTED = {
     "data": "data", "dataset": "cifar100", "arch": "res20s", "exp_name": None, "gpu": 0, "resume": False,

@@ -22,7 +22,8 @@ from test_experiment import assert_same_runs, run
 
 import sweep
 from errors import DataError, UsageError
-from options import default_run_folder, identity_of_round_0, parse_args
+from options import parse_args
+from run_identity import default_run_folder, identity_of_round_0
 from sweeps import executors, job_process, schedule
 from sweeps.executors import LocalExecutor, Places, Slot, slots_of
 from sweeps.grid import Job, Spec, plan, words_of
@@ -545,5 +546,5 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
     assert sweep.main([*sweep_words(tmp_path / "sweep", "seed=0"), "--executor", "ray"]) == 2
     assert "needs the package ray" in capsys.readouterr().err
     with pytest.raises(UsageError, match="tensorboard"):
-        monkeypatch.setattr("options.find_spec", lambda name: None)
+        monkeypatch.setattr("flag_checks.find_spec", lambda name: None)
         parse_args(["--tensorboard"])
