@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import launch  # noqa: F401 (all of the program, see pytest_collection_finish)
 from models import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +49,12 @@ def start(words, cwd=ROOT, **environment) -> subprocess.Popen:
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, str(ROOT / "main_imp_fillback.py"), *words]
     return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def pytest_collection_finish():
+    """What is there by now stays: runs, which look for garbage in every round, need not go through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
