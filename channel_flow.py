@@ -371,7 +371,7 @@ def _linear(self: Follower, node: fx.Node, linear: nn.Linear) -> None:
 def _addition(self: Follower, node: fx.Node, called: Any) -> Flow | None:
     args: Any = node.args
     one, other = self._flow(args[0]), self._flow(args[1])
-    if len(args) != 2 or node.kwargs or one is None or other is None:
+    if len(args) != 2 or node.kwargs or one is None or other is None or one.channels != other.channels:
         return self._whole(node)
     present = self.in_lanes(_union(one.present, other.present), one.channels)
     result = Flow(present, one.channels)

@@ -18,7 +18,7 @@ from counting import cost_of
 from errors import DataError, UsageError
 from models import build_model
 from models.building import parse_arch
-from models.layers import Normalize
+from models.layers import Normalize, normalised
 from network_check import check_units
 from unit_groups import unit_groups
 from units import kinds, masks_of_units
@@ -381,3 +381,20 @@ def test_macs_of_transposed_convolutions_and_of_layers_that_are_called_again():
 
     model = Net(nn.Conv2d(3, 4, 3, padding=1), nn.ConvTranspose2d(4, 2, 2, 2), nn.Conv2d(2, 1, 1))
     assert cost_of(model, [], {}, 8).macs == 2 * (64 * 4 * 3 * 9 + 64 * 4 * 2 * 4 + 256 * 2)
+
+
+class AddsOneChannel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.one = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3), nn.Conv2d(8, 1, 1)
+        self.conv3, self.fc = nn.Conv2d(8, 6, 1), nn.Linear(6, 10)
+
+    def forward(self, x):
+        x = self.conv2(self.conv1(x).relu()).relu()
+        return self.fc(self.conv3(x + self.one(x)).relu().mean((2, 3)))
+
+
+def test_a_channel_that_is_added_to_all_others_is_followed():
+    torch.manual_seed(0)
+    model = normalised(AddsOneChannel())
+    check_units(model, channel_groups(model), 8)
