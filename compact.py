@@ -21,6 +21,7 @@ from channel_flow import Cuts, Follower
 from errors import DataError, UsageError, first_line
 from files import write_atomically
 from models import build_model, runs_a_file, spec_of
+from models.attention import SelfAttention
 from models.layers import Normalize, channels_side_by_side
 from run_files import check, is_mapping, is_words
 from structured_text import parse_json
@@ -36,19 +37,21 @@ class Constant(nn.Module):
 
     Args:
         layer: Name of that layer, under which the bias stays.
+        paired: Whether the branch gives a pair, as torch's attention does; the second is None.
     """
 
-    def __init__(self, layer: str, bias: Tensor | None) -> None:
+    def __init__(self, layer: str, bias: Tensor | None, paired: bool = False) -> None:
         super().__init__()
         last = nn.Module()
         last.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
         self.add_module(layer, last)
-        self.layer = layer
+        self.layer, self.paired = layer, paired
 
-    def forward(self, x: Tensor, **kwargs: object) -> Tensor:
-        """[batch, tokens, dim] -> the same shape."""
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor, None]:
+        """[batch, tokens, dim] -> the same shape, whatever else the branch was told."""
         bias = self.get_submodule(self.layer).bias
-        return torch.zeros_like(x) if bias is None else bias.to(x.dtype).expand_as(x)  # type: ignore[operator]
+        value = torch.zeros_like(x) if bias is None else bias.to(x.dtype).expand_as(x)  # type: ignore[operator]
+        return (value, None) if self.paired else value
 
 
 def shrink(model: nn.Module, masks: Mapping[str, Tensor], lanes: int = 1) -> nn.Module:
@@ -126,7 +129,8 @@ def _cut_branches(model: nn.Module, groups: Sequence[UnitGroup], masks: Mapping[
 
 def _replace_branch(model: nn.Module, branch: str, last: str) -> None:
     parent, _, name = branch.rpartition(".")
-    constant = Constant(last.removeprefix(f"{branch}."), model.get_submodule(last).bias)  # type: ignore[arg-type]
+    paired = isinstance(model.get_submodule(branch), SelfAttention)
+    constant = Constant(last.removeprefix(f"{branch}."), model.get_submodule(last).bias, paired)  # type: ignore[arg-type]
     setattr(model.get_submodule(parent), name, constant)
 
 

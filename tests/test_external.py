@@ -10,6 +10,7 @@ from conftest import ROOT, tiny
 from test_experiment import run
 from torch import nn
 from torch.func import functional_call
+from torchvision.models import VisionTransformer
 
 import compact
 import export
@@ -17,10 +18,11 @@ from channel_units import channel_groups
 from counting import cost_of
 from errors import DataError, UsageError
 from models import build_model
+from models.attention import with_separate_heads
 from models.building import parse_arch
 from models.layers import Normalize, normalised
 from network_check import check_units
-from unit_groups import unit_groups
+from unit_groups import head_groups, neuron_groups, unit_groups
 from units import kinds, masks_of_units
 
 OWN = ROOT / "examples" / "my_model.py"
@@ -381,6 +383,28 @@ def test_macs_of_transposed_convolutions_and_of_layers_that_are_called_again():
 
     model = Net(nn.Conv2d(3, 4, 3, padding=1), nn.ConvTranspose2d(4, 2, 2, 2), nn.Conv2d(2, 1, 1))
     assert cost_of(model, [], {}, 8).macs == 2 * (64 * 4 * 3 * 9 + 64 * 4 * 2 * 4 + 256 * 2)
+
+
+@pytest.mark.parametrize("arch, branch", [("torchvision", "encoder_layer_0"), ("timm/twins_svt_small", "blocks.0.0")])
+@torch.no_grad()
+def test_a_branch_without_heads_is_cut_whatever_it_is_called_with(arch, branch):
+    """torchvision's blocks pass on three tensors and take a pair; Twins' pass on the image's size."""
+    torch.manual_seed(0)
+    if arch == "torchvision":
+        model = with_separate_heads(VisionTransformer(32, 16, 2, 2, 16, 16, num_classes=10))
+        nn.init.normal_(model.heads.head.weight)
+        model = normalised(model)
+    else:
+        model = build_model(arch, 10, 64)
+    model.eval()
+    groups, parameters = head_groups(model), dict(model.named_parameters())
+    gone = {g.name: torch.zeros(g.units, dtype=torch.bool) for g in groups if branch in g.name}
+    size = 64 if "timm" in arch else 32
+    masks, images = masks_of_units(groups, gone, parameters), torch.rand(2, 3, size, size)
+    wanted = functional_call(model, {n: parameters[n] * m for n, m in masks.items()}, (images,))
+    small = compact.shrink(model, masks)
+    assert len(gone) == 1 and any(isinstance(m, compact.Constant) for m in small.modules())
+    assert torch.allclose(small(images), wanted, atol=1e-5)
 
 
 class AddsOneChannel(nn.Module):
