@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 
+from oneshot_pruners import fused_attention
 from units import UnitGroup
 
 # Kinds of unit that own nothing that is not counted with another kind, or weight by weight.
@@ -31,10 +35,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class _Use:
-    """A layer's calls: how many positions for one image, and which input features ever differ from zero."""
+    """A layer's calls for one image.
+
+    Attributes:
+        positions: How many.
+        live_inputs: Which input features ever differ from zero.
+        products: Multiply-accumulates of all heads' attention, if the layer makes queries, keys and values.
+    """
 
     positions: int
     live_inputs: Tensor
+    products: int = 0
 
 
 def cost_of(model: nn.Module, groups: Sequence[UnitGroup], masks: Mapping[str, Tensor], image_size: int) -> Cost:
@@ -44,7 +55,8 @@ def cost_of(model: nn.Module, groups: Sequence[UnitGroup], masks: Mapping[str, T
     gone as well. Weights that are pruned one by one are counted as if hardware could skip them.
     """
     kept = {g.name: _live_units(g, masks) for g in groups if g.root.name in masks and g.kind not in OVERLAPPING}
-    uses = _uses(model, masks, image_size)
+    widths = {g.root.layer: g.root.index.numel() // 3 for g in groups if g.kind == "head"}
+    uses = _uses(model, masks, image_size, widths)
     modules = dict(model.named_modules())
     macs = _attention_macs(modules, groups, kept, uses)
     saved = 0
@@ -82,10 +94,10 @@ def _dropped_vectors(
             if group.name not in kept or part.axis != 0:
                 continue
             width = int((~kept[group.name]).sum()) * part.index.shape[1]
-            bias = f"{part.layer}.bias"
+            layer, bias = model.get_submodule(part.layer), f"{part.layer}.bias"
             if part.param == "bias" or not part.ranked:
                 gone[group.name, part.name] = width
-            elif getattr(model.get_submodule(part.layer), "bias", None) is not None:
+            elif getattr(layer, "bias", None) is not None and not _is_grouped(layer):
                 gone[group.name, bias] = width
     return sum(gone.values())
 
@@ -95,37 +107,43 @@ def _attention_macs(
 ) -> int:
     total = 0
     for group in (g for g in groups if g.kind == "head"):
-        tokens = uses[group.root.layer].positions
         heads = int(kept[group.name].sum()) if group.name in kept else group.units
-        total += 2 * tokens * tokens * heads * (group.root.index.shape[1] // 3)
+        total += heads * uses[group.root.layer].products // group.units
     return total
 
 
-def _uses(model: nn.Module, masks: Mapping[str, Tensor], image_size: int) -> dict[str, _Use]:
+def _uses(
+    model: nn.Module, masks: Mapping[str, Tensor], image_size: int, widths: Mapping[str, int]
+) -> dict[str, _Use]:
     """Run an all-positive network on one image of ones and watch what reaches each layer.
+
+    Windows or patches of the image that lie along the batch axis count like others.
 
     With every weight at its mask, every normalisation harmless and every bias of a live channel positive, a feature
     is zero exactly if nothing live feeds it. Networks with LayerNorm have no such inputs: there all count as live.
+
+    Args:
+        widths: Layers that make queries, keys and values -> width of all heads.
     """
     found: dict[str, _Use] = {}
+    attention = _Attention()
     state = _positive_state(model, masks)
     residual_norms = any(isinstance(m, nn.LayerNorm) for m in model.modules())
 
     def watch(layer: str) -> Callable:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-            features = (args[0] if args else kwargs["input"]).detach()[0]
-            if isinstance(module, _ConvNd):
-                live, positions = features.flatten(1).ne(0).any(1), output[0, 0].numel()
-                if module.transposed:  # every weight meets every input position
-                    live, positions = torch.ones_like(live), features[0].numel()
-            else:
-                live, positions = (
-                    features.reshape(-1, features.shape[-1]).ne(0).any(0),
-                    output[0].numel() // output.shape[-1],
-                )
+            features = (args[0] if args else kwargs["input"]).detach()
+            channels_first = isinstance(module, _ConvNd)
+            axis = 1 if channels_first else -1
+            live = features.movedim(axis, -1).flatten(0, -2).ne(0).any(0)
+            positions = output.numel() // output.shape[axis]
+            if channels_first and module.transposed:  # every weight meets every input position
+                live, positions = torch.ones_like(live), features.numel() // features.shape[1]
             live = torch.ones_like(live).cpu() if residual_norms else live.cpu()
             before = found.get(layer, _Use(0, torch.zeros_like(live)))  # a layer may be called again
             found[layer] = _Use(before.positions + positions, before.live_inputs | live)
+            if layer in widths:
+                attention.layer = layer
 
         return hook
 
@@ -135,14 +153,41 @@ def _uses(model: nn.Module, masks: Mapping[str, Tensor], image_size: int) -> dic
     model.eval()
     try:
         device = next(model.parameters()).device
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled code would pass the hooks by
+        eager = torch.compiler.set_stance("force_eager")  # compiled code would pass the hooks by
+        with torch.no_grad(), eager, fused_attention(model, True), attention:
             functional_call(model, state, (torch.ones(1, 3, image_size, image_size, device=device),))
     finally:
         for handle in handles:
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
+    for layer, width in widths.items():
+        # Attention that is written out is taken for one of all positions to each other.
+        products = attention.products.get(layer, 2 * found[layer].positions ** 2 * width)
+        found[layer] = replace(found[layer], products=products)
     return found
+
+
+class _Attention(TorchFunctionMode):
+    """While it is on, counts the multiply-accumulates of attention's two products.
+
+    Attributes:
+        layer: The one that made the latest queries, keys and values.
+        products: Such a layer -> multiply-accumulates of all heads.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = ""
+        self.products: dict[str, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is F.scaled_dot_product_attention and self.layer:
+            query, key, value = args[:3]
+            times = query.shape[:-1].numel() * key.shape[-2]
+            before = self.products.get(self.layer, 0)
+            self.products[self.layer] = before + times * (query.shape[-1] + value.shape[-1])
+        return func(*args, **(kwargs or {}))
 
 
 def _positive_state(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -121,7 +121,7 @@ def _snip(task: Task) -> Mask:
 
 def _grasp(task: Task) -> Mask:
     """Remove the weights with the largest -w * Hg, which hinder the gradient flow (Wang et al. 2020, eq. 8)."""
-    with _mode(task.model, training=True), _fused_attention(task.model, False):
+    with _mode(task.model, training=True), fused_attention(task.model, False):
         return task.best(grasp_scores(task))
 
 
@@ -146,7 +146,7 @@ def _synflow(task: Task) -> Mask:
     masks = {n: m.double().to(task.device) for n, m in alive.items()}
     shape = next(iter(task.batches))[0].shape[1:]
     left = count_ones(masks, task.names)
-    with _mode(task.model, training=False), _fused_attention(task.model, True), _Linear():
+    with _mode(task.model, training=False), fused_attention(task.model, True), _Linear():
         for k in range(1, SYNFLOW_ROUNDS + 1):
             keep = round(left * (task.keep / left) ** (k / SYNFLOW_ROUNDS)) if task.keep else 0
             keep = max(task.keep, keep) if k < SYNFLOW_ROUNDS else task.keep
@@ -276,7 +276,7 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _fused_attention(model: nn.Module, on: bool) -> Iterator[None]:
+def fused_attention(model: nn.Module, on: bool) -> Iterator[None]:
     """For a while, attention is one call of torch's, or it is written out: the call has no second derivative."""
     modules: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "fused_attn", None), bool)]
     before = [m.fused_attn for m in modules]

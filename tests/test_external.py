@@ -10,6 +10,7 @@ from conftest import ROOT, tiny
 from test_experiment import run
 from torch import nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torchvision.models import VisionTransformer
 
 import compact
@@ -21,6 +22,7 @@ from models import build_model
 from models.attention import with_separate_heads
 from models.building import parse_arch
 from models.layers import Normalize, normalised
+from models.vision_transformer import set_fused_attention
 from network_check import check_units
 from unit_groups import head_groups, neuron_groups, unit_groups
 from units import kinds, masks_of_units
@@ -385,6 +387,37 @@ def test_macs_of_transposed_convolutions_and_of_layers_that_are_called_again():
     assert cost_of(model, [], {}, 8).macs == 2 * (64 * 4 * 3 * 9 + 64 * 4 * 2 * 4 + 256 * 2)
 
 
+ATTENTION = ["timm/mobilevit_xxs", "timm/twins_svt_small", "timm/nest_tiny", "timm/vit_tiny_patch16_224"]
+
+
+class Products(TorchFunctionMode):
+    macs = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nn.functional.scaled_dot_product_attention:
+            query, key, value = args[:3]
+            self.macs += query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("arch", ATTENTION)
+@torch.no_grad()
+def test_macs_count_windows_and_patches_that_lie_along_the_batch_axis(arch):
+    model = build_model(arch, 10, 64).eval()
+    set_fused_attention(model, True)
+    macs = []
+
+    def count(layer, args, output):
+        macs.append(output.numel() * layer.weight[0].numel())
+
+    for layer in (m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)):
+        layer.register_forward_hook(count)
+    with Products() as products:
+        model(torch.rand(1, 3, 64, 64))
+    wanted = sum(macs) + products.macs
+    assert cost_of(model, unit_groups(model), {}, 64).macs == wanted
+
+
 @pytest.mark.parametrize("arch, branch", [("torchvision", "encoder_layer_0"), ("timm/twins_svt_small", "blocks.0.0")])
 @torch.no_grad()
 def test_a_branch_without_heads_is_cut_whatever_it_is_called_with(arch, branch):
@@ -422,3 +455,24 @@ def test_a_channel_that_is_added_to_all_others_is_followed():
     torch.manual_seed(0)
     model = normalised(AddsOneChannel())
     check_units(model, channel_groups(model), 8)
+
+
+def test_parameters_are_those_of_the_cut_network_where_convolutions_are_grouped_and_have_biases():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 1)]
+    model = normalised(Chain(layers))
+    groups = channel_groups(model)
+    kept = {groups[0].name: torch.arange(8) < 5}
+    masks = masks_of_units(groups, kept, dict(model.named_parameters()))
+    small = compact.shrink(model, masks)
+    assert cost_of(model, groups, masks, 8).parameters == sum(p.numel() for p in small.parameters())
+
+
+class Chain(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.conv1, *rest = layers
+        self.rest, self.fc = nn.Sequential(*rest), nn.Linear(6, 10)
+
+    def forward(self, x):
+        return self.fc(self.rest(self.conv1(x)).relu().mean((2, 3)))

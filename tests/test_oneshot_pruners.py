@@ -15,7 +15,7 @@ from masks import count_ones, effective_state
 from models import build_model
 from models.vision_transformer import VisionTransformer
 from oneshot_pruners import PRUNERS, Admm, Task, grasp_scores, synflow_scores, train_by_admm
-from oneshot_pruners import _fused_attention as fused_attention
+from oneshot_pruners import fused_attention
 from oneshot_pruners import _Linear as Linear
 from unit_groups import unit_groups
 from units import ranked_names
