@@ -222,7 +222,8 @@ class Experiment:
             run.state, run.epoch, run.step, run.best_sa, run.faded = state, 0, 0, [-1.0, -1.0, -1.0], {}
             run.current_mask, run.refill_mask = run.following.get("current", {}), run.following.get("refill", {})
         self.pair = MaskPair(run.current_mask, run.refill_mask) if state else None
-        if self.pair is not None and self.rules.method.squeezes and args.reg_target == "unit":
+        whole = self.rules.method.squeezes and args.reg_target == "unit" and args.rsst_dead == "zero"
+        if self.pair is not None and whole:
             self.pair = doomed_whole(self.groups, self.pair, self.rules.targets)
         self.model.load_state_dict(run.init_weight if fresh else run.state_dict)
         self._equip({} if fresh else run.optimizer)
@@ -287,7 +288,9 @@ class Experiment:
     def _let_faded_units_go(self, epoch: int) -> None:
         """Hold at zero, and leave out of the network, the doomed units of which next to nothing is left."""
         run, share = self.run, self.args.fade_out
-        if self.pruner is None or self.pair is None or share == 0 or epoch + 1 == self.args.epochs:
+        if self.args.rsst_dead == "free" or epoch + 1 == self.args.epochs:
+            return
+        if self.pruner is None or self.pair is None or share == 0:
             return
         weights = self.model.state_dict()
         faded = self.world.share(faded_units([g for g in self.groups if g.kind in self.rules.targets], self.pair,

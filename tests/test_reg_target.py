@@ -113,3 +113,13 @@ def test_slices_across_the_second_axis_come_along():
     refill = {"fc1.weight": torch.tensor([[1.0], [0.0]]), "fc2.weight": torch.tensor([[1.0, 0.0], [1.0, 0.0]])}
     whole = doomed_whole([group], MaskPair.of(current, refill), ("neuron",))
     assert whole.doomed["fc2.weight"].int().tolist() == [[0, 1], [0, 1]]
+
+
+def test_where_dead_weights_are_free_what_is_unread_changes_nothing(tmp_path):
+    """Neither --reg_target nor --fade_out is read with --rsst_dead free, as the warnings say."""
+    words = {"rsst_dead": "free", "penalty": "decoupled", "epochs": 2}
+    found = []
+    for name, other in (("plain", {}), ("unit", {"reg_target": "unit"}), ("fade", {"fade_out": 0.9})):
+        assert run(*tiny(tmp_path / name, **words, **other)) == 0
+        found.append(RunFolder.load(tmp_path / name / "1checkpoint.pth.tar").state_dict)
+    assert all(torch.equal(found[0][n], state[n]) for state in found[1:] for n in found[0])
