@@ -83,7 +83,8 @@ def collect_evidence(
         raise ValueError(f"criterion {criterion!r} reads feature maps: it needs at least one batch of images")
     with _evaluating(model, weights) as state:
         parts = [_statistics(model, state, layers, x, y, with_gradients) for x, y in taken]
-    return Evidence(weights, current_mask, {layer: _mean([p[layer] for p in parts]) for layer in layers})
+    images = [len(x) for x, _ in taken]
+    return Evidence(weights, current_mask, {layer: _mean([p[layer] for p in parts], images) for layer in layers})
 
 
 @contextmanager
@@ -122,17 +123,23 @@ def _statistics(
     finally:
         for handle in handles:
             handle.remove()
+    lasts = [_features_last(model.get_submodule(layer), outputs[layer]) for layer in layers]
     if not gradients:
-        return {layer: _summary(outputs[layer], None) for layer in layers}
+        return {layer: _summary(outputs[layer], None, last) for layer, last in zip(layers, lasts, strict=True)}
     loss = nn.functional.cross_entropy(logits, labels)
     slopes = torch.autograd.grad(loss, [outputs[layer] for layer in layers])
-    return {layer: _summary(outputs[layer], slope) for layer, slope in zip(layers, slopes, strict=True)}
+    return {y: _summary(outputs[y], slope, last) for y, slope, last in zip(layers, slopes, lasts, strict=True)}
 
 
-def _summary(output: Tensor, slope: Tensor | None) -> FeatureStatistics:
-    """Reduce [batch, features, height, width] or [batch, tokens, features] to one value per feature."""
+def _features_last(layer: nn.Module, output: Tensor) -> bool:
+    """Whether the features are an output's last axis: of linear layers, also where they work on [.., height, width]."""
+    return isinstance(layer, nn.Linear) or output.ndim != 4
+
+
+def _summary(output: Tensor, slope: Tensor | None, features_last: bool) -> FeatureStatistics:
+    """Reduce [batch, features, height, width] or [batch, .., features] to one value per feature."""
     output = output.detach()
-    others = [d for d in range(output.ndim) if d != (1 if output.ndim == 4 else output.ndim - 1)]
+    others = [d for d in range(output.ndim) if d != (output.ndim - 1 if features_last else 1)]
 
     def mean(values: Tensor) -> Tensor:
         return values.double().mean(dim=others).cpu()
@@ -141,11 +148,17 @@ def _summary(output: Tensor, slope: Tensor | None) -> FeatureStatistics:
     return FeatureStatistics(mean(output.abs()), mean(output.square()), saliency)
 
 
-def _mean(parts: Sequence[FeatureStatistics]) -> FeatureStatistics:
-    def average(values: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(values)).mean(dim=0)
+def _mean(parts: Sequence[FeatureStatistics], images: Sequence[int]) -> FeatureStatistics:
+    """The statistics of all batches, of so many images each: every image counts the same.
+
+    The gradients are those of a batch's mean loss: the fewer images it has, the larger they are.
+    """
+
+    def average(values: Sequence[Tensor], power: int = 1) -> Tensor:
+        shares = torch.tensor([float(n) ** power for n in images], dtype=torch.float64)
+        return torch.tensordot(shares / shares.sum(), torch.stack(list(values)), 1)
 
     slopes = [p.saliency for p in parts if p.saliency is not None]
     return FeatureStatistics(
-        average([p.absolute for p in parts]), average([p.square for p in parts]), average(slopes) if slopes else None
+        average([p.absolute for p in parts]), average([p.square for p in parts]), average(slopes, 2) if slopes else None
     )

@@ -368,3 +368,18 @@ def test_fixed_names_and_signatures(place):
     parameters = inspect.signature(function).parameters.values()
     plain = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters)
     assert plain == SIGNATURES[place]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_image_counts_the_same_whatever_its_batch(criterion):
+    model = build_model("res20s", 10, 16)
+    groups, state = channel_groups(model), model.state_dict()
+    images, labels = torch.rand(9, 3, 16, 16), torch.arange(9)
+    current = {f"{s.name}_mask": torch.ones_like(state[s.name]) for g in groups for s in g.slices}
+    halves = [(images[:8], labels[:8]), (images[8:], labels[8:])]
+    one, two = (
+        score_units(groups, collect_evidence(model, groups, state, current, criterion, batches), criterion)
+        for batches in ([(images, labels)], halves)
+    )
+    for name, scores in one.items():
+        assert torch.allclose(two[name] / two[name].sum(), scores / scores.sum(), rtol=1e-4), name

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, tiny
 from test_experiment import run
+from timm.layers import Mlp
 from torch import nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
@@ -17,7 +18,9 @@ import compact
 import export
 from channel_units import channel_groups
 from counting import cost_of
+from criteria import CRITERIA
 from errors import DataError, UsageError
+from evidence import collect_evidence
 from models import build_model
 from models.attention import with_separate_heads
 from models.building import parse_arch
@@ -416,6 +419,29 @@ def test_macs_count_windows_and_patches_that_lie_along_the_batch_axis(arch):
         model(torch.rand(1, 3, 64, 64))
     wanted = sum(macs) + products.macs
     assert cost_of(model, unit_groups(model), {}, 64).macs == wanted
+
+
+class OnLastAxis(nn.Module):
+    """An MLP on [batch, height, width, features], as in torchvision's Swin."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.mlp, self.head = nn.Conv2d(3, 4, 2, 2), Mlp(4, 8), nn.Linear(4, 10)
+
+    def forward(self, x):
+        return self.head(self.mlp(self.stem(x).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+@pytest.mark.parametrize("criterion", ["l1", "l2", "saliency"])
+def test_features_of_a_linear_layer_are_on_the_last_axis_of_images_too(criterion):
+    model = OnLastAxis()
+    groups = neuron_groups(model)
+    with torch.no_grad():
+        model.mlp.fc1.weight[5] *= 50
+    state, images = model.state_dict(), torch.rand(4, 3, 32, 32)
+    evidence = collect_evidence(model, groups, state, {}, criterion, [(images, torch.arange(4))])
+    scores = CRITERIA[criterion].score(evidence, groups[0].root)
+    assert scores.shape == (8,) and int(scores.argmax()) == 5
 
 
 @pytest.mark.parametrize("arch, branch", [("torchvision", "encoder_layer_0"), ("timm/twins_svt_small", "blocks.0.0")])
