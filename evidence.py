@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 
 from criteria import CRITERIA, CRITERIA_BATCHES
 from masks import effective_state, effective_weight, in_place_of
-from units import UnitGroup
+from units import Slice, UnitGroup
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,12 @@ class Evidence:
     def weight(self, name: str) -> Tensor:
         """The trained parameter of that name, masked if the state is."""
         return effective_weight(self.weights, name)
+
+    def cut_units(self, part: Slice) -> Tensor:
+        """Units without a weight other than zero, bool [units], on the CPU; none where weights are not known."""
+        if not self.weights:
+            return torch.zeros(part.index.shape[0], dtype=torch.bool)
+        return ~part.units_with_weights((self.weight(part.name) != 0).float())
 
 
 def collect_evidence(

@@ -17,7 +17,8 @@ from units import UnitGroup, kept_units, masks_of_units
 
 log = logging.getLogger("rsst.pruning")
 
-NOTHING_LEFT = -1.0
+CUT = -2.0
+"""Below all other scores: a unit of which no trained weight is other than zero."""
 
 
 def score_units(groups: Sequence[UnitGroup], evidence: Evidence, criterion: str) -> dict[str, Tensor]:
@@ -27,6 +28,15 @@ def score_units(groups: Sequence[UnitGroup], evidence: Evidence, criterion: str)
         for group in (g for g in groups if g.kind == "block"):
             scores[group.name] /= evidence.weight(group.root.name).numel()
     return scores
+
+
+def _removed_last(scores: Tensor, alive: Tensor, cut: Tensor) -> Tensor:
+    """The scores, at least 0, with units that L1 has wholly removed below all others, in their order, in [-1, 0).
+
+    Last come those that were cut already: feature maps would only show their bias.
+    """
+    alive, cut = alive.to(scores.device), cut.to(scores.device)
+    return scores.where(alive, (-1 / (1 + scores)).where(~cut, CUT))
 
 
 def best_units(scores: Tensor, count: int) -> Tensor:
@@ -59,9 +69,8 @@ def regroup(
     scored = [g for g in groups if g.kind in budgets]
     scores = score_units(scored, evidence, criterion)
     for group in scored:
-        # What L1 has wholly removed says nothing: feature maps would only show its bias.
         alive = kept_units(group, current_mask[current_key(group.root.name)])
-        scores[group.name] = scores[group.name].where(alive.to(scores[group.name].device), NOTHING_LEFT)
+        scores[group.name] = _removed_last(scores[group.name], alive, evidence.cut_units(group.root))
     counts: dict[str, int] = {}
     for kind, rule in budgets.items():
         counts |= rule([g for g in scored if g.kind == kind], scores, current_mask)

@@ -370,6 +370,17 @@ def test_fixed_names_and_signatures(place):
     assert plain == SIGNATURES[place]
 
 
+@pytest.mark.parametrize("sorting", ["layer-wise", "global"])
+def test_of_what_l1_removed_whole_the_best_comes_back_and_what_was_cut_comes_last(sorting):
+    """Units 0 and 1 were cut, the others trained; of the others L1 has left weights of unit 3 only."""
+    weights = {"g0.weight": torch.tensor([0.0, 0.0, 1.0, 2.0, 3.0]).view(5, 1).expand(5, 4)}
+    current = {"g0.weight_mask": (torch.arange(5) == 3).float().view(5, 1).repeat(1, 4)}
+    for count, expected in ((1, [3]), (2, [3, 4]), (3, [2, 3, 4]), (4, [0, 2, 3, 4])):
+        rules = {"neuron": budget(sorting, ratio=1 - count / 5)}
+        refill = regroup(groups_of([5]), current, Evidence(weights, current), "magnitude", rules)
+        assert refill["g0"].any(1).nonzero().flatten().tolist() == expected
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_image_counts_the_same_whatever_its_batch(criterion):
     model = build_model("res20s", 10, 16)
