@@ -108,9 +108,9 @@ def is_silent_norm(module: object) -> bool:
         return bool((act(torch.zeros(1, 1, 1, 1)) == 0).all())
 
 
-def is_depthwise(conv: nn.Conv2d) -> bool:
-    """One filter a channel."""
-    return conv.groups == conv.in_channels == conv.out_channels > 1
+def is_depthwise(conv: object) -> bool:
+    """A convolution with one filter a channel."""
+    return isinstance(conv, nn.Conv2d) and conv.groups == conv.in_channels == conv.out_channels > 1
 
 
 class ChannelTags(fx.Interpreter):

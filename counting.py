@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from channel_tags import is_depthwise
 from oneshot_pruners import fused_attention
 from units import UnitGroup
 
@@ -75,7 +76,7 @@ def cost_of(model: nn.Module, groups: Sequence[UnitGroup], masks: Mapping[str, T
 
 
 def _is_grouped(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Conv2d) and 1 < layer.groups < layer.in_channels
+    return isinstance(layer, nn.Conv2d) and layer.groups > 1 and not is_depthwise(layer)
 
 
 def _live_units(group: UnitGroup, masks: Mapping[str, Tensor]) -> Tensor:
@@ -112,9 +113,7 @@ def _attention_macs(
     return total
 
 
-def _uses(
-    model: nn.Module, masks: Mapping[str, Tensor], image_size: int, widths: Mapping[str, int]
-) -> dict[str, _Use]:
+def _uses(model: nn.Module, masks: Mapping[str, Tensor], image_size: int, widths: Mapping[str, int]) -> dict[str, _Use]:
     """Run an all-positive network on one image of ones and watch what reaches each layer.
 
     Windows or patches of the image that lie along the batch axis count like others.

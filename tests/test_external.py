@@ -483,10 +483,12 @@ def test_a_channel_that_is_added_to_all_others_is_followed():
     check_units(model, channel_groups(model), 8)
 
 
-def test_parameters_are_those_of_the_cut_network_where_convolutions_are_grouped_and_have_biases():
+@pytest.mark.parametrize("channels, groups", [(8, 4), (4, 4)])
+def test_parameters_are_those_of_the_cut_network_where_convolutions_are_grouped(channels, groups):
+    """Their groups have to stay equally large: nothing of them is cut, their biases neither."""
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 1)]
-    model = normalised(Chain(layers))
+    grouped = nn.Conv2d(channels, 8, 3, groups=groups)
+    model = normalised(Chain([nn.Conv2d(3, channels, 3), grouped, nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 1)]))
     groups = channel_groups(model)
     kept = {groups[0].name: torch.arange(8) < 5}
     masks = masks_of_units(groups, kept, dict(model.named_parameters()))
