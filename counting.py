@@ -68,7 +68,7 @@ def cost_of(model: nn.Module, groups: Sequence[UnitGroup], masks: Mapping[str, T
             pairs = torch.ones_like(pairs)
         elif pairs.shape[1] == len(use.live_inputs):
             pairs = pairs * use.live_inputs.view(1, -1, *[1] * (pairs.ndim - 2))
-        left = int(pairs.sum())
+        left = int(pairs.count_nonzero())
         macs += use.positions * left
         saved += pairs.numel() - left
     saved += _dropped_vectors(model, groups, kept, masks)

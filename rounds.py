@@ -201,7 +201,7 @@ def shares(pair: MaskPair | None, names: Sequence[str], rules: RoundRules) -> Sh
         return Shares(0.0, 0.0, 100.0)
     total = sum(pair.structure[n].numel() for n in names)
     held = held_masks(pair, rules)
-    zero = sum(held[n].numel() - int(held[n].sum()) for n in names) if held else 0
+    zero = sum(held[n].numel() - int(held[n].count_nonzero()) for n in names) if held else 0
     squeezed = count_ones(pair.doomed, names) if rules.method.squeezes else 0
     return Shares(100 * zero / total, 100 * squeezed / total, 100 * count_ones(pair.structure, names) / total)
 

@@ -14,6 +14,7 @@ from masks import (
     apply_masks,
     by_parameter,
     check_mask,
+    count_ones,
     effective_state,
     effective_weight,
     l1_mask,
@@ -195,3 +196,8 @@ def test_among_many_weights_exactly_the_largest_stay(values):
         best = torch.zeros(n)
         best[scores.sort(descending=True, stable=True).indices[:keep]] = 1
         assert torch.equal(top_mask({"a": scores}, None, keep)["a"], best)
+
+
+def test_ones_are_counted_exactly_in_large_masks():
+    size = 2**24 + 1
+    assert count_ones({"a": torch.ones(1).expand(size)}, ["a"]) == size
