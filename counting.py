@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from channel_tags import is_depthwise
-from oneshot_pruners import fused_attention
+from models.vision_transformer import fused_attention
 from units import UnitGroup
 
 # Kinds of unit that own nothing that is not counted with another kind, or weight by weight.

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from errors import UsageError
 from masks import Mask, count_ones, current_key, effective_state, in_place_of, own_mask, top_mask
+from models.vision_transformer import fused_attention
 from precision import computing
 from unit_groups import unit_groups
 from units import parameter_of, ranked_names
@@ -273,20 +274,6 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-@contextmanager
-def fused_attention(model: nn.Module, on: bool) -> Iterator[None]:
-    """For a while, attention is one call of torch's, or it is written out: the call has no second derivative."""
-    modules: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "fused_attn", None), bool)]
-    before = [m.fused_attn for m in modules]
-    for module in modules:
-        module.fused_attn = on
-    try:
-        yield
-    finally:
-        for module, was in zip(modules, before, strict=True):
-            module.fused_attn = was
 
 
 class _Linear(TorchFunctionMode):

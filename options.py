@@ -33,7 +33,7 @@ from criteria import CRITERIA, CRITERIA_BATCHES
 from dataset import DATASETS, IMAGE_STORES
 from flag_checks import check, warnings_about
 from methods import CONTROLS, METHODS
-from models import MODELS, family_of
+from models import MODELS
 from optimization import LR_SCHEDULES, OPTIMIZERS
 from reg_pruner_files.schedules import SCHEDULES
 from rules import SORTING_MODES, kinds_of
@@ -398,8 +398,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(words)
     explicit = {w[2:].split("=")[0] for w in words if w.startswith("--")}
     if args.rate_mode is None:
-        whole_heads = args.vit_structured or (args.regroup and family_of(args.arch) == "vit")
-        args.rate_mode = "target" if whole_heads else "round"
+        args.rate_mode = "target" if args.vit_structured else "round"
     if args.regroup and "criteria" not in explicit and not METHODS[args.struct].regroups:
         args.criteria = "remain"  # the pruner's own word: how many weights of a unit it kept
     if args.mlp_prune_ratio is None:

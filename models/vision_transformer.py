@@ -79,6 +79,23 @@ def frugal(model: nn.Module) -> Iterator[None]:
 
 def set_fused_attention(model: nn.Module, fused: bool) -> None:
     """Choose the attention kernel of a ViT; other networks are left alone."""
-    for module in model.modules():
-        if isinstance(getattr(module, "fused_attn", None), bool):
-            module.fused_attn = fused  # type: ignore[assignment]
+    for module in _switchable(model):
+        module.fused_attn = fused
+
+
+@contextmanager
+def fused_attention(model: nn.Module, on: bool) -> Iterator[None]:
+    """For a while, attention is one call of torch's, or it is written out: the call has no second derivative."""
+    modules: list[Any] = _switchable(model)
+    before = [m.fused_attn for m in modules]
+    for module in modules:
+        module.fused_attn = on
+    try:
+        yield
+    finally:
+        for module, was in zip(modules, before, strict=True):
+            module.fused_attn = was
+
+
+def _switchable(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(getattr(m, "fused_attn", None), bool)]

@@ -13,9 +13,8 @@ import pruning_utils
 from errors import UsageError
 from masks import count_ones, effective_state
 from models import build_model
-from models.vision_transformer import VisionTransformer
+from models.vision_transformer import VisionTransformer, fused_attention
 from oneshot_pruners import PRUNERS, Admm, Task, grasp_scores, synflow_scores, train_by_admm
-from oneshot_pruners import fused_attention
 from oneshot_pruners import _Linear as Linear
 from unit_groups import unit_groups
 from units import ranked_names

@@ -112,6 +112,8 @@ def test_the_preset_sets_the_documents_text_and_explicit_flags_win():
 
 def test_defaults_that_depend_on_other_flags():
     assert parse_args([]).rate_mode == "round"
+    for arch in ("vit_tiny", "timm/vit_tiny_patch16_224"):
+        assert parse_args(["--arch", arch, "--struct", "omp", "--regroup"]).rate_mode == "round"
     vit = parse_args(["--arch", "vit_tiny", "--vit_structured", "--rate", "0.3", "--dataset", "digits"])
     assert (vit.rate_mode, vit.mlp_prune_ratio, vit.image_size) == ("target", 0.3, 16)
     assert parse_args(["--optimizer", "adamw"]).penalty == "decoupled"
