@@ -22,7 +22,7 @@ log = logging.getLogger("rsst.data")
 Files = list[tuple[str, str]]  # the path of an image, and the name of its class
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
-WANTED = "what is wanted is <part>/<class>/* with at least one image per class"
+WANTED = "what is wanted is <part>/<class>/* in the folder that --data names, with at least one image per class"
 
 
 def read_imagefolder(root: Path, size: int, decoding: Decoding) -> Splits:
