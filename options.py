@@ -73,7 +73,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Every flag with its default; the examples as they are written."""
+    """Every flag with its default, unless that is none or its text says it; the examples as they are written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = action.default in (None, ()) or "(default: " in (action.help or "")
+        return action.help if said else super()._get_help_string(action)
 
 
 def _flag(group: Any, name: str, help: str) -> None:
@@ -96,7 +100,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--image_size",
         type=SIZE,
         metavar="PIXELS",
-        help="side of the images that the model sees (None: the data set's own)",
+        help="side of the images that the model sees (default: the data set's own)",
     )
     group.add_argument(
         "--image_store", choices=IMAGE_STORES, default="auto", help="image files: " + _rows(IMAGE_STORES.items())
@@ -120,7 +124,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--init",
         type=path_text,
         metavar="FILE",
-        help="initial weights: loaded if the file exists, else written there (None: the run folder)",
+        help="initial weights: loaded if the file exists, else written there (default: the run folder)",
     )
     group.add_argument(
         "--pretrained",
@@ -198,7 +202,7 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rate_mode",
         choices=("round", "target"),
-        help="rate is a share of what is left, or of the original (None: target with --vit_structured)",
+        help="rate is a share of what is left, or of the original (default: target with --vit_structured, else round)",
     )
     group.add_argument(
         "--prune_type",
@@ -250,8 +254,8 @@ def _add_comparisons(parser: argparse.ArgumentParser) -> None:
         "--control_of",
         type=path_text,
         metavar="DIR",
-        help="folder of the finished run that --control compares with (None: where the same command without --control "
-        "puts it)",
+        help="folder of the finished run that --control compares with (default: where the same command without "
+        "--control puts it)",
     )
 
 
@@ -265,8 +269,8 @@ def _add_vit(parser: argparse.ArgumentParser) -> None:
         metavar="UNITS",
         help="which units: head, mlp, both of them, block (whole attention and MLP branches), or several with commas",
     )
-    group.add_argument("--mlp_prune_ratio", type=SHARE, help="share of neurons (None: --rate)")
-    group.add_argument("--block_prune_ratio", type=SHARE, help="share of blocks (None: --rate)")
+    group.add_argument("--mlp_prune_ratio", type=SHARE, help="share of neurons (default: --rate)")
+    group.add_argument("--block_prune_ratio", type=SHARE, help="share of blocks (default: --rate)")
     group.add_argument(
         "--sorting_mode",
         choices=SORTING_MODES,
@@ -287,7 +291,10 @@ def _add_rsst(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--reg_granularity_prune", type=POSITIVE, default=1.0, help="delta in those formulas")
     group.add_argument("--exponents", type=POSITIVE, default=4, help="power in exp_custom_exponents")
     group.add_argument(
-        "--reg_horizon", choices=("state", "epoch"), default="state", help="what K counts: a round or an epoch"
+        "--reg_horizon",
+        choices=("state", "epoch"),
+        default="state",
+        help="what K counts: the updates of a round (state) or of an epoch",
     )
     group.add_argument(
         "--reg_guard",
@@ -338,7 +345,9 @@ def _add_rsst(parser: argparse.ArgumentParser) -> None:
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
-    group.add_argument("--save_dir", type=path_text, metavar="DIR", help="run folder (None: named after the settings)")
+    group.add_argument(
+        "--save_dir", type=path_text, metavar="DIR", help="run folder (default: named after the settings)"
+    )
     _flag(group, "resume", "insist on continuing: an error if the run folder holds nothing to continue")
     group.add_argument(
         "--checkpoint",
@@ -359,7 +368,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         type=rounds_to_keep,
         metavar="ROUNDS",
         help="bound the disk space: keep checkpoints of only so many last rounds, and of round 0; masks and metrics "
-        "stay (None: of all rounds)",
+        "stay (default: of all rounds)",
     )
     group.add_argument(
         "--print_freq", type=COUNT, default=200, metavar="BATCHES", help="batches between lines in the log"
@@ -377,7 +386,7 @@ def _add_tracking(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto: online where a key is configured, else local files only",
     )
-    group.add_argument("--exp_name", metavar="NAME", help="name of the run at WandB (None: made from the settings)")
+    group.add_argument("--exp_name", metavar="NAME", help="name of the run at WandB (default: made from the settings)")
     group.add_argument("--wandb_group", metavar="NAME", help="group of the run at WandB; sweeps set it to their name")
     group.add_argument("--wandb_tags", metavar="TAG,...", type=word_list, default=(), help="tags of the run at WandB")
     _flag(group, "tensorboard", "also TensorBoard's event files, in tensorboard/ of the run folder")

@@ -130,7 +130,11 @@ def test_an_image_folder_is_split_resized_and_labelled(photos):
 
 
 def test_wrong_image_folders_are_named(photos, tmp_path):
-    refused("imagefolder", tmp_path / "nothing", "nothing/train does not exist; what is wanted .* in the folder that --data names")
+    refused(
+        "imagefolder",
+        tmp_path / "nothing",
+        "nothing/train does not exist; what is wanted .* in the folder that --data names",
+    )
     (photos / "train" / "cat" / "0.png").write_bytes(b"not an image")
     refused("imagefolder", photos, r"cannot read the image .*cat/0\.png: no known format$")
     (photos / "train" / "cat" / "0.png").unlink()

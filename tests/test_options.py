@@ -32,7 +32,9 @@ def test_every_flag_has_a_help_text_and_a_group():
     titles = [g.title for g in parser._action_groups if g._group_actions]
     assert titles[1:] == ["data", "model", "training (of each round)", "pruning", "one-shot pruners and controls", "ViT",
                           "RSST", "output", "tracking"]  # fmt: skip
-    assert "(default: 0.01)" in parser.format_help()
+    text = " ".join(parser.format_help().split())
+    assert "(default: 0.01)" in text and "(default: the data set's own)" in text
+    assert "None" not in text and "()" not in text
 
 
 def test_hyphens_stand_for_underscores():
