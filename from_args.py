@@ -12,7 +12,7 @@ from methods import METHODS
 from models import MODELS
 from network_check import check_units
 from optimization import OPTIMIZERS, LearningRate
-from rules import RoundRules, kinds_of
+from rules import TARGET_KINDS, RoundRules, kinds_of
 from unit_groups import unit_groups
 from units import UnitGroup, kinds
 
@@ -31,8 +31,9 @@ def groups_from(args: argparse.Namespace, model: nn.Module, image_size: int) -> 
         raise UsageError(f"argument --vit_structured: {args.arch} has no heads; choose a ViT or leave the flag out")
     missing = [kind for kind in rules.targets if rules.structured and kind not in found]
     if missing:
+        choices = [target for target, row in TARGET_KINDS.items() if set(row) <= set(found)]
         raise UsageError(f"argument --vit_prune_target: {args.arch} has no {missing[0]}s that are known, only "
-                         f"{', '.join(f'{kind}s' for kind in found)}")  # fmt: skip
+                         f"{', '.join(f'{kind}s' for kind in found)}: choose {' or '.join(choices)}")  # fmt: skip
     if args.arch not in MODELS:
         check_units(model, groups, image_size)
     return groups

@@ -28,7 +28,7 @@ from sweeps.job_process import Outcome
 from sweeps.live_view import title_of
 from sweeps.schedule import carry_out
 from sweeps.slurm import write_scripts
-from text_tables import text_table
+from text_tables import counted, text_table
 
 if TYPE_CHECKING:
     from sweeps.search import Ready
@@ -251,8 +251,8 @@ def describe(wanted: Plan) -> str:
     """What `--dry_run` prints: the plan as a table."""
     rows = [["dense" if j.dense else "run", title_of(j), str(j.rounds * j.epochs), j.name] for j in wanted.jobs]
     runs = sum(not j.dense for j in wanted.jobs)
-    return "\n".join([text_table(["kind", "settings", "epochs", "folder"], rows), *wanted.notes,
-                      f"{runs} runs, {len(wanted.jobs) - runs} dense rounds that they share"])  # fmt: skip
+    sums = f"{counted(runs, 'run')}, {counted(len(wanted.jobs) - runs, 'dense round')} that they share"
+    return "\n".join([text_table(["kind", "settings", "epochs", "folder"], rows), *wanted.notes, sums])
 
 
 def conclude(jobs: Sequence[Job], outcomes: Mapping[str, Outcome], out: Path) -> str:

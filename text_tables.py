@@ -1,8 +1,13 @@
-"""Tables of plain text, columns aligned."""
+"""Plain text for people: tables with aligned columns, counted things."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 run", "2 runs"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: bool = False) -> str:

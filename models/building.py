@@ -43,9 +43,11 @@ def parse_arch(text: str) -> str:
     if text in MODELS or text.startswith(LIBRARIES):
         return text
     file, _, factory = text.rpartition(":")
+    if text.endswith(".py"):
+        raise ValueError(f"{text!r} does not say which function of it makes the network: {text}:NAME")
     if not file.endswith(".py"):
         near = difflib.get_close_matches(text, MODELS, 1, cutoff=0.5)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = f" (did you mean {near[0]}, timm/{text} or torchvision/{text}?)" if near else ""
         raise ValueError(
             f"{text!r} is not one of {', '.join(MODELS)}, timm/NAME, torchvision/NAME, FILE.py:FACTORY{hint}"
         )

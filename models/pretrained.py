@@ -11,6 +11,7 @@ import safetensors
 import safetensors.torch
 import timm
 import timm.models
+from huggingface_hub.utils.logging import set_verbosity_error
 from timm.models import vision_transformer
 from torch import Tensor, nn
 
@@ -79,6 +80,7 @@ def _tensors_of(file: Path, failure: str) -> Any:
 
 
 def _weights_from_timm(timm_name: str) -> dict[str, Tensor]:
+    set_verbosity_error()  # without a network it would say so with each of some twenty attempts
     try:
         return {k: v.clone() for k, v in timm.create_model(timm_name, pretrained=True).state_dict().items()}
     except Exception as error:  # the hub client's errors share no base class

@@ -26,6 +26,7 @@ from run_files import (
     read_settings,
 )
 from structured_text import parse_json
+from text_tables import counted
 
 # Settings that say where a run was and how it was watched, not what it was.
 PLUMBING = frozenset(
@@ -156,7 +157,7 @@ def time_saved(collection: Collection) -> list[str]:
     if not taken or not given:
         return []
     spent, saved = sum(r["seconds"] for r in results), sum(taken) - sum(given)
-    times = f"{len(given)} time{'s' * (len(given) != 1)} instead of {len(taken)}"
+    times = f"{counted(len(given), 'time')} instead of {len(taken)}"
     return [f"round 0 was trained {times}: {saved:.0f} s of training saved, {spent:.0f} s spent "
             f"({100 * saved / (spent + saved):.0f} % less)"]  # fmt: skip
 

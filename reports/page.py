@@ -16,6 +16,7 @@ from reports.comparisons import Comparison, against_dense, best_by_validation, c
 from reports.figures import Drawn, every_figure, kept_figure, training_figure
 from reports.style import COLOURS, FAINT, INK, ON_DARK, as_png, as_svg, for_page, styled
 from reports.sweep_tables import Table, comparisons_table, groups_table, rounds_table, runs_table, shown, spread
+from text_tables import counted
 
 TEMPLATE = Path(__file__).with_name("page.html")
 # Section of the page -> its heading, its name in the list of sections, and what it shows.
@@ -144,8 +145,9 @@ def _is_number(cell: Any) -> bool:
 def _counts(collection: Collection) -> str:
     finished = sum(r.finished for r in collection.runs)
     seeds = len({run.seed for run in collection.runs})
-    text = f"{len(collection.runs)} run{'s' * (len(collection.runs) != 1)}, {finished} finished"
-    return f"{text}; {seeds} seed{'s' * (seeds != 1)}, {len(collection.groups)} settings" if collection.axes else text
+    text = f"{counted(len(collection.runs), 'run')}, {finished} finished"
+    settings = counted(len(collection.groups), "setting")
+    return f"{text}; {counted(seeds, 'seed')}, {settings}" if collection.axes else text
 
 
 def _common_settings(runs: Sequence[Run]) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from flag_checks import unread_flags
 from models import runs_a_file
 from options import build_parser, parse_args
 from run_identity import AFTER_ROUND_0, NOT_IDENTITY, default_run_folder, identity_of_round_0, settings_of
+from text_tables import counted
 
 Settings = Mapping[str, Any]
 
@@ -173,7 +174,7 @@ def plan(spec: Spec, out: Path, share_round_0: bool = True) -> Plan:
             if known is None or known.rounds < ticket.rounds:
                 (jobs if ticket.name in jobs else added)[ticket.name] = ticket
     if added:
-        notes.append(f"{len(added)} runs are added, with which controls are compared")
+        notes.append(f"added, with which controls are compared: {counted(len(added), 'run')}")
     jobs = added | jobs
     ordered = sorted(jobs.values(), key=lambda j: bool(j.after))
     dense = _dense_jobs(ordered, out) if share_round_0 else {}

@@ -21,7 +21,7 @@ from reports.sweep_tables import Table, shown
 from run_files import read_rounds
 from sweeps.grid import Job, Spec, plan, words_of
 from sweeps.schedule import carry_out
-from text_tables import text_table
+from text_tables import counted, text_table
 
 log = logging.getLogger("rsst")
 
@@ -214,7 +214,7 @@ def _conclude(result: Results, out: Path) -> Found:
     winner = next((k for k in finalists if not math.isnan(reached[k].val)), None)
     if winner is not None:
         last = reached[winner]
-        basis = f"{ready.seeds} seed{'s' * (ready.seeds > 1)}, {last.density:.1f} % density, {last.macs:.1f} M MACs"
+        basis = f"{counted(ready.seeds, 'seed')}, {last.density:.1f} % density, {last.macs:.1f} M MACs"
         text.append(f"best: {in_words(ready.settings[winner])} with {last.test:.2f} % on the test images in round "
                     f"{last.round} ({basis})")  # fmt: skip
     elif reached:

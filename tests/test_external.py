@@ -201,7 +201,8 @@ def test_what_is_wrong_with_a_users_file_is_said_in_a_line(name, tmp_path, capsy
     ("timm/vit_tiny_patch16_225", "did you mean timm/vit_tiny_patch16_224"),
     ("torchvision/resnet19", "did you mean torchvision/resnet1"),
     ("torchvision/deeplabv3_resnet50", "there is no torchvision/deeplabv3_resnet50"),
-    ("res20", "did you mean res20s"),
+    ("res20", "did you mean res20s"), ("resnet18", "timm/resnet18 or torchvision/resnet18?"),
+    ("net.py", "does not say which function of it makes the network: net.py:NAME"),
     ("nowhere.py:net", "no such file: nowhere.py"),
     ("timm/vit_tiny_patch16_224", "try another --image_size"),
 ])  # fmt: skip

@@ -97,7 +97,7 @@ def test_controls_wait_for_their_tickets_which_are_added():
     jobs, dense, notes = runs_of({"control": ["reinit", "permute"], "seed": [0, 1]})
     tickets = {j.name: j for j in jobs if j.settings["control"] == "none"}
     assert len(jobs) == 6 and len(tickets) == 2 and not dense
-    assert notes == ["2 runs are added, with which controls are compared"]
+    assert notes == ["added, with which controls are compared: 2 runs"]
     for job in jobs[2:]:
         (ticket,) = job.after
         assert parse_args(job.words).control_of == str(tickets[ticket].folder)
