@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from budgets import BUDGETS, Budget, budget, kept_count
 from channel_units import channel_groups
 from criteria import CRITERIA, CRITERIA_BATCHES
-from evidence import Evidence, collect_evidence
+from evidence import Evidence
+from feature_maps import collect_evidence
 from masks import (
     Mask,
     MaskPair,

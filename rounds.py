@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from evidence import collect_evidence
+from feature_maps import collect_evidence
 from masks import Mask, MaskPair, by_parameter, count_ones, current_key, l1_mask, refill_key
 from oneshot_pruners import PRUNERS, Admm, Task
 from regroup import regroup

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from budgets import budget
 from criteria import CRITERIA, CRITERIA_BATCHES
-from evidence import collect_evidence
+from feature_maps import collect_evidence
 from masks import Mask, apply_masks, current_key, effective_state, own_mask, refill_key, remove_masks
 from models.registry import spec_of
 from pruning_utils import (

@@ -10,7 +10,7 @@ import main_imp_fillback
 from compact import Constant, shrink
 from counting import cost_of
 from criteria import CRITERIA
-from evidence import collect_evidence
+from feature_maps import collect_evidence
 from masks import MaskPair
 from models.vision_transformer import VisionTransformer
 from options import parse_args

@@ -15,7 +15,8 @@ import pruning_utils
 from budgets import BUDGETS, budget, global_budget, kept_count, layer_wise_budget
 from channel_units import channel_groups
 from criteria import CRITERIA
-from evidence import Evidence, collect_evidence
+from evidence import Evidence
+from feature_maps import collect_evidence
 from masks import MaskPair, effective_state
 from models import MODELS, build_model
 from models.vision_transformer import VisionTransformer

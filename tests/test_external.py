@@ -20,7 +20,7 @@ from channel_units import channel_groups
 from counting import cost_of
 from criteria import CRITERIA
 from errors import DataError, UsageError
-from evidence import collect_evidence
+from feature_maps import collect_evidence
 from models import build_model
 from models.attention import with_separate_heads
 from models.building import parse_arch

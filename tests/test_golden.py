@@ -26,7 +26,8 @@ import pruning_utils
 import vit_pruning_utils
 from budgets import kept_count
 from channel_units import channel_groups
-from evidence import Evidence, collect_evidence
+from evidence import Evidence
+from feature_maps import collect_evidence
 from masks import by_parameter
 from models.layers import Normalize
 from optimization import LearningRate

@@ -16,7 +16,7 @@ import batches
 from batches import BatchLoader
 from channel_units import channel_groups
 from errors import UsageError
-from evidence import collect_evidence
+from feature_maps import collect_evidence
 from image_sets import ImageSet
 from models import build_model
 from models.vision_transformer import frugal
