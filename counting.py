@@ -57,9 +57,9 @@ def cost_of(model: nn.Module, groups: Sequence[UnitGroup], masks: Mapping[str, T
     """
     kept = {g.name: _live_units(g, masks) for g in groups if g.root.name in masks and g.kind not in OVERLAPPING}
     widths = {g.root.layer: g.root.index.numel() // 3 for g in groups if g.kind == "head"}
-    uses = _uses(model, masks, image_size, widths)
+    uses, others = _uses(model, masks, image_size, widths)
     modules = dict(model.named_modules())
-    macs = _attention_macs(modules, groups, kept, uses)
+    macs = others + _attention_macs(groups, kept, uses)
     saved = 0
     for layer, use in uses.items():
         weight = modules[layer].weight  # type: ignore[union-attr]
@@ -103,9 +103,7 @@ def _dropped_vectors(
     return sum(gone.values())
 
 
-def _attention_macs(
-    modules: Mapping[str, nn.Module], groups: Sequence[UnitGroup], kept: Mapping[str, Tensor], uses: Mapping[str, _Use]
-) -> int:
+def _attention_macs(groups: Sequence[UnitGroup], kept: Mapping[str, Tensor], uses: Mapping[str, _Use]) -> int:
     total = 0
     for group in (g for g in groups if g.kind == "head"):
         heads = int(kept[group.name].sum()) if group.name in kept else group.units
@@ -113,7 +111,9 @@ def _attention_macs(
     return total
 
 
-def _uses(model: nn.Module, masks: Mapping[str, Tensor], image_size: int, widths: Mapping[str, int]) -> dict[str, _Use]:
+def _uses(
+    model: nn.Module, masks: Mapping[str, Tensor], image_size: int, widths: Mapping[str, int]
+) -> tuple[dict[str, _Use], int]:
     """Run an all-positive network on one image of ones and watch what reaches each layer.
 
     Windows or patches of the image that lie along the batch axis count like others.
@@ -123,6 +123,9 @@ def _uses(model: nn.Module, masks: Mapping[str, Tensor], image_size: int, widths
 
     Args:
         widths: Layers that make queries, keys and values -> width of all heads.
+
+    Returns:
+        Layer -> what it is used for; the multiply-accumulates of attention that has no such layer.
     """
     found: dict[str, _Use] = {}
     attention = _Attention()
@@ -164,15 +167,15 @@ def _uses(model: nn.Module, masks: Mapping[str, Tensor], image_size: int, widths
         # Attention that is written out is taken for one of all positions to each other.
         products = attention.products.get(layer, 2 * found[layer].positions ** 2 * width)
         found[layer] = replace(found[layer], products=products)
-    return found
+    return found, attention.products.get("", 0)
 
 
 class _Attention(TorchFunctionMode):
     """While it is on, counts the multiply-accumulates of attention's two products.
 
     Attributes:
-        layer: The one that made the latest queries, keys and values.
-        products: Such a layer -> multiply-accumulates of all heads.
+        layer: The one whose queries, keys and values are next; empty after they have met.
+        products: Such a layer, or nothing for attention without one -> multiply-accumulates of all heads.
     """
 
     def __init__(self) -> None:
@@ -181,11 +184,12 @@ class _Attention(TorchFunctionMode):
         self.products: dict[str, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func is F.scaled_dot_product_attention and self.layer:
+        if func is F.scaled_dot_product_attention:
             query, key, value = args[:3]
             times = query.shape[:-1].numel() * key.shape[-2]
             before = self.products.get(self.layer, 0)
             self.products[self.layer] = before + times * (query.shape[-1] + value.shape[-1])
+            self.layer = ""
         return func(*args, **(kwargs or {}))
 
 
