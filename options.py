@@ -16,6 +16,7 @@ from argument_types import (
     NONNEGATIVE,
     PARALLEL,
     POSITIVE,
+    ROUNDS,
     SEED,
     SHARE,
     SIZE,
@@ -196,7 +197,7 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
         + ". The first two prune whole units, the others weight by weight unless --regroup",
     )
     group.add_argument(
-        "--pruning_times", type=COUNT, default=20, metavar="ROUNDS", help="rounds, the dense one included"
+        "--pruning_times", type=ROUNDS, default=20, metavar="ROUNDS", help="rounds, the dense one included"
     )
     group.add_argument("--rate", type=SHARE, default=0.2, help="share pruned by global L1, and share of heads")
     group.add_argument(

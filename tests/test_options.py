@@ -37,6 +37,11 @@ def test_every_flag_has_a_help_text_and_a_group():
     assert "None" not in text and "()" not in text
 
 
+def test_rounds_without_end_are_refused():
+    with pytest.raises(UsageError, match="--pruning_times: '1000000' is not a whole number of at least 1 and at most"):
+        parse_args(["--pruning_times", "1000000"])
+
+
 def test_hyphens_stand_for_underscores():
     args = parse_args(["--vit-structured", "--arch=vit_tiny", "--vit-prune-target=both", "--mlp-prune-ratio", "0.4"])
     assert (args.vit_structured, args.vit_prune_target, args.mlp_prune_ratio) == (True, "both", 0.4)
