@@ -13,6 +13,7 @@ from files import write_atomically
 from reports.collection import Collection, Run
 from run_files import is_mapping, is_number
 from structured_text import parse_json
+from text_tables import counted
 
 log = logging.getLogger("rsst")
 
@@ -73,10 +74,16 @@ def _measure(places: dict[str, tuple[Run, int]], arch: str | None) -> dict[str, 
     """Milliseconds of each network. All are measured in turns, so that a busy moment slows down every one."""
     import compact
     from models.layers import channels_side_by_side
+    from run_state import RunFolder
     from ticket_files import latencies, read_ticket
 
     networks: dict[str, tuple[Any, int]] = {}
+    gone = [shape for shape, (run, state) in places.items() if not RunFolder(run.folder).checkpoint(state).is_file()]
+    if gone:
+        log.warning("no latency of %s, whose checkpoints are not kept", counted(len(gone), "network"))
     for shape, (run, state) in places.items():
+        if shape in gone:
+            continue
         try:
             ticket = read_ticket(run.folder, state, arch=arch)
         except (DataError, RunError) as error:

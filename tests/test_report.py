@@ -35,6 +35,7 @@ from reports.comparisons import (
 from reports.figures import roles_of
 from reports.sweep_tables import Table, groups_table, runs_table, spread
 from run_files import read_metrics, read_rounds
+from text_tables import counted
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -356,6 +357,16 @@ def test_a_real_run_is_read_as_it_was_written_and_measured_once(tmp_path, monkey
     kept = json.loads((tmp_path / "report" / "latency.json").read_text())["milliseconds"]
     assert all(value > 0 for value in kept.values())
     assert (tmp_path / "report" / "figures" / "accuracy_latency.svg").exists()
+
+
+def test_rounds_without_a_checkpoint_are_named_once(tmp_path, capsys):
+    for struct in ("rsst", "refill"):
+        assert run(*tiny(tmp_path / struct, struct=struct, pruning_times=3, keep_checkpoints=1)) == 0
+    capsys.readouterr()
+    assert report.main([str(tmp_path)]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    shapes = {latency._shape(r, 1) for r in collect(tmp_path).runs}
+    assert warnings == [f"warning: no latency of {counted(len(shapes), 'network')}, whose checkpoints are not kept"]
 
 
 # In a browser
