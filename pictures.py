@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 NAMED_ROUNDS = 6
 BAR_WIDTH = 0.85
 WIDEST = 48  # layers beside each other
+LETTER = 0.06  # inches of a letter of their names
 
 
 def draw_kept_units(rounds: Sequence[Row], folder: Path) -> None:
@@ -42,7 +43,8 @@ def kept_units_figure(rounds: Sequence[Row]) -> Figure:
     panels = [(kind, part) for kind, layers in panels_of(rounds[0]).items() for part in lines_of(layers)]
     widest = max(len(layers) for _, layers in panels)
     with rc_context({"svg.hashsalt": "kept units", "font.size": 9}):
-        size = (max(6.0, 0.32 * widest + 2.2), 2.6 * len(panels) + 0.8)
+        names = LETTER * max(len(name) for _, layers in panels for name in layers)
+        size = (max(6.0, 0.32 * widest + 2.2), (1.7 + names) * len(panels) + 0.8)
         figure = Figure(figsize=size, layout="constrained")
         for axes, (kind, layers) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
             _draw_panel(axes, kind, layers, rounds)
