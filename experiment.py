@@ -287,10 +287,8 @@ class Experiment:
 
     def _let_faded_units_go(self, epoch: int) -> None:
         """Hold at zero, and leave out of the network, the doomed units of which next to nothing is left."""
-        run, share = self.run, self.args.fade_out
-        if self.args.rsst_dead == "free" or epoch + 1 == self.args.epochs:
-            return
-        if self.pruner is None or self.pair is None or share == 0:
+        run, share = self.run, self.args.fade_out if self.args.rsst_dead == "zero" else 0
+        if self.pruner is None or self.pair is None or share == 0 or epoch + 1 == self.args.epochs:
             return
         weights = self.model.state_dict()
         faded = self.world.share(faded_units([g for g in self.groups if g.kind in self.rules.targets], self.pair,

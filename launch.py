@@ -15,7 +15,7 @@ from batches import BatchLoader
 from console import log_warnings
 from control_source import ControlSource
 from distributed import World, is_about_peers, lost
-from errors import MachineError, UsageError, first_line
+from errors import MachineError, RunError, UsageError, first_line
 from experiment import Experiment
 from from_args import groups_from, loss_from, optimizer_from, rules_from, warnings_for
 from plan import describe_plan
@@ -34,16 +34,21 @@ def run(args: argparse.Namespace) -> str:
     try:
         return _run_in(world, args)
     except (MemoryError, RuntimeError) as error:
-        if is_about_memory(error):
-            log.debug("what was under way", exc_info=error)
-            raise MachineError(f"argument --batch_size: the memory does not suffice for {args.arch} and "
-                               f"{args.batch_size} images at a time ({first_line(error)})") from error  # fmt: skip
-        if world.size > 1 and is_about_peers(error):
-            log.debug("what was under way", exc_info=error)
-            raise lost(error) from error
-        raise
+        known = _in_one_line(error, world, args)
+        if known is None:
+            raise
+        log.debug("what was under way", exc_info=error)
+        raise known from error
     finally:
         world.leave()
+
+
+def _in_one_line(error: Exception, world: World, args: argparse.Namespace) -> RunError | None:
+    """What a user can do about an error of torch's; None if it is a bug."""
+    if is_about_memory(error):
+        return MachineError(f"argument --batch_size: the memory does not suffice for {args.arch} and {args.batch_size} "
+                            f"images at a time ({first_line(error)})")  # fmt: skip
+    return lost(error) if world.size > 1 and is_about_peers(error) else None
 
 
 def is_about_memory(error: Exception) -> bool:

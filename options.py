@@ -85,6 +85,11 @@ def _flag(group: Any, name: str, help: str) -> None:
     group.add_argument(f"--{name}", action="store_true", help=help)
 
 
+def _switch(group: Any, name: str, default: bool, help: str) -> None:
+    """A flag that takes true or false; without either it means true."""
+    group.add_argument(f"--{name}", type=truth, nargs="?", const=True, default=default, help=help)
+
+
 def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -170,13 +175,11 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="of matrix products and convolutions; auto: bf16 where the processor has it, else fp32 (never TF32)",
     )
-    group.add_argument(
-        "--compact_training",
-        type=truth,
-        nargs="?",
-        const=True,
-        default=True,
-        help="train without the units that are held at zero: the same numbers up to rounding, in less time and memory",
+    _switch(
+        group,
+        "compact_training",
+        True,
+        "train without the units that are held at zero: the same numbers up to rounding, in less time and memory",
     )
     _flag(
         group,
@@ -297,14 +300,7 @@ def _add_rsst(parser: argparse.ArgumentParser) -> None:
         default="state",
         help="what K counts: the updates of a round (state) or of an epoch",
     )
-    group.add_argument(
-        "--reg_guard",
-        type=truth,
-        nargs="?",
-        const=True,
-        default=False,
-        help="raise lambda only while delta * batch < 1, as the documents have it",
-    )
+    _switch(group, "reg_guard", False, "raise lambda only while delta * batch < 1, as the documents have it")
     group.add_argument("--reg_upper_limit", type=LIMIT, default=1.0, help="cap on lambda; inf for none")
     group.add_argument(
         "--penalty",
@@ -313,14 +309,7 @@ def _add_rsst(parser: argparse.ArgumentParser) -> None:
         help="gradient: add lambda * w to it; decoupled: w *= 1 - lambda * lr / peak lr; auto: gradient "
         "for sgd, decoupled for adamw",
     )
-    group.add_argument(
-        "--block_loss_grad",
-        type=truth,
-        nargs="?",
-        const=True,
-        default=False,
-        help="doomed weights follow the penalty alone, not the loss",
-    )
+    _switch(group, "block_loss_grad", False, "doomed weights follow the penalty alone, not the loss")
     group.add_argument(
         "--rsst_dead",
         choices=("zero", "free"),

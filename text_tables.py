@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def counted(number: int, noun: str) -> str:
-    """ "1 run", "2 runs"."""
+    """A number and what it counts: 1 run, 2 runs."""
     return f"{number} {noun}{'s' * (number != 1)}"
 
 

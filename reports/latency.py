@@ -78,12 +78,10 @@ def _measure(places: dict[str, tuple[Run, int]], arch: str | None) -> dict[str, 
     from ticket_files import latencies, read_ticket
 
     networks: dict[str, tuple[Any, int]] = {}
-    gone = [shape for shape, (run, state) in places.items() if not RunFolder(run.folder).checkpoint(state).is_file()]
-    if gone:
-        log.warning("no latency of %s, whose checkpoints are not kept", counted(len(gone), "network"))
-    for shape, (run, state) in places.items():
-        if shape in gone:
-            continue
+    there = {shape: (r, k) for shape, (r, k) in places.items() if RunFolder(r.folder).checkpoint(k).is_file()}
+    if gone := len(places) - len(there):
+        log.warning("no latency of %s, whose checkpoints are not kept", counted(gone, "network"))
+    for shape, (run, state) in there.items():
         try:
             ticket = read_ticket(run.folder, state, arch=arch)
         except (DataError, RunError) as error:
