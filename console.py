@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from redaction import redacted
 log = logging.getLogger("rsst")
 
 LONGEST_MESSAGE = 2000  # characters; a value of a megabyte would hide what is wrong with it
+LONGEST_SILENCE = 60  # seconds that a process waits for the first one's word; torchrun's end of all is sooner
 
 
 class _Formatter(logging.Formatter):
@@ -116,6 +118,15 @@ def log_to_file(path: Path) -> None:
     log.addHandler(handler)
 
 
+def _let_the_first_speak() -> None:
+    """Wait for torchrun to end this process.
+
+    It ends all of them as soon as one has failed: the first one might not have come to the error yet, and never say it.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(LONGEST_SILENCE)
+
+
 def exit_status(program: Callable[[], str]) -> int:
     """Run a program and print what it returns; an end that the user can act on is one line and its status."""
     start_logging(quiet=False, verbose=False)
@@ -130,6 +141,8 @@ def exit_status(program: Callable[[], str]) -> int:
     except RunError as error:
         if rank == 0 or not error.shared:
             log.error("%s%s", speaker, error)
+        elif error.alike:
+            _let_the_first_speak()
         return error.exit_code
     except KeyboardInterrupt:
         log.error("%sstopped", speaker)

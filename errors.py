@@ -10,20 +10,23 @@ class RunError(Exception):
 
     exit_code = 1
     shared = False
-    """Whether all processes of a run come to it alike, so that the first one's word is enough."""
+    """Whether the first process of a run speaks for all."""
+
+    alike = False
+    """Whether all processes come to it by themselves, one sooner than the other."""
 
 
 class UsageError(RunError):
     """A flag, or a combination of flags, that makes no sense."""
 
     exit_code = 2
-    shared = True
+    shared = alike = True
 
 
 class MachineError(UsageError):
     """A flag that makes no sense on this machine; on another process's machine it may."""
 
-    shared = False
+    shared = alike = False
 
 
 class DataError(RunError):
@@ -36,7 +39,7 @@ class DivergedError(RunError):
     """The loss stopped being a finite number."""
 
     exit_code = 4
-    shared = True
+    shared = alike = True
 
 
 class StorageError(RunError):

@@ -49,6 +49,8 @@ class StopRequest:
         """Hand the signals back to whoever had them."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.signal is not None and self.world.size > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, again: what has stopped may still say so
 
     def obey(self, where: str) -> None:
         """Raise `Interrupted` if a signal has come, to any process."""

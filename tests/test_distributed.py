@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -223,6 +224,20 @@ def test_usage_errors_are_one_line_of_one_process(words, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("words", [{"rate": 2}, {"lr": 1e30, "pruning_times": 1}])
+def test_the_first_process_speaks_however_late_it_comes_to_the_error(words, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\n"
+        "if os.environ.get('RANK') == '0':\n"
+        "    import logging\n"
+        "    logging.Logger.error = lambda *a, speak=logging.Logger.error: (time.sleep(3), speak(*a))\n"
+    )
+    process = launch("main_imp_fillback.py", tiny(tmp_path / "run", **words), PYTHONPATH=str(tmp_path))
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode and len(re.findall("^error: ", stderr, re.MULTILINE)) == 1, stderr
+    assert "exitcode  : -15" not in stderr.split("Root Cause")[1]
+
+
 def test_a_network_with_frozen_and_unused_parameters_is_shared_out(tmp_path):
     file = tmp_path / "frozen.py"
     file.write_text(
@@ -257,7 +272,10 @@ def test_torchrun_may_say_twice_what_its_workers_have_heard(monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Interrupted):
             stop.obey("here")
+        stop.restore()
+        os.kill(os.getpid(), signal.SIGTERM)  # once more, before this process has said that it has stopped
     finally:
+        stop.world = World()
         stop.restore()
 
 
