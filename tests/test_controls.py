@@ -139,18 +139,18 @@ def test_a_control_run_begins_after_the_dense_round_of_its_ticket(kind, struct, 
     assert not (tmp_path / "1diverged.pth.tar").exists()
     rows, theirs = (list(csv.DictReader((f / "summary.csv").open())) for f in (tmp_path, source))
     assert len(rows) == 3 and rows[0] == theirs[0], "round 0 is the ticket's"
-    fresh = CONTROLS[kind].fresh
-    assert equal(state(tmp_path, 1).init_weight, state(source, 1).init_weight) is not fresh
-    assert not equal(state(tmp_path, 1).state_dict, state(source, 1).state_dict)
-    assert equal(state(tmp_path, 1).current_mask, state(source, 1).current_mask) is (kind == "reinit")
+    ours, its = ([state(folder, k) for k in range(3)] for folder in (tmp_path, source))
+    assert equal(ours[1].init_weight, its[1].init_weight) is not CONTROLS[kind].fresh
+    assert not equal(ours[1].state_dict, its[1].state_dict)
+    assert equal(ours[1].current_mask, its[1].current_mask) is (kind == "reinit")
     for k in (1, 2):
-        pair = MaskPair(state(tmp_path, k).current_mask, state(tmp_path, k).refill_mask)
+        pair = MaskPair(ours[k].current_mask, ours[k].refill_mask)
         if kind != "small_dense":
             assert rows[k]["density"] == theirs[k]["density"]
         elif struct != "imp":
             assert float(rows[k]["macs"]) == pytest.approx(float(theirs[k]["macs"]), rel=0.1)
         held = pair.alive if struct == "rsst" else pair.structure
-        assert all(not state(tmp_path, k).state_dict[n][m == 0].any() for n, m in held.items())
+        assert all(not ours[k].state_dict[n][m == 0].any() for n, m in held.items())
 
 
 def test_a_control_run_goes_on_bit_for_bit(tickets, tmp_path, monkeypatch):

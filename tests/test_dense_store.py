@@ -37,15 +37,28 @@ def result(folder):
     return json.loads((folder / "result.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def dense_run(tmp_path_factory):
+    """The dense round that a command line leaves, trained once for each command line."""
+    found = {}
+
+    def dense_run(settings):
+        words = tuple(tiny(None, **settings, pruning_times=1, batch_size=512))
+        if words not in found:
+            folder = tmp_path_factory.mktemp("dense")
+            assert run(*words, "--save_dir", folder) == 0
+            found[words] = dense(folder)
+        return found[words]
+
+    return dense_run
+
+
 @pytest.mark.parametrize("flag", sorted(AFTER_ROUND_0 - {"control"}))
-def test_flags_that_round_0_is_said_not_to_read_do_not_change_it(flag, tmp_path):
+def test_flags_that_round_0_is_said_not_to_read_do_not_change_it(flag, dense_run):
     assert set(OTHERS) == AFTER_ROUND_0
     base, value = OTHERS[flag]
-    short = {"pruning_times": 1, "batch_size": 512}
-    settings = ({**base, **short}, {**base, **short, flag: value})
-    for k, each in enumerate(settings):
-        assert run(*tiny(tmp_path / str(k), **each)) == 0
-    one, other = (dense(tmp_path / str(k)) for k in range(2))
+    settings = (base, {**base, flag: value})
+    one, other = (dense_run(each) for each in settings)
     assert one.args[flag] != other.args[flag]
     for field in ("state_dict", "init_weight", "optimizer", "best_sa"):
         assert equal(getattr(one, field), getattr(other, field)), field

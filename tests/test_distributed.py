@@ -215,7 +215,6 @@ def test_another_number_of_processes_goes_on_with_a_warning(tmp_path):
 @pytest.mark.parametrize(("words", "message"), [
     ({"batch_size": 1}, "argument --batch_size: 1 images are too few for 2 processes"),
     ({"compile": True}, "argument --compile: not with several processes"),
-    ({"rate": 2}, "argument --rate"),
 ])  # fmt: skip
 def test_usage_errors_are_one_line_of_one_process(words, message, tmp_path):
     process = launch("main_imp_fillback.py", tiny(tmp_path / "run", **words))
