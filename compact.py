@@ -37,20 +37,22 @@ class Constant(nn.Module):
 
     Args:
         layer: Name of that layer, under which the bias stays.
+        width: How many features it gives.
         paired: Whether the branch gives a pair, as torch's attention does; the second is None.
     """
 
-    def __init__(self, layer: str, bias: Tensor | None, paired: bool = False) -> None:
+    def __init__(self, layer: str, width: int, bias: Tensor | None, paired: bool = False) -> None:
         super().__init__()
         last = nn.Module()
         last.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
         self.add_module(layer, last)
-        self.layer, self.paired = layer, paired
+        self.layer, self.width, self.paired = layer, width, paired
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor, None]:
-        """[batch, tokens, dim] -> the same shape, whatever else the branch was told."""
+        """[batch, ..., any] -> [batch, ..., width], whatever else the branch was told."""
         bias = self.get_submodule(self.layer).bias
-        value = torch.zeros_like(x) if bias is None else bias.to(x.dtype).expand_as(x)  # type: ignore[operator]
+        shape = (*x.shape[:-1], self.width)
+        value = x.new_zeros(shape) if bias is None else bias.to(x.dtype).expand(shape)  # type: ignore[operator]
         return (value, None) if self.paired else value
 
 
@@ -130,7 +132,8 @@ def _cut_branches(model: nn.Module, groups: Sequence[UnitGroup], masks: Mapping[
 def _replace_branch(model: nn.Module, branch: str, last: str) -> None:
     parent, _, name = branch.rpartition(".")
     paired = isinstance(model.get_submodule(branch), SelfAttention)
-    constant = Constant(last.removeprefix(f"{branch}."), model.get_submodule(last).bias, paired)  # type: ignore[arg-type]
+    layer: Any = model.get_submodule(last)
+    constant = Constant(last.removeprefix(f"{branch}."), layer.out_features, layer.bias, paired)
     setattr(model.get_submodule(parent), name, constant)
 
 
@@ -152,7 +155,9 @@ def kept_units_of(model: nn.Module, masks: Mapping[str, Tensor], multiple: int =
     """
     parameters = dict(model.named_parameters())
     kept = {}
-    for group in unit_groups(model):
+    for group in unit_groups(model, f"{spec_of(model).stem}.weight" in masks):
+        if group.kind == "patch":  # which is pruned weight by weight
+            continue
         root = group.root
         alive = speaking_units(group, masks)
         missing = min(-int(alive.sum()) % multiple, group.units - int(alive.sum()))
@@ -178,7 +183,7 @@ def structure_of(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> dict[st
         DataError: The model has no such group or unit.
     """
     parameters = dict(model.named_parameters())
-    groups = unit_groups(model)
+    groups = unit_groups(model, spec_of(model).stem in kept)
     left = {g.name: torch.zeros(g.units, dtype=torch.bool) for g in groups}
     for group in groups:
         units = kept.get(group.name)

@@ -19,7 +19,7 @@ from permute_masks import CONTROL_STREAM
 from run_identity import default_run_folder, identity_of, settings_of
 from run_state import RunFolder, RunState, check_same_data, random_states, restore_random_states, unpacked
 from tensor_files import as_state_dict, check_shapes, load_tensors
-from utils import seed_everything
+from utils import is_of_the_data, seed_everything
 
 
 class ControlSource:
@@ -70,7 +70,8 @@ class ControlSource:
             drawn = self._new_weights(len(run.classes), image_size)
             if same := [n for n in names if torch.equal(drawn[n], self.dense.init_weight[n])]:
                 raise UsageError(f"argument --control: {self.args.arch} always begins with the same {same[0]}")
-            begun.init_weight = {n: drawn.get(n, value).clone() for n, value in run.init_weight.items()}
+            own = {n: v for n, v in drawn.items() if not is_of_the_data(n)}
+            begun.init_weight = {n: own.get(n, value).clone() for n, value in run.init_weight.items()}
         return begun
 
     def _new_weights(self, classes: int, image_size: int) -> dict[str, Tensor]:

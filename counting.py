@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from channel_flow import Cuts
 from channel_tags import is_depthwise
+from compact import cut_value, shrink
 from models.vision_transformer import fused_attention
 from units import UnitGroup
 
@@ -34,92 +35,49 @@ class Cost:
     macs: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Use:
     """A layer's calls for one image.
 
     Attributes:
         positions: How many.
-        live_inputs: Which input features ever differ from zero.
         products: Multiply-accumulates of all heads' attention, if the layer makes queries, keys and values.
     """
 
-    positions: int
-    live_inputs: Tensor
+    positions: int = 0
     products: int = 0
 
 
 def cost_of(model: nn.Module, groups: Sequence[UnitGroup], masks: Mapping[str, Tensor], image_size: int) -> Cost:
-    """Count what the masks (by parameter name) leave of the model.
+    """Count what the masks (by parameter name) leave of the model: of the network that `compact.shrink` makes of it.
 
-    A weight counts if its mask is 1 and its input can be other than zero: inputs that only dropped channels feed are
-    gone as well. Weights that are pruned one by one are counted as if hardware could skip them.
+    Weights that are pruned one by one are counted as if hardware could skip them.
     """
-    kept = {g.name: _live_units(g, masks) for g in groups if g.root.name in masks and g.kind not in OVERLAPPING}
-    widths = {g.root.layer: g.root.index.numel() // 3 for g in groups if g.kind == "head"}
-    uses, others = _uses(model, masks, image_size, widths)
-    modules = dict(model.named_modules())
-    macs = others + _attention_macs(groups, kept, uses)
-    saved = 0
+    small = shrink(model, masks) if masks else model
+    cuts: Cuts = vars(small).get("cuts", {})
+    layers, parameters = dict(small.named_modules()), dict(small.named_parameters())
+    skipped = {
+        name: mask.numel() - int(mask.count_nonzero())
+        for name, mask in ((n, cut_value(m, cuts.get(n, {}))) for n, m in masks.items() if n in parameters)
+        if not _is_grouped(layers[name.rpartition(".")[0]])  # its groups have to stay equally large
+    }
+    widths = {g.root.layer: parameters[g.root.name].shape[0] // 3 for g in groups
+              if g.kind == "head" and g.root.name in parameters}  # fmt: skip
+    uses, macs = _uses(small, image_size, widths)
     for layer, use in uses.items():
-        weight = modules[layer].weight  # type: ignore[union-attr]
-        pairs = masks.get(f"{layer}.weight", torch.ones_like(weight)).detach().cpu()
-        if _is_grouped(modules[layer]):  # its groups have to stay equally large
-            pairs = torch.ones_like(pairs)
-        elif pairs.shape[1] == len(use.live_inputs):
-            pairs = pairs * use.live_inputs.view(1, -1, *[1] * (pairs.ndim - 2))
-        left = int(pairs.count_nonzero())
-        macs += use.positions * left
-        saved += pairs.numel() - left
-    saved += _dropped_vectors(model, groups, kept, masks)
-    return Cost(sum(p.numel() for p in model.parameters()) - saved, macs)
+        weight = f"{layer}.weight"
+        macs += use.products + use.positions * (layers[layer].weight.numel() - skipped.get(weight, 0))  # type: ignore
+    return Cost(sum(p.numel() for p in parameters.values()) - sum(skipped.values()), macs)
 
 
 def _is_grouped(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.groups > 1 and not is_depthwise(layer)
 
 
-def _live_units(group: UnitGroup, masks: Mapping[str, Tensor]) -> Tensor:
-    """Units of which any slice has a weight left: a row of zeros alone still passes its bias on. bool [units]."""
-    flags = [part.units_with_weights(masks[part.name]) for part in group.slices if part.ranked and part.name in masks]
-    return torch.stack(flags).any(dim=0)
-
-
-def _dropped_vectors(
-    model: nn.Module, groups: Sequence[UnitGroup], kept: Mapping[str, Tensor], masks: Mapping[str, Tensor]
-) -> int:
-    """Biases and normalisation entries that go with dropped units."""
-    gone: dict[tuple[str, str], int] = {}
-    for group in groups:
-        for part in group.slices:
-            if group.name not in kept or part.axis != 0:
-                continue
-            width = int((~kept[group.name]).sum()) * part.index.shape[1]
-            layer, bias = model.get_submodule(part.layer), f"{part.layer}.bias"
-            if part.param == "bias" or not part.ranked:
-                gone[group.name, part.name] = width
-            elif getattr(layer, "bias", None) is not None and not _is_grouped(layer):
-                gone[group.name, bias] = width
-    return sum(gone.values())
-
-
-def _attention_macs(groups: Sequence[UnitGroup], kept: Mapping[str, Tensor], uses: Mapping[str, _Use]) -> int:
-    total = 0
-    for group in (g for g in groups if g.kind == "head"):
-        heads = int(kept[group.name].sum()) if group.name in kept else group.units
-        total += heads * uses[group.root.layer].products // group.units
-    return total
-
-
-def _uses(
-    model: nn.Module, masks: Mapping[str, Tensor], image_size: int, widths: Mapping[str, int]
-) -> tuple[dict[str, _Use], int]:
-    """Run an all-positive network on one image of ones and watch what reaches each layer.
+def _uses(model: nn.Module, image_size: int, widths: Mapping[str, int]) -> tuple[dict[str, _Use], int]:
+    """Run the network on one image and watch each layer.
 
     Windows or patches of the image that lie along the batch axis count like others.
-
-    With every weight at its mask, every normalisation harmless and every bias of a live channel positive, a feature
-    is zero exactly if nothing live feeds it. Networks with LayerNorm have no such inputs: there all count as live.
 
     Args:
         widths: Layers that make queries, keys and values -> width of all heads.
@@ -129,21 +87,15 @@ def _uses(
     """
     found: dict[str, _Use] = {}
     attention = _Attention()
-    state = _positive_state(model, masks)
-    residual_norms = any(isinstance(m, nn.LayerNorm) for m in model.modules())
 
     def watch(layer: str) -> Callable:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-            features = (args[0] if args else kwargs["input"]).detach()
-            channels_first = isinstance(module, _ConvNd)
-            axis = 1 if channels_first else -1
-            live = features.movedim(axis, -1).flatten(0, -2).ne(0).any(0)
-            positions = output.numel() // output.shape[axis]
-            if channels_first and module.transposed:  # every weight meets every input position
-                live, positions = torch.ones_like(live), features.numel() // features.shape[1]
-            live = torch.ones_like(live).cpu() if residual_norms else live.cpu()
-            before = found.get(layer, _Use(0, torch.zeros_like(live)))  # a layer may be called again
-            found[layer] = _Use(before.positions + positions, before.live_inputs | live)
+            features = args[0] if args else kwargs["input"]
+            channels = output.shape[1 if isinstance(module, _ConvNd) else -1]
+            positions = output.numel() // channels
+            if isinstance(module, _ConvNd) and module.transposed:  # every weight meets every input position
+                positions = features.numel() // features.shape[1]
+            found.setdefault(layer, _Use()).positions += positions  # a layer may be called again
             if layer in widths:
                 attention.layer = layer
 
@@ -157,7 +109,7 @@ def _uses(
         device = next(model.parameters()).device
         eager = torch.compiler.set_stance("force_eager")  # compiled code would pass the hooks by
         with torch.no_grad(), eager, fused_attention(model, True), attention:
-            functional_call(model, state, (torch.ones(1, 3, image_size, image_size, device=device),))
+            model(torch.ones(1, 3, image_size, image_size, device=device))
     finally:
         for handle in handles:
             handle.remove()
@@ -165,8 +117,7 @@ def _uses(
             module.training = mode
     for layer, width in widths.items():
         # Attention that is written out is taken for one of all positions to each other.
-        products = attention.products.get(layer, 2 * found[layer].positions ** 2 * width)
-        found[layer] = replace(found[layer], products=products)
+        found[layer].products = attention.products.get(layer, 2 * found[layer].positions ** 2 * width)
     return found, attention.products.get("", 0)
 
 
@@ -191,16 +142,3 @@ class _Attention(TorchFunctionMode):
             self.products[self.layer] = before + times * (query.shape[-1] + value.shape[-1])
             self.layer = ""
         return func(*args, **(kwargs or {}))
-
-
-def _positive_state(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    state = {}
-    for name, value in model.state_dict().items():
-        mask = masks[name].to(value.device) if name in masks else torch.ones_like(value)
-        if name.endswith((".running_mean", "normalize.mean")):
-            state[name] = torch.zeros_like(value)
-        elif value.ndim > 1 and name.endswith("weight"):
-            state[name] = mask / (value.numel() / value.shape[0])
-        else:
-            state[name] = mask.to(value.dtype)
-    return state

@@ -93,7 +93,7 @@ def _statistics(
     if not gradients:
         return {layer: _summary(outputs[layer], None, last) for layer, last in zip(layers, lasts, strict=True)}
     loss = nn.functional.cross_entropy(logits, labels)
-    slopes = torch.autograd.grad(loss, [outputs[layer] for layer in layers])
+    slopes = torch.autograd.grad(loss, [outputs[layer] for layer in layers], materialize_grads=True)
     return {y: _summary(outputs[y], slope, last) for y, slope, last in zip(layers, slopes, lasts, strict=True)}
 
 

@@ -176,8 +176,6 @@ def warnings_about(args: argparse.Namespace, explicit: set[str]) -> list[str]:
         (rsst and step > 1 and not (args.penalty == "gradient" and OPTIMIZERS[args.optimizer].adaptive),
          f"the penalty may be unstable: it takes up to {step:.3g} of a weight in a step (above 1; it is lr * lambda "
          "/ (1 - momentum), or lambda if decoupled); lower --lr or --reg_upper_limit"),
-        (rsst and family_of(args.arch) == "vit" and not prunes_units(args),
-         "without --vit_structured RSST has nothing to squeeze: this is unstructured magnitude pruning"),
         (args.preset == "as_documented" and rsst,
          "--preset as_documented is the documents' literal text: its penalty hardly acts (docs/deviations.md)"),
     )  # fmt: skip

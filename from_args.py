@@ -51,6 +51,13 @@ def rules_from(args: argparse.Namespace, groups: Sequence[UnitGroup]) -> RoundRu
 
 def warnings_for(rules: RoundRules, groups: Sequence[UnitGroup]) -> list[str]:
     """Sentences about rules that these groups make pointless."""
+    said = _warnings_of_few_units(rules, groups)
+    if rules.method.squeezes and not rules.structured:
+        said.append("without --vit_structured RSST has nothing to squeeze: this is unstructured magnitude pruning")
+    return said
+
+
+def _warnings_of_few_units(rules: RoundRules, groups: Sequence[UnitGroup]) -> list[str]:
     ranked = [g for g in groups if rules.structured and g.kind in rules.targets and g.kind != "block"]
     spared = [g for g in ranked if g.units <= rules.min_units]
     if not spared:

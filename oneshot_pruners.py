@@ -100,6 +100,11 @@ class Task:
         return in_place_of(self.model, values), leaves
 
 
+def _slopes(value: Tensor, leaves: Mapping[str, Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
+    """Gradients, of zero for weights that the value does not depend on."""
+    return torch.autograd.grad(value, list(leaves.values()), create_graph=create_graph, materialize_grads=True)
+
+
 def _gradients(
     task: Task, state: dict[str, Tensor], leaves: dict[str, Tensor], temperature: float = 1.0
 ) -> list[Tensor]:
@@ -107,7 +112,7 @@ def _gradients(
     total = [torch.zeros_like(leaf) for leaf in leaves.values()]
     for images, labels in task.batches:
         output = functional_call(task.model, state, (images.to(task.device),)) / temperature
-        parts = torch.autograd.grad(task.loss(output, labels.to(task.device)), list(leaves.values()))
+        parts = _slopes(task.loss(output, labels.to(task.device)), leaves)
         total = [t + p for t, p in zip(total, parts, strict=True)]
     return total
 
@@ -134,9 +139,9 @@ def grasp_scores(task: Task) -> dict[str, Tensor]:
     for images, labels in task.batches:
         output = functional_call(task.model, state, (images.to(task.device),)) / GRASP_TEMPERATURE
         loss = task.loss(output, labels.to(task.device))
-        slopes = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
+        slopes = _slopes(loss, leaves, create_graph=True)
         inner = sum((s * f).sum() for s, f in zip(slopes, flow, strict=True))
-        parts = torch.autograd.grad(inner, list(leaves.values()))  # type: ignore[arg-type]
+        parts = _slopes(inner, leaves)  # type: ignore[arg-type]
         product = [t + p for t, p in zip(product, parts, strict=True)]
     return {n: (w * h).detach() for (n, w), h in zip(leaves.items(), product, strict=True)}
 
@@ -180,7 +185,7 @@ def synflow_scores(task: Task, masks: Mapping[str, Tensor], shape: torch.Size) -
     leaves = {n: (values[n] * masks[n]).requires_grad_() for n in task.names}
     ones = torch.ones(1, *shape, dtype=torch.float64, device=task.device)
     output = functional_call(task.model, in_place_of(task.model, values | leaves), (ones,)).sum()
-    gradients = torch.autograd.grad(output, list(leaves.values()))
+    gradients = _slopes(output, leaves)
     scores = {n: (g * w).detach().abs() for (n, w), g in zip(leaves.items(), gradients, strict=True)}
     if not all(bool(s.isfinite().all()) for s in scores.values()):
         raise UsageError(

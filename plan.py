@@ -82,7 +82,11 @@ def describe_plan(
     total = sum(parameter_of(model, n).numel() for n in names)
     lines.append(f"  {len(names)} layers, {total:,} weights")
     lines.append("")
-    known = all(g.kind in ("head", "neuron") for g in groups)
+    known = (
+        rules.structured
+        and rules.sorting_mode == "layer-wise"
+        and all(g.kind in ("head", "neuron") and g.kind in rules.targets for g in groups)
+    )
     lines.append(f"rounds ({'as they will be' if known else 'estimated from the initial weights'})")
     for state, pair in enumerate(simulate_rounds(model, groups, rules, rounds)):
         structure = {} if pair is None else pair.structure

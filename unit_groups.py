@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,9 +20,19 @@ SEPARATE = {"qkv", "proj", "gate", "q_norm", "k_norm"}
 def unit_groups(model: nn.Module, prune_stem: bool = False, blocks: bool = False) -> list[UnitGroup]:
     """The unit groups of any network; of a ViT with its `blocks` as units too, if asked for.
 
-    A network with heads or MLP neurons is taken for a ViT: its convolutions are left as they are.
+    A network with heads or MLP neurons is taken for a ViT: its convolutions are left as they are. Not so where the only
+    MLPs are a classifier's, or weigh channels (squeeze and excitation): such are parts of CNNs.
     """
-    return vit_groups(model, prune_stem, blocks) or channel_groups(model, prune_stem)
+    groups = vit_groups(model, prune_stem, blocks)
+    if not any(g.kind == "head" for g in groups) and not _mixes_features(model, groups):
+        groups = []
+    return groups or channel_groups(model, prune_stem)
+
+
+def _mixes_features(model: nn.Module, groups: Sequence[UnitGroup]) -> bool:
+    """Whether an MLP gives as many features as it takes, and has no fewer in between."""
+    layers = [[parameter_of(model, s.name) for s in g.slices] for g in groups if g.kind == "neuron"]
+    return any(last.shape[0] == first.shape[1] <= last.shape[1] for first, *_, last in layers)
 
 
 def _attention_layers(model: nn.Module) -> dict[str, Any]:
@@ -65,27 +76,31 @@ def neuron_groups(model: nn.Module) -> list[UnitGroup]:
     """
     groups = []
     for name, mlp in model.named_modules():
-        first, last = _mlp_slices(name, mlp)
+        first, last = _mlp_slices(f"{name}." if name else "", mlp)
         if first:
             groups.append(UnitGroup(first[0].layer, "neuron", (*first, last)))
     return groups
 
 
-def _mlp_slices(name: str, mlp: Any) -> tuple[list[Slice], Slice]:
-    """The slices of an MLP's first layers and of the one that reads them; no first ones if it is not a known MLP."""
+def _mlp_slices(prefix: str, mlp: Any) -> tuple[list[Slice], Slice]:
+    """The slices of an MLP's first layers and of the one that reads them; no first ones if it is not a known MLP.
+
+    Args:
+        prefix: The MLP's name with a dot, or nothing.
+    """
     names = ("0", "3") if isinstance(mlp, MLP) else ("fc1", "fc2")
     first, last = (getattr(mlp, n, None) for n in names)
     if not isinstance(last, nn.Linear) or not isinstance(getattr(mlp, "norm", None), nn.Identity | None):
-        return [], rows(name, 0)
+        return [], rows(prefix, 0)
     hidden = last.in_features
     layers = {names[0]: first, "fc1_g": getattr(mlp, "fc1_g", None), "fc1_x": getattr(mlp, "fc1_x", None)}
     sizes = {n: m.out_features for n, m in layers.items() if isinstance(m, nn.Linear)}
     parts = []
     if sizes in ({names[0]: hidden}, {"fc1_g": hidden, "fc1_x": hidden}):
-        parts = [rows(f"{name}.{n}", hidden) for n in sizes]
+        parts = [rows(f"{prefix}{n}", hidden) for n in sizes]
     elif sizes == {"fc1": 2 * hidden} and getattr(mlp, "chunk_dim", None) == -1:  # values, then their gates
-        parts = [Slice(f"{name}.fc1", 0, torch.arange(2 * hidden).view(2, hidden).T.contiguous())]
-    return parts, Slice(f"{name}.{names[1]}", 1, torch.arange(hidden).unsqueeze(1))
+        parts = [Slice(f"{prefix}fc1", 0, torch.arange(2 * hidden).view(2, hidden).T.contiguous())]
+    return parts, Slice(f"{prefix}{names[1]}", 1, torch.arange(hidden).unsqueeze(1))
 
 
 def block_groups(model: nn.Module) -> list[UnitGroup]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -142,6 +143,11 @@ def prepare_for_speed(model: nn.Module, precision: torch.dtype, compiled: bool =
         model.compile()
 
 
+def is_of_the_data(name: str) -> bool:
+    """Whether an entry of a state dict is the data set's mean or standard deviation, and no weight."""
+    return name.startswith("normalize.")
+
+
 def load_initial_weights(model: nn.Module, file: Path) -> None:
     """Load a state dict that `--init` names; normalisation constants stay the data set's own.
 
@@ -153,8 +159,8 @@ def load_initial_weights(model: nn.Module, file: Path) -> None:
         raise DataError(f"--init {file}: no regular file")
     found = load_tensors(file, failure)
     found = as_state_dict(found.get("state_dict", found) if isinstance(found, dict) else found, failure)
-    state = {k: v for k, v in found.items() if not k.startswith("normalize.")}
-    own = {k: v.shape for k, v in model.state_dict().items() if not k.startswith("normalize.")}
+    state = {k: v for k, v in found.items() if not is_of_the_data(k)}
+    own = {k: v.shape for k, v in model.state_dict().items() if not is_of_the_data(k)}
     wrong = sorted(k for k in own.keys() | state.keys() if own.get(k) != getattr(state.get(k), "shape", None))
     if wrong:
         raise DataError(f"--init {file}: another network's weights (first difference: {wrong[0]})")
@@ -164,6 +170,12 @@ def load_initial_weights(model: nn.Module, file: Path) -> None:
 def cloned_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict as copies on the CPU: a value, not a view of a network that goes on training."""
     return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+
+
+def network_digest(model: nn.Module) -> str:
+    """A hash of the names and shapes of a network's tensors: two that differ in it are not the same network."""
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
 
 
 def digest_of(values: Mapping[str, Tensor]) -> str:

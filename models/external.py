@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,8 @@ def build_external(arch: str, num_classes: int, img_size: int) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UsageError(f"argument --arch: {arch} gives a {type(model).__name__}, not a torch.nn.Module")
     model = _with_normalize(model)
-    _check_outcome(model, arch, num_classes, img_size)
-    model.spec = _spec_of(model, arch, num_classes)  # type: ignore[assignment]
+    called = _check_outcome(model, arch, num_classes, img_size)
+    model.spec = _spec_of(model, arch, num_classes, called)  # type: ignore[assignment]
     return model
 
 
@@ -122,31 +122,45 @@ def _with_normalize(model: nn.Module) -> nn.Module:
     return normalised(model)
 
 
-def _spec_of(model: nn.Module, arch: str, num_classes: int) -> ModelSpec:
-    """The first layer and the last one that gives as many features as there are classes."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    sizes = {n: m.weight.shape[0] for n, m in layers.items()}
+def _layers(model: nn.Module) -> dict[str, Any]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+
+
+def _spec_of(model: nn.Module, arch: str, num_classes: int, called: Sequence[str]) -> ModelSpec:
+    """The first layer and the last one that gives as many features as there are classes.
+
+    Args:
+        called: The layers in the order in which the network calls them, which need not be that of their declaration.
+    """
+    layers = _layers(model)
+    sizes = {n: layers[n].weight.shape[0] for n in called or layers}
     last = [n for n, size in sizes.items() if size == num_classes]
     declared: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     stem, classifier = (declared.get(k) for k in ("first_conv", "classifier"))
     return ModelSpec(
         arch,
-        stem if isinstance(stem, str) and stem in layers else next(iter(layers), ""),
+        stem if isinstance(stem, str) and stem in layers else next(iter(sizes), ""),
         classifier if isinstance(classifier, str) and classifier in layers else last[-1] if last else "",
         "",
     )
 
 
-def _check_outcome(model: nn.Module, arch: str, num_classes: int, img_size: int) -> None:
+def _check_outcome(model: nn.Module, arch: str, num_classes: int, img_size: int) -> list[str]:
     """Two images in, logits out, normalised once; the network is left as it was.
+
+    Returns:
+        The layers that were called, in this order.
 
     Raises:
         UsageError: It is not so; the message says what came instead.
     """
     calls: list[None] = []
+    called: dict[str, None] = {}
     was, training = model.normalize, model.training
     model.normalize = Normalize((0.0,) * 3, (1.0,) * 3)
-    handle = model.normalize.register_forward_hook(lambda *_: calls.append(None))
+    handles = [layer.register_forward_hook(lambda *_, name=name: called.setdefault(name))
+               for name, layer in _layers(model).items()]  # fmt: skip
+    handles.append(model.normalize.register_forward_hook(lambda *_: calls.append(None)))
     try:
         with torch.no_grad():
             logits = model.eval()(torch.zeros(2, 3, img_size, img_size))
@@ -156,7 +170,8 @@ def _check_outcome(model: nn.Module, arch: str, num_classes: int, img_size: int)
             f"argument --arch: {arch} cannot take images of {img_size} pixels ({reason}); try another --image_size"
         ) from error
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         model.normalize = was
         model.train(training)
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_classes):
@@ -166,3 +181,4 @@ def _check_outcome(model: nn.Module, arch: str, num_classes: int, img_size: int)
         raise UsageError(
             f"argument --arch: {arch} calls its `normalize` {len(calls)} times in a forward pass, not once"
         )
+    return list(called)

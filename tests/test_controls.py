@@ -153,6 +153,39 @@ def test_a_control_run_begins_after_the_dense_round_of_its_ticket(kind, struct, 
         assert all(not ours[k].state_dict[n][m == 0].any() for n, m in held.items())
 
 
+@pytest.mark.parametrize("kind", ["reinit", "small_dense"])
+def test_a_control_sees_the_images_as_its_ticket_does(kind, tmp_path):
+    """Also where a user's network has a normalisation of its own, which is the data set's as soon as there is one."""
+    net = tmp_path / "net.py"
+    net.write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "class Norm(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.register_buffer('mean', torch.full((1, 3, 1, 1), 0.5))\n"
+        "        self.register_buffer('std', torch.full((1, 3, 1, 1), 0.25))\n"
+        "    def forward(self, x):\n"
+        "        return (x - self.mean) / self.std\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, classes):\n"
+        "        super().__init__()\n"
+        "        self.normalize, self.conv1, self.conv2 = Norm(), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3)\n"
+        "        self.fc = nn.Linear(16, classes)\n"
+        "    def forward(self, x):\n"
+        "        return self.fc(self.conv2(self.conv1(self.normalize(x)).relu()).relu().mean((2, 3)))\n"
+        "def net(num_classes):\n"
+        "    return Net(num_classes)\n"
+    )
+    words = {"arch": f"{net}:net", "struct": "refill", "lr": 0.01}
+    assert run(*tiny(tmp_path / "ticket", **words)) == 0
+    assert run(*tiny(tmp_path / "control", **words, control=kind, control_of=tmp_path / "ticket")) == 0
+    ours, its = (state(tmp_path / name, 1) for name in ("control", "ticket"))
+    for weights in ("state_dict", "init_weight"):
+        for name in ("normalize.mean", "normalize.std"):
+            assert torch.equal(getattr(ours, weights)[name], getattr(its, weights)[name]), (weights, name)
+
+
 def test_a_control_run_goes_on_bit_for_bit(tickets, tmp_path, monkeypatch):
     words = {"struct": "rsst", "pruning_times": 3, "control": "random_structure", "control_of": tickets["rsst"]}
     assert run(*tiny(tmp_path / "whole", **words)) == 0

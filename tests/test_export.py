@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import pickle
@@ -9,8 +10,10 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT, tiny
+from test_experiment import run
 
 import compact
 import export
@@ -69,8 +72,8 @@ def test_onnx_and_pt2_are_written_and_compared(arch, runs, tmp_path):
     assert export.main([str(runs[arch]), "--out", str(tmp_path), "--onnx", "--pt2", "--round", "1"]) == 0
     images = torch.rand(3, 3, 8, 8)
     wanted = compact.load(tmp_path)(images).detach()
-    for run, name in ((ticket_files._run_onnx, "model.onnx"), (ticket_files._run_pt2, "model.pt2")):
-        torch.testing.assert_close(run(tmp_path / name, images), wanted, rtol=1e-4, atol=1e-4)
+    for compute, name in ((ticket_files._run_onnx, "model.onnx"), (ticket_files._run_pt2, "model.pt2")):
+        torch.testing.assert_close(compute(tmp_path / name, images), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_what_differs_is_refused_and_removed(runs, tmp_path, monkeypatch, capsys):
@@ -78,6 +81,19 @@ def test_what_differs_is_refused_and_removed(runs, tmp_path, monkeypatch, capsys
     assert export.main([str(runs["res20s"]), "--out", str(tmp_path), "--pt2"]) == 1
     assert "model.pt2 differs from the masked network" in capsys.readouterr().err
     assert not (tmp_path / "model.pt2").exists()
+
+
+@pytest.mark.parametrize("arch", ["res20s", "vit_tiny"])
+def test_a_pruned_stem_is_cut_too(arch, tmp_path):
+    more = {"vit_structured": True} if arch == "vit_tiny" else {}
+    assert run(*tiny(tmp_path / "run", arch=arch, struct="refill", conv1=True, criteria="magnitude", **more)) == 0
+    assert export.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    row = list(csv.DictReader((tmp_path / "run" / "summary.csv").open()))[-1]
+    tensors = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    small = compact.load(tmp_path / "out")
+    assert {n: v.shape for n, v in small.state_dict().items()} == {n: v.shape for n, v in tensors.items()}
+    if arch == "res20s":  # a patch embedding is pruned weight by weight
+        assert sum(p.numel() for p in small.parameters()) == int(row["parameters"])
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -16,12 +16,13 @@ from torchvision.models import VisionTransformer
 
 import compact
 import export
+import main_imp_fillback
 from channel_units import channel_groups
 from counting import cost_of
 from criteria import CRITERIA
 from errors import DataError, UsageError
 from feature_maps import collect_evidence
-from models import build_model
+from models import build_model, external
 from models.attention import with_separate_heads
 from models.building import parse_arch
 from models.layers import Normalize, normalised
@@ -405,7 +406,7 @@ class Products(TorchFunctionMode):
 
 
 @torch.no_grad()
-def counted_macs(model):
+def counted_macs(model, size=64):
     """Of convolutions, linear layers and attention, as they are called."""
     set_fused_attention(model.eval(), True)
     macs = []
@@ -416,7 +417,7 @@ def counted_macs(model):
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     handles = [layer.register_forward_hook(count) for layer in layers]
     with Products() as products:
-        model(torch.rand(1, 3, 64, 64))
+        model(torch.rand(1, 3, size, size))
     for handle in handles:
         handle.remove()
     return sum(macs) + products.macs
@@ -477,6 +478,204 @@ def test_a_branch_without_heads_is_cut_whatever_it_is_called_with(arch, branch):
     small = compact.shrink(model, masks)
     assert len(gone) == 1 and any(isinstance(m, compact.Constant) for m in small.modules())
     assert torch.allclose(small(images), wanted, atol=1e-5)
+
+
+def conv(inputs, outputs, **more):
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False, **more), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
+
+
+class Users(nn.Module):
+    """Stem, something, head: what is between differs."""
+
+    def __init__(self, **layers):
+        super().__init__()
+        self.stem, self.a = conv(3, 16), conv(16, 32)
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.b, self.fc = conv(32, 24), nn.Linear(24, 10)
+
+    def forward(self, x):
+        return self.fc(self.b(self.between(self.stem(x))).mean((2, 3)))
+
+
+class Subtracts(Users):
+    def __init__(self):
+        super().__init__(other=conv(16, 32))
+
+    def between(self, x):
+        return self.a(x) - self.other(x)
+
+
+class WeighsChannels(Users):
+    """Squeeze and excitation by linear layers, and by an index that is not known."""
+
+    def __init__(self):
+        super().__init__(fc1=nn.Linear(32, 8), fc2=nn.Linear(8, 32))
+
+    def between(self, x):
+        x = self.a(x)
+        return x * self.fc2(self.fc1(x.mean((2, 3))).relu()).sigmoid()[:, :, None, None]
+
+
+class NormalisesGroups(Users):
+    def __init__(self):
+        super().__init__(norm=nn.GroupNorm(4, 32))
+
+    def between(self, x):
+        return self.norm(self.a(x)).relu()
+
+
+class NoScale(Users):
+    def __init__(self):
+        super().__init__(norm=nn.BatchNorm2d(32, affine=False))
+
+    def between(self, x):
+        return self.norm(self.a(x)).relu()
+
+
+class ManyGroups(Users):
+    def __init__(self):
+        super().__init__(grouped=nn.Conv2d(32, 32, 3, padding=1, groups=4))
+
+    def between(self, x):
+        return self.grouped(self.a(x)).relu()
+
+
+class Enlarges(Users):
+    def __init__(self):
+        super().__init__(norm=nn.PReLU(32), up=nn.Upsample(scale_factor=2))
+
+    def between(self, x):
+        return self.up(nn.functional.softplus(self.norm(self.a(x))))
+
+
+class Digits(nn.Module):
+    """PyTorch's own first example: two convolutions, and a classifier that looks like an MLP of a ViT."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 16, 3, 1), nn.Conv2d(16, 32, 3, 1)
+        self.fc1, self.fc2 = nn.Linear(32 * 4, 64), nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = nn.functional.max_pool2d(self.conv2(self.conv1(x).relu()).relu(), 2)
+        return self.fc2(self.fc1(x.flatten(1)).relu())
+
+
+class Mixer(nn.Module):
+    """An MLP at the very top."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.fc1, self.fc2, self.head = (
+            nn.Conv2d(3, 16, 2, 2),
+            nn.Linear(16, 32),
+            nn.Linear(32, 16),
+            nn.Linear(16, 10),
+        )
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        return self.head((x + self.fc2(self.fc1(x).relu())).mean(1))
+
+
+@pytest.mark.parametrize(
+    "net", [Subtracts, WeighsChannels, NormalisesGroups, NoScale, ManyGroups, Enlarges, Digits, Mixer]
+)
+@pytest.mark.parametrize("kept", [0.8, 0.3])
+@torch.no_grad()
+def test_what_is_counted_of_any_network_is_what_is_left_of_it(net, kept):
+    torch.manual_seed(0)
+    model = normalised(net()).eval()
+    model.spec = external._spec_of(model, "net", 10, [])
+    groups = unit_groups(model)
+    check_units(model, groups, 8)
+    flags = {g.name: torch.rand(g.units) < kept for g in groups}
+    masks = masks_of_units(groups, flags, dict(model.named_parameters()))
+    small = compact.shrink(model, masks)
+    for network, these in ((model, {}), (small, masks)):
+        found = cost_of(model, groups, these, 8)
+        assert (found.parameters, found.macs) == (
+            sum(p.numel() for p in network.parameters()),
+            counted_macs(network, 8),
+        )
+
+
+def test_cnns_are_known_whatever_their_linear_layers_are_called():
+    for net, kinds_found in ((Digits, ["channel"]), (WeighsChannels, ["channel"]), (Mixer, ["neuron"])):
+        model = normalised(net())
+        model.spec = external._spec_of(model, "net", 10, [])
+        assert kinds(unit_groups(model)) == kinds_found
+
+
+def test_stem_and_classifier_are_the_first_and_last_that_are_called(tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, classes):\n"
+        "        super().__init__()\n"
+        "        self.head, self.mid, self.stem = nn.Linear(12, classes), nn.Conv2d(8, 10, 3), nn.Conv2d(3, 8, 3)\n"
+        "        self.last = nn.Conv2d(10, 12, 3)\n"
+        "    def forward(self, x):\n"
+        "        return self.head(self.last(self.mid(self.stem(x)).relu()).relu().mean((2, 3)))\n"
+        "def net(num_classes):\n"
+        "    return Net(num_classes)\n"
+    )
+    model = build_model(f"{tmp_path / 'net.py'}:net", 10, 8)
+    assert (model.spec.stem, model.spec.classifier) == ("stem", "head")
+    assert [g.root.layer for g in unit_groups(model)] == ["mid", "last"]
+
+
+@pytest.mark.parametrize("struct", ["refill", "snip", "grasp", "synflow"])
+def test_a_convolution_that_the_loss_does_not_see_is_worth_nothing(struct, tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, classes):\n"
+        "        super().__init__()\n"
+        "        self.stem, self.a, self.aux = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 8, 1)\n"
+        "        self.head = nn.Linear(16, classes)\n"
+        "    def forward(self, x):\n"
+        "        x = self.a(self.stem(x)).relu()\n"
+        "        self.aux(x)\n"
+        "        return self.head(x.mean((2, 3)))\n"
+        "def net(num_classes):\n"
+        "    return Net(num_classes)\n"
+    )
+    words = {"arch": f"{tmp_path / 'net.py'}:net", "struct": struct, "lr": 0.01, "pruning_times": 2}
+    assert run(*tiny(tmp_path / "run", **words, criteria="saliency" if struct == "refill" else None)) == 0
+
+
+@torch.no_grad()
+def test_an_mlp_without_units_gives_its_bias_whatever_its_width():
+    torch.manual_seed(0)
+    for bias in (True, False):
+        mlp = nn.Sequential()
+        mlp.fc1, mlp.fc2 = nn.Linear(6, 12), nn.Linear(12, 8, bias=bias)
+        constant = compact.Constant("fc2", 8, mlp.fc2.bias)
+        wanted = mlp.fc2(torch.zeros(2, 5, 12))
+        assert torch.equal(constant(torch.rand(2, 5, 6)), wanted)
+
+
+@pytest.mark.parametrize("arch", ["file", "timm/vit_tiny_patch16_224"])
+def test_unstructured_rsst_is_said_to_squeeze_nothing_whoevers_the_vit_is(arch, tmp_path, capsys):
+    (tmp_path / "net.py").write_text(
+        "from timm.models.vision_transformer import VisionTransformer\n"
+        "def vit(num_classes, img_size):\n"
+        "    return VisionTransformer(img_size, 4, embed_dim=48, depth=2, num_heads=3, num_classes=num_classes)\n"
+    )
+    arch = f"{tmp_path / 'net.py'}:vit" if arch == "file" else arch
+    for more, count in (({}, 1), ({"vit_structured": True}, 0), ({"struct": "imp"}, 0)):
+        words = tiny(tmp_path / "run", arch=arch, image_size=16, **more)
+        assert main_imp_fillback.main([*words, "--dry_run"]) == 0
+        printed = capsys.readouterr()
+        assert printed.err.count("RSST has nothing to squeeze") == count
+        known = bool(more.get("vit_structured"))
+        assert ("as they will be" in printed.out) is False, "only heads are targets: MLPs keep their element-wise masks"
+        both = main_imp_fillback.main([*words, "--dry_run", "--vit_prune_target", "both"])
+        assert both == 0 and ("as they will be" in capsys.readouterr().out) is known
 
 
 class AddsOneChannel(nn.Module):

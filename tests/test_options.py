@@ -91,7 +91,6 @@ def test_a_mistake_gets_one_line_and_status_2(words, parts, capsys):
     (["--lr", "0.5"], "may be unstable"),
     (["--penalty", "decoupled", "--reg_upper_limit", "2", "--RST_schedule", "x"], "may be unstable"),
     (["--fillback_rate", "0.1"], "--fillback_rate is only read with --struct refill"),
-    (["--arch", "vit_tiny"], "nothing to squeeze"),
     (["--fc"], "--fc is only read"),
     (["--sorting_mode", "global"], "--sorting_mode is only read with --vit_structured"),
     (["--arch", "vit_tiny", "--vit_structured", "--mlp_prune_ratio", "0.3"], "--mlp_prune_ratio is only read"),
