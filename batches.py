@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import os
+import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from errors import DataError
+from errors import DataError, MachineError, first_line
 from image_sets import SPLIT_SEED, ImageSet, Splits
 from image_store import LazyImages
 
+WORKER_DIED = "DataLoader worker"  # torch's words; there is no class for it
 DEVICE_SHARE = 0.25  # of the memory that is free on the device, for one image set
 
 
@@ -154,16 +157,41 @@ def _read(images: LazyImages, parts: Sequence[Tensor], device: torch.device) -> 
 
     Raises:
         DataError: A file cannot be read; the message names it.
+        MachineError: A worker has died.
     """
     workers = min(images.workers, len(parts), os.cpu_count() or 1)
     loader: DataLoader[Tensor] = DataLoader(
         images, batch_sampler=[part.tolist() for part in parts], num_workers=workers, collate_fn=_as_it_is,
-        pin_memory=device.type == "cuda",
+        pin_memory=device.type == "cuda", worker_init_fn=_leave_stopping_to_the_first,
+        generator=torch.Generator(),  # it draws, even without need: from the network's dropout, if nothing is given
     )  # fmt: skip
     try:
-        yield from loader
+        with _unheard(signal.SIGTERM):  # by workers, from their first moment
+            batches = iter(loader)
+        yield from batches
     except DataError as error:  # from a worker process it comes with that process's traceback
         raise DataError(str(error).strip().rpartition("errors.DataError: ")[2]) from None
+    except RuntimeError as error:
+        if WORKER_DIED not in str(error):
+            raise
+        raise MachineError(f"argument --workers: a process that decodes images has died ({first_line(error)}); fewer "
+                           "workers need less memory") from error  # fmt: skip
+
+
+def _leave_stopping_to_the_first(worker: int) -> None:
+    """A signal that all processes get (of torchrun, of a batch system) must not end those that the last step needs."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _unheard(number: int) -> Iterator[None]:
+    """While it lasts, the signal waits; in processes that begin now it waits for ever."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _as_it_is(batch: Any) -> Any:

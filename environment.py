@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 import subprocess
-import sys
+from collections.abc import Sequence
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,12 +17,16 @@ import torch
 from redaction import redacted
 
 
-def describe_environment(device: torch.device, precision: str) -> dict[str, Any]:
-    """Versions, device, git commit and command, as plain values. Holds no environment variable."""
+def describe_environment(words: Sequence[str], device: torch.device, precision: str) -> dict[str, Any]:
+    """Versions, device, git commit and command, as plain values. Holds no environment variable.
+
+    Args:
+        words: The command line that the program was given.
+    """
     packages = ("torch", "torchvision", "timm", "numpy", "wandb")
     return {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *map(redacted, sys.argv[1:])],
+        "command": ["main_imp_fillback.py", *map(redacted, words)],
         "python": platform.python_version(),
         "packages": {p: _version(p) for p in packages},
         "platform": platform.platform(),

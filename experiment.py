@@ -56,7 +56,7 @@ from tracker import Sink, TensorBoard, Tracker, Trackers
 from trainee import Trainee
 from training import Meter, Passer, StopRequest, hardened, train, validate_together
 from units import UnitGroup, ranked_names
-from utils import cloned_state, digest_of, prepare_for_speed, seed_everything
+from utils import cloned_state, digest_of, network_digest, prepare_for_speed, seed_everything
 
 log = logging.getLogger("rsst")
 
@@ -108,7 +108,7 @@ class Experiment:
         check_fits(weights, self.run.optimizer, self.model, fresh)
 
     def _take_up(self) -> None:
-        found = find_run(self.args, self.folder)
+        found = find_run(self.args, self.folder, self.run)
         log_to_file(self.folder.path / "log.txt")
         log_warnings(self.args.warnings)
         if found is None:
@@ -119,7 +119,9 @@ class Experiment:
         if self.next_state < self.args.pruning_times:
             self._warn_if_the_penalty_is_weak()
             self.folder.write_settings(self.run.args)
-            self.folder.write_environment(describe_environment(self.device, name_of(self.precision)))
+            environment = describe_environment(self.args.words, self.device, name_of(self.precision))
+            known = {"data": self.run.data, "network": network_digest(self.model)}
+            self.folder.write_environment(environment | known)
             self.tracker = self._trackers()
         self.reporter = Reporter(self.folder.path, self.tracker, self.args.quiet)
         self.reporter.restore(self.run.history, self.run.rounds)

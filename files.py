@@ -56,14 +56,14 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _note_names(path.parent)
+        note_names(path.parent)
     except OSError as error:
         with suppress(OSError):  # a folder that cannot be written at all
             temporary.unlink(missing_ok=True)
         raise _storage_error(path, error) from error
 
 
-def _note_names(folder: Path) -> None:
+def note_names(folder: Path) -> None:
     """Have the disk note which names the folder holds: after a power failure a new name would be gone without."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
@@ -95,14 +95,20 @@ def lock(path: Path, patience: float = 0.0) -> IO[str] | None:
 
     Args:
         patience: Seconds to wait for the other process.
+
+    Raises:
+        OSError: The file cannot be made, or its file system knows no locks.
     """
     file, until = path.open("a"), time.monotonic() + patience
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
-        except OSError:
+        except BlockingIOError:
             if time.monotonic() >= until:
                 file.close()
                 return None
+        except OSError:
+            file.close()
+            raise
         time.sleep(0.2)

@@ -1,7 +1,8 @@
 """Image files as uint8 tensors: decoded once into a cache beside them, mapped from there, or decoded batch by batch.
 
 The cache is `<data>/.decoded/<part>_<size>_<key>.uint8`: the images [n, 3, size, size] as they lie in memory. Its key
-hashes the names, sizes and time stamps of the files, so that a changed folder is decoded again.
+hashes the names, sizes and time stamps of the files (the one that nobody can set, too), so that a changed folder is
+decoded again.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from errors import DataError, UsageError
-from files import lock
+from files import lock, note_names
 
 log = logging.getLogger("rsst.data")
 
-FORMAT = 2  # raised when a file gives other pixels than before
+FORMAT = 3  # raised when a file gives other pixels than before
 STALE_SECONDS = 3600
+WHITE_IS_ZERO = 262  # TIFF's PhotometricInterpretation, where it is 0
 WAIT_SECONDS = 3600.0  # for another process that decodes the same; then both do
 MEMORY_SHARE = 0.25  # of the free memory, for one part of a data set
 
@@ -181,7 +183,10 @@ def _make(file: Path, shape: tuple[int, ...], paths: Sequence[str], workers: int
         with temporary.open("wb") as new:
             os.posix_fallocate(new.fileno(), 0, count)  # a full disk must show now: later it would kill the process
         decode_into(torch.from_file(str(temporary), True, count, dtype=torch.uint8).view(shape), paths, workers)
+        with temporary.open("rb") as done:
+            os.fsync(done.fileno())  # after a power failure it would have its name and length, and hold nothing
         temporary.replace(file)  # made by another process too? Then it stays, whoever comes last
+        note_names(home)
         for old in home.glob(f"{file.stem.rpartition('_')[0]}_*.uint8"):
             if old != file:
                 old.unlink(missing_ok=True)
@@ -195,7 +200,7 @@ def _key(paths: Sequence[str], size: int, folder: Path) -> str:
     for path in paths:
         status = os.stat(path)  # noqa: PTH116 (a Path for each of a million files takes seconds)
         digest.update(os.fsencode(os.path.relpath(path, folder)))
-        digest.update(struct.pack("2q", status.st_size, status.st_mtime_ns))
+        digest.update(struct.pack("3q", status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     return digest.hexdigest()[:16]
 
 
@@ -279,13 +284,24 @@ def _in_colour(image: Image.Image) -> Image.Image:
     """
     sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if sixteen_bits:  # PIL's own conversion makes everything above 255 white
-        image = Image.fromarray((numpy.asarray(image) / 257).round().astype(numpy.uint8))
+        image = _of_8_bits(image)
     elif image.mode in ("I", "F"):
         raise ValueError("its pixels have 32 bits, of an unknown range; 8 or 16 are expected")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits, 65535 being white, with what PIL itself does for one of 8 bits."""
+    values = numpy.asarray(image)
+    if image.format == "TIFF" and image.tag_v2.get(WHITE_IS_ZERO) == 0:  # type: ignore[attr-defined]
+        values = 65535 - values.astype(numpy.int64)
+    clear = image.info.get("transparency")
+    if clear is not None:
+        values = numpy.where(values == clear, 65535, values)
+    return Image.fromarray((values / 257).round().astype(numpy.uint8))
 
 
 def one_line(error: BaseException) -> str:

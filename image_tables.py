@@ -154,15 +154,21 @@ def read_parquet(folder: Path, table: TableFormat) -> ImageTable:
     A column `img` or `image` holds {bytes, path}, another the labels.
 
     Raises:
-        DataError: pyarrow or a file is missing, a file cannot be read, or a column is missing or holds something else.
+        DataError: pyarrow or a file is missing, a file cannot be read, a column is missing or holds something else, or
+            two files name the classes differently.
     """
-    parts, names = [], ()
+    parts: list[Part] = []
+    names: tuple[str, ...] = ()
     for part in ("train", "test"):
         files = _shards(folder, part)
         _check_complete(folder, part, files)
         images, labels, found = zip(*(_read_shard(file, table) for file in files), strict=True)
         parts.append((torch.cat(images), torch.cat(labels)))
-        names = names or found[0]
+        for file, own in zip(files, found, strict=True):
+            if own and names and own != names:
+                other = next(k for k, (one, another) in enumerate(zip(own, names, strict=True)) if one != another)
+                raise DataError(f"{file} calls class {other} {own[other]}, and the files before it {names[other]}")
+            names = names or own
     return ImageTable(parts[0], parts[1], names, folder)
 
 

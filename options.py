@@ -293,7 +293,7 @@ def _add_rsst(parser: argparse.ArgumentParser) -> None:
         help="lambda after n updates of K; " + _rows((n, s.summary) for n, s in SCHEDULES.items()),
     )
     group.add_argument("--reg_granularity_prune", type=POSITIVE, default=1.0, help="delta in those formulas")
-    group.add_argument("--exponents", type=POSITIVE, default=4, help="power in exp_custom_exponents")
+    group.add_argument("--exponents", type=POSITIVE, default=4.0, help="power in exp_custom_exponents")
     group.add_argument(
         "--reg_horizon",
         choices=("state", "epoch"),
@@ -385,7 +385,8 @@ def _add_tracking(parser: argparse.ArgumentParser) -> None:
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parse and check a command line; `-` is accepted for `_` in flags.
 
-    The result also has `warnings` (list of sentences) and `explicit` (names of the flags that were given).
+    The result also has `warnings` (list of sentences), `explicit` (names of the flags that were given) and `words` (the
+    command line itself).
 
     Raises:
         UsageError: One line that names the flag, the value and what is allowed.
@@ -412,7 +413,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         if getattr(args, name):
             setattr(args, name, str(Path(getattr(args, name)).resolve()))
     check(args)
-    args.warnings, args.explicit = warnings_about(args, explicit), sorted(explicit)
+    args.warnings, args.explicit, args.words = warnings_about(args, explicit), sorted(explicit), list(argv)
     return args
 
 

@@ -11,7 +11,21 @@ from pathlib import Path
 from errors import UsageError
 
 SECRET_WORDS = frozenset(
-    {"KEY", "APIKEY", "TOKEN", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS"}
+    {
+        "KEY",
+        "APIKEY",
+        "TOKEN",
+        "PAT",
+        "SECRET",
+        "SECRETS",
+        "PASSWORD",
+        "PASSWD",
+        "PASSPHRASE",
+        "PWD",
+        "PGPASSWORD",
+        "CREDENTIAL",
+        "CREDENTIALS",
+    }
 )
 SHORTEST = 8
 ORDINARY = re.compile(r"[a-z]+([-_ ][a-z]+)*|[A-Z]?[a-z]+|[A-Z]+(_[A-Z]+)*|[\d.:,-]+")

@@ -56,7 +56,7 @@ AFTER_ROUND_0 = frozenset(
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments as plain values, for `args.yaml`, checkpoints and trackers."""
-    plain = {k: v for k, v in vars(args).items() if k not in ("warnings", "explicit")}
+    plain = {k: v for k, v in vars(args).items() if k not in ("warnings", "explicit", "words")}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
 
 

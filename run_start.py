@@ -13,6 +13,7 @@ from torch import nn
 
 from data_record import completed
 from errors import UsageError
+from files import link
 from run_identity import identity_of
 from run_state import RunFolder, RunState, check_same_run, save_atomically
 from utils import cloned_state, load_initial_weights
@@ -20,28 +21,50 @@ from utils import cloned_state, load_initial_weights
 log = logging.getLogger("rsst")
 
 
-def find_run(args: argparse.Namespace, folder: RunFolder) -> RunState | None:
+def find_run(args: argparse.Namespace, folder: RunFolder, run: RunState) -> RunState | None:
     """What there is to go on from: the folder's newest checkpoint, else the one that was named; None for a new run.
 
-    The folder is made, and locked.
+    The folder is made, and locked; a checkpoint that was named is copied there. Nothing is made if this raises, but for
+    the lock of a folder that holds a run already.
+
+    Args:
+        run: What this process would begin.
 
     Raises:
         DataError: No checkpoint can be read.
         StorageError: The folder cannot be written.
-        UsageError: There is nothing to resume, another process has the folder, or it holds foreign results.
+        UsageError: There is nothing to resume, another process has the folder, it holds foreign results, the named
+            checkpoint is of a later round than is wanted, or it was another run, or had other data; the message names
+            the first difference.
     """
     if args.resume and not args.checkpoint and not folder.candidates():
         raise UsageError(f"argument --resume: {folder.path} holds no run to continue")
     wanted = args.checkpoint if not folder.candidates() else None
-    given = RunFolder.load(Path(wanted)) if wanted else None  # before anything is made
-    folder.lock()
-    found = folder.newest_run()
-    if found is None:
+    given = RunFolder.load(Path(wanted)) if wanted else None
+    if given is not None:
+        _check_same(run, given)
+        if given.state >= args.pruning_times:
+            raise UsageError(f"argument --checkpoint: {wanted} is of round {given.state}; --pruning_times "
+                             f"{args.pruning_times} ends before")  # fmt: skip
+    if not folder.is_locked:
         folder.refuse_foreign_results()
+    folder.lock()
+    folder.refuse_foreign_results()
+    found = folder.newest_run()
+    if found is not None:
+        _check_same(run, found)
+    folder.clear_away()
+    if found is None:
+        if wanted and given is not None:
+            link(Path(wanted), folder.checkpoint(given.state))
         return given
     if args.checkpoint:
         log.warning("--checkpoint is not read: %s holds a run, which continues", folder.path)
     return found
+
+
+def _check_same(run: RunState, found: RunState) -> None:
+    check_same_run(found, identity_of(run.args), identity_of(found.args), run.data, run.contents)
 
 
 def continued(run: RunState, found: RunState, numerics: Mapping[str, Any]) -> RunState:
@@ -49,11 +72,7 @@ def continued(run: RunState, found: RunState, numerics: Mapping[str, Any]) -> Ru
 
     Args:
         numerics: What the last digits depend on here.
-
-    Raises:
-        UsageError: It was another run, or had other data; the message names the first difference.
     """
-    check_same_run(found, identity_of(run.args), identity_of(found.args), run.data, run.contents)
     if found.precision != run.precision:
         log.warning("the run began in %s and goes on in %s", found.precision, run.precision)
     if found.processes != run.processes:

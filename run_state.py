@@ -27,6 +27,10 @@ from tensor_files import are_random_states, check_fields, check_shapes, load_ten
 log = logging.getLogger("rsst")
 
 VERSION = 1
+OWN_FILE = re.compile(
+    r"(\d+(checkpoint|model_SA_best)|previous|init|ticket|progress|diverged)\.pth\.tar|args\.yaml|(env|result)\.json|"
+    r"metrics\.jsonl|summary\.csv|kept_units\.(svg|png)|round_\d+\.pt"
+)
 CHECKPOINT = re.compile(r"(\d+)checkpoint\.pth\.tar")
 
 MASKS = ("current_mask", "refill_mask", "following")
@@ -278,13 +282,20 @@ class RunFolder:
         Raises:
             UsageError: The message names the file.
         """
+        if self.candidates():
+            return
         for name in ("metrics.jsonl", "summary.csv"):
             file = self.path / name
             if file.exists() and file.stat().st_size:
                 raise UsageError(f"argument --save_dir: {file} holds results, but there is no checkpoint beside it")
 
+    @property
+    def is_locked(self) -> bool:
+        """Whether a process has locked the folder; it may have ended since."""
+        return (self.path / "lock").exists()
+
     def lock(self) -> None:
-        """Make the folder, keep other processes out of it until this one ends, and clear away what a killed one left.
+        """Make the folder, and keep other processes out of it until this one ends.
 
         Raises:
             StorageError: It cannot be made, or written.
@@ -297,8 +308,12 @@ class RunFolder:
             raise StorageError(f"cannot make the run folder {self.path}: {error.strerror}") from error
         if self._lock is None:
             raise UsageError(f"argument --save_dir: another process is running in {self.path}")
-        for left in self.path.rglob("*.tmp"):
-            left.unlink(missing_ok=True)
+
+    def clear_away(self) -> None:
+        """Remove what a process that was killed while it wrote has left; only what a run would write."""
+        for left in (p for folder in (self.path, self.path / "masks") for p in folder.glob("*.tmp")):
+            if left.is_file() and OWN_FILE.fullmatch(left.stem):
+                left.unlink(missing_ok=True)
 
     def unlock(self) -> None:
         """Let others in."""

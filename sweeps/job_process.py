@@ -139,7 +139,6 @@ def _child(task: Task) -> None:
     os.chdir(task.cwd)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     _wait_for_a_dying_predecessor(Path(task.folder))
-    sys.argv = ["main_imp_fillback.py", *task.words]  # the command that the run notes down
     importlib.import_module("torch").set_num_threads(task.threads)
     sys.exit(importlib.import_module("main_imp_fillback").main(task.words))
 

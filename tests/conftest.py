@@ -44,11 +44,12 @@ def tiny(save_dir, **settings) -> list[str]:
     return flags(**{**TINY, "save_dir": save_dir, **settings})
 
 
-def start(words, cwd=ROOT, **environment) -> subprocess.Popen:
+def start(words, cwd=ROOT, own_group=False, **environment) -> subprocess.Popen:
     """The program in a process of its own, single-threaded so that tests can run side by side."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, str(ROOT / "main_imp_fillback.py"), *words]
-    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            start_new_session=own_group)  # fmt: skip
 
 
 def pytest_collection_finish():

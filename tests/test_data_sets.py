@@ -619,6 +619,14 @@ def test_cifar100_from_parquet(label, names, tmp_path):
     assert splits.test.labels.tolist() == list(range(100)) and len(splits.val) == 10
 
 
+def test_parquet_files_that_name_the_classes_differently_are_refused(tmp_path):
+    names = [f"c{k}" for k in range(10)]
+    for part, own in (("train", names), ("test", names[::-1])):
+        parquet_shard(tmp_path / f"{part}-00000-of-00001.parquet", labels_of(20), names=own)
+    with pytest.raises(DataError, match=r"test-00000-of-00001.parquet calls class 0 c9, and the files before it c0"):
+        load_splits("cifar10", tmp_path, 8)
+
+
 @pytest.fixture
 def parquet(tmp_path):
     for part in ("train", "test"):

@@ -8,6 +8,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 import signal
 import time
 
@@ -282,6 +283,51 @@ def test_resume_insists_and_a_checkpoint_can_be_chosen(tmp_path, capsys):
     for name in ("1checkpoint.pth.tar", "2checkpoint.pth.tar"):
         one, other = (RunFolder.load(tmp_path / d / name) for d in ("b", "c"))
         assert equal(one.state_dict, other.state_dict) and equal(one.following, other.following)
+    words[words.index("--pruning_times") + 1] = "4"
+    assert run(*words, "--save_dir", tmp_path / "c") == 0
+
+
+@pytest.mark.parametrize("named", ["0checkpoint.pth.tar", "1checkpoint.pth.tar", "previous.pth.tar"])
+def test_a_run_that_was_taken_from_a_checkpoint_stands_by_itself(named, tmp_path, capsys):
+    """Whether there was anything left to do or not."""
+    assert run(*tiny(tmp_path / "a")) == 0
+    given = tmp_path / "a" / named
+    if named != "0checkpoint.pth.tar":
+        assert run(*tiny(tmp_path / "b", pruning_times=1, checkpoint=given)) == 2
+        assert "is of round 1; --pruning_times 1 ends before" in capsys.readouterr().err
+        assert not (tmp_path / "b").exists()
+    assert run(*tiny(tmp_path / "b", checkpoint=given)) == 0 and (tmp_path / "b" / "result.json").exists()
+    shutil.rmtree(tmp_path / "a")
+    assert run(*tiny(tmp_path / "b", pruning_times=3)) == 0
+    assert len(RunFolder(tmp_path / "b").newest_run().rounds) == 3
+
+
+def test_other_peoples_files_are_left_alone_and_a_refused_run_makes_none(tmp_path, capsys):
+    home = tmp_path / "home"
+    others = [
+        home / "thesis.tmp",
+        home / "docs" / "x.tmp",
+        home / "other_run" / "0checkpoint.pth.tar.tmp",
+        home / "folder.tmp" / "y",
+    ]
+    own = [home / "0checkpoint.pth.tar.tmp", home / "masks" / "round_0.pt.tmp", home / "args.yaml.tmp"]
+    for file in (*others, *own):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    assert run(*tiny(home, pruning_times=1)) == 0
+    assert all(f.exists() for f in others) and not any(f.exists() for f in own)
+    before = sorted(home.rglob("*"))
+    left = home / "1checkpoint.pth.tar.tmp"
+    left.touch()
+    assert run(*tiny(home, lr=0.06)) == 2
+    assert sorted(home.rglob("*")) == sorted([*before, left])
+    assert run(*tiny(tmp_path / "new", lr=0.06, checkpoint=home / "0checkpoint.pth.tar")) == 2
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "metrics.jsonl").write_text("{}")
+    assert run(*tiny(tmp_path / "results")) == 2
+    assert [p.name for p in (tmp_path / "results").iterdir()] == ["metrics.jsonl"]
+    assert "error" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [

@@ -76,6 +76,29 @@ def test_sixteen_bits_become_eight():
         assert (seen(data) == wanted).all()
 
 
+def test_sixteen_bits_are_white_where_they_are_transparent_or_say_so():
+    """As PIL itself does it for eight bits."""
+    values = np.array([[0, 257, 257 * 100, 65535]], np.uint16)
+    grey = seen(content(Image.fromarray(values), transparency=257))[0, :, 0]
+    assert grey.tolist() == [0, 255, 100, 255]
+    inverted = bytearray(content(Image.fromarray(values), "TIFF"))
+    place = inverted.index(struct.pack("<HHI", 262, 3, 1))
+    inverted[place + 8 : place + 10] = struct.pack("<H", 0)  # WhiteIsZero
+    assert seen(bytes(inverted))[0, :, 0].tolist() == [255, 254, 155, 0]
+
+
+def test_a_class_without_an_image_to_train_on_is_named(tmp_path, caplog):
+    for part, counts in (("train", (10, 1, 20)), ("test", (1, 1, 1))):
+        for name, count in zip("abc", counts, strict=True):
+            (tmp_path / part / name).mkdir(parents=True)
+            for k in range(count):
+                noise().save(tmp_path / part / name / f"{k}.png")
+    splits = load_splits("imagefolder", tmp_path, 8, 1, "memory")
+    lost = sorted({0, 1, 2} - set(splits.train.labels.tolist()))
+    assert lost == [1], "the split is fixed"
+    assert "no training image is left of b: all are among those held out for validation" in caplog.text
+
+
 def big_endian_tiff(values: np.ndarray) -> bytes:
     """An uncompressed grey TIFF in the byte order that microscopes and Macs write."""
     height, width = values.shape

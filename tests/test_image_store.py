@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from conftest import start, tiny
 from PIL import Image
+from test_experiment import assert_same_runs, stopped_again_and_again
+from torch.utils.data import get_worker_info
 
 import image_store
 import main_imp_fillback
@@ -82,6 +85,90 @@ def test_files_are_decoded_once_and_again_when_one_changes(photos, monkeypatch):
     assert len(decoded) == 38 + 60
     load_splits("imagefolder", photos, 16, 2)
     assert len(decoded) == 38 + 60 + 38
+
+
+def test_pixels_that_change_behind_an_old_time_stamp_are_read_anew(photos):
+    """As from archives that give all files one time: nobody can set the time of the change itself."""
+    changed = photos / "train" / "cat" / "3.bmp"
+    (photos / "train" / "cat" / "3.png").unlink()
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(changed)
+    before, status = load_splits("imagefolder", photos, 8, 2), changed.stat()
+    Image.new("RGB", (8, 8), (0, 200, 0)).save(changed)
+    os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert changed.stat().st_size == status.st_size
+    after = load_splits("imagefolder", photos, 8, 2)
+    assert not torch.equal(before.train.sample(99), after.train.sample(99))
+
+
+def test_a_cache_is_on_the_disk_before_it_has_its_name(photos, monkeypatch):
+    """After a power failure a file that was only renamed has its length, and holds zeros."""
+    noted, real = [], os.fsync
+
+    def fsync(descriptor):
+        noted.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    load_splits("imagefolder", photos, 8, 2, "mapped")
+    assert [name.endswith(".tmp") for name in noted] == [True, False] * 2 and noted[1] == ".decoded"
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_reading_images_draws_no_random_number(store, photos):
+    """Dropout would drop other features where the images are kept elsewhere, and after a stop in an epoch."""
+    loader, before = loaders_of(photos, store)[0], torch.get_rng_state()
+    list(loader)
+    loader.seek(0, 0, 3)
+    list(loader)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_run_with_dropout_goes_on_bit_for_bit_wherever_the_images_are(photos, tmp_path, monkeypatch):
+    net = tmp_path / "net.py"
+    net.write_text(
+        "from torch import nn\n"
+        "def net(num_classes):\n"
+        "    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]\n"
+        "    return nn.Sequential(*layers, nn.Dropout(0.5), nn.Linear(8, num_classes))\n"
+    )
+    words = {"dataset": "imagefolder", "data": photos, "arch": f"{net}:net", "batch_size": 8, "lr": 0.01}
+    for store in ("memory", "mapped"):
+        assert main_imp_fillback.main(tiny(tmp_path / store, **words, image_store=store)) == 0
+    assert_same_runs(tmp_path / "memory", tmp_path / "mapped")
+    command = lambda _: tiny(tmp_path / "broken", **words, image_store="mapped")  # noqa: E731
+    assert stopped_again_and_again(monkeypatch, 2, command) >= 2
+    assert_same_runs(tmp_path / "memory", tmp_path / "broken")
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_all_processes_ends_a_run_that_decodes_in_several(number, status, photos, tmp_path):
+    """As torchrun, batch systems and `timeout` send it."""
+    words = tiny(
+        tmp_path / "run", dataset="imagefolder", data=photos, image_store="stream", workers=2, batch_size=4, epochs=200
+    )
+    for _ in range(3):
+        process = start(words, own_group=True)
+        for line in process.stderr:
+            if " epoch " in line:
+                break
+        os.killpg(process.pid, number)
+        _, errors = process.communicate(timeout=100)
+        assert process.returncode == status and "Traceback" not in errors, errors
+        assert "the same command continues" in errors.splitlines()[-1]
+
+
+def test_a_worker_that_dies_is_one_line(photos, tmp_path, monkeypatch, capsys):
+    real = image_store._decode
+
+    def dying(path, size):
+        if get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(path, size)
+
+    monkeypatch.setattr(image_store, "_decode", dying)
+    words = tiny(tmp_path / "run", dataset="imagefolder", data=photos, image_store="stream", workers=2, batch_size=4)
+    assert main_imp_fillback.main(words) == 2
+    assert "argument --workers: a process that decodes images has died (" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_two_processes_may_decode_the_same_folder_at_once(photos, monkeypatch):
