@@ -15,7 +15,7 @@ DEEPEST = 50
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only, merges that stay small, and nothing so deep that reading it takes minutes."""
+    """Plain values only, each key once, merges that stay small, and nothing so deep that reading it takes minutes."""
 
     depth = 0
 
@@ -25,6 +25,16 @@ class _Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, f"more than {DEEPEST} levels", self.peek_event().start_mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) and key.value != "<<" else None
+            if name in seen:
+                raise yaml.composer.ComposerError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen |= {name} - {None}
         return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
@@ -45,7 +55,8 @@ def parse_yaml(text: str) -> Any:
     """What a YAML file says; of plain values alone, whatever it calls them.
 
     Raises:
-        ValueError: It is no YAML, names a class to be built, is nested without end, or unfolds to too many values.
+        ValueError: It is no YAML, names a class to be built, is nested without end, unfolds to too many values, or
+            has a key twice (of which PyYAML would take the last, silently).
     """
     try:
         loader = _Loader(text)

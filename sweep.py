@@ -12,7 +12,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,7 @@ from files import lock, write_atomically
 from redaction import refuse_secrets
 from sweeps.executors import check_executor
 from sweeps.file import read_file
-from sweeps.grid import MOST_RUNS, Job, Plan, Spec, plan, words_of
+from sweeps.grid import MOST_RUNS, Job, Plan, Spec, grouped, plan, words_of
 from sweeps.job_process import Outcome
 from sweeps.live_view import title_of
 from sweeps.schedule import carry_out
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
     from sweeps.search import Ready
 
 log = logging.getLogger("rsst")
-
-TAG_LENGTH = 64  # WandB refuses longer ones
 
 EXAMPLES = """examples:
   python sweep.py --grid struct=rsst,refill criteria=magnitude,l1 rate=0.2,0.4 seed=0,1,2 \\
@@ -167,7 +164,7 @@ def _run(words: list[str]) -> str:
     if args.dry_run:
         return describe(wanted)
     check_executor(args)
-    jobs = [_grouped(job, args.out.name) for job in wanted.jobs]
+    jobs = [grouped(job, args.out.name) for job in wanted.jobs]
     with locked(args.out):
         log_to_file(args.out / "sweep.log")
         for note in [*wanted.notes, *runs_of_other_sweeps(args.out, jobs)]:
@@ -189,7 +186,7 @@ def _search(args: argparse.Namespace, spec: Spec, words: Sequence[str]) -> str:
     with locked(args.out):
         log_to_file(args.out / "sweep.log")
         found = search(args, ready)
-        write_record(args.out, words, spec, [_grouped(job, args.out.name) for job in found.jobs])
+        write_record(args.out, words, spec, found.jobs, {"density": args.density, "macs": args.macs})
         text = [found.table, *([f"report: python report.py {_shorter(args.out)}"] if found.jobs else [])]
         if found.failed:
             print("\n\n".join(text))
@@ -202,15 +199,6 @@ def describe_search(ready: Ready) -> str:
     table = text_table(["setting"], [[" ".join(f"{k}={v}" for k, v in s.items())] for s in ready.settings])
     epochs = ", ".join(map(str, ready.budgets))
     return f"{table}\n{len(ready.settings)} settings, {ready.seeds} runs each; epochs of a round: {epochs}"
-
-
-def _grouped(job: Job, name: str) -> Job:
-    """The job with a group and tags for WandB."""
-    if job.dense:
-        return job
-    given = [w.partition("=")[2] for w in job.words if w.startswith("--wandb_tags=")]
-    tags = [f"{k}={v}"[-TAG_LENGTH:] for k, v in job.settings.items() if "," not in str(v)]
-    return replace(job, words=(*job.words, f"--wandb_group={name}", f"--wandb_tags={','.join([*given, *tags])}"))
 
 
 @contextmanager
@@ -237,12 +225,16 @@ def runs_of_other_sweeps(out: Path, jobs: Sequence[Job]) -> list[str]:
     return [f"{out} holds {len(others)} runs that are not in this sweep; reports leave them out"] if others else []
 
 
-def write_record(out: Path, words: Sequence[str], spec: Spec, jobs: Sequence[Job]) -> None:
-    """`sweep.json`: the command, and every job, for reports."""
+def write_record(
+    out: Path, words: Sequence[str], spec: Spec, jobs: Sequence[Job], limits: Mapping[str, float | None] | None = None
+) -> None:
+    """`sweep.json`: the command, every job, and the limits of a search, for reports."""
+    (out / "outcomes.json").unlink(missing_ok=True)  # those of an older record
     record = {
         "command": ["sweep.py", *words],
         "axes": list(dict.fromkeys([*spec.axes, *(key for job in jobs for key in job.settings)])),
         "jobs": [{**vars(j), "folder": str(j.folder.relative_to(out))} for j in jobs],
+        "limits": limits,
     }  # fmt: skip
     write_atomically(json.dumps(record, indent=1) + "\n", out / "sweep.json")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -30,10 +30,15 @@ from text_tables import counted
 
 # Settings that say where a run was and how it was watched, not what it was.
 PLUMBING = frozenset(
-    {"save_dir", "data", "checkpoint", "resume", "control_of", "dense_store", "wandb", "wandb_group", "wandb_tags",
-     "tensorboard", "exp_name", "quiet", "verbose", "print_freq", "dry_run", "gpu", "workers",
+    {"save_dir", "data", "preset", "checkpoint", "resume", "control_of", "dense_store", "wandb", "wandb_group",
+     "wandb_tags", "tensorboard", "exp_name", "quiet", "verbose", "print_freq", "dry_run", "gpu", "workers",
      "keep_checkpoints"}
 )  # fmt: skip
+# What may differ though the settings agree -> the hash of it that runs note, the settings, and what there is to say.
+CONTENTS = (
+    ("images", "data", ("dataset", "image_size"), "Some runs saw other images"),
+    ("network", "network", ("dataset", "arch", "image_size"), "Some runs trained another network"),
+)
 
 
 @dataclass(frozen=True)
@@ -97,12 +102,52 @@ class Group:
 
     @property
     def rounds(self) -> int:
-        """Rounds that all of its runs have finished."""
-        return min((len(run.rounds) for run in self.runs), default=0)
+        """Rounds that any of its runs has finished."""
+        return max((len(run.rounds) for run in self.runs), default=0)
+
+    @property
+    def finished(self) -> list[Run]:
+        return [run for run in self.runs if run.finished]
 
     def rows(self, state: int) -> list[Row]:
-        """Round `state` of each run."""
+        """Round `state` of each run that has come so far."""
         return [run.rounds[state] for run in self.runs if state < len(run.rounds)]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The sizes among which a search chooses.
+
+    Attributes:
+        density: Percent of the prunable weights at most; None: any.
+        macs: Millions at most.
+    """
+
+    density: float | None = None
+    macs: float | None = None
+
+    def best_round(self, runs: Sequence[Sequence[Row]]) -> tuple[int, list[Row]]:
+        """The round with the best mean validation accuracy of those whose mean size is within the limits.
+
+        Args:
+            runs: The rounds of each run.
+
+        Returns:
+            Its number, and that round of each run; (-1, []) if none is within the limits.
+        """
+        best: tuple[int, list[Row]] = (-1, [])
+        highest = -math.inf
+        for state, rows in enumerate(map(list, zip(*runs, strict=False))):
+            density, macs = size_of(rows)
+            accuracy = statistics.fmean(judged(r, "val") for r in rows)
+            if density <= (self.density or math.inf) and macs <= (self.macs or math.inf) and accuracy > highest:
+                best, highest = (state, rows), accuracy
+        return best
+
+
+def size_of(rows: Sequence[Row]) -> tuple[float, float]:
+    """Mean density in percent, and mean MACs in millions."""
+    return statistics.fmean(r["density"] for r in rows), statistics.fmean(r["macs"] / 1e6 for r in rows)
 
 
 @dataclass(frozen=True)
@@ -115,6 +160,8 @@ class Collection:
         runs: All, dense rounds that were trained for others apart.
         dense: Those.
         command: Words of the command that made it.
+        notes: What readers have to know of runs that are left out, or told apart by more than their settings.
+        limits: Of a search.
     """
 
     title: str
@@ -124,11 +171,20 @@ class Collection:
     runs: list[Run]
     dense: list[Run]
     command: list[str]
+    notes: list[str] = field(default_factory=list)
+    limits: Limits | None = None
 
 
 def in_words(settings: dict[str, Any]) -> str:
     """`struct=rsst rate=0.2`"""
-    return " ".join(f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in settings.items())
+    return " ".join(f"{k}={worded(v)}" for k, v in settings.items())
+
+
+def worded(value: Any) -> str:
+    """A value of a flag; the same value is the same word, 4 and 4.0 alike."""
+    if isinstance(value, list):
+        return ",".join(map(worded, value))
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
@@ -173,7 +229,7 @@ def collect(path: Path) -> Collection:
     elif is_run(path):
         run = _run(path, {})
         command = run.environment.get("command", [])
-        found = Collection(path.resolve().name, path, [], _groups([run]), [run], [], command)
+        found = _collection(path, ["seed"], [run], [], command)
     elif path.is_dir() and (folders := [p for p in sorted(path.iterdir()) if is_run(p)]):
         found = _folder(path, folders)
     else:
@@ -192,22 +248,83 @@ def _sweep(path: Path) -> Collection:
         reason = end.get("reason", "") if end.get("status") != 0 else ""
         run = _run(path / job["folder"], job["settings"], job["rounds"], reason)
         (dense if job["dense"] else runs).append(run)
-    axes = [a for a in record["axes"] if a != "seed" and len({str(r.settings.get(a)) for r in runs}) > 1]
-    return Collection(path.resolve().name, path, axes, _groups(runs), runs, dense, record["command"])
+    axes = [a for a in record["axes"] if len({worded(r.settings.get(a)) for r in runs}) > 1]
+    limits = Limits(**record["limits"]) if record.get("limits") else None
+    return _collection(path, axes, runs, dense, record["command"], limits)
 
 
 def _folder(path: Path, folders: Sequence[Path]) -> Collection:
-    """Runs that no sweep has made: what differs is read from their settings, as far as a command has named it.
+    """Runs that no sweep has made: what differs is read from their settings.
 
-    So a setting that only follows another by its default is no axis of its own.
+    A setting that no command names, and that only follows others by its default, is no axis of its own.
     """
     every = {folder: read_settings(folder) for folder in folders}
     keys = dict.fromkeys(key for args in every.values() for key in args if key not in PLUMBING)
     commands = [read_environment(folder).get("command", []) for folder in folders]
     named = {word.removeprefix("--").split("=")[0].replace("-", "_") for words in commands for word in words}
-    axes = [k for k in keys if len({str(args.get(k)) for args in every.values()}) > 1 and (k in named or not named)]
+    differing = [k for k in keys if k != "seed" and len({worded(args.get(k)) for args in every.values()}) > 1]
+    axes = [k for k in differing if k in named]
+    for key in differing:
+        if key not in axes and not _follows(key, axes, every.values()):
+            axes.append(key)
     runs = [_run(folder, {k: args.get(k) for k in axes}) for folder, args in every.items()]
-    return Collection(path.resolve().name, path, [a for a in axes if a != "seed"], _groups(runs), runs, [], [])
+    return _collection(path, axes, runs, [], [])
+
+
+def _follows(key: str, axes: Sequence[str], every: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether runs that agree in the axes agree in this setting too."""
+    values: dict[tuple[str, ...], set[str]] = {}
+    for args in every:
+        values.setdefault(tuple(worded(args.get(a)) for a in axes), set()).add(worded(args.get(key)))
+    return all(len(found) == 1 for found in values.values())
+
+
+def _collection(
+    path: Path, axes: Sequence[str], runs: list[Run], dense: list[Run], command: list[str],
+    limits: Limits | None = None,
+) -> Collection:  # fmt: skip
+    notes: list[str] = []
+    axes = [a for a in axes if a != "seed"]
+    for name, key, known, what in CONTENTS:
+        runs, different = _told_apart(runs, name, key, known)
+        if different:
+            axes.append(name)
+            notes.append(f"{what}, though the settings do not say so: {name}={' and '.join(different)} are told apart.")
+    groups, repeated = _groups(runs)
+    if repeated:
+        notes.append(f"Left out, since another run has the same settings and seed: {', '.join(repeated)}.")
+    return Collection(path.resolve().name, path, axes, groups, runs, dense, command, notes, limits)
+
+
+def _told_apart(runs: list[Run], name: str, key: str, known: Sequence[str]) -> tuple[list[Run], list[str]]:
+    """Runs whose settings agree in what is `known`, but not in a hash that they have noted, have it as a setting.
+
+    Returns:
+        The runs, and the different values.
+    """
+    hashes: dict[tuple[str, ...], set[str]] = {}
+    for run in runs:
+        hashes.setdefault(_place(run, known), set()).update(_noted(run, key))
+    different = sorted({h for found in hashes.values() if len(found) > 1 for h in found})
+    if not different:
+        return runs, []
+    marked = [
+        replace(run, settings={**run.settings, name: noted[0]})
+        if (noted := _noted(run, key)) and len(hashes[_place(run, known)]) > 1 else run for run in runs
+    ]  # fmt: skip
+    return marked, different
+
+
+def _place(run: Run, known: Sequence[str]) -> tuple[str, ...]:
+    return tuple(worded(run.args.get(k)) for k in known)
+
+
+def _noted(run: Run, key: str) -> list[str]:
+    """The hash of its images or its network; of older runs, which have none, the place of their image files."""
+    found = run.environment.get(key)
+    if isinstance(found, str) and found:
+        return [found[:8]]
+    return [str(run.args.get("data"))] if key == "data" and run.args.get("dataset") == "imagefolder" else []
 
 
 def _json(path: Path, refuse: Callable[[Any], None]) -> dict[str, Any]:
@@ -232,6 +349,9 @@ def _check_record(found: Any) -> None:
         folder = PurePath(job["folder"])
         inside = not folder.is_absolute() and ".." not in folder.parts
         check(inside, f"a folder within the sweep's, and not {folder},")
+    limits = found.get("limits") or {}
+    check(is_mapping(limits) and limits.keys() <= {"density", "macs"}, "the limits of a search")
+    check(all(v is None or is_number(v) for v in limits.values()), "numbers as limits of a search")
 
 
 def _check_ends(found: Any) -> None:
@@ -243,10 +363,12 @@ def _check_ends(found: Any) -> None:
 def _run(folder: Path, settings: dict[str, Any], wanted: int | None = None, reason: str = "") -> Run:
     args, result = read_settings(folder), read_result(folder)
     wanted = wanted or int(args.get("pruning_times", 1))
+    history, rounds = read_metrics(folder), read_rounds(folder)[:wanted]  # it may have gone on, for another sweep
     if not reason and result.get("rounds", 0) < wanted:
         reason = _unfinished(folder) if args else "not begun"
-    return Run(folder.resolve().name, folder, settings, args, read_metrics(folder), read_rounds(folder), result,
-               read_environment(folder), wanted, reason)  # fmt: skip
+    history = [r for r in history if r["round"] < wanted]
+    return Run(folder.resolve().name, folder, settings, args, history, rounds, result, read_environment(folder), wanted,
+               reason)  # fmt: skip
 
 
 def _unfinished(folder: Path) -> str:
@@ -263,12 +385,17 @@ def _unfinished(folder: Path) -> str:
     return "broken off; the same command continues"
 
 
-def _groups(runs: Iterable[Run]) -> list[Group]:
-    groups: dict[str, Group] = {}
-    for run in runs:
-        if run.rounds:
-            settings = {k: v for k, v in run.settings.items() if k != "seed"}
-            groups.setdefault(in_words(settings), Group(settings)).runs.append(run)
+def _groups(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:
+    """Groups by settings, one run for each seed, the furthest; and the names of other runs with the same seed."""
+    begun = [(in_words(settings), settings, run) for run in runs if run.rounds
+             for settings in [{k: v for k, v in run.settings.items() if k != "seed"}]]  # fmt: skip
+    groups = {name: Group(settings) for name, settings, _ in begun}
+    repeated = []
+    for name, _, run in sorted(begun, key=lambda each: -len(each[2].rounds)):
+        if run.seed in {other.seed for other in groups[name].runs}:
+            repeated.append(run.name)
+        else:
+            groups[name].runs.append(run)
     for group in groups.values():
         group.runs.sort(key=lambda run: run.seed)
-    return list(groups.values())
+    return list(groups.values()), sorted(repeated)

@@ -7,12 +7,12 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from reports.collection import Collection, Group, in_words, judged
+from reports.collection import Collection, Group, in_words, judged, worded
 from run_files import Row
 
 LEVEL = 0.05
+FEW_PAIRS = 3
 SAME_DENSITY = 2.0  # points; accuracies at densities that are further apart are no fair comparison
 
 
@@ -117,7 +117,7 @@ def main_effects(collection: Collection) -> list[Comparison]:
     """For each flag that differs, each pair of its values: in the last round, averaged over all other settings."""
     pairs = []
     for axis in collection.axes:
-        values = list(dict.fromkeys(str(g.settings[axis]) for g in collection.groups if axis in g.settings))
+        values = list(dict.fromkeys(worded(g.settings[axis]) for g in collection.groups if axis in g.settings))
         others = [a for a in collection.axes if a != axis]
         where = f"last round, mean over {' and '.join(others)}" if others else "last round"
         for first, second in itertools.combinations(values, 2):
@@ -130,7 +130,7 @@ def main_effects(collection: Collection) -> list[Comparison]:
 def cell_by_cell(collection: Collection, axis: str) -> list[Comparison]:
     """Each pair of values of one flag, for each combination of the others by itself."""
     pairs = []
-    values = list(dict.fromkeys(str(g.settings[axis]) for g in collection.groups if axis in g.settings))
+    values = list(dict.fromkeys(worded(g.settings[axis]) for g in collection.groups if axis in g.settings))
     for first, second in itertools.combinations(values, 2):
         ones, others = _cells(collection, axis, (first, second))
         for cell in (c for c in ones if c in others):
@@ -148,7 +148,7 @@ def _cells(collection: Collection, axis: str, values: tuple[str, str]) -> tuple[
     A setting that some of them do not read (a schedule of lambda, of Refill) tells no cells apart: groups that differ
     in it alone are in one cell, and count as their mean.
     """
-    sides = [[g for g in collection.groups if str(g.settings.get(axis, "")) == value] for value in values]
+    sides = [[g for g in collection.groups if worded(g.settings.get(axis, "")) == value] for value in values]
     read = [a for a in collection.axes if a != axis and all(a in g.settings for side in sides for g in side)]
     found: tuple[Cells, Cells] = ({}, {})
     for side, cells in zip(sides, found, strict=True):
@@ -161,12 +161,29 @@ def against_dense(collection: Collection) -> list[Comparison]:
     """Each group's last round against the round 0 of the same run."""
     found = []
     for group in collection.groups:
-        runs = [run for run in group.runs if run.finished and len(run.rounds) > 1]
+        runs = [run for run in group.finished if len(run.rounds) > 1]
         if runs:
             differences = tuple(judged(run.rounds[-1]) - judged(run.rounds[0]) for run in runs)
             density = statistics.fmean(run.rounds[-1]["density"] for run in runs)
             found.append(Comparison(group.title, "its dense network", "last round", differences, (density, 100.0)))
     return adjusted(found)
+
+
+def not_compared(collection: Collection) -> list[str]:
+    """A sentence for each flag of which some values are never found in settings that are the same in all else."""
+    said = []
+    for axis in collection.axes:
+        values = list(dict.fromkeys(worded(g.settings[axis]) for g in collection.groups if axis in g.settings))
+        alone = []
+        for first, second in itertools.combinations(values, 2):
+            ones, others = _cells(collection, axis, (first, second))
+            if not ones.keys() & others.keys():
+                alone.append(f"{first} and {second}")
+        if alone:
+            more = f", and {len(alone) - FEW_PAIRS} other pairs" if len(alone) > FEW_PAIRS else ""
+            said.append(f"Not compared, since no two settings differ in it alone: {axis} "
+                        f"{', '.join(alone[:FEW_PAIRS])}{more}.")  # fmt: skip
+    return said
 
 
 def _paired(sides: tuple[Cells, Cells], names: tuple[str, str], where: str) -> Comparison | None:
@@ -180,7 +197,8 @@ def _paired(sides: tuple[Cells, Cells], names: tuple[str, str], where: str) -> C
     seeds_of = {cell: frozenset(one.keys() & other.keys()) for cell, (one, other) in values.items()}
     if not any(seeds_of.values()):
         return None
-    seeds = max(seeds_of.values(), key=lambda s: len(s) * sum(s <= other for other in seeds_of.values()))
+    candidates = [one & other for one, other in itertools.combinations_with_replacement(seeds_of.values(), 2)]
+    seeds = max(candidates, key=lambda s: len(s) * sum(s <= other for other in seeds_of.values()))
     cells = [cell for cell, found in seeds_of.items() if seeds <= found]
     left_out = len(ones.keys() | others.keys()) - len(cells)
     differences = tuple(
@@ -193,7 +211,7 @@ def _paired(sides: tuple[Cells, Cells], names: tuple[str, str], where: str) -> C
 
 def _by_seed(groups: Sequence[Group]) -> dict[int, tuple[float, float]]:
     """Accuracy and density of the last round, mean over the groups, for each seed that all of them have finished."""
-    rows = [{run.seed: run.rounds[-1] for run in group.runs if run.finished} for group in groups]
+    rows = [{run.seed: run.rounds[-1] for run in group.finished} for group in groups]
     complete = set.intersection(*(set(r) for r in rows))
     return {
         seed: (statistics.fmean(judged(r[seed]) for r in rows), statistics.fmean(r[seed]["density"] for r in rows))
@@ -201,10 +219,33 @@ def _by_seed(groups: Sequence[Group]) -> dict[int, tuple[float, float]]:
     }
 
 
-def best_by_validation(collection: Collection) -> tuple[Group, list[Row]] | None:
-    """The group whose last round has the best mean validation accuracy, with those rows; None if none is finished."""
-    finished = {id(g): [run.rounds[-1] for run in g.runs if run.finished] for g in collection.groups}
-    candidates = [g for g in collection.groups if finished[id(g)]]
-    score: Callable[[Group], Any] = lambda g: statistics.fmean(judged(r, "val") for r in finished[id(g)])  # noqa: E731
-    best = max(candidates, key=score, default=None)
-    return None if best is None else (best, finished[id(best)])
+@dataclass(frozen=True)
+class Best:
+    """The setting that validation chooses.
+
+    Attributes:
+        rows: One of each seed.
+        where: Which round they are of, in words.
+    """
+
+    group: Group
+    rows: list[Row]
+    where: str
+
+
+def best_by_validation(collection: Collection) -> Best | None:
+    """The group with the best mean validation accuracy, in the last round; of a search, in the best within its limits.
+
+    A group that lacks seeds that others have finished is no candidate. None if no run is finished.
+    """
+    most = max((len(g.finished) for g in collection.groups), default=0)
+    found = [best for g in collection.groups if most and len(g.finished) == most if (best := _best_of(g, collection))]
+    score: Callable[[Best], float] = lambda b: statistics.fmean(judged(r, "val") for r in b.rows)  # noqa: E731
+    return max(found, key=score, default=None)
+
+
+def _best_of(group: Group, collection: Collection) -> Best | None:
+    if collection.limits is None:
+        return Best(group, [run.rounds[-1] for run in group.finished], "its last round")
+    state, rows = collection.limits.best_round([run.rounds for run in group.finished])
+    return Best(group, rows, f"round {state}, its best within the limits") if rows else None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from methods import SQUEEZE_GOAL
 from pictures import panels_of
-from reports.collection import Collection, Group, Run, in_words, judged, soft
+from reports.collection import Collection, Group, Run, in_words, judged, soft, worded
 from reports.style import DASHES, FAINT, INK, colour_of
 from run_files import Row
 
@@ -111,7 +111,7 @@ def _accuracy_line(
     rings: list[tuple[float, float]] = []
     for state in range(group.rounds):
         points = [(x, judged(r.rounds[state]), soft(r.rounds[state])) for r in group.runs
-                  if (x := place(group, r, state)) is not None]  # fmt: skip
+                  if state < len(r.rounds) and (x := place(group, r, state)) is not None]  # fmt: skip
         if not points:
             continue
         accuracies = [y for _, y, _ in points]
@@ -206,7 +206,8 @@ def penalty_figures(collection: Collection) -> Iterator[Drawn]:
         return
     curves: dict[tuple[float, ...], Group] = {}
     for group in squeezing:
-        last = [row["reg_lambd"] for row in group.runs[0].history if row["round"] == 1]
+        furthest = max(group.runs, key=lambda run: len(run.history))
+        last = [row["reg_lambd"] for row in furthest.history if row["round"] == 1]
         curves.setdefault(tuple(last), group)
     figure, axes = figure_of()
     for k, (values, group) in enumerate(curves.items()):
@@ -222,7 +223,7 @@ def penalty_figures(collection: Collection) -> Iterator[Drawn]:
 def _squeeze_figure(collection: Collection, squeezing: Sequence[Group]) -> Drawn:
     from matplotlib.ticker import MaxNLocator
 
-    shown_axes = [a for a in collection.axes if len({str(g.settings.get(a)) for g in squeezing}) > 1]
+    shown_axes = [a for a in collection.axes if len({worded(g.settings.get(a)) for g in squeezing}) > 1]
     names = list(dict.fromkeys(picked(g, shown_axes) for g in squeezing))
     figure, axes = figure_of(height=SIZE[1] + 0.14 * max(0, len(names) - 4))
     smallest = 1.0
@@ -233,10 +234,9 @@ def _squeeze_figure(collection: Collection, squeezing: Sequence[Group]) -> Drawn
         line = [(s, statistics.fmean(v)) for s, v in points if v]
         smallest = min([smallest, *(y for _, y in line if y > 0)])
         dash = DASHES[names.index(name) // MANY_SERIES % len(DASHES)]
-        axes.plot(
-            *zip(*line, strict=True), color=colour, marker=marker, linestyle=dash, markersize=4, label=name or None
-        )
-    axes.set_xlim(0.5, max(group.rounds for group in squeezing) - 0.5)
+        axes.plot([x for x, _ in line], [y for _, y in line], color=colour, marker=marker, linestyle=dash, markersize=4,
+                  label=name or None)  # fmt: skip
+    axes.set_xlim(0.5, max(1, *(group.rounds - 1 for group in squeezing)) + 0.5)
     axes.axhline(SQUEEZE_GOAL, color=INK, linewidth=0.8, linestyle=":")
     floor = min(0.01, max(1e-4, 10 ** math.floor(math.log10(smallest))))
     axes.set_yscale("symlog", linthresh=floor)

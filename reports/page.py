@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 
 from errors import StorageError
 from files import write_atomically
-from reports.collection import PLUMBING, Collection, Run, judged, time_saved, weak_penalties
-from reports.comparisons import Comparison, against_dense, best_by_validation, cell_by_cell, main_effects
+from reports.collection import PLUMBING, Collection, Run, judged, size_of, time_saved, weak_penalties
+from reports.comparisons import Comparison, against_dense, best_by_validation, cell_by_cell, main_effects, not_compared
 from reports.figures import Drawn, every_figure, kept_figure, training_figure
 from reports.style import COLOURS, FAINT, INK, ON_DARK, as_png, as_svg, for_page, styled
 from reports.sweep_tables import Table, comparisons_table, groups_table, rounds_table, runs_table, shown, spread
@@ -68,16 +67,16 @@ def _findings(collection: Collection, effects: Sequence[Comparison], dense: Sequ
     """What the report says in plain words, most important first."""
     said = []
     if best := best_by_validation(collection):
-        group, rows = best
-        which = f"{group.title} is the best by validation accuracy in its last round" if collection.axes else \
-            "In its last round the run"  # fmt: skip
-        accuracy = f"{spread([judged(r) for r in rows])} % on the test images"
-        density, macs = (statistics.fmean(r[name] for r in rows) for name in ("density", "macs"))
-        size = f"{density:.1f} % of the prunable weights, {macs / 1e6:.1f} M MACs an image"
-        verb = ": it reaches" if collection.axes else " reaches"
-        said.append(f"{which}{verb} {accuracy} with {size}.")
-        said += [c.sentence for c in dense if c.first == group.title]
-    return said + [c.sentence for c in effects] + weak_penalties(collection)
+        title, rows = best.group.title, best.rows
+        which = f"{title} is the best by validation accuracy in {best.where}: it" if collection.axes else \
+            f"In {best.where} the run"  # fmt: skip
+        accuracy = f"{spread([judged(r) for r in rows])} % on the test images ({counted(len(rows), 'seed')})"
+        density, macs = size_of(rows)
+        said.append(f"{which} reaches {accuracy} with {density:.1f} % of the prunable weights, {macs:.1f} M MACs an "
+                    "image.")  # fmt: skip
+        said += [c.sentence for c in dense if c.first == title]
+    effects_said = [c.sentence for c in effects] + not_compared(collection)
+    return said + effects_said + weak_penalties(collection) + collection.notes
 
 
 def make_folder(path: Path) -> None:

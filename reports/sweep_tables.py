@@ -12,9 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from errors import DataError
-from reports.collection import Collection, Group, collect, judged, mean_and_spread, soft, time_saved, weak_penalties
+from reports.collection import (
+    Collection,
+    Group,
+    collect,
+    judged,
+    mean_and_spread,
+    soft,
+    time_saved,
+    weak_penalties,
+    worded,
+)
 from reports.comparisons import Comparison, best_by_validation
-from text_tables import text_table
+from text_tables import counted, text_table
 
 NUMBERS = re.compile(r"[-+][\d.]+(e[-+]?\d+)?( ± [\d.]+)?")
 
@@ -79,6 +89,8 @@ def _latex_row(cells: Sequence[str]) -> str:
 
 def shown(cell: Any) -> str:
     """A cell as readers see it."""
+    if cell is None:
+        return "–"
     if isinstance(cell, bool) or not isinstance(cell, int | float):
         return str(cell)
     if isinstance(cell, float):
@@ -93,8 +105,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def _values(group: Group, axes: Sequence[str]) -> list[str]:
-    found = (group.settings.get(a, "–") for a in axes)
-    return [",".join(map(str, v)) if isinstance(v, list) else str(v) for v in found]
+    return [worded(group.settings.get(a, "–")) for a in axes]
 
 
 def groups_table(collection: Collection, only_last: bool = False) -> Table:
@@ -163,8 +174,7 @@ def printed_summary(path: Path) -> str:
     table = groups_table(collection, only_last=True)
     lines = [text_table(table.head, [[shown(c) for c in row] for row in table.rows])]
     if best := best_by_validation(collection):
-        group, rows = best
-        lines.append(f"best by validation: {group.title} with {spread([judged(r) for r in rows])} % on the test images "
-                     f"({len(rows)} seed{'s' if len(rows) > 1 else ''})")  # fmt: skip
-    paragraphs = ["\n".join([*lines, *weak_penalties(collection)]), *time_saved(collection)]
+        lines.append(f"best by validation: {best.group.title} with {spread([judged(r) for r in best.rows])} % on the "
+                     f"test images ({counted(len(best.rows), 'seed')})")  # fmt: skip
+    paragraphs = ["\n".join([*lines, *weak_penalties(collection), *collection.notes]), *time_saved(collection)]
     return "\n\n".join(paragraphs)

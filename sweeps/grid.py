@@ -28,6 +28,7 @@ OURS = ("save_dir", "checkpoint", "resume", "control_of", "dense_store", "dry_ru
         "verbose")  # fmt: skip
 
 
+TAG_LENGTH = 64  # WandB refuses longer ones
 MOST_RUNS = 100_000  # combinations: all are planned before the first begins
 
 
@@ -80,6 +81,7 @@ class Job:
         rounds, epochs: How many rounds it has, and how many epochs each of them.
         after: Names of the jobs that have to be finished before.
         dense: Whether it only trains the round 0 of others.
+        added: Whether nobody has asked for it, but a control is compared with it.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Job:
     epochs: int = 1
     after: tuple[str, ...] = ()
     dense: bool = False
+    added: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Plan:
 
 
 def words_of(settings: Settings) -> list[str]:
-    """Settings as a command line. True and false are a bare flag and none where the flag takes no value.
+    """Settings as a command line: true and false are a bare flag and none where the flag takes no value, None is none.
 
     Raises:
         UsageError: There is no such flag, or the value does not fit.
@@ -109,9 +112,11 @@ def words_of(settings: Settings) -> list[str]:
     words: list[str] = []
     for key, value in settings.items():
         action = _action(key)
+        if value is None:
+            continue
         if action.nargs == 0:
             words += [f"--{key}"] if _truth(key, value) else []
-        elif value is not None:
+        else:
             text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             words += [f"--{key}={text}"]
     return words
@@ -158,21 +163,25 @@ def plan(spec: Spec, out: Path, share_round_0: bool = True) -> Plan:
     """
     check_axes(spec)
     jobs: dict[str, Job] = {}
-    doubled = 0
+    doubled = shorter = 0
     for settings in spec.combinations():
         job = _job(spec, settings, out)
         known = jobs.get(job.name)
-        doubled += known is not None
+        doubled += known is not None and known.rounds == job.rounds
+        shorter += known is not None and known.rounds != job.rounds
         if known is None or known.rounds < job.rounds:
             jobs[job.name] = job
+    _check_init(jobs.values())
     notes = [f"{doubled} combinations differ in nothing that is read, and are left out"] if doubled else []
+    notes += [f"{shorter} combinations are the first rounds of others, and are left out"] if shorter else []
     added: dict[str, Job] = {}
     for job in list(jobs.values()):
         if ticket := _ticket_of(job, out):
             jobs[job.name] = replace(job, settings={**job.settings, "control": parse_args(job.words).control})
             known = jobs.get(ticket.name) or added.get(ticket.name)
             if known is None or known.rounds < ticket.rounds:
-                (jobs if ticket.name in jobs else added)[ticket.name] = ticket
+                home = jobs if ticket.name in jobs else added
+                home[ticket.name] = replace(ticket, added=home is added)
     if added:
         notes.append(f"added, with which controls are compared: {counted(len(added), 'run')}")
     jobs = added | jobs
@@ -183,6 +192,27 @@ def plan(spec: Spec, out: Path, share_round_0: bool = True) -> Plan:
         if j.name in dense else j for j in ordered
     ]  # fmt: skip
     return Plan([*{d.name: d for d in dense.values()}.values(), *ordered], notes)
+
+
+def _check_init(jobs: Iterable[Job]) -> None:
+    """Raises: UsageError, if several runs would make one file of initial weights, each with others."""
+    makers: dict[str, set[tuple[int, str]]] = {}
+    for args in (parse_args(job.words) for job in jobs if any(_key(w) == "init" for w in job.words)):
+        if args.init and not Path(args.init).exists():
+            makers.setdefault(args.init, set()).add((args.seed, args.arch))
+    for file, different in makers.items():
+        if len(different) > 1:
+            raise UsageError(f"argument --init: {file} is not there; the first of several different runs would make it "
+                             "for all others")  # fmt: skip
+
+
+def grouped(job: Job, name: str) -> Job:
+    """The job with a group and tags for WandB."""
+    if job.dense:
+        return job
+    given = [w.partition("=")[2] for w in job.words if w.startswith("--wandb_tags=")]
+    tags = [f"{k}={v}"[-TAG_LENGTH:] for k, v in job.settings.items() if "," not in str(v)]
+    return replace(job, words=(*job.words, f"--wandb_group={name}", f"--wandb_tags={','.join([*given, *tags])}"))
 
 
 def _job(spec: Spec, settings: Settings, out: Path) -> Job:

@@ -43,9 +43,10 @@ def is_finished(job: Job) -> bool:
 
 
 def _begin_lost_dense_rounds_anew(jobs: Sequence[Job]) -> None:
-    """A dense round is there for others: without its entry in the store, its finished run is of no use."""
+    """A dense round is there for others: without its entry in the store, its finished run is of no use to them."""
+    needed = {name for job in jobs if not is_finished(job) for name in job.after}
     for job in jobs:
-        if job.dense and is_finished(job):
+        if job.dense and job.name in needed and is_finished(job):
             address = read_result(job.folder).get("round_0_address", "")
             if not (job.folder.parent / "store" / address / "about.json").is_file():
                 shutil.rmtree(job.folder)

@@ -7,7 +7,7 @@ import logging
 import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,10 +16,10 @@ from typing import Any
 from errors import UsageError
 from files import write_atomically
 from options import parse_args
-from reports.collection import in_words, judged
+from reports.collection import Limits, in_words, judged, size_of
 from reports.sweep_tables import Table, shown
 from run_files import read_rounds
-from sweeps.grid import Job, Spec, plan, words_of
+from sweeps.grid import Job, Spec, grouped, plan, words_of
 from sweeps.schedule import carry_out
 from text_tables import counted, text_table
 
@@ -64,15 +64,19 @@ class Ready:
     """A search whose every run has been checked.
 
     Attributes:
-        settings: The combinations, without seeds.
+        settings: The combinations, without seeds, and without flags that they do not read.
         budgets: Epochs of each rung.
-        jobs: Of each setting (by its number) and budget: one for each seed.
+        jobs: Of each setting (by its number) and budget: one for each seed, and those that have to be finished before.
     """
 
     settings: list[dict[str, Any]]
     budgets: list[int]
     seeds: int
     jobs: dict[tuple[int, int], list[Job]]
+
+    def own(self, number: int, epochs: int) -> list[Job]:
+        """The runs of a setting itself."""
+        return [job for job in self.jobs[number, epochs] if not job.added]
 
 
 def prepared(args: argparse.Namespace, spec: Spec) -> Ready:
@@ -85,21 +89,35 @@ def prepared(args: argparse.Namespace, spec: Spec) -> Ready:
         raise UsageError("argument --search: needs the package optuna (pip install optuna)")
     if "epochs" in spec.axes:
         raise UsageError("argument --search: epochs cannot be in the grid: the search decides them")
-    settings, seeds = without_seeds(spec)
-    if len(settings) < 2:
-        raise UsageError("argument --search: the grid leaves nothing to choose")
     plan(spec, args.out)  # so that what is wrong is named as in other sweeps
+    settings, seeds = without_seeds(spec)
     full = {parse_args([*spec.flags, *words_of(s)]).epochs for s in settings}
     budgets = budgets_of(full.pop(), args.rungs)
-    store = f"--dense_store={args.out / 'round_0' / 'store'}"
-    jobs = {}
-    for number, setting in enumerate(settings):
+    ready = Ready([], budgets, len(seeds), {})
+    known = set()
+    for setting in settings:
+        jobs = {}
         for epochs in budgets:
             settled = {**setting, **scaled([*spec.flags, *words_of(setting)], epochs)}
             listed = tuple({**settled, "seed": seed} for seed in seeds)
             found = plan(Spec(spec.flags, (), listed), args.out, share_round_0=False).jobs
-            jobs[number, epochs] = [replace(j, words=(*j.words, store)) for j in found]
-    return Ready(settings, budgets, len(seeds), jobs)
+            jobs[epochs] = [_equipped(job, args) for job in found]
+        own = [job for job in jobs[budgets[-1]] if not job.added]
+        names = frozenset(job.name for job in own)
+        if names not in known:  # else the same runs under another name
+            known.add(names)
+            ready.jobs.update({(len(ready.settings), epochs): each for epochs, each in jobs.items()})
+            ready.settings.append({k: v for k, v in setting.items() if k in own[0].settings})
+    if len(ready.settings) < 2:
+        raise UsageError("argument --search: the grid leaves nothing to choose")
+    return ready
+
+
+def _equipped(job: Job, args: argparse.Namespace) -> Job:
+    """The job as part of the search: its group and tags, and where its dense round may come from."""
+    job = grouped(job, args.out.name)
+    store = [f"--dense_store={args.out / 'round_0' / 'store'}"] if args.share_round_0 else []
+    return replace(job, words=(*job.words, *store))
 
 
 @dataclass
@@ -128,7 +146,7 @@ def search(args: argparse.Namespace, ready: Ready) -> Found:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=ready.budgets[0], reduction_factor=FACTOR)
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=FACTOR)
     study = optuna.create_study(direction="maximize", pruner=pruner, sampler=optuna.samplers.RandomSampler(seed=0))
     order = list(range(len(ready.settings)))
     random.Random(0).shuffle(order)  # the first ones meet no competition: no corner of the grid should profit
@@ -137,21 +155,30 @@ def search(args: argparse.Namespace, ready: Ready) -> Found:
         study.enqueue_trial({"setting": number})
         trials[number] = study.ask({"setting": optuna.distributions.IntDistribution(0, len(order) - 1)})
     result = Results(ready)
-    for epochs in ready.budgets:
-        outcomes = carry_out([job for number in trials for job in ready.jobs[number, epochs]], args)
+    for rung, epochs in enumerate(ready.budgets):
+        outcomes = carry_out(_without_repetition(ready.jobs[number, epochs] for number in trials), args)
         for number, trial in list(trials.items()):
             jobs = ready.jobs[number, epochs]
             if unfinished := [job for job in jobs if not outcomes[job.name].fine]:
                 result.failed[number] = f"{unfinished[0].name}: {outcomes[unfinished[0].name].reason}"
                 study.tell(trials.pop(number), state=optuna.trial.TrialState.FAIL)
                 continue
-            found = within(jobs, epochs, args.density, args.macs)
+            found = within(ready.own(number, epochs), epochs, Limits(args.density, args.macs))
             result.last[number] = found
             log.info("%s: %s", in_words(ready.settings[number]), _in_words(found))
-            trial.report(found.val, epochs)
+            trial.report(found.val, FACTOR**rung)  # epochs are rounded, which Optuna's rungs are not
             if math.isnan(found.val) or (epochs != ready.budgets[-1] and trial.should_prune()):
                 study.tell(trials.pop(number), state=optuna.trial.TrialState.PRUNED)
     return _conclude(result, args.out)
+
+
+def _without_repetition(jobs: Iterable[Sequence[Job]]) -> list[Job]:
+    """What several settings need, like a ticket of several controls, once; as a run of its own if it is one."""
+    found: dict[str, Job] = {}
+    for job in (job for some in jobs for job in some):
+        if job.name not in found or found[job.name].added:
+            found[job.name] = job
+    return list(found.values())
 
 
 def without_seeds(spec: Spec) -> tuple[list[dict[str, Any]], list[Any]]:
@@ -177,18 +204,13 @@ def scaled(words: Sequence[str], epochs: int) -> dict[str, Any]:
     return found | ({"rewind_epoch": int(share * args.rewind_epoch)} if rewinds else {})
 
 
-def within(jobs: Sequence[Job], epochs: int, density: float | None, macs: float | None) -> Reached:
-    """The best round by validation accuracy, of those whose mean size over seeds is within the limits."""
-    runs = [read_rounds(job.folder) for job in jobs]
-    best = Reached(epochs)
-    for state in range(min(map(len, runs))):
-        rows = [run[state] for run in runs]
-        size = statistics.fmean(r["density"] for r in rows), statistics.fmean(r["macs"] / 1e6 for r in rows)
-        if size[0] <= (density or math.inf) and size[1] <= (macs or math.inf):
-            val, test = (statistics.fmean(judged(r, split) for r in rows) for split in ("val", "test"))
-            if math.isnan(best.val) or val > best.val:
-                best = Reached(epochs, state, *size, val, test)
-    return best
+def within(jobs: Sequence[Job], epochs: int, limits: Limits) -> Reached:
+    """What the best round within the limits has reached, mean over seeds."""
+    state, rows = limits.best_round([read_rounds(job.folder) for job in jobs])
+    if not rows:
+        return Reached(epochs)
+    val, test = (statistics.fmean(judged(r, split) for r in rows) for split in ("val", "test"))
+    return Reached(epochs, state, *size_of(rows), val, test)
 
 
 def _in_words(found: Reached) -> str:
@@ -210,8 +232,9 @@ def _conclude(result: Results, out: Path) -> Found:
     write_atomically(table.csv(), out / "search.csv")
     text = [text_table(head, [[shown(c) for c in row] for row in rows])]
     text += [f"failed: {in_words(ready.settings[k])}: {reason}" for k, reason in sorted(result.failed.items())]
-    finalists = [k for k in best_first if reached[k].epochs == ready.budgets[-1]]
-    winner = next((k for k in finalists if not math.isnan(reached[k].val)), None)
+    last_rung = [k for k in best_first if reached[k].epochs == ready.budgets[-1]]
+    finalists = [k for k in last_rung if not math.isnan(reached[k].val)]
+    winner = next(iter(finalists), None)
     if winner is not None:
         last = reached[winner]
         basis = f"{counted(ready.seeds, 'seed')}, {last.density:.1f} % density, {last.macs:.1f} M MACs"
@@ -221,7 +244,7 @@ def _conclude(result: Results, out: Path) -> Found:
         text.append(
             "no setting has a round within the limits; allow more, or prune further by --rate and --pruning_times"
         )
-    jobs = [job for k in finalists for job in ready.jobs[k, ready.budgets[-1]]]
+    jobs = _without_repetition(ready.jobs[k, ready.budgets[-1]] for k in finalists)
     return Found("\n".join(text), jobs, len(result.failed))
 
 

@@ -398,6 +398,7 @@ def test_a_small_file_does_not_eat_the_memory(kind, tmp_path):
     ("grid: {null: [1]}", 2, "None is no flag's name"), ("grid: {seed: [{}]}", 2, "a dict is not a value"),
     ("grid: {seed: [[0, [1]]]}", 2, "a list is not a value"), ("grid: {seed: [!!set {a}]}", 2, "a set is not a value"),
     ("grid: {seed: [!!binary aa==]}", 2, "a bytes is not a value"), ("grid: {help: [true]}", 2, "help cannot differ"),
+    ("grid: {rate: [0.1], rate: [0.2]}", 3, "rate is given twice"), ("grid: {seed: [0]}\ngrid: {seed: [1]}", 3, "grid is given"),
     ("grid: {seed: [2020-13-45]}", 3, "month must be in 1..12"), ("grid: !!bool x", 3, "cannot read"),
     ("grid: {init: [\"a\\0b\"]}", 2, "'a\\x00b' cannot be the name of a file"), ("[" * 5000, 3, "more than 50 levels"),
     ("{" + ", ".join(f"k{k}" for k in range(10_001)) + "}", 3, "more than 10000 entries"),

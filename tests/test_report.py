@@ -22,7 +22,7 @@ from test_experiment import run
 import report
 from files import lock
 from reports import latency, style
-from reports.collection import collect, weak_penalties
+from reports.collection import collect, weak_penalties, worded
 from reports.comparisons import (
     Comparison,
     adjusted,
@@ -30,6 +30,7 @@ from reports.comparisons import (
     best_by_validation,
     cell_by_cell,
     main_effects,
+    not_compared,
     with_test,
 )
 from reports.figures import roles_of
@@ -167,6 +168,134 @@ def test_settings_that_follow_others_are_no_axes(tmp_path):
     assert collect(tmp_path).axes == ["rate"]
 
 
+def write_folder(path, *runs):
+    """Runs without a sweep: (settings, what env.json holds besides)."""
+    for k, (settings, environment) in enumerate(runs):
+        folder = path / str(k)
+        args = {**write_run(folder, "rsst", "l1", settings.get("seed", 0)), **settings}
+        (folder / "args.yaml").write_text(json.dumps(args))
+        (folder / "env.json").write_text(json.dumps({"command": ["notebook.py"], **environment}))
+    return path
+
+
+def test_settings_that_no_command_names_are_told_apart(tmp_path):
+    path = write_folder(
+        tmp_path, *(({"rate": r, "mlp_prune_ratio": r, "seed": s}, {}) for r in (0.1, 0.6) for s in (0, 1))
+    )
+    collection = collect(path)
+    assert collection.axes == ["rate"] and [len(g.runs) for g in collection.groups] == [2, 2]
+    seeds = write_folder(tmp_path / "b", ({"rate": 0.1, "seed": 0}, {}), ({"rate": 0.6, "seed": 1}, {}))
+    assert len(collect(seeds).groups) == 2, "nothing follows from a seed"
+
+
+@pytest.mark.parametrize("key, name", [("data", "images"), ("network", "network")])
+def test_runs_that_saw_other_images_or_trained_another_network_are_told_apart(key, name, tmp_path):
+    path = write_sweep(tmp_path / "s")
+    for folder in path.glob("runs/*"):
+        value = "a" * 16 if folder.name.endswith("2") else "b" * 16
+        environment = json.loads((folder / "env.json").read_text()) | {key: value}
+        (folder / "env.json").write_text(json.dumps(environment))
+    collection = collect(path)
+    assert collection.axes == ["struct", "criteria", name]
+    assert sorted(len(g.runs) for g in collection.groups) == [1] * 4 + [2] * 4
+    (note,) = collection.notes
+    assert f"{name}=aaaaaaaa and bbbbbbbb are told apart" in note
+    assert report.main([str(path), "--latency", "false"]) == 0
+    assert note.replace("'", "&#39;") in (path / "report" / "index.html").read_text()
+
+
+def test_image_folders_of_older_runs_are_told_apart_by_their_place(tmp_path):
+    photos = [({"dataset": "imagefolder", "data": d, "seed": s}, {}) for d in ("one", "other") for s in (0, 1)]
+    assert [g.settings for g in collect(write_folder(tmp_path, *photos)).groups] == [
+        {"images": "one"},
+        {"images": "other"},
+    ]
+
+
+def test_the_same_run_twice_is_one_seed(tmp_path):
+    collection = collect(write_folder(tmp_path, *(({"seed": s}, {}) for s in (0, 1, 0, 0))))
+    assert [r.seed for r in collection.groups[0].runs] == [0, 1]
+    assert collection.notes == ["Left out, since another run has the same settings and seed: 2, 3."]
+    assert len(collection.runs) == 4
+
+
+def test_only_the_rounds_that_the_sweep_wants_count(tmp_path):
+    path = write_sweep(tmp_path / "s")
+    record = json.loads((path / "sweep.json").read_text())
+    for job in record["jobs"]:
+        job["rounds"] = 2
+    (path / "sweep.json").write_text(json.dumps(record))
+    collection = collect(path)
+    assert {len(r.rounds) for r in collection.runs} == {2} and all(r.finished for r in collection.runs)
+    assert {c.densities[0] for c in against_dense(collection)} == {DENSITIES[1]}
+    assert all(row[2] < 2 for row in groups_table(collection).rows)
+
+
+def test_a_broken_seed_hides_no_round_of_the_others(tmp_path, recwarn):
+    path = write_sweep(tmp_path / "s", broken=[("rsst", "l1", 0)])
+    table = groups_table(collect(path))
+    rows = [r for r in table.rows if r[:2] == ["rsst", "l1"]]
+    assert [(r[2], r[-1]) for r in rows] == [(0, 3), (1, 2), (2, 2)]
+    assert report.main([str(path), "--latency", "false"]) == 0
+    whole = write_sweep(tmp_path / "none", broken=[("rsst", c, s) for c in ("l1", "remain") for s in SEEDS])
+    assert report.main([str(whole), "--latency", "false"]) == 0
+    assert not recwarn.list
+
+
+def test_the_best_is_one_of_those_with_the_most_seeds_and_the_page_says_how_many(tmp_path):
+    path = write_sweep(tmp_path / "s", broken=[("rsst", c, s) for c in ("l1", "remain") for s in (0, 1)])
+    best = best_by_validation(collect(path))
+    assert best.group.settings["struct"] == "refill" and len(best.rows) == 3
+    assert report.main([str(path), "--latency", "false"]) == 0
+    assert "(3 seeds) with 36.0 % of the prunable weights" in (path / "report" / "index.html").read_text()
+
+
+def test_a_search_is_judged_within_its_limits(tmp_path):
+    """Every round is worse than the one before, so that without limits the dense one would be best."""
+    path = write_sweep(tmp_path / "s")
+    record = json.loads((path / "sweep.json").read_text())
+    for limits, state in (({"density": 60, "macs": None}, 1), ({"density": None, "macs": 15.0}, 2)):
+        (path / "sweep.json").write_text(json.dumps({**record, "limits": limits}))
+        best = best_by_validation(collect(path))
+        assert {r["round"] for r in best.rows} == {state}
+        assert best.where == f"round {state}, its best within the limits"
+    (path / "sweep.json").write_text(json.dumps({**record, "limits": {"density": 1, "macs": None}}))
+    assert best_by_validation(collect(path)) is None
+
+
+def test_values_that_are_never_alone_different_are_said(tmp_path):
+    path = write_sweep(tmp_path / "s")
+    record = json.loads((path / "sweep.json").read_text())
+    record["jobs"] = [
+        j
+        for j in record["jobs"]
+        if j["settings"]["criteria"] == {"rsst": "l1", "refill": "remain"}[j["settings"]["struct"]]
+    ]
+    (path / "sweep.json").write_text(json.dumps(record))
+    assert not_compared(collect(path)) == [
+        "Not compared, since no two settings differ in it alone: struct rsst and refill.",
+        "Not compared, since no two settings differ in it alone: criteria l1 and remain."]  # fmt: skip
+    assert not_compared(collect(write_sweep(tmp_path / "t"))) == []
+
+
+def test_seeds_that_cells_share_are_compared_in_all_of_them(tmp_path):
+    """Cells with seeds 0 to 2, and 1 to 3: two seeds in both are more than three in one."""
+    broken = [("refill", "l1", 3), ("refill", "remain", 0)]
+    found = main_effects(collect(write_sweep(tmp_path / "s", (0, 1, 2, 3), broken)))[0]
+    assert found.seeds == 2 and "without" not in found.where
+
+
+def test_a_number_is_the_same_word_however_it_is_written(tmp_path):
+    runs = (({"exponents": e, "seed": s}, {}) for e, s in ((4, 0), (4.0, 1), (2.5, 0)))
+    assert [g.title for g in collect(write_folder(tmp_path, *runs)).groups] == ["exponents=4", "exponents=2.5"]
+    assert worded([0, 1.0, 2.5]) == "0,1,2.5" and worded(True) == "True" and worded(math.inf) == "inf"
+
+
+def test_cells_without_a_value_are_a_dash():
+    table = Table("t", "c", ["a", "b"], [[None, math.nan]])
+    assert table.markdown().splitlines()[-1] == "| – | – |" and "None" not in table.latex()
+
+
 def test_a_run_that_is_at_work_is_said_to_be(tmp_path):
     write_run(tmp_path / "run", "rsst", "l1", 0, rounds=1)
     (before,) = collect(tmp_path / "run").runs
@@ -192,8 +321,8 @@ def test_what_is_chosen_is_chosen_by_validation(tmp_path):
             writer = csv.DictWriter(out, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-    group, rows = best_by_validation(collect(path))
-    assert group.title == "struct=refill criteria=l1" and rows[0]["test_accuracy"] == 10.0
+    best = best_by_validation(collect(path))
+    assert best.group.title == "struct=refill criteria=l1" and best.rows[0]["test_accuracy"] == 10.0
 
 
 def test_hardened_accuracy_is_what_counts(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from test_experiment import assert_same_runs, run
 
 import sweep
 from errors import DataError, UsageError
-from options import parse_args
+from options import build_parser, parse_args
 from run_identity import default_run_folder, identity_of_round_0
 from sweeps import executors, job_process, schedule
 from sweeps.executors import LocalExecutor, Places, Slot, slots_of
@@ -91,6 +92,34 @@ def test_one_dense_round_for_all_that_begin_alike():
     assert all(parse_args(d.words).pruning_times == 1 and d.rounds == 1 for d in dense)
     alone, none, _ = runs_of({"seed": [0, 1]})
     assert not none and all(not job.after for job in alone)
+
+
+def test_the_first_rounds_of_others_are_said_to_be():
+    _, _, notes = runs_of({"pruning_times": [2, 4], "seed": [0, 1]})
+    assert notes == ["2 combinations are the first rounds of others, and are left out"]
+
+
+def test_null_leaves_any_flag_out():
+    jobs, _, _ = runs_of({"conv1": [None, True], "rate": [None, 0.4]})
+    assert [("--conv1" in j.words, parse_args(j.words).rate) for j in jobs] == [
+        (False, 0.2), (False, 0.4), (True, 0.2), (True, 0.4)]  # fmt: skip
+
+
+def test_no_two_runs_make_one_file_of_initial_weights(tmp_path):
+    base = f"--init={tmp_path / 'init.pt'}"
+    with pytest.raises(UsageError, match="the first of several different runs would make it"):
+        runs_of({"seed": [0, 1]}, base)
+    assert len(runs_of({"struct": ["rsst", "refill"]}, base)[0]) == 2, "the same weights, whoever makes them"
+    (tmp_path / "init.pt").touch()
+    assert len(runs_of({"seed": [0, 1]}, base)[0]) == 2
+
+
+def test_a_number_is_the_same_number_as_a_default():
+    """An axis on which a default and the same value given are two would never compare them."""
+    for action in build_parser()._actions:
+        if action.type and isinstance(action.default, int) and not isinstance(action.default, bool):
+            given = action.type(str(action.default))
+            assert type(given) is type(action.default), action.dest
 
 
 def test_controls_wait_for_their_tickets_which_are_added():
@@ -524,6 +553,78 @@ def test_a_search_finds_the_best_within_the_limit(tmp_path, capsys):
     assert {j["settings"]["rate"] for j in json.loads((tmp_path / "sweep.json").read_text())["jobs"]} == {0.4}
     again = start_sweep(words)
     assert again.communicate(timeout=100)[0] == stdout and again.returncode == 0
+
+
+def made_up_results(monkeypatch, accuracy):
+    """Jobs that are carried out at once; `accuracy` (of their arguments) is what validation and test see."""
+    carried_out = []
+
+    def carry_out(jobs, args):
+        for job in jobs:
+            carried_out.append(job)
+            run_args = parse_args(job.words)
+            density = 100 * (1 - run_args.rate)
+            row = {"round": 1, "density": density, "parameters": 1, "macs": 1e6, "val_accuracy": accuracy(run_args),
+                   "test_accuracy": accuracy(run_args) - 1, "kept_per_layer": json.dumps({})}  # fmt: skip
+            job.folder.mkdir(parents=True, exist_ok=True)
+            text = io.StringIO()
+            writer = csv.DictWriter(text, list(row))
+            writer.writeheader()
+            writer.writerows([{**row, "round": 0, "density": 100.0}, row])
+            (job.folder / "summary.csv").write_text(text.getvalue())
+        return {job.name: Outcome(0) for job in jobs}
+
+    pytest.importorskip("optuna")
+    monkeypatch.setattr("sweeps.search.carry_out", carry_out)
+    return carried_out
+
+
+def searched(folder, *grid, **settings):
+    words = sweep_words(folder, *grid, **settings)
+    assert sweep.main(["--search", "--density", "70", *words]) == 0
+    return json.loads((folder / "sweep.json").read_text()), (folder / "search.csv").read_text().splitlines()[1:]
+
+
+def test_a_searchs_control_is_not_averaged_with_its_ticket(monkeypatch, tmp_path, capsys):
+    jobs = made_up_results(monkeypatch, lambda a: {"none": 80.0, "reinit": 60.0, "random_structure": 40.0}[a.control])
+    record, rows = searched(tmp_path, "struct=refill", "control=none,reinit,random_structure", "seed=0,1", rate=0.4)
+    found = {line.split(",")[0]: float(line.split(",")[5]) for line in rows}
+    assert found == {
+        f"struct=refill control={c}": v for c, v in (("none", 80), ("reinit", 60), ("random_structure", 40))
+    }
+    assert "best: struct=refill control=none with 79.00 %" in capsys.readouterr().out
+    names = [job["name"] for job in record["jobs"]]
+    assert len(names) == len(set(names)), "a run is written down once"
+    assert len({job.name for job in jobs}) == len({(job.name, job.epochs) for job in jobs})
+
+
+def test_settings_that_are_the_same_runs_are_one_setting_of_a_search(monkeypatch, tmp_path):
+    made_up_results(monkeypatch, lambda a: 70.0 + a.seed)
+    record, rows = searched(tmp_path, "struct=rsst,refill", "RST_schedule=x,x^2,x^3", "seed=0,1", rate=0.4)
+    assert [line.split(",")[0] for line in rows].count("struct=refill") == 1 and len(rows) == 4
+    assert len(record["jobs"]) == len({job["name"] for job in record["jobs"]})
+
+
+@pytest.mark.parametrize("epochs", [14, 25, 27, 160])
+def test_every_rung_of_a_search_selects_whatever_a_third_of_the_epochs_is(epochs, monkeypatch, tmp_path):
+    made_up_results(monkeypatch, lambda a: 50 + 10 * a.rate + "lmrs".index(a.criteria[0]))
+    grid = ("struct=refill", "rate=0.4,0.5,0.6", "criteria=magnitude,remain,l1,l2,saliency", "seed=0")
+    _, rows = searched(tmp_path, *grid, epochs=epochs)
+    reached = sorted(int(line.split(",")[1]) for line in rows)
+    assert [reached.count(e) for e in sorted(set(reached))] == [8, 2, 5], "seven go on, and five of them"
+
+
+def test_a_search_keeps_to_what_it_is_told(monkeypatch, tmp_path):
+    jobs = made_up_results(monkeypatch, lambda a: 90 * (a.rate < 0.2) + 50)
+    record, _ = searched(tmp_path / "a", "struct=refill", "rate=0.1,0.4", "seed=0", wandb="offline")
+    assert {parse_args(job.words).wandb_group for job in jobs} == {"a"}
+    assert all("struct=refill" in parse_args(job.words).wandb_tags for job in jobs)
+    assert all(parse_args(job.words).dense_store for job in jobs)
+    assert {j["settings"]["rate"] for j in record["jobs"]} == {0.4}, "what is too large is no candidate of the report's"
+    assert record["limits"] == {"density": 70, "macs": None}
+    jobs.clear()
+    searched(tmp_path / "b", "struct=refill", "rate=0.4,0.5", "seed=0", "--share_round_0", "false")
+    assert not any(parse_args(job.words).dense_store for job in jobs)
 
 
 def test_scaled_runs_keep_the_shape_of_their_schedule():
