@@ -14,7 +14,9 @@ from network_check import check_units
 from optimization import OPTIMIZERS, LearningRate
 from rules import TARGET_KINDS, RoundRules, kinds_of
 from unit_groups import unit_groups
-from units import UnitGroup, kinds
+from units import UnitGroup, kinds, parameter_of, ranked_names
+
+LITTLE = 0.5  # of the parameters
 
 
 def groups_from(args: argparse.Namespace, model: nn.Module, image_size: int) -> list[UnitGroup]:
@@ -49,9 +51,15 @@ def rules_from(args: argparse.Namespace, groups: Sequence[UnitGroup]) -> RoundRu
     return RoundRules(**{n: getattr(args, n) for n in names}, structured=structured, targets=targets)
 
 
-def warnings_for(rules: RoundRules, groups: Sequence[UnitGroup]) -> list[str]:
-    """Sentences about rules that these groups make pointless."""
+def warnings_for(rules: RoundRules, model: nn.Module, groups: Sequence[UnitGroup]) -> list[str]:
+    """Sentences about rules that this network makes pointless, or that reach little of it."""
     said = _warnings_of_few_units(rules, groups)
+    reached = sum(parameter_of(model, name).numel() for name in ranked_names(model, groups))
+    share = reached / sum(p.numel() for p in model.parameters())
+    if share < LITTLE:
+        said.append(
+            f"only {share:.0%} of the parameters are in layers that can be pruned here; rates are shares of those"
+        )
     if rules.method.squeezes and not rules.structured:
         said.append("without --vit_structured RSST has nothing to squeeze: this is unstructured magnitude pruning")
     return said

@@ -62,7 +62,7 @@ def _run_in(world: World, args: argparse.Namespace) -> str:
     for loader in loaders:
         loader.share = (world.rank, world.size)
     groups = groups_from(args, model, loaders[0].image_size)
-    args.warnings += warnings_for(rules_from(args, groups), groups)
+    args.warnings += warnings_for(rules_from(args, groups), model, groups)
     source = None if args.control == "none" or not world.is_first else ControlSource(args)
     if args.dry_run:
         return _plan(args, model, groups, loaders[0]) if world.is_first else ""

@@ -678,6 +678,12 @@ def test_unstructured_rsst_is_said_to_squeeze_nothing_whoevers_the_vit_is(arch, 
         assert both == 0 and ("as they will be" in capsys.readouterr().out) is known
 
 
+def test_a_network_of_which_little_can_be_pruned_is_warned_of(tmp_path, capsys):
+    for arch, count in (("torchvision/convnext_tiny", 1), ("torchvision/resnet18", 0)):
+        assert main_imp_fillback.main([*tiny(tmp_path / "run", arch=arch, image_size=32), "--dry_run"]) == 0
+        assert capsys.readouterr().err.count("only 7% of the parameters are in layers that can be pruned here") == count
+
+
 class AddsOneChannel(nn.Module):
     def __init__(self):
         super().__init__()
