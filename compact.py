@@ -25,7 +25,7 @@ from models.attention import SelfAttention
 from models.layers import Normalize, channels_side_by_side
 from run_files import check, is_mapping, is_words
 from structured_text import parse_json
-from unit_groups import unit_groups
+from unit_groups import is_transformer, unit_groups
 from units import UnitGroup, masks_of_units
 
 FORMAT = 1
@@ -71,13 +71,12 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor], lanes: int = 1) -> nn.
     with torch.no_grad():
         for name, mask in masks.items():
             parameters[name].mul_(mask.to(parameters[name].device))
-    groups = unit_groups(model, f"{spec_of(model).stem}.weight" in masks)
-    if any(g.kind == "channel" for g in groups):
+    if not is_transformer(model):
         follower = Follower(small, masks, lanes)
         small, cuts = follower.follow(), follower.cuts
         small.spec, small.precision = spec_of(model), vars(model).get("precision", torch.float32)
     else:
-        cuts = _cut_branches(small, groups, masks)
+        cuts = _cut_branches(small, unit_groups(model), masks)
     small.train(model.training)
     small.cuts = cuts
     return small

@@ -18,20 +18,21 @@ SEPARATE = {"qkv", "proj", "gate", "q_norm", "k_norm"}
 
 
 def unit_groups(model: nn.Module, prune_stem: bool = False, blocks: bool = False) -> list[UnitGroup]:
-    """The unit groups of any network; of a ViT with its `blocks` as units too, if asked for.
+    """The unit groups of any network; of a ViT with its `blocks` as units too, if asked for."""
+    return vit_groups(model, prune_stem, blocks) if is_transformer(model) else channel_groups(model, prune_stem)
 
-    A network with heads or MLP neurons is taken for a ViT: its convolutions are left as they are. Not so where the only
-    MLPs are a classifier's, or weigh channels (squeeze and excitation): such are parts of CNNs.
+
+def is_transformer(model: nn.Module) -> bool:
+    """Whether the network has heads or MLP neurons: then its convolutions are left as they are.
+
+    Not so where the only MLPs are a classifier's, or weigh channels (squeeze and excitation): such are parts of CNNs.
     """
-    groups = vit_groups(model, prune_stem, blocks)
-    if not any(g.kind == "head" for g in groups) and not _mixes_features(model, groups):
-        groups = []
-    return groups or channel_groups(model, prune_stem)
+    return is_vit_model(model) or _mixes_features(model, neuron_groups(model))
 
 
 def _mixes_features(model: nn.Module, groups: Sequence[UnitGroup]) -> bool:
     """Whether an MLP gives as many features as it takes, and has no fewer in between."""
-    layers = [[parameter_of(model, s.name) for s in g.slices] for g in groups if g.kind == "neuron"]
+    layers = [[parameter_of(model, s.name) for s in g.slices] for g in groups]
     return any(last.shape[0] == first.shape[1] <= last.shape[1] for first, *_, last in layers)
 
 
