@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from reports.collection import Collection, Group, in_words, judged, worded
+from reports.runs import Collection, Group, in_words, judged, worded
 from run_files import Row
 
 LEVEL = 0.05

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from methods import SQUEEZE_GOAL
 from pictures import panels_of
-from reports.collection import Collection, Group, Run, in_words, judged, soft, worded
+from reports.runs import Collection, Group, Run, in_words, judged, soft, worded
 from reports.style import DASHES, FAINT, INK, colour_of
 from run_files import Row
 

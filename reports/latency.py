@@ -10,7 +10,7 @@ from typing import Any
 
 from errors import DataError, RunError
 from files import write_atomically
-from reports.collection import Collection, Run
+from reports.runs import Collection, Run
 from run_files import is_mapping, is_number
 from structured_text import parse_json
 from text_tables import counted

@@ -10,9 +10,11 @@ from typing import Any
 
 from errors import StorageError
 from files import write_atomically
-from reports.collection import PLUMBING, Collection, Run, judged, size_of, time_saved, weak_penalties
+from reports.collection import PLUMBING
 from reports.comparisons import Comparison, against_dense, best_by_validation, cell_by_cell, main_effects, not_compared
 from reports.figures import Drawn, every_figure, kept_figure, training_figure
+from reports.runs import Collection, Run, judged, size_of
+from reports.sentences import time_saved, weak_penalties
 from reports.style import COLOURS, FAINT, INK, ON_DARK, as_png, as_svg, for_page, styled
 from reports.sweep_tables import Table, comparisons_table, groups_table, rounds_table, runs_table, shown, spread
 from text_tables import counted

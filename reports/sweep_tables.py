@@ -12,18 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from errors import DataError
-from reports.collection import (
-    Collection,
-    Group,
-    collect,
-    judged,
-    mean_and_spread,
-    soft,
-    time_saved,
-    weak_penalties,
-    worded,
-)
+from reports.collection import collect
 from reports.comparisons import Comparison, best_by_validation
+from reports.runs import Collection, Group, judged, mean_and_spread, soft, worded
+from reports.sentences import time_saved, weak_penalties
 from text_tables import counted, text_table
 
 NUMBERS = re.compile(r"[-+][\d.]+(e[-+]?\d+)?( ± [\d.]+)?")

@@ -16,7 +16,7 @@ from typing import Any
 from errors import UsageError
 from files import write_atomically
 from options import parse_args
-from reports.collection import Limits, in_words, judged, size_of
+from reports.runs import Limits, in_words, judged, size_of
 from reports.sweep_tables import Table, shown
 from run_files import read_rounds
 from sweeps.grid import Job, Spec, grouped, plan, words_of

@@ -22,7 +22,7 @@ from test_experiment import run
 import report
 from files import lock
 from reports import latency, style
-from reports.collection import collect, weak_penalties, worded
+from reports.collection import collect
 from reports.comparisons import (
     Comparison,
     adjusted,
@@ -34,6 +34,8 @@ from reports.comparisons import (
     with_test,
 )
 from reports.figures import roles_of
+from reports.runs import worded
+from reports.sentences import weak_penalties
 from reports.sweep_tables import Table, groups_table, runs_table, spread
 from run_files import read_metrics, read_rounds
 from text_tables import counted
