@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from reports.runs import Collection, Group, in_words, judged, worded
 from run_files import Row
+from text_tables import counted
 
 LEVEL = 0.05
 FEW_PAIRS = 3
@@ -205,7 +206,7 @@ def _paired(sides: tuple[Cells, Cells], names: tuple[str, str], where: str) -> C
         statistics.fmean(values[c][0][seed][0] - values[c][1][seed][0] for c in cells) for seed in sorted(seeds)
     )
     one, other = (statistics.fmean(values[c][k][seed][1] for c in cells for seed in seeds) for k in (0, 1))
-    where += f", without {left_out} settings that are not complete" if left_out else ""
+    where += f", without {counted(left_out, 'incomplete setting')}" if left_out else ""
     return Comparison(*names, where, differences, (one, other))
 
 

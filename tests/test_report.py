@@ -136,9 +136,7 @@ def test_a_seed_that_one_side_lacks_is_in_no_pair(tmp_path):
 def test_a_setting_that_lacks_most_seeds_is_left_out_of_means(tmp_path):
     collection = collect(write_sweep(tmp_path / "s", broken=[("refill", "l1", 1), ("refill", "l1", 2)]))
     found = main_effects(collection)[0]
-    assert (
-        found.seeds == 3 and found.where == "last round, mean over criteria, without 1 settings that are not complete"
-    )
+    assert found.seeds == 3 and found.where == "last round, mean over criteria, without 1 incomplete setting"
     wanted = [accuracy("rsst", "remain", s, 2) - accuracy("refill", "remain", s, 2) for s in SEEDS]
     assert found.differences == pytest.approx(wanted)
 
