@@ -56,7 +56,7 @@ def find_run(args: argparse.Namespace, folder: RunFolder, run: RunState) -> RunS
     folder.clear_away()
     if found is None:
         if wanted and given is not None:
-            link(Path(wanted), folder.checkpoint(given.state))
+            link(Path(wanted).resolve(), folder.checkpoint(given.state))
         return given
     if args.checkpoint:
         log.warning("--checkpoint is not read: %s holds a run, which continues", folder.path)

@@ -198,8 +198,8 @@ def _paired(sides: tuple[Cells, Cells], names: tuple[str, str], where: str) -> C
     seeds_of = {cell: frozenset(one.keys() & other.keys()) for cell, (one, other) in values.items()}
     if not any(seeds_of.values()):
         return None
-    candidates = [one & other for one, other in itertools.combinations_with_replacement(seeds_of.values(), 2)]
-    seeds = max(candidates, key=lambda s: len(s) * sum(s <= other for other in seeds_of.values()))
+    candidates = [one & other for one, other in itertools.combinations_with_replacement(set(seeds_of.values()), 2)]
+    seeds = max(sorted(candidates, key=sorted), key=lambda s: len(s) * sum(s <= o for o in seeds_of.values()))
     cells = [cell for cell, found in seeds_of.items() if seeds <= found]
     left_out = len(ones.keys() | others.keys()) - len(cells)
     differences = tuple(
