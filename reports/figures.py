@@ -244,7 +244,7 @@ def _squeeze_figure(collection: Collection, squeezing: Sequence[Group]) -> Drawn
     axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
     axes.set_ylim(-0.05 * floor, 1.1)
     axes.set(xlabel="round", ylabel="norm of doomed weights, after / before")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if shown_axes:
         figure.legend(fontsize=7, loc="outside lower center", ncols=2)
     caption = "What the penalty has left of the doomed weights (dotted: the goal; 0: their units have faded out)"
@@ -275,7 +275,7 @@ def cost_figure(collection: Collection) -> Drawn:
                       label=label)  # fmt: skip
     axes.set(xlabel="round", ylabel="seconds an epoch (median)")
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if any(labelled):
         axes.legend(fontsize=7.5)
     return Drawn("cost", "Time of an epoch with its evaluation; later rounds train smaller networks", figure)
