@@ -119,7 +119,7 @@ def log_to_file(path: Path) -> None:
 
 
 def _let_the_first_speak() -> None:
-    """Wait for torchrun to end this process.
+    """Wait for torchrun to end this process; if that does not happen, the first one has not met the error.
 
     It ends all of them as soon as one has failed: the first one might not have come to the error yet, and never say it.
     """
@@ -143,6 +143,7 @@ def exit_status(program: Callable[[], str]) -> int:
             log.error("%s%s", speaker, error)
         elif error.alike:
             _let_the_first_speak()
+            log.error("%s%s", speaker, error)
         return error.exit_code
     except KeyboardInterrupt:
         log.error("%sstopped", speaker)

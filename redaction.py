@@ -11,22 +11,9 @@ from pathlib import Path
 from errors import UsageError
 
 SECRET_WORDS = frozenset(
-    {
-        "KEY",
-        "APIKEY",
-        "TOKEN",
-        "PAT",
-        "SECRET",
-        "SECRETS",
-        "PASSWORD",
-        "PASSWD",
-        "PASSPHRASE",
-        "PWD",
-        "PGPASSWORD",
-        "CREDENTIAL",
-        "CREDENTIALS",
-    }
-)
+    {"KEY", "APIKEY", "TOKEN", "PAT", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRASE", "PWD", "PGPASSWORD",
+     "CREDENTIAL", "CREDENTIALS"}
+)  # fmt: skip
 SHORTEST = 8
 ORDINARY = re.compile(r"[a-z]+([-_ ][a-z]+)*|[A-Z]?[a-z]+|[A-Z]+(_[A-Z]+)*|[\d.:,-]+")
 PASSWORD_IN_URL = re.compile(r"\b([A-Za-z][\w+.-]*:/{1,2}[^/\s:@]*):([^/\s@]+)@")  # one /: of a URL taken for a path

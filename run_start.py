@@ -46,7 +46,7 @@ def find_run(args: argparse.Namespace, folder: RunFolder, run: RunState) -> RunS
         if given.state >= args.pruning_times:
             raise UsageError(f"argument --checkpoint: {wanted} is of round {given.state}; --pruning_times "
                              f"{args.pruning_times} ends before")  # fmt: skip
-    if not folder.is_locked:
+    if not folder.is_locked:  # else a process may be at work there that has not written a checkpoint yet
         folder.refuse_foreign_results()
     folder.lock()
     folder.refuse_foreign_results()

@@ -18,10 +18,11 @@ from conftest import ROOT, tiny
 from test_data_sets import write_image
 from test_experiment import assert_same_runs
 
+import console
 import main_imp_fillback as program
 from batches import BatchLoader
 from distributed import World
-from errors import Interrupted, RunError
+from errors import Interrupted, RunError, UsageError
 from image_sets import ImageSet
 from run_state import RunFolder
 from training import StopRequest
@@ -235,6 +236,23 @@ def test_the_first_process_speaks_however_late_it_comes_to_the_error(words, tmp_
     _, stderr = process.communicate(timeout=200)
     assert process.returncode and len(re.findall("^error: ", stderr, re.MULTILINE)) == 1, stderr
     assert "exitcode  : -15" not in stderr.split("Root Cause")[1]
+
+
+def test_who_waits_in_vain_for_the_first_process_speaks_itself(monkeypatch, capsys):
+    """As on a machine with less memory than the first one's."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(console, "LONGEST_SILENCE", 0.01)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def program():
+        raise UsageError("argument --image_size: too large")
+
+    try:
+        assert console.exit_status(program) == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == "error: rank 1: argument --image_size: too large\n"
 
 
 def test_a_network_with_frozen_and_unused_parameters_is_shared_out(tmp_path):
