@@ -1,55 +1,55 @@
-"""Small networks, small data, and a way to run the program."""
+"""What holds for every test: which ones run, and in what surroundings."""
 
 from __future__ import annotations
 
 import gc
 import os
-import subprocess
-import sys
-from pathlib import Path
+import zlib
 
 import pytest
 import torch
+from helpers import networks  # noqa: F401 (registers the networks of the tests)
+from helpers.finished import finished_run as trained_once
+from helpers.programs import end_all
 
 import launch  # noqa: F401 (all of the program, see pytest_collection_finish)
-from models import MODELS
 
-ROOT = Path(__file__).resolve().parent.parent
+pytest_plugins = ["helpers.data_files"]
 os.environ["WANDB_MODE"] = "disabled"
 torch.set_num_threads(1)
 
-# Networks that are too large for tests that try everything: 15 million parameters and more.
-LARGE = ("res50", "vgg16_bn", "densenet161", "vit_small", "vit_base", "vit_small_imagenet", "vit_base_imagenet",
-         "vit_large_imagenet")  # fmt: skip
-SMALL = tuple(arch for arch in MODELS if arch not in LARGE)
 
-# A run of a few seconds: 8-pixel digits, one epoch a round.
-TINY = {
-    "dataset": "digits", "image_size": 8, "arch": "res20s", "struct": "rsst", "rate": 0.4, "epochs": 1, "warmup": 0,
-    "decreasing_lr": 1, "pruning_times": 2, "lr": 0.05, "batch_size": 256, "wandb": "disabled", "criteria_batches": 1,
-}  # fmt: skip
+def pytest_addoption(parser):
+    parser.addoption("--tier", default="all", type=tier, metavar="fast|all|K/N",
+                     help="which tests: all but slow ones; all; all but slow ones and part K of N of the slow ones")  # fmt: skip
 
 
-def flags(**settings) -> list[str]:
-    """Settings as a command line; True is a bare flag, None leaves a flag out."""
-    words = []
-    for name, value in settings.items():
-        if value is not None and value is not False:
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return words
+def tier(text: str) -> tuple[int, int]:
+    """Which part of the slow tests, and of how many parts: (0, 1) is all of them, (0, 0) none.
+
+    Raises:
+        UsageError: pytest's, if it is none of the choices.
+    """
+    if text in ("fast", "all"):
+        return (0, int(text == "all"))
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise pytest.UsageError(f"--tier is fast, all or K/N with K from 0 to N-1, not {text!r}")
+    return (int(part), int(parts))
 
 
-def tiny(save_dir, **settings) -> list[str]:
-    """The command line of a tiny run."""
-    return flags(**{**TINY, "save_dir": save_dir, **settings})
+def runs_in(nodeid: str, part: int, parts: int) -> bool:
+    """Whether a slow test is in this part; the same in each session, whatever other tests there are."""
+    return parts > 0 and zlib.crc32(nodeid.encode()) % parts == part
 
 
-def start(words, cwd=ROOT, own_group=False, **environment) -> subprocess.Popen:
-    """The program in a process of its own, single-threaded so that tests can run side by side."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, str(ROOT / "main_imp_fillback.py"), *words]
-    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            start_new_session=own_group)  # fmt: skip
+def pytest_collection_modifyitems(config, items):
+    chosen, left_out = [], []
+    for item in items:
+        wanted = "slow" not in item.keywords or runs_in(item.nodeid, *config.getoption("tier"))
+        (chosen if wanted else left_out).append(item)
+    items[:] = chosen
+    config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_collection_finish():
@@ -68,6 +68,25 @@ def _no_pictures(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_program_is_left():
+    yield
+    end_all()
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """A folder that all workers of this session see."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+
+
+@pytest.fixture(scope="session")
+def finished_run(shared_folder):
+    """`finished_run(copy, **settings)`: see `helpers.finished`."""
+    return lambda copy, **settings: trained_once(shared_folder / "finished", copy, **settings)
 
 
 @pytest.fixture

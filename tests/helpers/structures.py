@@ -1,0 +1,29 @@
+"""Masks of whole units, and the settings of a round."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+
+from rules import RoundRules
+from unit_groups import unit_groups
+from units import masks_of_units
+
+
+def random_structure(model, seed, share, prune_stem=False):
+    """Whole units at random, about `share` of each group (0 and 1 included)."""
+    draw, groups = torch.Generator().manual_seed(seed), unit_groups(model, prune_stem)
+    kept = {group.name: torch.rand(group.units, generator=draw) < share for group in groups}
+    return masks_of_units(groups, kept, dict(model.named_parameters()))
+
+
+RULES = RoundRules("rsst", 0.4, "round", "magnitude")
+
+
+def settings(**changes):
+    return SimpleNamespace(**{
+        "RST_schedule": "exp_custom_exponents", "reg_granularity_prune": 1.0, "exponents": 4, "epochs": 2,
+        "reg_horizon": "state", "reg_guard": False, "reg_upper_limit": 1.0, "block_loss_grad": False, "print_freq": 100,
+        **changes,
+    })  # fmt: skip

@@ -1,0 +1,76 @@
+"""The benchmarks run, and their arithmetic is right."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.commands import ROOT
+
+from benchmarks import compact, harness, plain
+from compact import shrink
+
+COMMANDS = {
+    "step": ["--arch", "res20s", "--batch_size", "4", "--batches", "1", "--rounds", "2", "--precision", "fp32"],
+    "data": ["--images", "64", "--files", "30", "--rounds", "2"],
+    "regroup": ["--arch", "vit_tiny", "--rounds", "2"],
+    "rsst_overhead": ["--arch", "res20s", "--optimizer", "sgd", "--batch_size", "4", "--rounds", "2"],
+    "parts": ["--arch", "res20s", "vit_tiny", "--batch_size", "4", "--rounds", "2"],
+    "startup": ["--rounds", "2"],
+    "compact": ["--arch", "res20s", "--turns", "2", "--batches", "1", "--parts", "latency", "epoch", "torch-pruning"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_benchmark_prints_its_table(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, *COMMANDS[name]])
+    monkeypatch.setattr(harness, "matrix_limit", lambda dtype, device: 1e11)
+    monkeypatch.setattr(harness, "keep_memory", lambda: None)  # it would outlast the test
+    for size in ("LATENCY_BATCH", "TRAIN_BATCH"):
+        monkeypatch.setattr(compact, size, 4)
+    importlib.import_module(f"benchmarks.{name}").main()
+    out = capsys.readouterr().out
+    assert "|---" in out and "torch" in out.splitlines()[0]
+    assert "reached" in out or name == "parts"
+
+
+def test_loops_take_turns_and_warm_up(monkeypatch):
+    turns = []
+    times = harness.alternate({"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}, 3, torch.device("cpu"))
+    assert turns == ["a", "b"] * 5 and [len(t) for t in times.values()] == [3, 3]
+    assert harness.ratios({"slow": [4.0, 9.0], "fast": [2.0, 3.0]}, "slow", "fast") == [2.0, 3.0]
+    assert harness.spread([1.0, 2.0, 3.0]) == "2.00 [1.00, 3.00]"
+    assert harness.spread([1.5]) == "1.50 [1.50, 1.50]"
+
+
+def test_the_peak_of_memory_is_this_process_own():
+    command = [sys.executable, "-m", "benchmarks.compact", "--measure_memory", "res20s", "0.5"]
+    idle, masked = (float(subprocess.check_output([*command, kind], cwd=ROOT)) for kind in ("idle", "masked"))
+    assert 50 < idle < masked - 50
+
+
+@pytest.mark.parametrize("arch, gone", [("res20s", 0.5), ("vit_tiny", 1 / 3)])
+def test_torch_pruning_cuts_the_same_network(arch, gone):
+    model = compact.network(arch, torch.float32, torch.device("cpu")).eval()
+    masks = compact.random_structure(model, gone, compact._is_cut_alike)
+    theirs, ours = compact.cut_by_torch_pruning(model, masks), shrink(model, masks)
+    shapes = [[tuple(p.shape) for p in net.parameters()] for net in (theirs, ours)]
+    assert sorted(shapes[0]) == sorted(shapes[1]) and shapes[0] != [tuple(p.shape) for p in model.parameters()]
+    images = torch.rand(2, 3, 32, 32)
+    assert (theirs(images) - ours(images)).abs().max() < 1e-5
+    assert compact.share_of_macs(model, masks) < 0.75
+
+
+def test_the_plain_loop_learns():
+    images = torch.zeros(32, 3, 8, 8, dtype=torch.uint8)
+    labels = torch.arange(32) % 2
+    images[labels == 1] = 255
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+    batches = plain.loader(images, labels, 8, train=False, workers=0)
+    for _ in range(3):
+        plain.train(batches, model, torch.nn.CrossEntropyLoss(), plain.optimizer_for(model))
+    assert plain.validate(batches, model) == 100

@@ -1,0 +1,452 @@
+"""Whole runs of the program: rounds, rewinding, resuming, stopping, and what they leave on disk."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import re
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+import yaml
+from helpers.commands import ROOT, run, tiny
+from helpers.comparison import assert_same_runs, equal
+from helpers.images import few_images
+from helpers.interruptions import stopped_again_and_again
+from helpers.programs import start
+
+import experiment
+from masks import effective_state
+from run_state import RunFolder
+from training import train
+
+
+@pytest.mark.parametrize("struct", ["refill", "rsst"])
+def test_three_rounds_start_from_the_ticket_under_the_mask(struct, tmp_path, monkeypatch):
+    starts = []
+
+    def watching(state, loader, model, criterion, optimizer, epoch, passer, pruner):
+        if epoch == 0:
+            starts.append(({k: v.clone() for k, v in model.state_dict().items()}, pruner is not None))
+        return train(state, loader, model, criterion, optimizer, epoch, passer, pruner)
+
+    monkeypatch.setattr(experiment, "train", watching)
+    assert run(*tiny(tmp_path, struct=struct, pruning_times=3, epochs=2, criteria="l2", compact_training="false")) == 0
+    ticket = torch.load(tmp_path / "init.pth.tar", weights_only=True)
+    assert [penalised for _, penalised in starts] == [False, struct == "rsst", struct == "rsst"]
+    for state, (weights, _) in enumerate(starts):
+        saved = RunFolder.load(tmp_path / f"{state}checkpoint.pth.tar")
+        assert equal(saved.init_weight, ticket), "the ticket is bit for bit that of round 0"
+        masks = {}
+        if state:
+            pair = experiment.MaskPair(saved.current_mask, saved.refill_mask)
+            masks = pair.structure if struct == "refill" else pair.alive
+            assert any(bool(d.any()) for d in pair.doomed.values())
+            assert any(bool(d.any()) for d in pair.dead.values())
+        for name, value in weights.items():
+            assert torch.equal(value, ticket[name] * masks[name] if name in masks else ticket[name]), (state, name)
+
+
+def watched_sizes(monkeypatch) -> list[int]:
+    """The parameters that each epoch from now on computes with."""
+    sizes = []
+
+    def watching(state, loader, model, *rest):
+        sizes.append(sum(p.numel() for n, p in model.named_parameters() if not n.startswith("idle.")))
+        return train(state, loader, model, *rest)
+
+    monkeypatch.setattr(experiment, "train", watching)
+    return sizes
+
+
+@pytest.mark.parametrize("struct", ["refill", "rsst"])
+def test_training_at_real_size_changes_nothing_for_the_user(struct, tmp_path, monkeypatch):
+    """But the time. In float32 a fresh network follows its rounding errors, so the learning rate is small here."""
+    sizes = watched_sizes(monkeypatch)
+    words = {"struct": struct, "pruning_times": 3, "precision": "fp32", "criteria": "magnitude", "lr": 1e-4,
+             "rate": 0.4 if struct == "refill" else 0.95}  # fmt: skip
+    runs = []
+    for compact in ("true", "false"):
+        assert run(*tiny(tmp_path / compact, compact_training=compact, **words)) == 0
+        runs.append(RunFolder.load(tmp_path / compact / "2checkpoint.pth.tar"))
+    for name, value in runs[0].state_dict.items():
+        if "running" not in name:
+            assert (value - runs[1].state_dict[name]).abs().max() <= 1e-4, name
+    for field in ("current_mask", "refill_mask", "following", "init_weight"):
+        assert equal(getattr(runs[0], field), getattr(runs[1], field)), field
+    assert runs[0].optimizer["state"].keys() == runs[1].optimizer["state"].keys()
+    assert [r.keys() for r in runs[0].rounds] == [r.keys() for r in runs[1].rounds]
+    assert len(set(sizes[3:])) == 1 and sizes[0] == sizes[3]
+    assert sizes[2] < sizes[1] <= sizes[0]
+
+
+def test_training_at_real_size_can_begin_in_the_middle(tmp_path, monkeypatch):
+    """Checkpoints are the same with and without it."""
+    words = {"struct": "rsst", "pruning_times": 3, "precision": "fp32", "criteria": "magnitude", "lr": 1e-4,
+             "rate": 0.95}  # fmt: skip
+    assert run(*tiny(tmp_path / "whole", compact_training="false", batch_size=512, **words)) == 0
+    kinds = ["true", "false"] * 10
+    command = lambda turn: tiny(tmp_path / "mixed", compact_training=kinds[turn], batch_size=512, **words)  # noqa: E731
+    assert stopped_again_and_again(monkeypatch, 4, command) >= 2
+    one, other = (RunFolder.load(tmp_path / d / "2checkpoint.pth.tar") for d in ("whole", "mixed"))
+    for name, value in one.state_dict.items():
+        if "running" not in name:
+            assert (value - other.state_dict[name]).abs().max() <= 1e-4, name
+    assert equal(one.following, other.following)
+
+
+FADING = {
+    "epochs": 5, "decreasing_lr": 9, "penalty": "decoupled", "RST_schedule": "x", "reg_granularity_prune": 0.05,
+    "reg_upper_limit": 0.5, "criteria": "magnitude", "precision": "fp32", "rate": 0.5,
+}  # fmt: skip
+
+
+def test_units_that_have_faded_out_are_left_out(tmp_path, monkeypatch, capsys):
+    sizes = watched_sizes(monkeypatch)
+    assert run(*tiny(tmp_path / "on", **FADING)) == 0
+    assert "units have faded out; the network trains at its real size" in capsys.readouterr().err
+    assert sizes[:5] == sizes[:1] * 5 and sizes[9] < sizes[5] <= sizes[0]
+    saved = RunFolder.load(tmp_path / "on" / "1checkpoint.pth.tar")
+    pair = experiment.MaskPair(saved.current_mask, saved.refill_mask)
+    assert saved.faded and saved.rounds[1]["squeeze_ratio"] < 0.05
+    for name, units in saved.faded.items():
+        for unit in units:
+            assert not saved.state_dict[f"{name}.weight"][unit].any()
+            assert not pair.structure[f"{name}.weight"][unit].any() and pair.doomed[f"{name}.weight"][unit].any()
+    assert run(*tiny(tmp_path / "off", fade_out=0, **FADING)) == 0
+    assert not RunFolder.load(tmp_path / "off" / "1checkpoint.pth.tar").faded and len(set(sizes[15:])) == 1
+    assert run(*tiny(tmp_path / "masked", compact_training="false", **FADING)) == 0
+    assert len(set(sizes[20:])) == 1
+    assert RunFolder.load(tmp_path / "masked" / "1checkpoint.pth.tar").faded
+
+
+def test_a_run_goes_on_after_units_have_faded_out_bit_for_bit(tmp_path, monkeypatch):
+    assert run(*tiny(tmp_path / "whole", **FADING)) == 0
+    assert stopped_again_and_again(monkeypatch, 9, lambda _: tiny(tmp_path / "broken", **FADING)) >= 4
+    assert RunFolder.load(tmp_path / "broken" / "1checkpoint.pth.tar").faded
+    assert_same_runs(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_what_a_run_leaves_on_disk(tmp_path, capsys):
+    assert run(*tiny(tmp_path / "run", pruning_times=3, epochs=2)) == 0
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names >= {"args.yaml", "env.json", "metrics.jsonl", "summary.csv", "log.txt", "ticket.pth.tar", "init.pth.tar",
+                     "0checkpoint.pth.tar", "2checkpoint.pth.tar", "0model_SA_best.pth.tar"}  # fmt: skip
+    assert not [n for n in names if n.endswith(".tmp")]
+    assert {p.name for p in (tmp_path / "run" / "masks").iterdir()} == {f"round_{k}.pt" for k in range(3)}
+    settings = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
+    assert (settings["rate"], settings["decreasing_lr"], settings["rate_mode"]) == (0.4, [1], "round")
+    rows = list(csv.DictReader((tmp_path / "run" / "summary.csv").open()))
+    assert [r["round"] for r in rows] == ["0", "1", "2"]
+    assert rows[0]["squeeze_ratio"] == "" and float(rows[1]["squeeze_ratio"]) > 0
+    assert float(rows[1]["hardened_test_accuracy"]) >= 0
+    densities = [float(r["remain_weight_after"]) for r in rows]
+    assert densities == pytest.approx([60, 36, 21.6], abs=0.01)
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(m["round"], m["epoch"], m["step"]) for m in metrics] == [(k // 2, k % 2, k) for k in range(6)]
+    assert metrics[-1]["reg_lambd"] == pytest.approx(1.0)
+    raw = torch.load(tmp_path / "run" / "2checkpoint.pth.tar", weights_only=True)
+    assert "layer1.0.conv1.weight_orig" in raw["state_dict"] and "layer1.0.conv1.weight_mask" in raw["state_dict"]
+    ticket = torch.load(tmp_path / "run" / "ticket.pth.tar", weights_only=True)
+    structure = experiment.MaskPair(*(RunFolder.load(tmp_path / "run" / "2checkpoint.pth.tar").__dict__[k]
+                                             for k in ("current_mask", "refill_mask"))).structure  # fmt: skip
+    hard = effective_state(ticket["state_dict"])
+    assert all(not hard[n][m == 0].any() for n, m in structure.items())
+    table = capsys.readouterr().out
+    assert re.search(r"round\s+density %\s+channels", table) and len(table.strip().splitlines()) == 4
+
+
+def test_the_same_command_again_says_finished_and_changes_nothing(tmp_path, capsys):
+    words = tiny(tmp_path)
+    assert run(*words) == 0
+    first = capsys.readouterr().out
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("*checkpoint.pth.tar")}
+    assert run(*words) == 0
+    assert capsys.readouterr().out == first
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("*checkpoint.pth.tar")} == before
+
+
+def test_more_rounds_continue_a_finished_run(tmp_path):
+    assert run(*tiny(tmp_path / "a", pruning_times=3)) == 0
+    assert run(*tiny(tmp_path / "b", pruning_times=1)) == 0
+    assert run(*tiny(tmp_path / "b", pruning_times=3)) == 0
+    assert_same_runs(tmp_path / "a", tmp_path / "b")
+
+
+def test_fewer_rounds_than_were_begun_give_the_ticket_of_a_finished_round(tmp_path, monkeypatch):
+    assert run(*tiny(tmp_path, pruning_times=2)) == 0
+    before = torch.load(tmp_path / "ticket.pth.tar", weights_only=True)
+    stopped = lambda self, where: setattr(self, "signal", signal.SIGTERM) or real(self, where)  # noqa: E731
+    real = experiment.StopRequest.obey
+    monkeypatch.setattr(experiment.StopRequest, "obey", stopped)
+    assert run(*tiny(tmp_path, pruning_times=3)) == 143
+    monkeypatch.setattr(experiment.StopRequest, "obey", real)
+    assert run(*tiny(tmp_path, pruning_times=2)) == 0
+    after = torch.load(tmp_path / "ticket.pth.tar", weights_only=True)
+    assert after["round"] == 1 and equal(before["state_dict"], after["state_dict"])
+
+
+def test_with_the_two_newest_checkpoints_damaged_it_goes_back_to_the_round_before(tmp_path, capsys):
+    assert run(*tiny(tmp_path / "a", pruning_times=3)) == 0
+    assert run(*tiny(tmp_path / "b", pruning_times=3)) == 0
+    for name in ("2checkpoint.pth.tar", "previous.pth.tar"):
+        (tmp_path / "b" / name).write_bytes(b"half a file")
+    assert run(*tiny(tmp_path / "b", pruning_times=3)) == 0
+    said = capsys.readouterr().err
+    assert said.count("going back to the checkpoint before") == 2 and ": round 1, 1 epochs done" in said
+    assert_same_runs(tmp_path / "a", tmp_path / "b")
+
+
+def test_somebodys_results_without_checkpoints_are_left_alone(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("results\n")
+    assert run(*tiny(tmp_path)) == 2
+    assert "holds results, but there is no checkpoint" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_text() == "results\n"
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path, capsys):
+    folder = RunFolder(tmp_path)
+    folder.lock()
+    assert run(*tiny(tmp_path)) == 2
+    assert "another process is running in" in capsys.readouterr().err
+    folder.unlock()
+    assert run(*tiny(tmp_path, pruning_times=1)) == 0
+
+
+def test_another_run_is_never_overwritten(tmp_path, capsys):
+    assert run(*tiny(tmp_path)) == 0
+    assert run(*tiny(tmp_path, rate=0.3)) == 2
+    assert "argument --rate: the run folder holds a run with 0.4, not 0.3;" in capsys.readouterr().err
+    assert run(*tiny(tmp_path, image_size=12)) == 2
+
+
+def test_resume_insists_and_a_checkpoint_can_be_chosen(tmp_path, capsys):
+    assert run(*tiny(tmp_path / "a"), "--resume") == 2
+    assert "holds no run to continue" in capsys.readouterr().err
+    assert run(*tiny(tmp_path / "b", pruning_times=3)) == 0
+    words = [w for w in tiny("", pruning_times=3) if w not in ("--save_dir", "")]
+    assert (
+        run(*words, "--save_dir", tmp_path / "c", "--resume", "--checkpoint", tmp_path / "b" / "0checkpoint.pth.tar")
+        == 0
+    )
+    for name in ("1checkpoint.pth.tar", "2checkpoint.pth.tar"):
+        one, other = (RunFolder.load(tmp_path / d / name) for d in ("b", "c"))
+        assert equal(one.state_dict, other.state_dict) and equal(one.following, other.following)
+    words[words.index("--pruning_times") + 1] = "4"
+    assert run(*words, "--save_dir", tmp_path / "c") == 0
+
+
+@pytest.mark.parametrize("named", ["0checkpoint.pth.tar", "1checkpoint.pth.tar", "previous.pth.tar"])
+def test_a_run_that_was_taken_from_a_checkpoint_stands_by_itself(named, tmp_path, capsys):
+    """Whether there was anything left to do or not."""
+    assert run(*tiny(tmp_path / "a")) == 0
+    given = tmp_path / "a" / named
+    if named != "0checkpoint.pth.tar":
+        assert run(*tiny(tmp_path / "b", pruning_times=1, checkpoint=given)) == 2
+        assert "is of round 1; --pruning_times 1 ends before" in capsys.readouterr().err
+        assert not (tmp_path / "b").exists()
+    assert run(*tiny(tmp_path / "b", checkpoint=given)) == 0 and (tmp_path / "b" / "result.json").exists()
+    shutil.rmtree(tmp_path / "a")
+    assert run(*tiny(tmp_path / "b", pruning_times=3)) == 0
+    assert len(RunFolder(tmp_path / "b").newest_run().rounds) == 3
+
+
+def test_other_peoples_files_are_left_alone_and_a_refused_run_makes_none(tmp_path, capsys):
+    home = tmp_path / "home"
+    others = [
+        home / "thesis.tmp",
+        home / "docs" / "x.tmp",
+        home / "other_run" / "0checkpoint.pth.tar.tmp",
+        home / "folder.tmp" / "y",
+    ]
+    own = [home / "0checkpoint.pth.tar.tmp", home / "masks" / "round_0.pt.tmp", home / "args.yaml.tmp"]
+    for file in (*others, *own):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    assert run(*tiny(home, pruning_times=1)) == 0
+    assert all(f.exists() for f in others) and not any(f.exists() for f in own)
+    before = sorted(home.rglob("*"))
+    left = home / "1checkpoint.pth.tar.tmp"
+    left.touch()
+    assert run(*tiny(home, lr=0.06)) == 2
+    assert sorted(home.rglob("*")) == sorted([*before, left])
+    assert run(*tiny(tmp_path / "new", lr=0.06, checkpoint=home / "0checkpoint.pth.tar")) == 2
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "metrics.jsonl").write_text("{}")
+    assert run(*tiny(tmp_path / "results")) == 2
+    assert [p.name for p in (tmp_path / "results").iterdir()] == ["metrics.jsonl"]
+    assert "error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [
+    {"struct": "refill", "epochs": 2},
+    {"struct": "rsst", "arch": "vit_tiny", "vit_structured": True, "vit_prune_target": "both", "rate_mode": "round",
+     "optimizer": "adamw", "lr": 0.001},
+], ids=["refill", "rsst"])  # fmt: skip
+def test_resumed_after_any_epoch_or_step_it_ends_bit_for_bit_the_same(words, tmp_path, monkeypatch):
+    words = {"pruning_times": 3, "batch_size": 512, **words}
+    assert run(*tiny(tmp_path / "whole", **words)) == 0
+    assert stopped_again_and_again(monkeypatch, 3, lambda _: tiny(tmp_path / "broken", **words)) >= 4
+    assert_same_runs(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(tmp_path):
+    words = {"epochs": 4, "pruning_times": 3}
+    assert run(*tiny(tmp_path / "whole", **words)) == 0
+    chance = random.Random(5)
+    for left in (2, 3, 4):
+        process = start(tiny(tmp_path / "killed", **words))
+        for line in process.stderr:
+            left -= " epoch " in line  # noqa: PLW2901
+            if left == 0:
+                break
+        time.sleep(chance.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    process = start(tiny(tmp_path / "killed", **words))
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert_same_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_step_saves_and_the_run_goes_on(number, status, tmp_path):
+    process = start(tiny(tmp_path, epochs=200))
+    for line in process.stderr:
+        if "epoch   1" in line:
+            break
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert re.search(r"stopped in round 0, epoch \d+, after step|stopped after round 0, epoch", errors)
+    assert "Traceback" not in errors
+    saved = RunFolder.load(tmp_path / "0checkpoint.pth.tar")
+    assert saved.epoch >= 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path, capsys):
+    assert run(*tiny(tmp_path, lr=1e30, epochs=2)) == 4
+    assert re.search(r"the loss is not finite in round 0, epoch \d, step \d of", capsys.readouterr().err)
+    assert (tmp_path / "diverged.pth.tar").exists()
+
+
+def test_rewind_lt_returns_to_the_weights_of_its_epoch(tmp_path, monkeypatch):
+    starts = {}
+
+    def watching(state, loader, model, criterion, optimizer, epoch, passer, pruner):
+        starts[state, epoch] = {k: v.clone() for k, v in model.state_dict().items()}
+        return train(state, loader, model, criterion, optimizer, epoch, passer, pruner)
+
+    monkeypatch.setattr(experiment, "train", watching)
+    assert (
+        run(*tiny(tmp_path, prune_type="rewind_lt", rewind_epoch=1, epochs=3, struct="refill", compact_training="no"))
+        == 0
+    )
+    saved = RunFolder.load(tmp_path / "1checkpoint.pth.tar")
+    assert equal(saved.init_weight, starts[0, 1])
+    assert not equal(starts[0, 0], starts[0, 1])
+    assert torch.equal(starts[1, 0]["fc.weight"], starts[0, 1]["fc.weight"])
+
+
+def test_pt_takes_the_backbone_and_starts_the_classifier_afresh(tmp_path):
+    assert run(*tiny(tmp_path / "a", pruning_times=1, seed=1)) == 0
+    weights = effective_state(torch.load(tmp_path / "a" / "ticket.pth.tar", weights_only=True)["state_dict"])
+    torch.save(weights, tmp_path / "backbone.pth")
+    for fc in (False, True):
+        words = tiny(tmp_path / f"b{fc}", pruning_times=1, prune_type="pt", pretrained=tmp_path / "backbone.pth", fc=fc)
+        assert run(*words) == 0
+        ticket = RunFolder.load(tmp_path / f"b{fc}" / "0checkpoint.pth.tar").init_weight
+        assert torch.equal(ticket["layer1.0.conv1.weight"], weights["layer1.0.conv1.weight"])
+        assert torch.equal(ticket["fc.weight"], weights["fc.weight"]) is fc
+
+
+def test_init_is_written_once_and_then_read(tmp_path, capsys):
+    file = tmp_path / "init" / "start.pth.tar"
+    assert run(*tiny(tmp_path / "a", pruning_times=1, init=file)) == 0
+    assert run(*tiny(tmp_path / "b", pruning_times=1, init=file, seed=7)) == 0
+    a, b = (RunFolder.load(tmp_path / d / "0checkpoint.pth.tar") for d in "ab")
+    assert equal(a.init_weight, b.init_weight) and not equal(a.state_dict, b.state_dict)
+    assert run(*tiny(tmp_path / "c", init=file, arch="res56s")) == 3
+    assert "another network's weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [
+    {"struct": "refill", "fillback_rate": 0.5}, {"min_units": 14}, {"rank_weights": "initial"}, {"rsst_dead": "free"},
+    {"conv1": True}, {"label_smoothing": 0.1}, {"lr_schedule": "cosine"}, {"block_loss_grad": "true"},
+    {"optimizer": "adamw", "lr": 0.001}, {"penalty": "decoupled"}, {"weight_decay": 0.01},
+    {"precision": "bf16"}, {"momentum": 0.5}, {"warmup": 1}, {"criteria": "l1"},
+    {"reg_upper_limit": 0.01}, {"reg_granularity_prune": 0.1}, {"exponents": 1}, {"reg_guard": True}, {"seed": 3},
+    {"rate_mode": "target", "pruning_times": 3},
+])  # fmt: skip
+def test_no_flag_is_parsed_and_ignored(words, tmp_path, baseline):
+    """Each of these changes the weights or the masks of the last round."""
+    other = {**{k: v for k, v in words.items() if k == "struct"}, "precision": "fp32"}
+    settings = {"criteria": "magnitude", **other, **words}
+    assert run(*tiny(tmp_path, **settings)) == 0
+    last = settings.get("pruning_times", 2) - 1
+    ours = RunFolder.load(tmp_path / f"{last}checkpoint.pth.tar")
+    theirs = RunFolder.load(baseline[words.get("struct", "rsst")] / f"{last}checkpoint.pth.tar")
+    same = equal(ours.state_dict, theirs.state_dict) and equal(ours.following, theirs.following)
+    assert not same
+
+
+def test_the_horizon_of_lambda_is_a_round_or_an_epoch(tmp_path):
+    curves = {}
+    for horizon in ("state", "epoch"):
+        assert run(*tiny(tmp_path / horizon, epochs=2, criteria="magnitude", reg_horizon=horizon)) == 0
+        rows = [json.loads(line) for line in (tmp_path / horizon / "metrics.jsonl").read_text().splitlines()]
+        curves[horizon] = [r["reg_lambd"] for r in rows if r["round"] == 1]
+    assert curves["epoch"] == pytest.approx([1, 1]) and curves["state"] == pytest.approx([0.0376, 1], rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory):
+    folders = {}
+    for struct in ("rsst", "refill"):
+        folders[struct] = tmp_path_factory.mktemp(struct)
+        words = {"criteria": "magnitude", "precision": "fp32", "struct": struct}
+        assert run(*tiny(folders[struct], pruning_times=3, **words)) == 0
+    return folders
+
+
+def test_vit_without_structure_is_pruned_weight_by_weight(tmp_path, monkeypatch):
+    few_images(monkeypatch)
+    words = {"arch": "vit_tiny", "batch_size": 16, "criteria": "magnitude", "pruning_times": 3}
+    for struct, fillback in (("rsst", 0.0), ("refill", 0.5)):
+        folder = tmp_path / struct
+        assert run(*tiny(folder, struct=struct, fillback_rate=fillback, **words)) == 0
+        assert RunFolder.load(folder / "2checkpoint.pth.tar").rounds[2]["density"] == pytest.approx(36, abs=0.1)
+
+
+def test_the_readme_command_without_data_says_what_to_put_where(tmp_path):
+    process = start(["--arch", "vit_tiny", "--struct", "rsst", "--vit_structured", "--data", str(tmp_path / "data")],
+                    cwd=tmp_path)  # fmt: skip
+    _, errors = process.communicate(timeout=120)
+    if process.returncode != 0:  # where a network is, this would download
+        assert process.returncode == 3
+        assert "cifar-100-python.tar.gz" in errors and "Traceback" not in errors
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
+    words = tiny(
+        tmp_path / "run", arch="vit_tiny", vit_structured=True, vit_prune_target="both", rate=0.3, dry_run=True
+    )
+    assert run(*words) == 0
+    plan = capsys.readouterr().out
+    assert "36 layers, 2,654,208 weights" in plan
+    assert "18/27 heads, 2412/3456 neurons" in plan
+    assert re.search(r"time: [\d.]+ s a step", plan)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_program_starts_as_a_script():
+    process = start(["--help"])
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--vit_structured" in out and not errors
+    assert (ROOT / "main_imp_fillback.py").stat().st_size < 40_000

@@ -1,0 +1,150 @@
+"""A ticket written to files is the network that the run reported."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+from helpers.commands import ROOT, run, tiny
+
+import compact
+import export
+import main_imp_fillback
+import ticket_files
+from batches import BatchLoader
+from dataset import load_splits
+from errors import DataError
+from run_state import RunFolder
+
+ARCHS = {"res20s": {}, "vit_tiny": {"vit_structured": True, "vit_prune_target": "both", "rate_mode": "round"}}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A finished run of each family: two rounds on 8-pixel digits."""
+    folders = {}
+    for arch, words in ARCHS.items():
+        folders[arch] = tmp_path_factory.mktemp("runs") / arch
+        assert (
+            main_imp_fillback.main(tiny(folders[arch], arch=arch, criteria="magnitude", precision="fp32", **words)) == 0
+        )
+    return folders
+
+
+def accuracy(model):
+    test = BatchLoader(load_splits("digits", ".", 8).test, 64, torch.device("cpu"))
+    with torch.no_grad():
+        return 100 * sum((model(x).argmax(1) == y).sum().item() for x, y in test) / len(test.data)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_it_reloads_in_a_new_process_with_the_accuracy_of_the_run(arch, runs, tmp_path, capsys):
+    assert export.main([str(runs[arch]), "--out", str(tmp_path)]) == 0
+    table = capsys.readouterr().out
+    assert [line.split()[0] for line in table.splitlines()[:4]] == ["network", "dense", "masked", "compact"]
+    reported = RunFolder(runs[arch]).newest_run().rounds[-1]
+    small = compact.load(tmp_path)
+    assert accuracy(small) == pytest.approx(reported["hardened_test_accuracy"], abs=0.3)  # one image
+    assert sum(p.numel() for p in small.parameters()) == reported["parameters"]
+    code = (
+        "import sys, torch, compact\n"
+        "torch.manual_seed(0)\n"
+        "small = compact.load(sys.argv[1])\n"
+        "torch.save(small(torch.rand(3, 3, 8, 8)), sys.argv[2])"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(tmp_path / "logits.pt")], cwd=ROOT, check=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    torch.manual_seed(0)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), small(torch.rand(3, 3, 8, 8)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_onnx_and_pt2_are_written_and_compared(arch, runs, tmp_path):
+    pytest.importorskip("onnxruntime")
+    assert export.main([str(runs[arch]), "--out", str(tmp_path), "--onnx", "--pt2", "--round", "1"]) == 0
+    images = torch.rand(3, 3, 8, 8)
+    wanted = compact.load(tmp_path)(images).detach()
+    for compute, name in ((ticket_files._run_onnx, "model.onnx"), (ticket_files._run_pt2, "model.pt2")):
+        torch.testing.assert_close(compute(tmp_path / name, images), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_differs_is_refused_and_removed(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ticket_files, "_run_pt2", lambda path, images: torch.zeros(len(images), 10))
+    assert export.main([str(runs["res20s"]), "--out", str(tmp_path), "--pt2"]) == 1
+    assert "model.pt2 differs from the masked network" in capsys.readouterr().err
+    assert not (tmp_path / "model.pt2").exists()
+
+
+@pytest.mark.parametrize("arch", ["res20s", "vit_tiny"])
+def test_a_pruned_stem_is_cut_too(arch, tmp_path):
+    more = {"vit_structured": True} if arch == "vit_tiny" else {}
+    assert run(*tiny(tmp_path / "run", arch=arch, struct="refill", conv1=True, criteria="magnitude", **more)) == 0
+    assert export.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    row = list(csv.DictReader((tmp_path / "run" / "summary.csv").open()))[-1]
+    tensors = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    small = compact.load(tmp_path / "out")
+    assert {n: v.shape for n, v in small.state_dict().items()} == {n: v.shape for n, v in tensors.items()}
+    if arch == "res20s":  # a patch embedding is pruned weight by weight
+        assert sum(p.numel() for p in small.parameters()) == int(row["parameters"])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_rounding_up_keeps_multiples_and_the_function(arch, runs, tmp_path):
+    assert export.main([str(runs[arch]), "--out", str(tmp_path / "plain")]) == 0
+    assert export.main([str(runs[arch]), "--out", str(tmp_path / "rounded"), "--round_to", "8"]) == 0
+    plain, rounded = (json.loads((tmp_path / n / "config.json").read_text())["kept"] for n in ("plain", "rounded"))
+    for name, units in rounded.items():
+        assert set(plain[name]) <= set(units)
+        assert len(units) % 8 == 0 or len(units) - len(plain[name]) < 8
+    images = torch.rand(2, 3, 8, 8)
+    one, other = (compact.load(tmp_path / n)(images) for n in ("plain", "rounded"))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_round_zero_is_dense_and_missing_things_are_named(runs, tmp_path, capsys):
+    assert export.main([str(runs["res20s"]), "--out", str(tmp_path), "--round", "0", "--quiet"]) == 0
+    kept = json.loads((tmp_path / "config.json").read_text())["kept"]
+    assert kept["layer1.0.conv1"] == list(range(16))
+    for words, message in (
+        ([str(runs["res20s"]), "--round", "7"], "holds no round 7"),
+        ([str(tmp_path / "nowhere")], "not the folder of a run"),
+        ([str(tmp_path / "empty")], "holds no finished round"),
+    ):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        assert export.main(words) == 3
+        assert message in capsys.readouterr().err
+    assert export.main([str(runs["res20s"]), "--onxx"]) == 2
+    assert "did you mean --onnx?" in capsys.readouterr().err
+
+
+def test_damaged_or_hostile_files_are_refused(runs, tmp_path):
+    assert export.main([str(runs["res20s"]), "--out", str(tmp_path)]) == 0
+    good = (tmp_path / "model.safetensors").read_bytes()
+
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    for content in (b"", good[:-9], pickle.dumps(Bomb())):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(DataError, match="cannot read the network"):
+            compact.load(tmp_path)
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "model.safetensors").write_bytes(good)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for wrong in (
+        {"format": 99},
+        {"arch": "nonesuch"},
+        {"kept": {}},
+        {"kept": {**config["kept"], "layer1.0.conv1": [99]}},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **wrong}))
+        with pytest.raises(DataError):
+            compact.load(tmp_path)
