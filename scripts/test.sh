@@ -1,11 +1,21 @@
 #!/usr/bin/env bash
-# Install if needed, then linter, type checker and all tests, side by side on all cores. Further flags go to pytest.
+# Install if needed, then linter, type checker and tests, side by side on all cores.
+# Usage: bash scripts/test.sh [--all | --part K/N] [flags of pytest]
+#   (nothing)   all tests but those marked slow: some minutes
+#   --all       all tests
+#   --part K/N  all but the slow ones, and part K (from 0) of N of the slow ones
 set -euo pipefail
 cd "$(dirname "$0")/.."
+tier=fast
+case "${1:-}" in
+    --all) tier=all && shift ;;
+    --part) tier=${2:?--part needs K/N, such as 0/5} && shift 2 ;;
+esac
 bash scripts/install.sh requirements-dev.txt
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy .
 cores=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)  # nproc obeys OMP_NUM_THREADS
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest -n "$cores" "$@"
+# Neighbours share what is expensive to make: they stay in one worker until another has nothing left to do.
+exec .venv/bin/python -m pytest -n "$cores" --dist worksteal --durations=30 --tier "$tier" "$@"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
-import zlib
 
 import pytest
 import torch
 from helpers import networks  # noqa: F401 (registers the networks of the tests)
 from helpers.finished import finished_run as trained_once
 from helpers.programs import end_all
+from helpers.tiers import chosen, tier
 
 import launch  # noqa: F401 (all of the program, see pytest_collection_finish)
 
@@ -24,31 +24,8 @@ def pytest_addoption(parser):
                      help="which tests: all but slow ones; all; all but slow ones and part K of N of the slow ones")  # fmt: skip
 
 
-def tier(text: str) -> tuple[int, int]:
-    """Which part of the slow tests, and of how many parts: (0, 1) is all of them, (0, 0) none.
-
-    Raises:
-        UsageError: pytest's, if it is none of the choices.
-    """
-    if text in ("fast", "all"):
-        return (0, int(text == "all"))
-    part, _, parts = text.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
-        raise pytest.UsageError(f"--tier is fast, all or K/N with K from 0 to N-1, not {text!r}")
-    return (int(part), int(parts))
-
-
-def runs_in(nodeid: str, part: int, parts: int) -> bool:
-    """Whether a slow test is in this part; the same in each session, whatever other tests there are."""
-    return parts > 0 and zlib.crc32(nodeid.encode()) % parts == part
-
-
 def pytest_collection_modifyitems(config, items):
-    chosen, left_out = [], []
-    for item in items:
-        wanted = "slow" not in item.keywords or runs_in(item.nodeid, *config.getoption("tier"))
-        (chosen if wanted else left_out).append(item)
-    items[:] = chosen
+    items[:], left_out = chosen(items, *config.getoption("tier"))
     config.hook.pytest_deselected(items=left_out)
 
 

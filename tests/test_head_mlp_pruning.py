@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
@@ -20,12 +21,17 @@ from vit_pruning_utils_head_mlp import prune_model_custom_fillback_vit_head_and_
 BATCHES = [(torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(4))]
 
 
-def regrouped(criteria, sorting_mode="layer-wise"):
+@functools.cache
+def pruned():
     torch.manual_seed(0)
     model = build_model("vit_tiny", 100, 32)
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     pruning_model_vit(model, 0.2)
-    masks = extract_mask_vit(model.state_dict())
+    return model, extract_mask_vit(model.state_dict()), weights
+
+
+def regrouped(criteria, sorting_mode="layer-wise"):
+    model, masks, weights = pruned()
     return model, masks, prune_model_custom_fillback_vit_head_and_mlp(
         model, masks, BATCHES, weights, weights, criteria=criteria, head_prune_ratio=0.3, mlp_prune_ratio=0.3,
         return_mask_only=True, sorting_mode=sorting_mode,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from vit_pruning_utils import (
 BATCHES = [(torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(4))]
 
 
+@functools.cache
 def pruned():
     torch.manual_seed(0)
     model = build_model("vit_tiny", 100, 32)

@@ -1,7 +1,7 @@
 """Command lines and sweep files that nobody would write: one line each, a documented exit status, nothing written.
 
 How many are tried here: `EXAMPLES` by kind, times `BAD_INPUT_SCALE` of the environment. How they end is counted by
-`pytest tests/test_bad_input.py --hypothesis-show-statistics`.
+`pytest tests/exhaustive/test_bad_input.py --hypothesis-show-statistics`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ from console import LONGEST_MESSAGE
 from errors import StorageError
 from options import build_parser
 
+# Kind -> how many in every run of the tests, and in the slow ones.
 EXAMPLES = {
-    "runner": 2000,
-    "single flag": 1500,
-    "sweep": 600,
-    "sweep file": 1000,
-    "export and report": 600,
-    "dry run": 20,
+    "runner": (200, 2000),
+    "single flag": (150, 1500),
+    "sweep": (60, 600),
+    "sweep file": (100, 1000),
+    "export and report": (60, 600),
+    "dry run": (4, 20),
 }
 SCALE = float(os.environ.get("BAD_INPUT_SCALE", "1"))
 DOCUMENTED = {0, 2, 3, 4, 5, 130, 143}  # 1 is a bug; of a sweep, runs that failed, and none is begun here
@@ -63,11 +64,22 @@ any_text = st.text(st.characters(exclude_categories=()), max_size=12)
 value = st.sampled_from(HOSTILE) | any_text | st.integers().map(str) | st.floats().map(str)
 
 
-def times(kind: str) -> settings:
-    """So many examples of a kind, the same in each run of the tests."""
+def so_many(number: int) -> settings:
+    """So many examples, the same in each run of the tests."""
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
-    return settings(max_examples=int(EXAMPLES[kind] * SCALE), deadline=None, derandomize=SCALE == 1, database=None,
+    return settings(max_examples=max(1, int(number * SCALE)), deadline=None, derandomize=SCALE == 1, database=None,
                     suppress_health_check=slow)  # fmt: skip
+
+
+def drawn(kind: str, **strategies):
+    """Makes two tests of a check: it draws few examples of the kind, and `<its name>_in_full`, which is slow, all."""
+
+    def both(check):
+        few, all_ = (so_many(number)(given(**strategies)(check)) for number in EXAMPLES[kind])
+        globals()[f"{check.__name__}_in_full"] = pytest.mark.slow(all_)
+        return few
+
+    return both
 
 
 def stub(name: str, **functions) -> ModuleType:
@@ -151,8 +163,7 @@ def lines_of(*units: st.SearchStrategy[list[str]], most: int = 6) -> st.SearchSt
     return st.lists(st.one_of(*units), max_size=most).map(lambda parts: [word for part in parts for word in part])
 
 
-@times("runner")
-@given(words=lines_of(sound, sound, sound, odd_words(NAMES), misspelt(NAMES), stray))
+@drawn("runner", words=lines_of(sound, sound, sound, odd_words(NAMES), misspelt(NAMES), stray))
 def test_command_lines(words):
     with mock.patch.dict(sys.modules, launch=stub("launch", run=lambda args: "trained")):
         status, out, _ = ends_well(main_imp_fillback, words)
@@ -160,9 +171,8 @@ def test_command_lines(words):
     assert (out != "") == (status == 0)
 
 
-@times("single flag")
+@drawn("single flag", name=st.sampled_from(NAMES), text=value)
 @example(name="epochs", text="--")  # argparse takes it for an empty list
-@given(name=st.sampled_from(NAMES), text=value)
 def test_a_flag_that_is_refused_is_named(name, text):
     with mock.patch.dict(sys.modules, launch=stub("launch", run=lambda args: "trained")):
         status, _, line = ends_well(main_imp_fillback, [f"--{name}={text}"])
@@ -211,8 +221,7 @@ def plans(draw) -> list[str]:
         ["1", "2", "1000000000"]))]  # fmt: skip
 
 
-@times("dry run")
-@given(words=plans())
+@drawn("dry run", words=plans())
 def test_dry_runs(words):
     status, out, _ = ends_well(main_imp_fillback, words)
     assert ("min in all" in out) == (status == 0)
@@ -285,8 +294,8 @@ grid = st.lists(
 ).map(lambda words: ["--grid", *words])
 
 
-@times("sweep")
-@given(
+@drawn(
+    "sweep",
     begin=st.sampled_from(
         [[], ["--grid", "seed=0,1", "--dry_run"], ["--grid", "struct=rsst,imp", "regroup=true,false"]]
     ),
@@ -371,8 +380,7 @@ texts = st.one_of(
 ).map(lambda text: text.encode(errors="surrogatepass"))  # fmt: skip
 
 
-@times("sweep file")
-@given(content=texts | texts | texts | st.binary(max_size=60))
+@drawn("sweep file", content=texts | texts | texts | st.binary(max_size=60))
 def test_sweep_files(content, tmp_path_factory):
     file = tmp_path_factory.getbasetemp() / "any.yaml"
     file.write_bytes(content)
@@ -434,8 +442,7 @@ def test_a_dry_run_of_a_search_begins_nothing():
 # Exports and reports
 
 
-@times("export and report")
-@given(program=st.sampled_from([export, report]), words=lines_of(
+@drawn("export and report", program=st.sampled_from([export, report]), words=lines_of(
     odd_words(["round", "best", "out", "round_to", "onnx", "pt2", "arch", "quiet", "latency"]),
     misspelt(["round_to", "latency", "quiet"]), stray, st.just(["runs"]), st.just(["--quiet"]), most=4))  # fmt: skip
 def test_command_lines_of_exports_and_reports(program, words):

@@ -4,17 +4,21 @@ One batch of four images at 16 pixels (vit_*_imagenet: their patch). Element-wis
 they are made once a network and method. Networks above 15 million weights: all methods with one criterion, and all
 criteria with one method; of the largest, only the two methods that regroup, since a smaller sister goes through the rest,
 and vit_large_imagenet (304 million) is left out.
+
+At every change run all combinations of the two networks of the tests, and of the small ones all pairs: every network
+with every criterion and (but for the largest two) with every method, and every method with every criterion.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.networks import LARGE, SMALL
+from helpers.networks import LARGE, MICRO, SMALL
 from torch import nn
 
 import oneshot_pruners
@@ -39,10 +43,17 @@ SETTINGS = SimpleNamespace(
     print_freq=10**6, block_loss_grad=False, epochs=1, RST_schedule="x", reg_granularity_prune=0.5, exponents=4,
     reg_horizon="state", reg_guard=False, reg_upper_limit=1.0,
 )  # fmt: skip
-CASES = [(a, s, c) for a in SMALL for s in METHODS for c in CRITERIA]
+CASES = [(a, s, c) for a in (*MICRO, *SMALL) for s in METHODS for c in CRITERIA]
 LARGEST = ("vit_base", "vit_base_imagenet", "densenet161")
 HUGE = [(a, s, c) for a in LARGE if a != "vit_large_imagenet" for s in METHODS for c in CRITERIA
         if (c == "magnitude" and (METHODS[s].regroups or a not in LARGEST)) or (s == "refill" and a not in LARGEST)]  # fmt: skip
+# A Latin square: with the next network or method the criterion is the next. The two of the small ones that have more than
+# 5 million weights meet every criterion too, but no more methods than that takes.
+LARGEST_OF_SMALL = ("resnet12", "res18")
+PAIRS = {(a, s, tuple(CRITERIA)[(i + k) % len(CRITERIA)]) for i, a in enumerate(SMALL) for k, s in enumerate(METHODS)
+         if a not in LARGEST_OF_SMALL or k < len(CRITERIA)}  # fmt: skip
+TIERED = [case if case[0] in MICRO or case in PAIRS else pytest.param(*case, marks=pytest.mark.slow)
+          for case in CASES + HUGE]  # fmt: skip
 NETWORKS: dict = {}
 MASKS: dict = {}
 
@@ -91,7 +102,14 @@ def one_step(model, pair, held, squeezes):
     return dict(model.named_parameters()), trainee.share
 
 
-@pytest.mark.parametrize("arch, struct, criterion", CASES + HUGE)
+def test_all_pairs_run_at_every_change():
+    for which, rows in (((0, 2), (SMALL, CRITERIA)), ((1, 2), (METHODS, CRITERIA))):
+        assert {tuple(case[k] for k in which) for case in PAIRS} == set(itertools.product(*rows))
+    left_out = set(itertools.product(SMALL, METHODS)) - {case[:2] for case in PAIRS}
+    assert left_out == set(itertools.product(LARGEST_OF_SMALL, ("grasp", "synflow", "random", "admm")))
+
+
+@pytest.mark.parametrize("arch, struct, criterion", TIERED)
 def test_one_decision_and_one_step(arch, struct, criterion):
     model, groups = network(arch)
     is_vit = MODELS[arch].spec.family == "vit"

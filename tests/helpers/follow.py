@@ -1,7 +1,4 @@
-"""Started by torchrun: 50 training steps in float64 on a share of each batch; the first process writes the losses.
-
-Arguments: network, images in a batch, file for the losses.
-"""
+"""One of several processes: 50 training steps in float64 on a share of each batch; the first one writes the losses."""
 
 from __future__ import annotations
 
@@ -10,8 +7,6 @@ import sys
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distributed import World
 from models import build_model
@@ -22,8 +17,13 @@ from utils import digest_of
 STEPS = 50
 
 
-def main(arch: str, images: int, file: str) -> None:
-    torch.set_num_threads(1)
+def follow(arch: str, images: int, file: str) -> None:
+    """The whole life of a process.
+
+    Args:
+        images: In a batch.
+        file: For the losses.
+    """
     torch.Tensor.float = lambda self: self  # logits stay in float64
     world = World.join()
     torch.manual_seed(0)
@@ -46,6 +46,4 @@ def main(arch: str, images: int, file: str) -> None:
     if world.is_first:
         Path(file).write_text(json.dumps(losses))
     world.leave()
-
-
-main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    sys.exit(0)

@@ -18,7 +18,7 @@ from models import MODELS, build_model
 from models.layers import Normalize
 from models.vision_transformer import VisionTransformer
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the reference values lie beside the checkout, not in it")
 CIFAR100 = ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762))
 

@@ -16,6 +16,7 @@ REGISTERED = tuple(MODELS)
 LARGE = ("res50", "vgg16_bn", "densenet161", "vit_small", "vit_base", "vit_small_imagenet", "vit_base_imagenet",
          "vit_large_imagenet")  # fmt: skip
 SMALL = tuple(arch for arch in REGISTERED if arch not in LARGE)
+MICRO = ("micro_cnn", "micro_vit")
 
 
 class MiniVGG(nn.Module):

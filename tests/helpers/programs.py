@@ -25,7 +25,7 @@ def start_server() -> None:
     try:
         os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
         os.environ["OMP_NUM_THREADS"] = "1"
-        CONTEXT.set_forkserver_preload(["launch", "sklearn.datasets", "helpers.networks"])
+        CONTEXT.set_forkserver_preload(["launch", "sklearn.datasets", "helpers.networks", "helpers.sweeps"])
         forkserver.ensure_running()
     finally:
         os.environ.clear()
@@ -130,7 +130,8 @@ def _program(words, cwd, own_group, before, env, stdout, stderr) -> None:
     for target, end in ((1, stdout), (2, stderr)):
         os.dup2(end.fileno(), target)
         end.close()
-    sys.stdout, sys.stderr = (os.fdopen(os.dup(target), "w", buffering=1) for target in (1, 2))
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")  # as Python opens it
     os.chdir(cwd)
     sys.path[:0] = [p for p in env.get("PYTHONPATH", "").split(os.pathsep) if p]
     sys.argv = list(words)
@@ -139,6 +140,7 @@ def _program(words, cwd, own_group, before, env, stdout, stderr) -> None:
     import experiment
     import main_imp_fillback
 
+    multiprocessing.set_start_method(None, force=True)  # what the program starts is as it is elsewhere: a fork
     torch.set_num_threads(1)
     experiment.draw_kept_units = lambda *_: None  # as in all tests that are not about pictures
     if before is not None:

@@ -11,9 +11,13 @@ from unit_groups import unit_groups
 from units import masks_of_units
 
 
-def random_structure(model, seed, share, prune_stem=False):
-    """Whole units at random, about `share` of each group (0 and 1 included)."""
-    draw, groups = torch.Generator().manual_seed(seed), unit_groups(model, prune_stem)
+def random_structure(model, seed, share, prune_stem=False, groups=None):
+    """Whole units at random, about `share` of each group (0 and 1 included).
+
+    Args:
+        groups: The network's, where they are known: finding them takes longer than all the rest.
+    """
+    draw, groups = torch.Generator().manual_seed(seed), groups or unit_groups(model, prune_stem)
     kept = {group.name: torch.rand(group.units, generator=draw) < share for group in groups}
     return masks_of_units(groups, kept, dict(model.named_parameters()))
 

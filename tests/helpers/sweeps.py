@@ -1,4 +1,4 @@
-"""Command lines of small sweeps, and ways to carry them out."""
+"""Command lines of small sweeps, and ways to carry them out: as a user does, in a fork, or here with their jobs in forks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 
+import sweep
 from helpers.commands import ROOT, TINY, flags, run
 from helpers.comparison import assert_same_runs
+from helpers.programs import start, start_server
+from sweeps import job_process
 
 BASE = tuple(f"--{k}={v}" for k, v in TINY.items() if k not in ("struct", "rate"))
+
+# For `start_sweep`, whose jobs know no network of the tests.
+OWN_CNN = f"{ROOT / 'tests' / 'helpers' / 'small_cnn.py'}:small_cnn"
+
+carry_out_a_job = job_process._child
 
 
 def sweep_words(out, *grid, **settings):
@@ -20,9 +29,54 @@ def sweep_words(out, *grid, **settings):
 
 
 def start_sweep(words, own_group=False):
+    """A sweep as a user starts it: it and the server of its jobs take seconds to import everything."""
     env = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     return subprocess.Popen([sys.executable, str(ROOT / "sweep.py"), *words], cwd=ROOT, env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=own_group)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A sweep that was carried out in this process."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+class SweepHere:
+    """Sweeps in this process; their jobs are forked from the tests' server, which knows the networks of the tests."""
+
+    def __init__(self, monkeypatch, capsys) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def __call__(self, words) -> Ended:
+        start_server()
+        self._capsys.readouterr()
+        with self._monkeypatch.context() as patch:
+            patch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # executors change it
+            patch.setattr(job_process, "_child", small_job)
+            status = sweep.main(words)
+        return Ended(status, *self._capsys.readouterr())
+
+
+def small_job(task) -> None:
+    """In place of `job_process._child`: knows the tests' networks, and draws no pictures, which takes long."""
+    import experiment
+    from helpers import networks  # noqa: F401
+
+    experiment.draw_kept_units = lambda *_: None
+    carry_out_a_job(task)
+
+
+def fork_sweep(words):
+    """A sweep in a process of its own, with a server of its own for its jobs, which are small ones."""
+    return start(words, before=_sweep, PYTHONPATH=str(ROOT / "tests"), OMP_WAIT_POLICY="passive")
+
+
+def _sweep() -> None:
+    job_process._child = small_job
+    sys.exit(sweep.main(sys.argv[1:]))
 
 
 def wait_for(condition, seconds=120):

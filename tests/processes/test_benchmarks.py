@@ -10,23 +10,35 @@ import pytest
 import torch
 from helpers.commands import ROOT
 
-from benchmarks import compact, harness, plain
+from benchmarks import compact, harness, plain, startup
 from compact import shrink
 
 COMMANDS = {
     "step": ["--arch", "res20s", "--batch_size", "4", "--batches", "1", "--rounds", "2", "--precision", "fp32"],
     "data": ["--images", "64", "--files", "30", "--rounds", "2"],
-    "regroup": ["--arch", "vit_tiny", "--rounds", "2"],
-    "rsst_overhead": ["--arch", "res20s", "--optimizer", "sgd", "--batch_size", "4", "--rounds", "2"],
-    "parts": ["--arch", "res20s", "vit_tiny", "--batch_size", "4", "--rounds", "2"],
+    "regroup": ["--arch", "micro_vit", "--rounds", "2"],
+    "rsst_overhead": ["--arch", "micro_cnn", "--optimizer", "sgd", "--batch_size", "4", "--rounds", "2"],
+    "parts": ["--arch", "micro_cnn", "micro_vit", "--batch_size", "4", "--rounds", "2"],
     "startup": ["--rounds", "2"],
-    "compact": ["--arch", "res20s", "--turns", "2", "--batches", "1", "--parts", "latency", "epoch", "torch-pruning"],
+    "compact": ["--turns", "2", "--batches", "1", "--parts", "latency", "epoch", "torch-pruning"],
 }
+TABLES = [(name, ()) for name in COMMANDS if name not in ("startup", "compact")]
+TABLES += [("compact", ("--arch", "micro_cnn")), pytest.param("compact", ("--arch", "res20s"), marks=pytest.mark.slow),
+           pytest.param("startup", (), marks=pytest.mark.slow)]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_benchmark_prints_its_table(name, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [name, *COMMANDS[name]])
+@pytest.mark.parametrize("name, more", TABLES)
+def test_a_benchmark_prints_its_table(name, more, monkeypatch, capsys):
+    check_table(name, more, monkeypatch, capsys)
+
+
+def test_the_table_of_starts_without_starting_anything(monkeypatch, capsys):
+    monkeypatch.setattr(startup, "command", lambda *words: None)
+    check_table("startup", (), monkeypatch, capsys)
+
+
+def check_table(name, more, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, *COMMANDS[name], *more])
     monkeypatch.setattr(harness, "matrix_limit", lambda dtype, device: 1e11)
     monkeypatch.setattr(harness, "keep_memory", lambda: None)  # it would outlast the test
     for size in ("LATENCY_BATCH", "TRAIN_BATCH"):
@@ -46,6 +58,13 @@ def test_loops_take_turns_and_warm_up(monkeypatch):
     assert harness.spread([1.5]) == "1.50 [1.50, 1.50]"
 
 
+def test_the_peak_of_memory_of_this_process_does_not_fall():
+    device = torch.device("cpu")
+    idle, *peaks = (compact.peak_megabytes("micro_cnn", 0.5, k, device) for k in ("idle", "dense", "masked", "compact"))
+    assert 50 < idle < min(peaks) + 1  # the kernel counts in batches of pages
+
+
+@pytest.mark.slow
 def test_the_peak_of_memory_is_this_process_own():
     command = [sys.executable, "-m", "benchmarks.compact", "--measure_memory", "res20s", "0.5"]
     idle, masked = (float(subprocess.check_output([*command, kind], cwd=ROOT)) for kind in ("idle", "masked"))

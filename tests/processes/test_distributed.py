@@ -9,13 +9,26 @@ import shutil
 import signal
 import subprocess
 import time
+from functools import partial
 
 import pytest
 import torch
-from helpers.commands import ROOT, tiny
+from helpers.commands import TINY, tiny
 from helpers.comparison import assert_same_runs
+from helpers.follow import follow
 from helpers.images import write_image
-from helpers.processes import launch, rows_of, together, wait_for_rows, workers_of
+from helpers.processes import (
+    Workers,
+    each_has_its_own_data,
+    first_one_speaks_late,
+    launch,
+    rows_of,
+    second_one_has_no_device,
+    together,
+    wait_for_rows,
+    workers_of,
+)
+from helpers.sweeps import OWN_CNN
 
 import console
 import main_imp_fillback as program
@@ -72,14 +85,16 @@ def test_shares_are_the_batches_of_one_process_without_repetition(augment, proce
 # The same numbers
 
 
-@pytest.mark.parametrize(("arch", "processes"), [("res20s", 3), ("vit_tiny", 2)])
+@pytest.mark.parametrize(("arch", "processes"), [
+    ("micro_cnn", 3), ("micro_vit", 2),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("res20s", 3), ("vit_tiny", 2))),
+])  # fmt: skip
 def test_fifty_steps_follow_those_of_one_process(arch, processes, tmp_path):
     """In float64: in float32 a fresh ResNet amplifies the rounding of any other order of sums by a thousand."""
     losses = []
     for count in (1, processes):
         file = tmp_path / f"{count}.json"
-        process = launch("tests/follow.py", [arch, 7, file], processes=count)
-        assert process.wait(300) == 0, process.communicate()[1]
+        together((), processes=count, also=partial(follow, arch, 7, str(file)))
         losses.append(json.loads(file.read_text()))
     differences = [abs(a - b) for a, b in zip(*losses, strict=True)]
     assert len(differences) == 50 and max(differences) < 1e-8, max(differences)
@@ -103,10 +118,12 @@ def small_vit(tmp_path):
 
 
 def test_two_processes_find_the_ticket_that_one_finds(small_vit, tmp_path):
-    """Rounds of 25 steps each: the losses within 1e-5, the masks equal, and the same files."""
+    """Started by torchrun. Rounds of 25 steps each: the losses within 1e-5, the masks equal, and the same files."""
     one, two = tmp_path / "one", tmp_path / "two"
     assert program.main(tiny(one, **small_vit)) == 0
-    stdout, stderr = together(tiny(two, **small_vit))
+    process = launch(tiny(two, **small_vit))
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
     assert "2 processes share batches of 259 images" in stderr
     assert stderr.count("round 0 epoch   0") == 1, "one process speaks"
     assert len(stdout.splitlines()) == 3
@@ -123,22 +140,34 @@ def test_two_processes_find_the_ticket_that_one_finds(small_vit, tmp_path):
     assert names[0] == names[1]
 
 
-def test_networks_with_batchnorm_dropout_and_other_methods_go_through_whole_runs(tmp_path):
-    for k, words in enumerate((
-        {"struct": "refill", "arch": "mobilenet", "image_size": 16, "batch_size": 432, "criteria": "saliency"},
-        {"struct": "admm", "admm_epochs": 1},
-    )):  # fmt: skip
-        together(tiny(tmp_path / str(k), **words))
-        assert (tmp_path / str(k) / "result.json").exists()
+OTHER = {"struct": "refill", "batch_size": 432, "criteria": "saliency"}
+
+
+@pytest.mark.parametrize("words", [
+    {**OTHER, "arch": OWN_CNN},
+    pytest.param({**OTHER, "arch": "mobilenet", "image_size": 16}, marks=pytest.mark.slow),
+    {"struct": "admm", "admm_epochs": 1},
+    pytest.param({"struct": "admm", "admm_epochs": 1, "arch": "res20s"}, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_networks_with_batchnorm_dropout_and_other_methods_go_through_whole_runs(words, tmp_path):
+    together(tiny(tmp_path / "run", **words))
+    assert (tmp_path / "run" / "result.json").exists()
 
 
 # Ends
 
 
-def test_a_killed_worker_is_started_again_and_nothing_is_lost(tmp_path):
-    words, folder = {"epochs": 5, "arch": "res20s"}, tmp_path / "killed"
+# Processes that know the small networks, and those that torchrun starts and looks after.
+by_both = pytest.mark.parametrize("start, arch", [(Workers, TINY["arch"]),
+                                                  pytest.param(launch, "res20s", marks=pytest.mark.slow)])  # fmt: skip
+RESTARTS = {Workers: {"restarts": 3}, launch: {"more": ("--standalone", "--max-restarts=3")}}
+
+
+@by_both
+def test_a_killed_worker_is_started_again_and_nothing_is_lost(start, arch, tmp_path):
+    words, folder = {"epochs": 5, "arch": arch}, tmp_path / "killed"
     together(tiny(tmp_path / "whole", **words))
-    process = launch("main_imp_fillback.py", tiny(folder, **words), more=("--standalone", "--max-restarts=3"))
+    process = start(tiny(folder, **words), **RESTARTS[start])
     for rank, rows in ((0, 2), (1, 7)):
         wait_for_rows(process, folder, rows)
         os.kill(workers_of(process)[rank], signal.SIGKILL)
@@ -149,16 +178,17 @@ def test_a_killed_worker_is_started_again_and_nothing_is_lost(tmp_path):
     assert_same_runs(tmp_path / "whole", folder)
 
 
-def test_a_signal_stops_all_after_the_same_step_and_the_run_goes_on(tmp_path):
-    words = {"epochs": 5, "arch": "res20s"}
+@by_both
+def test_a_signal_stops_all_after_the_same_step_and_the_run_goes_on(start, arch, tmp_path):
+    words = {"epochs": 5, "arch": arch}
     together(tiny(tmp_path / "whole", **words))
     folder = tmp_path / "stopped"
-    process = launch("main_imp_fillback.py", tiny(folder, **words))
+    process = start(tiny(folder, **words))
     wait_for_rows(process, folder, 2)
     os.kill(workers_of(process)[1], signal.SIGTERM)  # to one of them
     _, stderr = process.communicate(timeout=200)
     assert stderr.count("stopped ") == 1 and "the same command continues" in stderr
-    assert "exitcode  : 143" in stderr
+    assert process.first_failure[1] == 143 if start is Workers else "exitcode  : 143" in stderr
     together(tiny(folder, **words))
     assert_same_runs(tmp_path / "whole", folder)
 
@@ -174,7 +204,7 @@ def test_another_number_of_processes_goes_on_with_a_warning(tmp_path):
     ({"compile": True}, "argument --compile: not with several processes"),
 ])  # fmt: skip
 def test_usage_errors_are_one_line_of_one_process(words, message, tmp_path):
-    process = launch("main_imp_fillback.py", tiny(tmp_path / "run", **words))
+    process = Workers(tiny(tmp_path / "run", **words))
     _, stderr = process.communicate(timeout=200)
     assert process.returncode and stderr.count(message) == 1
     assert not (tmp_path / "run").exists()
@@ -182,13 +212,22 @@ def test_usage_errors_are_one_line_of_one_process(words, message, tmp_path):
 
 @pytest.mark.parametrize("words", [{"rate": 2}, {"lr": 1e30, "pruning_times": 1}])
 def test_the_first_process_speaks_however_late_it_comes_to_the_error(words, tmp_path):
+    process = Workers(tiny(tmp_path / "run", **words), also=first_one_speaks_late)
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode and len(re.findall("^error: ", stderr, re.MULTILINE)) == 1, stderr
+    assert process.first_failure == (0, process.returncode) and process.returncode > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [{"rate": 2}, {"lr": 1e30, "pruning_times": 1}])
+def test_torchrun_lets_the_first_process_speak_however_late_it_comes_to_the_error(words, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import os, time\n"
         "if os.environ.get('RANK') == '0':\n"
         "    import logging\n"
         "    logging.Logger.error = lambda *a, speak=logging.Logger.error: (time.sleep(3), speak(*a))\n"
     )
-    process = launch("main_imp_fillback.py", tiny(tmp_path / "run", **words), PYTHONPATH=str(tmp_path))
+    process = launch(tiny(tmp_path / "run", arch="res20s", **words), PYTHONPATH=str(tmp_path))
     _, stderr = process.communicate(timeout=200)
     assert process.returncode and len(re.findall("^error: ", stderr, re.MULTILINE)) == 1, stderr
     assert "exitcode  : -15" not in stderr.split("Root Cause")[1]
@@ -253,18 +292,7 @@ def test_torchrun_may_say_twice_what_its_workers_have_heard(monkeypatch):
 
 
 def test_an_error_of_one_process_alone_is_said(tmp_path):
-    script = tmp_path / "start.py"
-    script.write_text(
-        "import os, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import main_imp_fillback, utils\n"
-        "from errors import MachineError\n"
-        "def no_such_device(gpu):\n"
-        "    raise MachineError('argument --gpu: no such device')\n"
-        "utils.choose_device = no_such_device if os.environ['RANK'] == '1' else utils.choose_device\n"
-        "sys.exit(main_imp_fillback.main(sys.argv[1:]))\n"
-    )
-    process = launch(script, tiny(tmp_path / "run"))
+    process = Workers(tiny(tmp_path / "run"), also=second_one_has_no_device)
     _, stderr = process.communicate(timeout=200)
     assert process.returncode and "error: rank 1: argument --gpu: no such device" in stderr
 
@@ -277,14 +305,8 @@ def test_processes_that_see_other_images_are_refused(tmp_path):
                 folder.mkdir(parents=True)
                 for k in range(8 + rank):
                     write_image(folder / f"{k}.png")
-    script = tmp_path / "start.py"
-    script.write_text(
-        "import os, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import main_imp_fillback\n"
-        f"sys.exit(main_imp_fillback.main([*sys.argv[1:], '--data', {str(tmp_path)!r} + '/' + os.environ['RANK']]))\n"
-    )
-    process = launch(script, tiny(tmp_path / "run", dataset="imagefolder", batch_size=4))
+    words = tiny(tmp_path / "run", dataset="imagefolder", batch_size=4)
+    process = Workers(words, also=partial(each_has_its_own_data, str(tmp_path)))
     _, stderr = process.communicate(timeout=200)
     assert process.returncode and "processes disagree on the images or labels" in stderr
 
@@ -325,13 +347,14 @@ def hosts():
             subprocess.run(["ip", "netns", "del", n], capture_output=True, check=False)
 
 
+@pytest.mark.slow
 def test_two_hosts_find_the_ticket_that_one_finds(hosts, small_vit, tmp_path):
     words = tiny(tmp_path / "two", **small_vit)
     meeting = ("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29533", "--rdzv-id=ticket")
     processes = []
     for k, (name, interface) in enumerate(hosts):  # one kernel, one host name: torchrun cannot tell who is who
         own = (*meeting, f"--rdzv-conf=is_host={1 - k}", f"--local-addr=10.77.0.{k + 1}")
-        processes.append(launch("main_imp_fillback.py", words, processes=1, more=own, GLOO_SOCKET_IFNAME=interface,
+        processes.append(launch(words, processes=1, more=own, GLOO_SOCKET_IFNAME=interface,
                                 prefix=("ip", "netns", "exec", name)))  # fmt: skip
     ends = [p.communicate(timeout=300) for p in processes]
     assert [p.returncode for p in processes] == [0, 0], ends

@@ -34,7 +34,7 @@ def logits_and_gradients(model, images, labels):
     return [logits.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
-@pytest.mark.parametrize("arch", ["vit_tiny", "vit_small"])
+@pytest.mark.parametrize("arch", ["micro_vit", "vit_tiny", pytest.param("vit_small", marks=pytest.mark.slow)])
 def test_the_class_token_alone_gives_the_logits_and_gradients_of_all_tokens(arch, images_and_labels):
     images, labels = images_and_labels
     model = build_model(arch, 10, 32).double()
@@ -83,7 +83,11 @@ class Small(nn.Module):
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
-def test_a_compiled_network_computes_the_same_and_shows_its_features():
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_network_computes_the_same_and_shows_its_features(backend, monkeypatch):
+    real = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: real(self, backend=backend))
+    torch._dynamo.reset()
     images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 0, 1])
     model = Small()
     plain = logits_and_gradients(model, images, labels)

@@ -12,14 +12,25 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import yaml
-from helpers.commands import ROOT, tiny
+from helpers.commands import ROOT, run, tiny
 from helpers.nothing import nothing
+from helpers.programs import start_server
 from helpers.report_data import epoch_row
-from helpers.sweeps import BASE, assert_as_if_run_alone, start_sweep, sweep_words, wait_for
+from helpers.sweeps import (
+    BASE,
+    OWN_CNN,
+    SweepHere,
+    assert_as_if_run_alone,
+    fork_sweep,
+    start_sweep,
+    sweep_words,
+    wait_for,
+)
 
 import sweep
 from errors import DataError, UsageError
@@ -31,6 +42,17 @@ from sweeps.grid import Job, Spec, plan, words_of
 from sweeps.job_process import JobProcess, Outcome, Task
 from sweeps.live_view import LiveView
 from sweeps.slurm import stages_of
+
+
+@pytest.fixture
+def sweep_here(monkeypatch, capsys):
+    return SweepHere(monkeypatch, capsys)
+
+
+@pytest.fixture
+def server():
+    """What jobs are forked from: the tests' own, which is there already and knows their networks."""
+    start_server()
 
 
 def runs_of(grid, *base, **more):
@@ -254,40 +276,46 @@ def test_a_dry_run_lists_and_writes_nothing(tmp_path, monkeypatch, capsys):
 # Carrying them out
 
 
-def test_a_failing_run_stops_no_other_and_the_same_command_continues(tmp_path):
+def test_a_failing_run_stops_no_other_and_the_same_command_continues(sweep_here, tmp_path):
     out = tmp_path / "sweep"
     words = sweep_words(out, "struct=rsst,refill", "lr=0.05,1e30", "seed=0")
-    process = start_sweep(words)
-    stdout, stderr = process.communicate(timeout=240)
-    assert process.returncode == 1, stderr
-    assert "3 of 6 jobs failed" in stderr and stdout.count("loss") >= 1
-    assert "not begun, since digits_round_0" in stdout
-    assert stdout.index("best by validation") < stdout.index("why")
+    first = sweep_here(words)
+    assert first.status == 1, first.stderr
+    assert "3 of 6 jobs failed" in first.stderr and first.stdout.count("loss") >= 1
+    assert "not begun, since digits_round_0" in first.stdout
+    assert first.stdout.index("best by validation") < first.stdout.index("why")
     finished = [p.parent for p in out.glob("runs/*/result.json")]
     assert len(finished) == 2
     before = {p: p.stat().st_mtime_ns for f in finished for p in f.iterdir()}
-    second = start_sweep(words)
-    _, stderr = second.communicate(timeout=240)
-    assert second.returncode == 1 and "3 of 6 jobs are finished already" in stderr
+    second = sweep_here(words)
+    assert second.status == 1 and "3 of 6 jobs are finished already" in second.stderr
     assert before == {p: p.stat().st_mtime_ns for f in finished for p in f.iterdir()}, "finished runs are left alone"
 
 
-def test_killed_and_continued_it_gives_what_runs_by_themselves_give(tmp_path):
+@pytest.mark.parametrize(("start", "arch", "epochs"), [
+    (fork_sweep, "micro_cnn", 5), pytest.param(start_sweep, "res20s", 4, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_killed_and_continued_it_gives_what_runs_by_themselves_give(start, arch, epochs, sweep_here, tmp_path):
     out = tmp_path / "sweep"
-    words = sweep_words(out, "struct=rsst,refill", "seed=0,1", epochs=4)
-    process = start_sweep(words)
+    words = sweep_words(out, "struct=rsst,refill", "seed=0,1", epochs=epochs, arch=arch)
+    process = start(words)
     wait_for(lambda: len(list(out.glob("runs/*/metrics.jsonl"))) >= 2)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert len(list(out.glob("runs/*/result.json"))) < 4
-    second = start_sweep(words)
+    second = start(words)
     wait_for(lambda: any("continuing" in p.read_text() for p in out.glob("logs/*")))
     second.send_signal(signal.SIGINT)
     _, stderr = second.communicate(timeout=120)
     assert second.returncode == 130 and "the same command continues" in stderr
-    third = start_sweep(words)
-    stdout, stderr = third.communicate(timeout=240)
-    assert third.returncode == 0, stderr
+    if start is fork_sweep:
+        third = sweep_here(words)
+        status, stdout, stderr = third.status, third.stdout, third.stderr
+    else:
+        third = start(words)
+        stdout, stderr = third.communicate(timeout=240)
+        status = third.returncode
+    assert status == 0, stderr
     assert "round 0 was trained 2 times instead of 4" in stdout
     assert_as_if_run_alone(out, tmp_path / "alone")
 
@@ -355,10 +383,11 @@ def test_jobs_wait_for_what_they_need_and_do_not_begin_if_it_failed():
     assert outcomes["control"].reason == "not begun, since a failed"
 
 
-def test_jobs_that_end_together_are_not_taken_for_failed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_jobs_that_end_together_are_not_taken_for_failed(count, server, tmp_path, monkeypatch):
     monkeypatch.setattr(job_process, "_child", nothing)
     executor = LocalExecutor(Places(tmp_path), [Slot()] * 4)
-    outcomes = [executor.submit(job(str(k))) for k in range(200)]
+    outcomes = [executor.submit(job(str(k))) for k in range(count)]
     assert {future.result().status for future in outcomes} == {0}
     executor.close()
 
@@ -370,9 +399,9 @@ def test_an_error_of_our_own_ends_one_job_not_the_sweep(tmp_path, monkeypatch):
     executor.close()
 
 
-@pytest.mark.parametrize("seconds", [0.1, 1.0, 2.5, 5.0])
+@pytest.mark.parametrize("seconds", [1.0, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.1, 2.5, 5.0))])
 def test_ctrl_c_at_once_ends_well(seconds, tmp_path):
-    process = start_sweep(sweep_words(tmp_path / "sweep", "seed=0,1", epochs=200), own_group=True)
+    process = start_sweep(sweep_words(tmp_path / "sweep", "seed=0,1", epochs=200, arch=OWN_CNN), own_group=True)
     wait_for((tmp_path / "sweep" / "sweep.log").exists)
     time.sleep(seconds)
     os.killpg(process.pid, signal.SIGINT)
@@ -381,14 +410,13 @@ def test_ctrl_c_at_once_ends_well(seconds, tmp_path):
     assert "Traceback" not in stderr
 
 
-def test_a_lost_dense_round_is_trained_again(tmp_path):
+def test_a_lost_dense_round_is_trained_again(sweep_here, tmp_path):
     out = tmp_path / "sweep"
-    assert start_sweep(sweep_words(out, "struct=rsst,refill")).wait(200) == 0
+    assert sweep_here(sweep_words(out, "struct=rsst,refill")).status == 0
     shutil.rmtree(out / "round_0" / "store")
-    process = start_sweep(sweep_words(out, "struct=rsst,refill", "rate=0.4,0.3"))
-    stdout, stderr = process.communicate(timeout=200)
-    assert process.returncode == 0, stderr
-    assert "round 0 was trained 1 time instead of 4" in stdout
+    second = sweep_here(sweep_words(out, "struct=rsst,refill", "rate=0.4,0.3"))
+    assert second.status == 0, second.stderr
+    assert "round 0 was trained 1 time instead of 4" in second.stdout
     for each in json.loads((out / "sweep.json").read_text())["jobs"]:
         noted = json.loads((out / each["folder"] / "env.json").read_text())["command"]
         assert noted[0] == "main_imp_fillback.py" and noted[1:3] == each["words"][:2], "a run notes its own command"
@@ -405,9 +433,9 @@ def test_cores_are_shared_out_and_gpus_in_turn(monkeypatch):
     assert executors.gpus_here() == []
 
 
-def test_a_job_is_pinned_and_stopped_with_its_state_saved(tmp_path):
+def test_a_job_is_pinned_and_stopped_with_its_state_saved(server, tmp_path):
     core = executors.cores_here()[-1]
-    words = tuple(tiny(tmp_path / "run", epochs=500))
+    words = tuple(tiny(tmp_path / "run", epochs=2000))
     process = JobProcess(Task(words, str(tmp_path / "run"), str(tmp_path / "log"), str(tmp_path), cores=(core,)))
     wait_for(
         lambda: (tmp_path / "run" / "metrics.jsonl").exists() and (tmp_path / "run" / "metrics.jsonl").stat().st_size
@@ -420,7 +448,7 @@ def test_a_job_is_pinned_and_stopped_with_its_state_saved(tmp_path):
 
 
 def test_a_job_ends_in_good_order_with_the_process_that_began_it(tmp_path):
-    words = sweep_words(tmp_path / "sweep", "seed=0", epochs=500)
+    words = sweep_words(tmp_path / "sweep", "seed=0", epochs=2000, arch=OWN_CNN)
     process = start_sweep(words)
     metrics = tmp_path / "sweep" / "runs"
     wait_for(lambda: any(p.stat().st_size for p in metrics.glob("*/metrics.jsonl")))
@@ -430,7 +458,7 @@ def test_a_job_ends_in_good_order_with_the_process_that_began_it(tmp_path):
     wait_for(lambda: "stopped in the middle" in log.read_text() or "the same command continues" in log.read_text())
 
 
-def test_a_job_says_why_it_failed(tmp_path):
+def test_a_job_says_why_it_failed(server, tmp_path):
     words = tuple(tiny(tmp_path / "run", dataset="imagefolder", data=tmp_path / "missing"))
     outcome = executors.run(Task(words, str(tmp_path / "run"), str(tmp_path / "log"), str(tmp_path)))
     assert outcome.status == 3 and "missing" in outcome.reason and not outcome.reason.startswith("error")
@@ -448,23 +476,37 @@ echo "$$;cluster"
 """
 
 
-def test_slurms_scripts_do_what_the_sweep_would(tmp_path, monkeypatch):
-    out = tmp_path / "a sweep"
-    words = sweep_words(out, "struct=rsst,refill", "control=none,reinit")
-    process = start_sweep(
-        [*words, "--executor", "slurm", "--slurm-options", "--partition=gpu --mem-per-cpu=2G --comment='a b'"]
-    )
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 0, stderr
+# A stand-in for the interpreter: notes the program, and what it is told, one word a line.
+INTERPRETER = """#!/usr/bin/env bash
+printf '%s\n' "$PWD" "$OMP_NUM_THREADS" "$@" > "$(mktemp "$CALLED/$(date +%s%N)_XXXX")"
+"""
+
+
+@pytest.mark.parametrize("noted", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_slurms_scripts_do_what_the_sweep_would(noted, sweep_here, tmp_path, monkeypatch):
+    """Noted are the commands of the tasks, which are carried out here one after another; or the tasks do it."""
+    out, own_bin = tmp_path / "a sweep", tmp_path / "a bin"
+    own_bin.mkdir()
+    for name, content in (("sbatch", SBATCH), ("python", INTERPRETER)):
+        (own_bin / name).write_text(content)
+        (own_bin / name).chmod(0o755)
+    words = sweep_words(out, "struct=rsst,refill", "control=none,reinit", arch="micro_cnn" if noted else "res20s")
+    with monkeypatch.context() as patch:
+        if noted:
+            patch.setattr(sys, "executable", str(own_bin / "python"))
+        options = "--partition=gpu --mem-per-cpu=2G --comment='a b'"
+        written = sweep_here([*words, "--executor", "slurm", "--slurm-options", options])
+    assert written.status == 0, written.stderr
     assert not list(out.glob("runs/*"))
     text = (out / "slurm" / "stage_1.sbatch").read_text()
     assert "#SBATCH --array=1-2%2" in text and "#SBATCH --partition=gpu\n#SBATCH --mem-per-cpu=2G\n" in text
     assert "#SBATCH '--comment=a b'\n" in text and "#SBATCH --job-name=a-sweep_1\n" in text
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "sbatch").write_text(SBATCH)
-    (tmp_path / "bin" / "sbatch").chmod(0o755)
-    env = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SBATCH_LOG": str(tmp_path / "calls")}
-    done = subprocess.run(stdout.strip(), shell=True, env=env, capture_output=True, text=True, timeout=280, check=True)
+    (tmp_path / "noted").mkdir()
+    env = {**os.environ, "PATH": f"{own_bin}:{os.environ['PATH']}", "SBATCH_LOG": str(tmp_path / "calls"),
+           "CALLED": str(tmp_path / "noted")}  # fmt: skip
+    done = subprocess.run(
+        written.stdout.strip(), shell=True, env=env, capture_output=True, text=True, timeout=280, check=True
+    )
     assert [line.split(":")[1].split(",")[0] for line in done.stdout.splitlines()] == [
         " 1 tasks",
         " 2 tasks",
@@ -472,6 +514,11 @@ def test_slurms_scripts_do_what_the_sweep_would(tmp_path, monkeypatch):
     ]
     calls = (tmp_path / "calls").read_text().splitlines()
     assert "--dependency" not in calls[0] and all("--dependency=afterany:" in c and ";" not in c for c in calls[1:])
+    for command in sorted((tmp_path / "noted").iterdir()):
+        cwd, threads, program, *told = command.read_text().splitlines()
+        assert (cwd, threads, program) == (str(Path.cwd()), "1", str(ROOT / "main_imp_fillback.py"))
+        assert run(*told) == 0
+    assert len(list((tmp_path / "noted").iterdir())) == (5 if noted else 0)
     monkeypatch.setattr(schedule, "executor_for", lambda args: pytest.fail("all is finished"))
     assert sweep.main(words) == 0
 
@@ -504,13 +551,12 @@ def test_a_line_for_each_running_job(tmp_path, monkeypatch):
 # Search
 
 
-def test_a_search_finds_the_best_within_the_limit(tmp_path, capsys):
+def test_a_search_finds_the_best_within_the_limit(sweep_here, tmp_path):
     pytest.importorskip("optuna")
     words = ["--search", "--density", "70", "--rungs", "2",
              *sweep_words(tmp_path, "struct=refill", "criteria=magnitude,l1,remain", "rate=0.1,0.4", epochs=3)]  # fmt: skip
-    process = start_sweep(words)
-    stdout, stderr = process.communicate(timeout=280)
-    assert process.returncode == 0, stderr
+    first = sweep_here(words)
+    assert first.status == 0, first.stderr
     rows = (tmp_path / "search.csv").read_text().splitlines()
     cells = {line.split(",")[0]: line.split(",")[1:] for line in rows[1:]}
     assert len(cells) == 6
@@ -519,10 +565,10 @@ def test_a_search_finds_the_best_within_the_limit(tmp_path, capsys):
     finals = {name: float(c[4]) for name, c in cells.items() if c[0] == "3"}
     assert 1 <= len(finals) < 3
     best = max(finals, key=finals.get)
-    assert f"best: {best} with" in stdout
+    assert f"best: {best} with" in first.stdout
     assert {j["settings"]["rate"] for j in json.loads((tmp_path / "sweep.json").read_text())["jobs"]} == {0.4}
-    again = start_sweep(words)
-    assert again.communicate(timeout=100)[0] == stdout and again.returncode == 0
+    again = sweep_here(words)
+    assert again.stdout == first.stdout and again.status == 0
 
 
 def made_up_results(monkeypatch, accuracy):
@@ -575,7 +621,7 @@ def test_settings_that_are_the_same_runs_are_one_setting_of_a_search(monkeypatch
     assert len(record["jobs"]) == len({job["name"] for job in record["jobs"]})
 
 
-@pytest.mark.parametrize("epochs", [14, 25, 27, 160])
+@pytest.mark.parametrize("epochs", [14, 25, *(pytest.param(e, marks=pytest.mark.slow) for e in (27, 160))])
 def test_every_rung_of_a_search_selects_whatever_a_third_of_the_epochs_is(epochs, monkeypatch, tmp_path):
     made_up_results(monkeypatch, lambda a: 50 + 10 * a.rate + "lmrs".index(a.criteria[0]))
     grid = ("struct=refill", "rate=0.4,0.5,0.6", "criteria=magnitude,remain,l1,l2,saliency", "seed=0")

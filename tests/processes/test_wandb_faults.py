@@ -71,7 +71,7 @@ print("finished", time.monotonic() - began)
 WHOLE_RUN = (
     HEAD
     + """
-import main_imp_fillback, reporter
+import helpers.networks, main_imp_fillback, reporter
 plain = reporter.Reporter.epoch
 
 def epoch(self, row):
@@ -86,16 +86,15 @@ sys.exit(main_imp_fillback.main(sys.argv[1:]))
 
 
 @pytest.fixture(scope="module")
-def without(tmp_path_factory):
+def without(tmp_path_factory, finished_run):
     """The run without WandB."""
-    folder = tmp_path_factory.mktemp("without") / "run"
-    assert main_imp_fillback.main(tiny(folder, **RUN)) == 0
-    return folder
+    return finished_run(tmp_path_factory.mktemp("without") / "run", **RUN)
 
 
 def started(program, *words, **environment):
     """A process of its own, and how long it took to its very end."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    modules = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": modules, **environment}
     began = time.monotonic()
     command = [sys.executable, "-c", program, *map(str, words)]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:  # WandB's process holds a pipe open

@@ -118,14 +118,10 @@ def test_reinit_has_the_masks_of_the_ticket():
 
 
 @pytest.fixture(scope="module")
-def tickets(tmp_path_factory):
+def tickets(tmp_path_factory, finished_run):
     """Method -> the folder of its finished run."""
-    folders = {s: tmp_path_factory.mktemp(s) for s in ("refill", "rsst", "imp")}
-    for struct, folder in folders.items():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("experiment.draw_kept_units", lambda *_: None)
-            assert run(*tiny(folder, struct=struct, pruning_times=3)) == 0
-    return folders
+    folders = {s: tmp_path_factory.mktemp(s) / "run" for s in ("refill", "rsst", "imp")}
+    return {s: finished_run(folder, struct=s, pruning_times=3) for s, folder in folders.items()}
 
 
 def state(folder, k):

@@ -6,8 +6,10 @@ import json
 
 import pytest
 import torch
-from helpers.commands import ROOT, run, tiny
+from helpers.commands import ROOT, VIT, run
+from helpers.commands import tiny as with_all_images
 from helpers.comparison import assert_same_runs, equal
+from helpers.images import few_images
 from helpers.interruptions import stopped_again_and_again
 
 import training
@@ -15,19 +17,28 @@ from options import parse_args
 from run_identity import AFTER_ROUND_0, identity_of_round_0
 from run_state import RunFolder
 
-VIT = {"arch": "vit_tiny", "image_size": 8, "vit_structured": True, "vit_prune_target": "both"}
 # For each flag that round 0 is said not to read: a network where it is read, and another value.
 OTHERS = {
     "struct": ({}, "snip"), "rate": ({}, 0.7), "rate_mode": ({}, "target"), "criteria": ({}, "saliency"),
     "criteria_batches": ({}, 3), "rank_weights": ({}, "initial"), "fillback_rate": ({"struct": "refill"}, 0.5),
     "min_units": ({}, 5), "conv1": ({}, True), "regroup": ({"struct": "imp"}, True),
     "admm_epochs": ({"struct": "admm"}, 2), "admm_rho": ({"struct": "admm"}, 0.5), "control": ({}, None),
-    "vit_structured": ({"arch": "vit_tiny"}, True), "vit_prune_target": (VIT, "head"), "mlp_prune_ratio": (VIT, 0.7),
+    "vit_structured": ({"arch": "micro_vit"}, True), "vit_prune_target": (VIT, "head"), "mlp_prune_ratio": (VIT, 0.7),
     "block_prune_ratio": ({**VIT, "vit_prune_target": "head,block"}, 0.6), "sorting_mode": (VIT, "global"),
     "RST_schedule": ({}, "x"), "reg_granularity_prune": ({}, 0.1), "exponents": ({}, 2), "reg_horizon": ({}, "epoch"),
     "reg_guard": ({}, True), "reg_upper_limit": ({}, 0.1), "penalty": ({}, "decoupled"), "block_loss_grad": ({}, True),
     "rsst_dead": ({}, "free"), "reg_target": ({}, "unit"), "fade_out": ({}, 0.5),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    few_images(monkeypatch)
+
+
+def tiny(save_dir, **settings):
+    """Six steps an epoch, of few images."""
+    return with_all_images(save_dir, **{"batch_size": 3, **settings})
 
 
 def dense(folder):
@@ -44,7 +55,7 @@ def dense_run(tmp_path_factory):
     found = {}
 
     def dense_run(settings):
-        words = tuple(tiny(None, **settings, pruning_times=1, batch_size=512))
+        words = tuple(tiny(None, **settings, pruning_times=1))
         if words not in found:
             folder = tmp_path_factory.mktemp("dense")
             assert run(*words, "--save_dir", folder) == 0

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 import yaml
-from helpers.commands import ROOT, run, tiny
+from helpers.commands import ROOT, VIT, run, tiny
 from helpers.comparison import assert_same_runs, equal
 from helpers.images import few_images
 from helpers.interruptions import stopped_again_and_again
@@ -105,9 +105,18 @@ FADING = {
 }  # fmt: skip
 
 
-def test_units_that_have_faded_out_are_left_out(tmp_path, monkeypatch, capsys):
+@pytest.fixture(params=["micro_cnn", pytest.param("res20s", marks=pytest.mark.slow)])
+def fading(request, monkeypatch):
+    """The settings of a run of six steps an epoch in which units fade out; of few images for the small network."""
+    if request.param == "res20s":
+        return {**FADING, "arch": "res20s"}
+    few_images(monkeypatch)
+    return {**FADING, "batch_size": 3, "lr": 0.01}
+
+
+def test_units_that_have_faded_out_are_left_out(fading, tmp_path, monkeypatch, capsys):
     sizes = watched_sizes(monkeypatch)
-    assert run(*tiny(tmp_path / "on", **FADING)) == 0
+    assert run(*tiny(tmp_path / "on", **fading)) == 0
     assert "units have faded out; the network trains at its real size" in capsys.readouterr().err
     assert sizes[:5] == sizes[:1] * 5 and sizes[9] < sizes[5] <= sizes[0]
     saved = RunFolder.load(tmp_path / "on" / "1checkpoint.pth.tar")
@@ -117,16 +126,16 @@ def test_units_that_have_faded_out_are_left_out(tmp_path, monkeypatch, capsys):
         for unit in units:
             assert not saved.state_dict[f"{name}.weight"][unit].any()
             assert not pair.structure[f"{name}.weight"][unit].any() and pair.doomed[f"{name}.weight"][unit].any()
-    assert run(*tiny(tmp_path / "off", fade_out=0, **FADING)) == 0
+    assert run(*tiny(tmp_path / "off", fade_out=0, **fading)) == 0
     assert not RunFolder.load(tmp_path / "off" / "1checkpoint.pth.tar").faded and len(set(sizes[15:])) == 1
-    assert run(*tiny(tmp_path / "masked", compact_training="false", **FADING)) == 0
+    assert run(*tiny(tmp_path / "masked", compact_training="false", **fading)) == 0
     assert len(set(sizes[20:])) == 1
     assert RunFolder.load(tmp_path / "masked" / "1checkpoint.pth.tar").faded
 
 
-def test_a_run_goes_on_after_units_have_faded_out_bit_for_bit(tmp_path, monkeypatch):
-    assert run(*tiny(tmp_path / "whole", **FADING)) == 0
-    assert stopped_again_and_again(monkeypatch, 9, lambda _: tiny(tmp_path / "broken", **FADING)) >= 4
+def test_a_run_goes_on_after_units_have_faded_out_bit_for_bit(fading, tmp_path, monkeypatch):
+    assert run(*tiny(tmp_path / "whole", **fading)) == 0
+    assert stopped_again_and_again(monkeypatch, 9, lambda _: tiny(tmp_path / "broken", **fading)) >= 4
     assert RunFolder.load(tmp_path / "broken" / "1checkpoint.pth.tar").faded
     assert_same_runs(tmp_path / "whole", tmp_path / "broken")
 
@@ -170,29 +179,29 @@ def test_the_same_command_again_says_finished_and_changes_nothing(tmp_path, caps
     assert {p.name: p.read_bytes() for p in tmp_path.glob("*checkpoint.pth.tar")} == before
 
 
-def test_more_rounds_continue_a_finished_run(tmp_path):
-    assert run(*tiny(tmp_path / "a", pruning_times=3)) == 0
-    assert run(*tiny(tmp_path / "b", pruning_times=1)) == 0
+def test_more_rounds_continue_a_finished_run(tmp_path, finished_run):
+    finished_run(tmp_path / "a", pruning_times=3)
+    finished_run(tmp_path / "b", pruning_times=1)
     assert run(*tiny(tmp_path / "b", pruning_times=3)) == 0
     assert_same_runs(tmp_path / "a", tmp_path / "b")
 
 
-def test_fewer_rounds_than_were_begun_give_the_ticket_of_a_finished_round(tmp_path, monkeypatch):
-    assert run(*tiny(tmp_path, pruning_times=2)) == 0
-    before = torch.load(tmp_path / "ticket.pth.tar", weights_only=True)
+def test_fewer_rounds_than_were_begun_give_the_ticket_of_a_finished_round(tmp_path, finished_run, monkeypatch):
+    folder = finished_run(tmp_path / "run")
+    before = torch.load(folder / "ticket.pth.tar", weights_only=True)
     stopped = lambda self, where: setattr(self, "signal", signal.SIGTERM) or real(self, where)  # noqa: E731
     real = experiment.StopRequest.obey
     monkeypatch.setattr(experiment.StopRequest, "obey", stopped)
-    assert run(*tiny(tmp_path, pruning_times=3)) == 143
+    assert run(*tiny(folder, pruning_times=3)) == 143
     monkeypatch.setattr(experiment.StopRequest, "obey", real)
-    assert run(*tiny(tmp_path, pruning_times=2)) == 0
-    after = torch.load(tmp_path / "ticket.pth.tar", weights_only=True)
+    assert run(*tiny(folder, pruning_times=2)) == 0
+    after = torch.load(folder / "ticket.pth.tar", weights_only=True)
     assert after["round"] == 1 and equal(before["state_dict"], after["state_dict"])
 
 
-def test_with_the_two_newest_checkpoints_damaged_it_goes_back_to_the_round_before(tmp_path, capsys):
-    assert run(*tiny(tmp_path / "a", pruning_times=3)) == 0
-    assert run(*tiny(tmp_path / "b", pruning_times=3)) == 0
+def test_with_the_two_newest_checkpoints_damaged_it_goes_back_to_the_round_before(tmp_path, finished_run, capsys):
+    for name in "ab":
+        finished_run(tmp_path / name, pruning_times=3)
     for name in ("2checkpoint.pth.tar", "previous.pth.tar"):
         (tmp_path / "b" / name).write_bytes(b"half a file")
     assert run(*tiny(tmp_path / "b", pruning_times=3)) == 0
@@ -217,17 +226,17 @@ def test_two_processes_do_not_share_a_folder(tmp_path, capsys):
     assert run(*tiny(tmp_path, pruning_times=1)) == 0
 
 
-def test_another_run_is_never_overwritten(tmp_path, capsys):
-    assert run(*tiny(tmp_path)) == 0
-    assert run(*tiny(tmp_path, rate=0.3)) == 2
+def test_another_run_is_never_overwritten(tmp_path, finished_run, capsys):
+    folder = finished_run(tmp_path / "run")
+    assert run(*tiny(folder, rate=0.3)) == 2
     assert "argument --rate: the run folder holds a run with 0.4, not 0.3;" in capsys.readouterr().err
-    assert run(*tiny(tmp_path, image_size=12)) == 2
+    assert run(*tiny(folder, image_size=12)) == 2
 
 
-def test_resume_insists_and_a_checkpoint_can_be_chosen(tmp_path, capsys):
+def test_resume_insists_and_a_checkpoint_can_be_chosen(tmp_path, finished_run, capsys):
     assert run(*tiny(tmp_path / "a"), "--resume") == 2
     assert "holds no run to continue" in capsys.readouterr().err
-    assert run(*tiny(tmp_path / "b", pruning_times=3)) == 0
+    finished_run(tmp_path / "b", pruning_times=3)
     words = [w for w in tiny("", pruning_times=3) if w not in ("--save_dir", "")]
     assert (
         run(*words, "--save_dir", tmp_path / "c", "--resume", "--checkpoint", tmp_path / "b" / "0checkpoint.pth.tar")
@@ -241,10 +250,9 @@ def test_resume_insists_and_a_checkpoint_can_be_chosen(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("named", ["0checkpoint.pth.tar", "1checkpoint.pth.tar", "previous.pth.tar"])
-def test_a_run_that_was_taken_from_a_checkpoint_stands_by_itself(named, tmp_path, capsys):
+def test_a_run_that_was_taken_from_a_checkpoint_stands_by_itself(named, tmp_path, finished_run, capsys):
     """Whether there was anything left to do or not."""
-    assert run(*tiny(tmp_path / "a")) == 0
-    given = tmp_path / "a" / named
+    given = finished_run(tmp_path / "a") / named
     if named != "0checkpoint.pth.tar":
         assert run(*tiny(tmp_path / "b", pruning_times=1, checkpoint=given)) == 2
         assert "is of round 1; --pruning_times 1 ends before" in capsys.readouterr().err
@@ -285,11 +293,14 @@ def test_other_peoples_files_are_left_alone_and_a_refused_run_makes_none(tmp_pat
 
 @pytest.mark.parametrize("words", [
     {"struct": "refill", "epochs": 2},
-    {"struct": "rsst", "arch": "vit_tiny", "vit_structured": True, "vit_prune_target": "both", "rate_mode": "round",
-     "optimizer": "adamw", "lr": 0.001},
-], ids=["refill", "rsst"])  # fmt: skip
+    {"struct": "rsst", **VIT, "rate_mode": "round", "optimizer": "adamw", "lr": 0.001},
+    pytest.param({"struct": "refill", "epochs": 2, "arch": "res20s"}, marks=pytest.mark.slow),
+    pytest.param({"struct": "rsst", **VIT, "arch": "vit_tiny", "rate_mode": "round", "optimizer": "adamw", "lr": 0.001},
+                 marks=pytest.mark.slow),
+], ids=["refill", "rsst", "refill-res20s", "rsst-vit_tiny"])  # fmt: skip
 def test_resumed_after_any_epoch_or_step_it_ends_bit_for_bit_the_same(words, tmp_path, monkeypatch):
-    words = {"pruning_times": 3, "batch_size": 512, **words}
+    few_images(monkeypatch)
+    words = {"pruning_times": 3, "batch_size": 6, **words}
     assert run(*tiny(tmp_path / "whole", **words)) == 0
     assert stopped_again_and_again(monkeypatch, 3, lambda _: tiny(tmp_path / "broken", **words)) >= 4
     assert_same_runs(tmp_path / "whole", tmp_path / "broken")
@@ -305,7 +316,7 @@ def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(tmp_path):
             left -= " epoch " in line  # noqa: PLW2901
             if left == 0:
                 break
-        time.sleep(chance.uniform(0, 0.5))
+        time.sleep(chance.uniform(0, 0.08))  # about an epoch
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
@@ -376,6 +387,9 @@ def test_init_is_written_once_and_then_read(tmp_path, capsys):
     assert "another network's weights" in capsys.readouterr().err
 
 
+PLAIN = {"criteria": "magnitude", "precision": "fp32", "batch_size": 6}
+
+
 @pytest.mark.parametrize("words", [
     {"struct": "refill", "fillback_rate": 0.5}, {"min_units": 14}, {"rank_weights": "initial"}, {"rsst_dead": "free"},
     {"conv1": True}, {"label_smoothing": 0.1}, {"lr_schedule": "cosine"}, {"block_loss_grad": "true"},
@@ -384,10 +398,10 @@ def test_init_is_written_once_and_then_read(tmp_path, capsys):
     {"reg_upper_limit": 0.01}, {"reg_granularity_prune": 0.1}, {"exponents": 1}, {"reg_guard": True}, {"seed": 3},
     {"rate_mode": "target", "pruning_times": 3},
 ])  # fmt: skip
-def test_no_flag_is_parsed_and_ignored(words, tmp_path, baseline):
+def test_no_flag_is_parsed_and_ignored(words, tmp_path, baseline, monkeypatch):
     """Each of these changes the weights or the masks of the last round."""
-    other = {**{k: v for k, v in words.items() if k == "struct"}, "precision": "fp32"}
-    settings = {"criteria": "magnitude", **other, **words}
+    few_images(monkeypatch)
+    settings = {**PLAIN, **words}
     assert run(*tiny(tmp_path, **settings)) == 0
     last = settings.get("pruning_times", 2) - 1
     ours = RunFolder.load(tmp_path / f"{last}checkpoint.pth.tar")
@@ -408,16 +422,18 @@ def test_the_horizon_of_lambda_is_a_round_or_an_epoch(tmp_path):
 @pytest.fixture(scope="module")
 def baseline(tmp_path_factory):
     folders = {}
-    for struct in ("rsst", "refill"):
-        folders[struct] = tmp_path_factory.mktemp(struct)
-        words = {"criteria": "magnitude", "precision": "fp32", "struct": struct}
-        assert run(*tiny(folders[struct], pruning_times=3, **words)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        few_images(patch)
+        patch.setattr("experiment.draw_kept_units", lambda *_: None)
+        for struct in ("rsst", "refill"):
+            folders[struct] = tmp_path_factory.mktemp(struct)
+            assert run(*tiny(folders[struct], pruning_times=3, **PLAIN, struct=struct)) == 0
     return folders
 
 
 def test_vit_without_structure_is_pruned_weight_by_weight(tmp_path, monkeypatch):
     few_images(monkeypatch)
-    words = {"arch": "vit_tiny", "batch_size": 16, "criteria": "magnitude", "pruning_times": 3}
+    words = {"arch": "micro_vit", "batch_size": 16, "criteria": "magnitude", "pruning_times": 3}
     for struct, fillback in (("rsst", 0.0), ("refill", 0.5)):
         folder = tmp_path / struct
         assert run(*tiny(folder, struct=struct, fillback_rate=fillback, **words)) == 0

@@ -12,6 +12,7 @@ from helpers.commands import run, tiny
 from helpers.comparison import assert_same_runs, equal
 from helpers.images import few_images
 from helpers.interruptions import stopped_again_and_again
+from helpers.networks import MICRO
 
 import compact
 import experiment
@@ -28,27 +29,29 @@ from unit_groups import unit_groups
 from units import ranked_names
 
 RATE, ROUNDS = 0.4, 3
+TRANSFORMER = {"optimizer": "adamw", "lr": 0.001, "rate_mode": "round", "batch_size": 16, "precision": "fp32"}
 NETWORKS = {
-    "res20s": {},
-    "vit_tiny": {"optimizer": "adamw", "lr": 0.001, "rate_mode": "round", "batch_size": 16, "precision": "fp32"},
-}
+    "micro_cnn": {"batch_size": 16}, "micro_vit": TRANSFORMER, "res20s": {"batch_size": 256}, "vit_tiny": TRANSFORMER,
+}  # fmt: skip
+TRANSFORMERS = ("micro_vit", "vit_tiny")
+ARCHS = [a if a in MICRO else pytest.param(a, marks=pytest.mark.slow) for a in NETWORKS]
 BEFORE_TRAINING = [m for m, row in METHODS.items() if row.ranks == "initial"]
 UNREGROUPED = [m for m, row in METHODS.items() if not row.regroups]
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, request):
-    """Few images for the Transformer, and a fast SynFlow."""
+    """Few images but for a CNN that users train, and a fast SynFlow."""
     monkeypatch.setattr(oneshot_pruners, "SYNFLOW_ROUNDS", 5)
-    if "vit_tiny" in request.node.name:
+    if "res20s" not in request.node.name:
         few_images(monkeypatch)
 
 
-def words(folder, struct, arch="res20s", regroup=False, **more):
+def words(folder, struct, arch="micro_cnn", regroup=False, **more):
     settings = {"struct": struct, "arch": arch, "rate": RATE, "pruning_times": ROUNDS, "admm_epochs": 1,
                 "regroup": regroup, **NETWORKS[arch]}  # fmt: skip
     regroups = regroup or METHODS[struct].regroups
-    if arch == "vit_tiny" and regroups:
+    if arch in TRANSFORMERS and regroups:
         settings |= {"vit_prune_target": "both", "vit_structured": METHODS[struct].regroups}
     return tiny(folder, **{**settings, **more})
 
@@ -69,10 +72,11 @@ def network(arch):
     return model, unit_groups(model)
 
 
-CASES = [(a, s, r) for a in NETWORKS for s in METHODS for r in (False, True) if not (r and METHODS[s].regroups)]
+CASES = [(s, r) for s in METHODS for r in (False, True) if not (r and METHODS[s].regroups)]
 
 
-@pytest.mark.parametrize("arch, struct, regroup", CASES)
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("struct, regroup", CASES)
 def test_three_rounds_start_from_the_ticket_and_have_the_density_of_the_rate(
     arch, struct, regroup, tmp_path, monkeypatch
 ):
@@ -113,7 +117,7 @@ def test_three_rounds_start_from_the_ticket_and_have_the_density_of_the_rate(
             assert not saved.state_dict[name][mask == 0].any()
 
 
-@pytest.mark.parametrize("arch", NETWORKS)
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("struct", BEFORE_TRAINING)
 def test_masks_made_before_training_do_not_depend_on_what_was_trained(arch, struct, tmp_path):
     for name, epochs, lr in (("a", 1, 0.001), ("b", 2, 0.02)):
@@ -167,7 +171,7 @@ def test_random_masks_differ_from_seed_to_seed(tmp_path):
 
 @pytest.mark.parametrize("struct, regroup", [("snip", False), ("omp", True), ("admm", False), ("synflow", True)])
 def test_stopped_again_and_again_it_ends_bit_for_bit_the_same(struct, regroup, tmp_path, monkeypatch):
-    more = {"admm_epochs": 2, "batch_size": 512}
+    more = {"admm_epochs": 2, "batch_size": 6}
     assert run(*words(tmp_path / "whole", struct, regroup=regroup, **more)) == 0
     command = lambda _: words(tmp_path / "broken", struct, regroup=regroup, **more)  # noqa: E731
     assert stopped_again_and_again(monkeypatch, 6 if struct == "admm" else 3, command) >= 2
@@ -176,7 +180,7 @@ def test_stopped_again_and_again_it_ends_bit_for_bit_the_same(struct, regroup, t
 
 @pytest.mark.parametrize("after", [0, 1])
 def test_stopped_while_admm_trains_it_goes_on_and_ends_the_same(after, tmp_path, monkeypatch, capsys):
-    more = {"admm_epochs": 3, "batch_size": 512}
+    more = {"admm_epochs": 3, "batch_size": 6}
     assert run(*words(tmp_path / "whole", "admm", **more)) == 0
     real = experiment.StopRequest.obey
     stops = []
@@ -197,7 +201,10 @@ def test_stopped_while_admm_trains_it_goes_on_and_ends_the_same(after, tmp_path,
 
 
 @pytest.mark.parametrize("arch, struct, regroup", [
-    ("res20s", "imp", False), ("res20s", "snip", True), ("vit_tiny", "omp", False), ("vit_tiny", "random", True),
+    ("micro_cnn", "imp", False), ("micro_cnn", "snip", True), ("micro_vit", "omp", False), ("micro_vit", "random", True),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("res20s", "imp", False), ("res20s", "snip", True), ("vit_tiny", "omp", False), ("vit_tiny", "random", True),
+    )),
 ])  # fmt: skip
 def test_the_exported_network_is_the_masked_one(arch, struct, regroup, tmp_path, capsys):
     assert run(*words(tmp_path / "run", struct, arch, regroup, pruning_times=2, rate=0.8)) == 0
@@ -214,7 +221,7 @@ def test_the_exported_network_is_the_masked_one(arch, struct, regroup, tmp_path,
         assert left == RunFolder(tmp_path / "run").newest_run().rounds[-1]["parameters"]
 
 
-@pytest.mark.parametrize("arch", NETWORKS)
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("struct", METHODS)
 def test_a_dry_run_prints_the_density_of_every_round(arch, struct, tmp_path, capsys):
     assert run(*words(tmp_path / "run", struct, arch, dry_run=True)) == 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
 import torchvision
-from helpers.networks import LARGE, SMALL
+from helpers.networks import LARGE, MICRO, SMALL
 from helpers.structures import random_structure
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,18 +59,20 @@ def cut_state(state, small):
     return {n: cut_value(state[n], small.cuts.get(n, {})) for n in small.state_dict()}
 
 
-WHOLE = {arch: build(arch) for arch in SMALL}
+@functools.cache
+def whole(arch, stem=False):
+    """A network, which nobody may change, and its groups of units."""
+    model = whole(arch)[0] if stem else build(arch)
+    return model, unit_groups(model, stem)
+
+
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("arch", WHOLE)
-@settings(max_examples=12, deadline=None)
-@given(seed=st.integers(0, 2**31), share=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), stem=st.booleans(),
-       lanes=st.sampled_from([1, 8, 16]))  # fmt: skip
 @torch.no_grad()
-def test_the_shrunk_network_is_the_masked_one(arch, seed, share, stem, lanes):
-    model = WHOLE[arch]
-    masks = random_structure(model, seed, share, stem and MODELS[arch].spec.family == "cnn")
+def check_shrunk(arch, seed, share, stem, lanes):
+    model, groups = whole(arch, stem and MODELS[arch].spec.family == "cnn")
+    masks = random_structure(model, seed, share, groups=groups)
     small = shrink(model, masks, lanes)
     wanted = masked_logits(model, masks, IMAGES)
     assert furthest(small(IMAGES), wanted) <= 1e-5
@@ -79,6 +82,21 @@ def test_the_shrunk_network_is_the_masked_one(arch, seed, share, stem, lanes):
         assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("share, stem, lanes", [(0.0, True, 8), (0.1, False, 16), (0.5, True, 1), (1.0, False, 8)])
+@pytest.mark.parametrize("arch", SMALL)
+def test_the_shrunk_network_is_the_masked_one_at_every_share(arch, share, stem, lanes):
+    check_shrunk(arch, 0, share, stem, lanes)
+
+
+@pytest.mark.parametrize("arch", [*MICRO, *(pytest.param(a, marks=pytest.mark.slow) for a in SMALL)])
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 2**31), share=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), stem=st.booleans(),
+       lanes=st.sampled_from([1, 8, 16]))  # fmt: skip
+def test_the_shrunk_network_is_the_masked_one(arch, seed, share, stem, lanes):
+    check_shrunk(arch, seed, share, stem, lanes)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [a for a in LARGE if a != "vit_large_imagenet"])
 @torch.no_grad()
 def test_the_large_ones_too(arch):
@@ -87,10 +105,10 @@ def test_the_large_ones_too(arch):
     assert furthest(shrink(model, masks)(IMAGES), masked_logits(model, masks, IMAGES)) <= 1e-5
 
 
-@pytest.mark.parametrize("arch", WHOLE)
+@pytest.mark.parametrize("arch", SMALL)
 def test_what_was_cut_can_be_put_back(arch):
-    model = WHOLE[arch]
-    masks = random_structure(model, 5, 0.5)
+    model, groups = whole(arch)
+    masks = random_structure(model, 5, 0.5, groups=groups)
     small = shrink(model, masks)
     state = {n: v * masks[n] if n in masks else v for n, v in model.state_dict().items()}
     names = small.state_dict().keys()
@@ -101,50 +119,59 @@ def test_what_was_cut_can_be_put_back(arch):
     with torch.no_grad():
         for parameter in small.parameters():
             parameter.add_(1)
-    whole = expand(small, state)
-    for name, value in cut_state(whole, small).items():
+    expanded = expand(small, state)
+    for name, value in cut_state(expanded, small).items():
         assert torch.equal(value, small.state_dict()[name])
-    assert whole.keys() == state.keys()
+    assert expanded.keys() == state.keys()
     for name, value in state.items():
-        assert whole[name].shape == value.shape
-        moved = (whole[name] != value).sum()
+        assert expanded[name].shape == value.shape
+        moved = (expanded[name] != value).sum()
         assert moved <= (small.state_dict()[name].numel() if name in names else 0)
 
 
-@pytest.mark.parametrize("arch", WHOLE)
+@pytest.mark.parametrize("arch", SMALL)
 @pytest.mark.parametrize("share", [0.34, 0.67])
 def test_the_counted_cost_of_a_mask_is_that_of_the_shrunk_network(arch, share):
     """By torch's own counter; the runner's reads masks only."""
-    model = WHOLE[arch]
-    masks = random_structure(model, 7, share)
+    model, groups = whole(arch)
+    masks = random_structure(model, 7, share, groups=groups)
     small = copy.deepcopy(shrink(model, masks))
     set_fused_attention(small, fused=False)
     with FlopCounterMode(display=False) as counter:
         small(IMAGES[:1])
-    cost = cost_of(model, unit_groups(model), masks, 32)
+    cost = cost_of(model, groups, masks, 32)
     assert cost.parameters == sum(p.numel() for p in small.parameters())
     assert cost.macs == counter.get_total_flops() / 2
 
 
 def test_shrinking_leaves_the_model_alone_and_empty_branches_give_their_bias():
-    model = WHOLE["vit_tiny"]
+    model, groups = whole("vit_tiny")
     before = {n: v.clone() for n, v in model.state_dict().items()}
-    masks = random_structure(model, 0, 0.0)
+    masks = random_structure(model, 0, 0.0, groups=groups)
     small = shrink(model, masks)
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
     assert sum(isinstance(m, Constant) for m in small.modules()) == 18
     assert "blocks.0.attn.proj.bias" in small.state_dict() and "blocks.0.attn.qkv.bias" not in small.state_dict()
-    assert kinds(unit_groups(model)) == ["head", "neuron"]
+    assert kinds(groups) == ["head", "neuron"]
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet18", "vgg11_bn", "mobilenet_v2", "densenet121", "shufflenet_v2_x0_5", "googlenet"]
-)
+@pytest.mark.parametrize("name, classifier", [
+    ("resnet18", None), ("mobilenet_v2", None), ("densenet121", None), ("shufflenet_v2_x0_5", None), ("googlenet", None),
+    ("vgg11_bn", 32), pytest.param("vgg11_bn", None, marks=pytest.mark.slow),
+])  # fmt: skip
 @torch.no_grad()
-def test_channels_are_followed_through_every_kind_of_layer(name):
-    """Depth-wise and grouped convolutions, concatenations, shuffled channels, normalisations in front."""
+def test_channels_are_followed_through_every_kind_of_layer(name, classifier):
+    """Depth-wise and grouped convolutions, concatenations, shuffled channels, normalisations in front.
+
+    VGG's classifier has 120 million weights unless a smaller one is put in its place.
+    """
     own = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
-    model = speaking(getattr(torchvision.models, name)(num_classes=10, **own))
+    with torch.device("meta" if classifier else "cpu"):
+        model = getattr(torchvision.models, name)(num_classes=10, **own)
+    if classifier:
+        model.classifier = nn.Sequential(nn.Linear(512 * 49, classifier), nn.ReLU(), nn.Linear(classifier, 10))
+        model.to_empty(device="cpu").apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
+    speaking(model)
     model.spec = ModelSpec(name, "conv1", "fc")
     images = torch.rand(2, 3, 64, 64)
     for share in (0.0, 0.3, 0.7):

@@ -31,6 +31,7 @@ from unit_groups import head_groups, neuron_groups, unit_groups
 from units import kinds, masks_of_units
 
 OWN = ROOT / "examples" / "my_model.py"
+SISTERS = ROOT / "tests" / "helpers" / "small_sisters.py"
 
 # The smallest of each family that ends in seconds, with the kinds of unit that are found in it.
 NETWORKS = {
@@ -47,10 +48,18 @@ NETWORKS = {
     "torchvision/mnasnet0_5": (32, ["channel"]),
     "torchvision/convnext_tiny": (32, ["channel"]),
     f"{OWN}:net": (32, ["channel"]),
+    f"{SISTERS}:swin": (56, ["neuron"]),
+    f"{SISTERS}:convnext": (32, ["channel"]),
 }
+BIG = ("timm/swin_tiny_patch4_window7_224", "torchvision/convnext_tiny", "timm/twins_svt_small", "timm/nest_tiny")
 
 
-@pytest.mark.parametrize("arch", NETWORKS)
+def big_are_slow(archs):
+    """Parameters of a test: networks above 15 million weights, which have a small sister, need not run every time."""
+    return [pytest.param(a, marks=[pytest.mark.slow] * (a in BIG), id=a.rpartition("/")[2]) for a in archs]
+
+
+@pytest.mark.parametrize("arch", big_are_slow(NETWORKS))
 def test_units_are_known_silent_and_can_be_cut(arch):
     torch.manual_seed(0)
     size, expected = NETWORKS[arch]
@@ -63,7 +72,7 @@ def test_units_are_known_silent_and_can_be_cut(arch):
     assert len(layers) >= 0.3 * len(weights) and not layers & {model.spec.stem, model.spec.classifier}
 
 
-@pytest.mark.parametrize("arch", NETWORKS)
+@pytest.mark.parametrize("arch", big_are_slow(NETWORKS))
 @torch.no_grad()
 def test_images_are_normalised_once_and_the_stem_sees_them(arch):
     size = NETWORKS[arch][0]
@@ -233,9 +242,13 @@ def test_the_worked_example_trains_prunes_resumes_and_exports(struct, more, tmp_
     assert small(torch.rand(2, 3, 8, 8)).shape == (2, 10)
 
 
+HEADS_AND_NEURONS = {"vit_structured": True, "vit_prune_target": "both"}
+
+
 @pytest.mark.parametrize("arch, size, more", [
-    ("timm/vit_tiny_patch16_224", 16, {"vit_structured": True, "vit_prune_target": "both"}),
-    ("torchvision/mobilenet_v3_small", 32, {}),
+    ("timm/test_vit", 16, HEADS_AND_NEURONS), ("torchvision/squeezenet1_1", 32, {}),
+    pytest.param("timm/vit_tiny_patch16_224", 16, HEADS_AND_NEURONS, marks=pytest.mark.slow),
+    pytest.param("torchvision/mobilenet_v3_small", 32, {}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_librarys_network_goes_through_a_whole_run(arch, size, more, tmp_path, capsys):
     words = tiny(tmp_path, arch=arch, image_size=size, struct="refill", optimizer="adamw", lr=1e-3, **more)
@@ -391,7 +404,8 @@ def test_macs_of_transposed_convolutions_and_of_layers_that_are_called_again():
     assert cost_of(model, [], {}, 8).macs == 2 * (64 * 4 * 3 * 9 + 64 * 4 * 2 * 4 + 256 * 2)
 
 
-ATTENTION = ["timm/mobilevit_xxs", "timm/twins_svt_small", "timm/nest_tiny", "timm/vit_tiny_patch16_224"]
+ATTENTION = ["timm/mobilevit_xxs", "timm/twins_svt_small", "timm/nest_tiny", "timm/vit_tiny_patch16_224",
+             f"{SISTERS}:twins", f"{SISTERS}:nest"]  # fmt: skip
 
 
 class Products(TorchFunctionMode):
@@ -422,7 +436,7 @@ def counted_macs(model, size=64):
     return sum(macs) + products.macs
 
 
-@pytest.mark.parametrize("arch", ATTENTION)
+@pytest.mark.parametrize("arch", big_are_slow(ATTENTION))
 def test_macs_count_windows_and_patches_that_lie_along_the_batch_axis(arch):
     torch.manual_seed(0)
     model = build_model(arch, 10, 64)
@@ -457,7 +471,10 @@ def test_features_of_a_linear_layer_are_on_the_last_axis_of_images_too(criterion
     assert scores.shape == (8,) and int(scores.argmax()) == 5
 
 
-@pytest.mark.parametrize("arch, branch", [("torchvision", "encoder_layer_0"), ("timm/twins_svt_small", "blocks.0.0")])
+@pytest.mark.parametrize("arch, branch", [
+    ("torchvision", "encoder_layer_0"), (f"{SISTERS}:twins", "blocks.0.0"),
+    pytest.param("timm/twins_svt_small", "blocks.0.0", marks=pytest.mark.slow),
+], ids=["torchvision", "small_sisters.py:twins", "twins_svt_small"])  # fmt: skip
 @torch.no_grad()
 def test_a_branch_without_heads_is_cut_whatever_it_is_called_with(arch, branch):
     """torchvision's blocks pass on three tensors and take a pair; Twins' pass on the image's size."""
@@ -471,7 +488,7 @@ def test_a_branch_without_heads_is_cut_whatever_it_is_called_with(arch, branch):
     model.eval()
     groups, parameters = head_groups(model), dict(model.named_parameters())
     gone = {g.name: torch.zeros(g.units, dtype=torch.bool) for g in groups if branch in g.name}
-    size = 64 if "timm" in arch else 32
+    size = 32 if arch == "torchvision" else 64
     masks, images = masks_of_units(groups, gone, parameters), torch.rand(2, 3, size, size)
     wanted = functional_call(model, {n: parameters[n] * m for n, m in masks.items()}, (images,))
     small = compact.shrink(model, masks)
@@ -658,7 +675,9 @@ def test_an_mlp_without_units_gives_its_bias_whatever_its_width():
         assert torch.equal(constant(torch.rand(2, 5, 6)), wanted)
 
 
-@pytest.mark.parametrize("arch", ["file", "timm/vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "arch", ["file", "timm/test_vit", pytest.param("timm/vit_tiny_patch16_224", marks=pytest.mark.slow)]
+)
 def test_unstructured_rsst_is_said_to_squeeze_nothing_whoevers_the_vit_is(arch, tmp_path, capsys):
     (tmp_path / "net.py").write_text(
         "from timm.models.vision_transformer import VisionTransformer\n"
@@ -677,10 +696,16 @@ def test_unstructured_rsst_is_said_to_squeeze_nothing_whoevers_the_vit_is(arch, 
         assert both == 0 and ("as they will be" in capsys.readouterr().out) is known
 
 
-def test_a_network_of_which_little_can_be_pruned_is_warned_of(tmp_path, capsys):
-    for arch, count in (("torchvision/convnext_tiny", 1), ("torchvision/resnet18", 0)):
-        assert main_imp_fillback.main([*tiny(tmp_path / "run", arch=arch, image_size=32), "--dry_run"]) == 0
-        assert capsys.readouterr().err.count("only 7% of the parameters are in layers that can be pruned here") == count
+@pytest.mark.parametrize("arch, percent", [
+    (f"{SISTERS}:convnext", 27), (f"{OWN}:net", None),
+    pytest.param("torchvision/convnext_tiny", 7, marks=pytest.mark.slow),
+    pytest.param("torchvision/resnet18", None, marks=pytest.mark.slow),
+], ids=["small_sisters.py:convnext", "my_model.py:net", "convnext_tiny", "resnet18"])  # fmt: skip
+def test_a_network_of_which_little_can_be_pruned_is_warned_of(arch, percent, tmp_path, capsys):
+    assert main_imp_fillback.main([*tiny(tmp_path / "run", arch=arch, image_size=32), "--dry_run"]) == 0
+    error = capsys.readouterr().err
+    assert error.count(" of the parameters are in layers that can be pruned here") == (percent is not None)
+    assert error.count(f"only {percent}% of the parameters are in layers") == (percent is not None)
 
 
 class AddsOneChannel(nn.Module):

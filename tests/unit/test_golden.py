@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ from helpers.golden_data import (
     table,
     uniform,
 )  # fmt: skip
+from helpers.networks import LARGE
 
 import pruning_utils
 import vit_pruning_utils
@@ -47,10 +49,20 @@ OURS = (
 VITS = ("vit_micro", "vit_tiny")
 
 
-@pytest.mark.parametrize("arch", OURS)
-def test_parameter_names_shapes_and_prunable_layers(arch):
+def slow_if_large(name):
+    """The mark of a case whose name begins with its network."""
+    return [pytest.mark.slow] * (name.split("__")[0] in LARGE)
+
+
+@pytest.fixture(scope="module", params=[pytest.param(a, marks=slow_if_large(a)) for a in OURS])
+def named_model(request):
+    """A network's name and the network, filled once for the tests that only look at it."""
+    return request.param, golden_model(request.param)
+
+
+def test_parameter_names_shapes_and_prunable_layers(named_model):
+    arch, model = named_model
     spec = table("models")[arch]
-    model = golden_model(arch)
     theirs = {k: tuple(shape) for k, shape in spec["keys"] if not k.startswith("normalize.")}
     ours = {k: tuple(v.shape) for k, v in model.state_dict().items() if not k.startswith("normalize.")}
     assert ours == theirs
@@ -62,11 +74,11 @@ def test_parameter_names_shapes_and_prunable_layers(arch):
     assert sum(model.get_parameter(n).numel() for n in names) == spec["n_prunable"]
 
 
-@pytest.mark.parametrize("arch", OURS)
 @torch.no_grad()
-def test_logits_of_the_network_that_normalises_exactly_once(arch):
+def test_logits_of_the_network_that_normalises_exactly_once(named_model):
+    arch, model = named_model
     expected = torch.from_numpy(arrays("logits")[f"{arch}__prenormalised_input"])
-    torch.testing.assert_close(golden_model(arch)(images()), expected, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(model(images()), expected, rtol=1e-4, atol=2e-5)
 
 
 def prune_by_l1(model, arch, px):
@@ -77,7 +89,10 @@ def prune_by_l1(model, arch, px):
         pruning_utils.pruning_model(model, px, conv1=prunes_stem(arch))
 
 
-@pytest.mark.parametrize("case", sorted(table("l1_masks")) if needs_golden.args[0] is False else [])
+@pytest.mark.parametrize("case", [
+    pytest.param(case, marks=slow_if_large(case))
+    for case in (sorted(table("l1_masks")) if needs_golden.args[0] is False else [])
+])  # fmt: skip
 def test_global_l1_over_three_rounds(case):
     arch, rate, kind = case.split("__")
     model = golden_model(arch)
@@ -98,8 +113,9 @@ def test_global_l1_over_three_rounds(case):
             assert digest(in_order) == expected["sha256"]
 
 
+@functools.lru_cache(maxsize=4)
 def pruned_once(arch, px):
-    """Trained weights, and the mask of one round of global L1 on them."""
+    """The initial network, trained weights, and the mask of one round of global L1 on them; nobody may change them."""
     model = golden_model(arch)
     trained = full_state(model, arch, 100000)
     model.load_state_dict(trained)
@@ -112,7 +128,8 @@ def cnn_cases():
     for case, content in table("cnn_fillback").items() if needs_golden.args[0] is False else ():
         for k, result in enumerate(content["results"]):
             if not result.get("reference_is_defective"):
-                yield pytest.param(case, k, id=f"{case}-{result['criteria']}-{result['fillback_rate']}")
+                name = f"{case}-{result['criteria']}-{result['fillback_rate']}"
+                yield pytest.param(case, k, id=name, marks=slow_if_large(case))
 
 
 @pytest.mark.parametrize("case, k", list(cnn_cases()))
@@ -132,7 +149,10 @@ def test_cnn_fillback_keeps_the_best_and_one_less_than_the_reference(case, k):
         assert all(marked[c] in "1p" for c in kept.nonzero().flatten().tolist())
 
 
-@pytest.mark.parametrize("case", list(table("cnn_fillback")) if needs_golden.args[0] is False else [])
+@pytest.mark.parametrize("case", [
+    pytest.param(case, marks=slow_if_large(case))
+    for case in (table("cnn_fillback") if needs_golden.args[0] is False else ())
+])  # fmt: skip
 def test_cnn_evidence_counts_and_magnitudes(case):
     content = table("cnn_fillback")[case]
     arch, px = case.split("__px")
@@ -194,7 +214,13 @@ def vit_cases():
 
 @pytest.fixture(scope="module")
 def vit_inputs():
-    return {arch: pruned_once(arch, table("vit_masks")[arch]["l1_px"]) for arch in VITS}
+    return {arch: pruned_once.__wrapped__(arch, table("vit_masks")[arch]["l1_px"]) for arch in VITS}  # of their own
+
+
+@functools.cache
+def initial_state(arch):
+    """The network's initial weights, which nobody may change."""
+    return full_state(golden_model(arch), arch)
 
 
 def reference_view(model, arch, trained, criterion):
@@ -204,7 +230,7 @@ def reference_view(model, arch, trained, criterion):
     """
     features = criterion in ("l1", "l2")
     model.normalize = torch.nn.Identity() if features else Normalize(*CIFAR100)
-    return full_state(golden_model(arch), arch) if features else trained
+    return initial_state(arch) if features else trained
 
 
 @pytest.mark.parametrize("arch, k", list(vit_cases()))
@@ -214,7 +240,7 @@ def test_vit_masks(arch, k, vit_inputs):
     # The reference's saliency is its magnitude (defect D20).
     criterion = "magnitude" if case["criteria"] == "saliency" else case["criteria"]
     weights = reference_view(model, arch, trained, criterion)
-    arguments = (model, masks, loader(10 if arch == "vit_micro" else 100), weights, full_state(model, arch))
+    arguments = (model, masks, loader(10 if arch == "vit_micro" else 100), weights, initial_state(arch))
     if case["fn"] == "by_head":
         refill = vit_pruning_utils.prune_model_custom_fillback_vit_by_head(
             *arguments, criteria=criterion, prune_ratio=case["ratio"], return_mask_only=True
@@ -315,6 +341,7 @@ def test_vit_refill_logits(arch, kind, vit_inputs):
 def test_elementwise_fillback_departs_in_its_count_of_rows():
     """The reference takes a number of weights as a number of rows (D21); ours brings back rows worth that many."""
     model, trained, masks = pruned_once("vit_micro", table("vit_masks")["vit_micro"]["l1_px"])
+    masks = {n: m.clone() for n, m in masks.items()}
     masks["blocks.0.attn.qkv.weight_mask"][:10] = 0
     masks["blocks.1.mlp.fc1.weight_mask"][3] = 0
     for case in table("vit_masks")["vit_micro"]["elementwise"]:

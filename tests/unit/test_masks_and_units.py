@@ -26,8 +26,10 @@ from unit_groups import unit_groups
 from units import Slice, UnitGroup, kept_units, ranked_names
 from vit_pruning_utils import head_groups, neuron_groups, vit_groups
 
+LARGER = [pytest.param(arch, marks=pytest.mark.slow) for arch in ("densenet161", "vit_small")]
 
-@pytest.mark.parametrize("arch", [*SMALL, "densenet161", "vit_small"])
+
+@pytest.mark.parametrize("arch", [*SMALL, *LARGER])
 def test_no_position_belongs_to_two_units_and_a_groups_own_layer_is_all_its(arch):
     model = build_model(arch, 10, 32)
     owned: dict = {}

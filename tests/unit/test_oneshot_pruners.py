@@ -166,11 +166,12 @@ def micro_vit():
     return VisionTransformer(10, 16, 8, 24, 2, 3, 2)
 
 
-NETWORKS = {"minivgg": MiniVGG, "res20s": lambda: build_model("res20s", 10, 16), "vit": micro_vit}
+NETWORKS = {"minivgg": MiniVGG, "micro_cnn": lambda: build_model("micro_cnn", 10, 16),
+            "res20s": lambda: build_model("res20s", 10, 16), "vit": micro_vit}  # fmt: skip
 
 
 @pytest.mark.parametrize("pruner", PRUNERS)
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", ["minivgg", "micro_cnn", "vit", pytest.param("res20s", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("training", [True, False])
 def test_the_network_is_restored_exactly(network, pruner, training):
     """Weights, buffers, modes, hooks and switches, with other weights scored than the network's own."""
@@ -269,7 +270,7 @@ def test_synflow_leaves_a_path_through_every_layer_where_others_collapse(keep):
 
 def test_synflow_reads_batchnorm_in_eval_mode_and_no_image():
     torch.manual_seed(0)
-    model = build_model("res20s", 10, 16)
+    model = build_model("micro_cnn", 10, 16)
     task = task_of(model)
     scored = []
     for training, scale in ((True, 1.0), (False, 9.0)):
@@ -279,7 +280,9 @@ def test_synflow_reads_batchnorm_in_eval_mode_and_no_image():
     assert all(torch.equal(scored[0][n], scored[1][n]) for n in task.names)
 
 
-@pytest.mark.parametrize("network", ["vit", "vit_small", "timm/deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize(
+    "network", ["vit", pytest.param("vit_small", marks=pytest.mark.slow), "timm/deit_tiny_distilled_patch16_224"]
+)
 def test_synflow_conserves_the_scores_of_a_transformers_layers_too(network):
     """Every layer of a branch carries the same, and what the branches carry adds up to the output."""
     torch.manual_seed(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers.commands import tiny
+from helpers.commands import VIT, tiny
 from PIL import Image
 
 import main_imp_fillback
@@ -13,14 +13,13 @@ from run_state import RunFolder
 pytestmark = pytest.mark.pictures
 
 
-def test_a_run_draws_its_kept_units(tmp_path):
-    words = tiny(
-        tmp_path, arch="vit_tiny", vit_structured=True, vit_prune_target="both", rate_mode="round", criteria="magnitude"
-    )
-    assert main_imp_fillback.main(words) == 0
+@pytest.mark.parametrize("arch, last", [("micro_vit", 1), pytest.param("vit_tiny", 8, marks=pytest.mark.slow)])
+def test_a_run_draws_its_kept_units(arch, last, tmp_path):
+    words = {**VIT, "arch": arch, "rate_mode": "round", "criteria": "magnitude"}
+    assert main_imp_fillback.main(tiny(tmp_path, **words)) == 0
     with Image.open(tmp_path / "kept_units.png") as picture:
         assert min(picture.size) > 300
-    assert (tmp_path / "kept_units.svg").read_text().count("blocks.8.mlp.fc1") >= 1
+    assert (tmp_path / "kept_units.svg").read_text().count(f"blocks.{last}.mlp.fc1") >= 1
     rounds = RunFolder(tmp_path).newest_run().rounds
     heads, neurons = kept_units_figure(rounds).axes
     assert (heads.get_ylabel(), neurons.get_ylabel()) == ("heads kept", "neurons kept")

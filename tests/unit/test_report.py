@@ -16,7 +16,6 @@ import pytest
 import torch
 from helpers.commands import run, tiny
 from helpers.report_data import DENSITIES, SEEDS, accuracy, epoch_row, write_run, write_sweep
-from scipy import stats
 
 import report
 from files import lock
@@ -52,6 +51,12 @@ def made(tmp_path_factory):
     return path / "report"
 
 
+@pytest.fixture
+def without_png(monkeypatch):
+    """Figures are drawn as the page needs them, but not once more as the files besides, where only the text matters."""
+    monkeypatch.setattr("reports.page.as_png", lambda figure: b"")
+
+
 def made_up(*differences, p=math.nan, adjusted=math.nan, densities=(50.0, 50.0)):
     low, high = (min(differences) - 1, max(differences) + 1) if len(differences) > 1 else (math.nan, math.nan)
     return Comparison("one", "other", "last round", tuple(differences), densities, p, low, high, adjusted)
@@ -61,6 +66,8 @@ def made_up(*differences, p=math.nan, adjusted=math.nan, densities=(50.0, 50.0))
 
 
 def test_a_paired_test_is_scipys():
+    from scipy import stats  # which takes longer to import than the test
+
     ones, others = [81.0, 82.5, 80.0, 83.0], [80.2, 80.1, 79.9, 81.0]
     found = with_test(made_up(*(a - b for a, b in zip(ones, others, strict=True))))
     wanted = stats.ttest_rel(ones, others)
@@ -187,6 +194,7 @@ def test_settings_that_no_command_names_are_told_apart(tmp_path):
     assert len(collect(seeds).groups) == 2, "nothing follows from a seed"
 
 
+@pytest.mark.usefixtures("without_png")
 @pytest.mark.parametrize("key, name", [("data", "images"), ("network", "network")])
 def test_runs_that_saw_other_images_or_trained_another_network_are_told_apart(key, name, tmp_path):
     path = write_sweep(tmp_path / "s")
@@ -241,6 +249,7 @@ def test_a_broken_seed_hides_no_round_of_the_others(tmp_path, recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.usefixtures("without_png")
 def test_the_best_is_one_of_those_with_the_most_seeds_and_the_page_says_how_many(tmp_path):
     path = write_sweep(tmp_path / "s", broken=[("rsst", c, s) for c in ("l1", "remain") for s in (0, 1)])
     best = best_by_validation(collect(path))
@@ -373,6 +382,7 @@ def test_figures_are_pictures(made):
             assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("without_png")
 def test_the_same_runs_give_the_same_page(made, tmp_path):
     assert report.main([str(made.parent), "--latency", "false", "--out", str(tmp_path)]) == 0
     for path in made.rglob("*.svg"):
@@ -429,6 +439,7 @@ def test_methods_share_a_panel_and_rates_a_colour():
     assert roles_of([]).colour == []
 
 
+@pytest.mark.usefixtures("without_png")
 def test_a_single_run_and_a_folder_of_runs(tmp_path):
     write_run(tmp_path / "runs" / "one", "rsst", "l1", 0)
     write_run(tmp_path / "runs" / "two", "refill", "l1", 0)
@@ -440,6 +451,7 @@ def test_a_single_run_and_a_folder_of_runs(tmp_path):
     assert report.main([str(tmp_path / "runs"), "--latency", "false"]) == 0
 
 
+@pytest.mark.usefixtures("without_png")
 def test_seeds_of_one_setting(tmp_path):
     for seed in SEEDS:
         write_run(tmp_path / str(seed), "rsst", "l1", seed)
@@ -469,6 +481,7 @@ def test_rows_that_are_being_written_are_left_out(tmp_path):
     assert read_metrics(tmp_path) == [row]
 
 
+@pytest.mark.usefixtures("without_png")
 def test_a_real_run_is_read_as_it_was_written_and_measured_once(tmp_path, monkeypatch):
     for struct in ("rsst", "refill"):
         assert run(*tiny(tmp_path / struct, struct=struct)) == 0
@@ -487,6 +500,7 @@ def test_a_real_run_is_read_as_it_was_written_and_measured_once(tmp_path, monkey
     assert (tmp_path / "report" / "figures" / "accuracy_latency.svg").exists()
 
 
+@pytest.mark.usefixtures("without_png")
 def test_rounds_without_a_checkpoint_are_named_once(tmp_path, capsys):
     for struct in ("rsst", "refill"):
         assert run(*tiny(tmp_path / struct, struct=struct, pruning_times=3, keep_checkpoints=1)) == 0
@@ -537,6 +551,7 @@ def column(page, table, name):
     return [row.split("\t")[k] for row in page.locator(f"#{table} tbody tr:not([hidden])").all_inner_texts()]
 
 
+@pytest.mark.slow
 def test_the_runs_can_be_sorted(opened):
     page = opened()
     for name, read in (("test %", float), ("seed", float), ("struct", str)):
@@ -548,6 +563,7 @@ def test_the_runs_can_be_sorted(opened):
         assert page.locator("#runs th[aria-sort=descending]").count() == 1
 
 
+@pytest.mark.slow
 def test_the_runs_can_be_filtered(opened):
     page = opened()
     box = page.locator("input[data-filters=runs]")
@@ -560,6 +576,7 @@ def test_the_runs_can_be_filtered(opened):
     assert len(column(page, "runs", "struct")) == 12
 
 
+@pytest.mark.slow
 def test_it_can_be_read_on_a_phone(opened):
     page = opened(viewport={"width": 390, "height": 844}, is_mobile=True, device_scale_factor=2, has_touch=True)
     page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
@@ -568,6 +585,7 @@ def test_it_can_be_read_on_a_phone(opened):
         assert 300 <= box <= 390
 
 
+@pytest.mark.slow
 def test_it_is_dark_where_the_reader_wants_it(opened):
     def luminance(page, selector, value):
         colour = page.locator(selector).first.evaluate(f"e => getComputedStyle(e).{value}")
@@ -585,6 +603,7 @@ def test_it_is_dark_where_the_reader_wants_it(opened):
             assert contrast >= 4.5, (scheme, selector, contrast)
 
 
+@pytest.mark.slow
 def test_a_screenshot_shows_the_curves(opened, tmp_path):
     """Each series' colour is really there, in a figure that is not blank."""
     from PIL import Image

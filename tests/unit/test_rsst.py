@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from helpers.networks import SMALL, MiniVGG
+from helpers.networks import MICRO, SMALL, MiniVGG
 from helpers.structures import RULES, settings
 
 from criteria import CRITERIA
 from masks import HeldMask, MaskPair, current_key, refill_key
-from models import build_model
+from models import MODELS, build_model
 from optimization import LearningRate
 from plan import expected_squeeze
 from reg_pruner_files.reg_pruner import Pruner
@@ -231,7 +231,7 @@ def tiny_rounds():
             made[arch] = (build_model(arch, 10, 16), {})
         model, pairs = made[arch]
         if criterion not in pairs:
-            targets = ("head", "neuron") if arch.startswith("vit") else ("channel",)
+            targets = ("head", "neuron") if MODELS[arch].spec.family == "vit" else ("channel",)
             rules = RoundRules("rsst", 0.4, "round", criterion, targets=targets, mlp_prune_ratio=0.4)
             weights = {k: v.detach() for k, v in model.state_dict().items()}
             batches = [(torch.rand(4, 3, 16, 16), torch.arange(4))]
@@ -243,8 +243,14 @@ def tiny_rounds():
     return make
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("arch", SMALL)
+# At every change every criterion with the two networks of the tests, and every network with one criterion.
+EVERY_MODEL = [
+    pytest.param(a, c, marks=[pytest.mark.slow] * (a not in MICRO and i % len(CRITERIA) != k))
+    for i, a in enumerate((*MICRO, *SMALL)) for k, c in enumerate(CRITERIA)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arch, criterion", EVERY_MODEL)
 def test_every_model_criterion_and_schedule_runs_a_tiny_round(arch, criterion, tiny_rounds):
     model, pair = tiny_rounds(arch, criterion)
     batch = (torch.rand(4, 3, 16, 16), torch.arange(4))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.networks import SMALL
+from helpers.networks import MICRO, SMALL
 from helpers.structures import random_structure
 from torch import nn
 
@@ -87,12 +87,15 @@ def differences(one, other, held):
 
 
 # Deep networks of thin layers multiply a rounding error by ten in every step at this rate, float64 or not.
-STEADY = ("res20s", "res56s", "vit_tiny")
+STEADY = (*MICRO, "res20s", "res56s", "vit_tiny")
+# At every change the networks of the tests with all optimizers and methods, and each other one with one of each in turn.
+TWENTY_STEPS = [
+    pytest.param(a, o, s, marks=[pytest.mark.slow] * (a not in MICRO and (a == "res56s" or i % 4 != 2 * k + j)))
+    for i, a in enumerate((*MICRO, *SMALL)) for j, o in enumerate(OPTIMIZERS) for k, s in enumerate(("refill", "rsst"))
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("struct", ["refill", "rsst"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("arch", SMALL)
+@pytest.mark.parametrize("arch, optimizer, struct", TWENTY_STEPS)
 def test_twenty_steps_at_real_size_and_under_the_mask_agree(arch, optimizer, struct):
     """In float64, where rounding cannot hide or feign a difference."""
     model, data = network(arch), batches(torch.float64, count=STEPS if arch in STEADY else 2)
@@ -109,7 +112,7 @@ def test_twenty_steps_at_real_size_and_under_the_mask_agree(arch, optimizer, str
     assert any((v - start[n]).abs().max() > 1e-3 for n, v in masked[0].state_dict().items())
 
 
-@pytest.mark.parametrize("arch", STEADY)
+@pytest.mark.parametrize("arch", [pytest.param(a, marks=[pytest.mark.slow] * (a not in MICRO)) for a in STEADY])
 def test_in_float32_too(arch):
     """A fresh ResNet learns slowly here: at 0.01 rounding alone moves it by more, the same network in float64 too."""
     model, data = network(arch, torch.float32), batches(torch.float32, 32)
@@ -122,7 +125,7 @@ def test_in_float32_too(arch):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_optimizer_can_be_taken_up_by_the_other_kind(optimizer):
-    model, data = network("res20s"), batches(torch.float64)
+    model, data = network("micro_cnn"), batches(torch.float64)
     pair = mask_pair(model, 3, 0.5)
     through = trained(model, pair, "rsst", optimizer, False, data)
     for kinds in ((True, True), (True, False), (False, True)):

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from helpers.networks import REGISTERED
+from helpers.networks import LARGE, REGISTERED
 from torch import fx, nn
 
 from errors import UsageError
@@ -19,7 +19,8 @@ from models.pretrained import load_pretrained_weights
 BIG = ("vit_base", "vit_base_imagenet", "vit_large_imagenet")
 VITS = [a for a in REGISTERED if MODELS[a].spec.family == "vit"]
 CNNS = [a for a in REGISTERED if a not in VITS]
-SMALL_NETWORKS = [(a, 32) for a in REGISTERED if a not in BIG] + [(a, 64) for a in CNNS]
+SMALL_NETWORKS = [pytest.param(a, size, marks=[pytest.mark.slow] * (a in LARGE))
+                  for a, size in [(a, 32) for a in REGISTERED if a not in BIG] + [(a, 64) for a in CNNS]]  # fmt: skip
 CONSTANTS = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
 MILLIONS_AT_224 = {
@@ -186,6 +187,7 @@ def test_sizes_that_a_network_cannot_take_are_refused(arch, size):
         build_model(arch, 10, size)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_timms_imagenet_weights_give_timms_logits(tmp_path):
     """So epsilon, activation and pooling are the same; the weights come from a file, as they do without a network."""
@@ -261,6 +263,7 @@ def test_a_trace_holds_the_normalisation(arch):
     torch.testing.assert_close(fx.symbolic_trace(model)(image(32)), model(image(32)))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_normalised_network_can_be_exported_and_compiled(network):
     model, _ = network

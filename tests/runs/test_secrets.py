@@ -25,7 +25,12 @@ PLANTED = {
 }  # fmt: skip
 NETRC = "planted8netrc1234567890abcdef1234567890ab"
 VALUES = [*PLANTED.values(), NETRC, "planted4url"]
-IMPATIENT = "import sys, tracker; tracker.INIT_SECONDS, tracker.FINISH_SECONDS = 2, 4; import {0}; sys.exit({0}.main(sys.argv[1:]))"
+IMPATIENT = """
+import sys, tracker
+tracker.INIT_SECONDS, tracker.FINISH_SECONDS = 2, 4
+import {0}, helpers.networks
+sys.exit({0}.main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture
@@ -46,7 +51,8 @@ def planted(home, monkeypatch):
 
 def carried_out(program, words, cwd, mode):
     """The program with real trackers, which do not wait for long."""
-    env = {**os.environ, "WANDB_MODE": mode, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    modules = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    env = {**os.environ, "WANDB_MODE": mode, "OMP_NUM_THREADS": "1", "PYTHONPATH": modules}
     command = [sys.executable, "-c", IMPATIENT.format(program), *map(str, words)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=200, check=False)
 
@@ -73,7 +79,7 @@ def test_a_run_that_finds_no_server_writes_no_secret_down(planted, tmp_path):
 def test_a_sweep_writes_no_secret_down(planted, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     words = [
-        *flags(**{**TINY, "rate": None, "pruning_times": 1, "wandb": "offline", "tensorboard": True}),
+        *flags(**{**TINY, "arch": "res20s", "rate": None, "pruning_times": 1, "wandb": "offline", "tensorboard": True}),
         "--grid",
         "seed=0",
     ]

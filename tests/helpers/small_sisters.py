@@ -1,0 +1,29 @@
+"""Networks of other libraries, much smaller than any that they name, as files of a user: for `--arch <this file>:NAME`."""
+
+from __future__ import annotations
+
+from timm.models.nest import Nest
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.twins import Twins
+from torch import nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+
+
+def swin(num_classes: int, img_size: int) -> nn.Module:
+    return SwinTransformer(
+        img_size, embed_dim=24, depths=(2, 2), num_heads=(1, 2), window_size=7, num_classes=num_classes
+    )
+
+
+def convnext(num_classes: int) -> nn.Module:
+    return ConvNeXt([CNBlockConfig(16, 32, 2), CNBlockConfig(32, None, 1)], num_classes=num_classes)
+
+
+def twins(num_classes: int, img_size: int) -> nn.Module:
+    return Twins(img_size, embed_dims=(16, 32, 48, 64), num_heads=(1, 2, 3, 4), mlp_ratios=(4, 4, 4, 4),
+                 depths=(2, 2, 2, 2), wss=(7, 7, 7, 7), sr_ratios=(8, 4, 2, 1), num_classes=num_classes)  # fmt: skip
+
+
+def nest(num_classes: int, img_size: int) -> nn.Module:
+    return Nest(img_size, num_levels=3, embed_dims=(24, 48, 96), num_heads=(1, 2, 4), depths=(2, 2, 2),
+                num_classes=num_classes)  # fmt: skip
