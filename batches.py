@@ -165,17 +165,26 @@ def _read(images: LazyImages, parts: Sequence[Tensor], device: torch.device) -> 
         pin_memory=device.type == "cuda", worker_init_fn=_leave_stopping_to_the_first,
         generator=torch.Generator(),  # it draws, even without need: from the network's dropout, if nothing is given
     )  # fmt: skip
+    batches: Iterator[Tensor] | None = None
+    failure: DataError | MachineError
     try:
         with _unheard(signal.SIGTERM):  # by workers, from their first moment
             batches = iter(loader)
         yield from batches
+        return
     except DataError as error:  # from a worker process it comes with that process's traceback
-        raise DataError(str(error).strip().rpartition("errors.DataError: ")[2]) from None
+        failure = DataError(str(error).strip().rpartition("errors.DataError: ")[2])
+        error.__traceback__ = None
     except RuntimeError as error:
         if WORKER_DIED not in str(error):
             raise
-        raise MachineError(f"argument --workers: a process that decodes images has died ({first_line(error)}); fewer "
-                           "workers need less memory") from error  # fmt: skip
+        failure = MachineError(f"argument --workers: a process that decodes images has died ({first_line(error)}); "
+                               "fewer workers need less memory")  # fmt: skip
+        error.__traceback__ = None
+    # Workers end with the last reference to their iterator: neither the frames of torch's error, which it is part of
+    # itself, nor those of this one, which a caller may keep, must hold it.
+    batches = None
+    raise failure
 
 
 def _leave_stopping_to_the_first(worker: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import signal
 import time
@@ -230,8 +231,9 @@ def test_a_damaged_file_is_named_whoever_reads_it(store, photos, capsys):
     (photos / "test" / "dog" / "2.png").write_bytes(b"nothing")
     if store == "stream":
         loader = BatchLoader(load_splits("imagefolder", photos, 8, 2, store).test, 4, torch.device("cpu"))
-        with pytest.raises(DataError, match=r"^cannot read the image \S*2\.png[^\n]*$"):
+        with pytest.raises(DataError, match=r"^cannot read the image \S*2\.png[^\n]*$") as caught:
             list(loader)
+        assert not multiprocessing.active_children() and caught.value, "an error that is kept keeps no worker"
     else:
         with pytest.raises(DataError, match=r"^cannot read the image \S*2\.png"):
             load_splits("imagefolder", photos, 8, 2, store)
