@@ -18,7 +18,7 @@ SMALL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("rounds, settled", [(30, 15), pytest.param(200, 50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds, settled", [(24, 12), pytest.param(200, 50, marks=pytest.mark.slow)])
 def test_memory_descriptors_threads_and_checkpoints_do_not_grow_with_the_rounds(rounds, settled, tmp_path):
     draw = torch.Generator().manual_seed(0)
     for part, count in (("train", 12), ("test", 2)):
