@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from helpers import networks  # noqa: F401 (registers the networks of the tests)
+from helpers import networks  # noqa: F401 (registers the networks and the data of the tests)
 from helpers.finished import finished_run as trained_once
 from helpers.programs import end_all
 from helpers.tiers import chosen, tier

@@ -8,7 +8,7 @@ import json
 import shutil
 from pathlib import Path
 
-from helpers.commands import TINY, tiny
+from helpers.commands import defaults, tiny
 from helpers.programs import start
 
 
@@ -20,7 +20,9 @@ def finished_run(store: Path, copy: Path, **settings) -> Path:
     Args:
         store: Folder that all workers of the session share.
     """
-    address = hashlib.sha256(json.dumps({**TINY, **settings}, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    address = hashlib.sha256(
+        json.dumps({**defaults(**settings), **settings}, sort_keys=True, default=str).encode()
+    ).hexdigest()[:16]
     whole = store / address
     store.mkdir(parents=True, exist_ok=True)
     with (store / f"{address}.lock").open("w") as lock:

@@ -12,6 +12,7 @@ NOISE = np.random.default_rng(0)
 
 
 def few_images(monkeypatch) -> None:
+    """Sixteen digits to train on, to validate and to test."""
     import dataset
     import image_sets
 
@@ -22,7 +23,8 @@ def few_images(monkeypatch) -> None:
         parts = {k: getattr(splits, k).subset(torch.arange(16)) for k in ("train", "val", "test")}
         return dataclasses.replace(splits, **parts)
 
-    monkeypatch.setitem(dataset.DATASETS, "digits", dataset.DataSource(few, 16, False, ""))
+    for name in ("digits", "micro_digits"):
+        monkeypatch.setitem(dataset.DATASETS, name, dataset.DataSource(few, 16, False, ""))
 
 
 def noise(*shape) -> np.ndarray:

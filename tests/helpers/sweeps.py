@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 
 import sweep
-from helpers.commands import ROOT, TINY, flags, run
+from helpers.commands import ROOT, TINY, defaults, flags, run
 from helpers.comparison import assert_same_runs
 from helpers.programs import start, start_server
 from sweeps import job_process
@@ -24,7 +24,7 @@ carry_out_a_job = job_process._child
 
 
 def sweep_words(out, *grid, **settings):
-    own = {k: v for k, v in TINY.items() if k not in [g.split("=")[0] for g in grid]}
+    own = {k: v for k, v in defaults(**settings).items() if k not in [g.split("=")[0] for g in grid]}
     return ["--out", str(out), "--jobs", "2", "--grid", *grid, *flags(**{**own, **settings})]
 
 
@@ -63,7 +63,7 @@ class SweepHere:
 def small_job(task) -> None:
     """In place of `job_process._child`: knows the tests' networks, and draws no pictures, which takes long."""
     import experiment
-    from helpers import networks  # noqa: F401
+    from helpers import networks  # noqa: F401 (registers them)
 
     experiment.draw_kept_units = lambda *_: None
     carry_out_a_job(task)

@@ -226,7 +226,9 @@ def mounted_again(disk, option) -> None:
     subprocess.run(["mount", "-o", f"remount,{option}", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("kilobytes", [64, 500, 800, 1100])
+@pytest.mark.parametrize(
+    "kilobytes", [pytest.param(k, marks=[pytest.mark.slow] * (k in (500, 1100))) for k in (64, 500, 800, 1100)]
+)
 def test_a_full_disk_ends_the_run_and_it_goes_on_when_there_is_room(kilobytes, broken_off, tmp_path, capsys):
     """At the first file, at a checkpoint, and twice at a round's best network."""
     home, words = broken_off
@@ -359,7 +361,7 @@ def test_classes_of_one_name_are_told_apart():
 # Numbers
 
 
-@pytest.mark.parametrize("step", [1, 8, 17, 36])
+@pytest.mark.parametrize("step", [pytest.param(k, marks=[pytest.mark.slow] * (k in (8, 36))) for k in (1, 8, 17, 36)])
 def test_a_loss_that_is_not_finite_at_some_step(step, broken_off, tmp_path, monkeypatch, capsys):
     """Six steps an epoch, three epochs a round; the run goes on from the last epoch when the cause is gone."""
     home, words = broken_off

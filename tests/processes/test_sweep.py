@@ -282,7 +282,7 @@ def test_a_failing_run_stops_no_other_and_the_same_command_continues(sweep_here,
     first = sweep_here(words)
     assert first.status == 1, first.stderr
     assert "3 of 6 jobs failed" in first.stderr and first.stdout.count("loss") >= 1
-    assert "not begun, since digits_round_0" in first.stdout
+    assert "not begun, since micro_digits_round_0" in first.stdout
     assert first.stdout.index("best by validation") < first.stdout.index("why")
     finished = [p.parent for p in out.glob("runs/*/result.json")]
     assert len(finished) == 2
@@ -553,8 +553,22 @@ def test_a_line_for_each_running_job(tmp_path, monkeypatch):
 
 def test_a_search_finds_the_best_within_the_limit(sweep_here, tmp_path):
     pytest.importorskip("optuna")
-    words = ["--search", "--density", "70", "--rungs", "2",
-             *sweep_words(tmp_path, "struct=refill", "criteria=magnitude,l1,remain", "rate=0.1,0.4", epochs=3)]  # fmt: skip
+    words = [
+        "--search",
+        "--density",
+        "70",
+        "--rungs",
+        "2",
+        *sweep_words(
+            tmp_path,
+            "struct=refill",
+            "criteria=magnitude,l1,remain",
+            "rate=0.1,0.4",
+            epochs=3,
+            dataset="digits",
+            batch_size=256,
+        ),
+    ]  # fmt: skip (few images would make all settings alike)
     first = sweep_here(words)
     assert first.status == 0, first.stderr
     rows = (tmp_path / "search.csv").read_text().splitlines()

@@ -190,7 +190,7 @@ def test_a_server_that_never_answers(tmp_path):
     assert line.startswith("warning: WandB ") and seconds < INIT + FINISH + 4 + SLACK
 
 
-@pytest.mark.parametrize("fault", ["silent", "error"])
+@pytest.mark.parametrize("fault", [pytest.param("silent", marks=pytest.mark.slow), "error"])
 def test_a_server_that_fails_in_the_middle(fault, tmp_path):
     server = Server(fault, rows=1)
     done, seconds = online(tmp_path, server.url)
@@ -198,6 +198,7 @@ def test_a_server_that_fails_in_the_middle(fault, tmp_path):
     assert server.failed.is_set()
 
 
+@pytest.mark.slow
 def test_wandbs_own_process_hangs_in_the_middle(tmp_path):
     done, seconds = started(ROWS, "offline", "SIGSTOP", tmp_path / "run", WANDB_MODE="offline")
     os.kill(int(done.stdout.partition("service ")[2].split()[0]), signal.SIGKILL)

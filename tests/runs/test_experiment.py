@@ -88,9 +88,9 @@ def test_training_at_real_size_can_begin_in_the_middle(tmp_path, monkeypatch):
     """Checkpoints are the same with and without it."""
     words = {"struct": "rsst", "pruning_times": 3, "precision": "fp32", "criteria": "magnitude", "lr": 1e-4,
              "rate": 0.95}  # fmt: skip
-    assert run(*tiny(tmp_path / "whole", compact_training="false", batch_size=512, **words)) == 0
+    assert run(*tiny(tmp_path / "whole", compact_training="false", batch_size=128, **words)) == 0
     kinds = ["true", "false"] * 10
-    command = lambda turn: tiny(tmp_path / "mixed", compact_training=kinds[turn], batch_size=512, **words)  # noqa: E731
+    command = lambda turn: tiny(tmp_path / "mixed", compact_training=kinds[turn], batch_size=128, **words)  # noqa: E731
     assert stopped_again_and_again(monkeypatch, 4, command) >= 2
     one, other = (RunFolder.load(tmp_path / d / "2checkpoint.pth.tar") for d in ("whole", "mixed"))
     for name, value in one.state_dict.items():

@@ -117,8 +117,13 @@ def test_three_rounds_start_from_the_ticket_and_have_the_density_of_the_rate(
             assert not saved.state_dict[name][mask == 0].any()
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("struct", BEFORE_TRAINING)
+# At every change each method with one of the two networks of the tests, in turn.
+TAKEN_IN_TURN = [
+    pytest.param(a, s, marks=[pytest.mark.slow] * (a != MICRO[k % 2])) for k, s in enumerate(BEFORE_TRAINING) for a in NETWORKS
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arch, struct", TAKEN_IN_TURN)
 def test_masks_made_before_training_do_not_depend_on_what_was_trained(arch, struct, tmp_path):
     for name, epochs, lr in (("a", 1, 0.001), ("b", 2, 0.02)):
         assert run(*words(tmp_path / name, struct, arch, epochs=epochs, lr=lr)) == 0
@@ -169,7 +174,10 @@ def test_random_masks_differ_from_seed_to_seed(tmp_path):
     assert not equal(state(tmp_path / "0", 0).following, state(tmp_path / "1", 0).following)
 
 
-@pytest.mark.parametrize("struct, regroup", [("snip", False), ("omp", True), ("admm", False), ("synflow", True)])
+@pytest.mark.parametrize(
+    "struct, regroup",
+    [("snip", False), ("omp", True), ("admm", False), pytest.param("synflow", True, marks=pytest.mark.slow)],
+)
 def test_stopped_again_and_again_it_ends_bit_for_bit_the_same(struct, regroup, tmp_path, monkeypatch):
     more = {"admm_epochs": 2, "batch_size": 6}
     assert run(*words(tmp_path / "whole", struct, regroup=regroup, **more)) == 0

@@ -156,7 +156,7 @@ def test_shrinking_leaves_the_model_alone_and_empty_branches_give_their_bias():
 
 
 @pytest.mark.parametrize("name, classifier", [
-    ("resnet18", None), ("mobilenet_v2", None), ("densenet121", None), ("shufflenet_v2_x0_5", None), ("googlenet", None),
+    ("resnet18", None), ("mobilenet_v2", None), pytest.param("densenet121", None, marks=pytest.mark.slow), ("shufflenet_v2_x0_5", None), ("googlenet", None),
     ("vgg11_bn", 32), pytest.param("vgg11_bn", None, marks=pytest.mark.slow),
 ])  # fmt: skip
 @torch.no_grad()

@@ -28,3 +28,11 @@ def test_every_file_of_tests_that_a_document_names_exists(document):
 
 def test_names_of_tests_are_found():
     assert len(NAMES) > 500
+
+
+def test_the_worked_example_is_the_quick_start():
+    """One command in two files."""
+    script = (ROOT / "scripts" / "quickstart.sh").read_text().replace("\\\n", "")
+    (command,) = re.findall(r"^exec \S+python (main_imp_fillback.py .*) \"\$@\"$", script, re.MULTILINE)
+    readme = re.sub(r"\s+", " ", (ROOT / "README.md").read_text().replace("\\\n", ""))
+    assert f"python {' '.join(command.split())} " in readme

@@ -54,12 +54,17 @@ NETWORKS = {
 BIG = ("timm/swin_tiny_patch4_window7_224", "torchvision/convnext_tiny", "timm/twins_svt_small", "timm/nest_tiny")
 
 
-def big_are_slow(archs):
+# Their gates, groups and concatenations are in MobileNetV3, Grouped and SqueezeNet too.
+LONG = ("torchvision/efficientnet_b0", "torchvision/regnet_y_400mf", "torchvision/googlenet")
+
+
+def big_are_slow(archs, others=()):
     """Parameters of a test: networks above 15 million weights, which have a small sister, need not run every time."""
-    return [pytest.param(a, marks=[pytest.mark.slow] * (a in BIG), id=a.rpartition("/")[2]) for a in archs]
+    slow = (*BIG, *others)
+    return [pytest.param(a, marks=[pytest.mark.slow] * (a in slow), id=a.rpartition("/")[2]) for a in archs]
 
 
-@pytest.mark.parametrize("arch", big_are_slow(NETWORKS))
+@pytest.mark.parametrize("arch", big_are_slow(NETWORKS, LONG))
 def test_units_are_known_silent_and_can_be_cut(arch):
     torch.manual_seed(0)
     size, expected = NETWORKS[arch]
@@ -246,7 +251,7 @@ HEADS_AND_NEURONS = {"vit_structured": True, "vit_prune_target": "both"}
 
 
 @pytest.mark.parametrize("arch, size, more", [
-    ("timm/test_vit", 16, HEADS_AND_NEURONS), ("torchvision/squeezenet1_1", 32, {}),
+    ("timm/test_vit", 16, HEADS_AND_NEURONS), pytest.param("torchvision/squeezenet1_1", 32, {}, marks=pytest.mark.slow),
     pytest.param("timm/vit_tiny_patch16_224", 16, HEADS_AND_NEURONS, marks=pytest.mark.slow),
     pytest.param("torchvision/mobilenet_v3_small", 32, {}, marks=pytest.mark.slow),
 ])  # fmt: skip
@@ -374,8 +379,14 @@ REFUSED_OR_RIGHT = ("Keywords", "Normed")
 RIGHT = ("Unused", "Functional", "TwoHeads", "Upwards", "Floats")
 
 
-@pytest.mark.parametrize("struct", ["refill", "synflow"])
-@pytest.mark.parametrize("name", [*REFUSED, *REFUSED_OR_RIGHT, *RIGHT])
+# Of those that are pruned one, with a gate and a clipped activation, goes through SynFlow at every change.
+ODD_CASES = [
+    pytest.param(n, s, marks=[pytest.mark.slow] * (s == "synflow" and n in RIGHT and n != "Floats"))
+    for n in (*REFUSED, *REFUSED_OR_RIGHT, *RIGHT) for s in ("refill", "synflow")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, struct", ODD_CASES)
 def test_an_odd_network_is_pruned_rightly_or_refused_in_a_line(name, struct, tmp_path, capsys):
     (tmp_path / "odd.py").write_text(ODD)
     words = tiny(tmp_path / "run", arch=f"{tmp_path / 'odd.py'}:{name}", struct=struct, regroup=struct == "synflow")
@@ -675,9 +686,9 @@ def test_an_mlp_without_units_gives_its_bias_whatever_its_width():
         assert torch.equal(constant(torch.rand(2, 5, 6)), wanted)
 
 
-@pytest.mark.parametrize(
-    "arch", ["file", "timm/test_vit", pytest.param("timm/vit_tiny_patch16_224", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("arch", [
+    "file", *(pytest.param(a, marks=pytest.mark.slow) for a in ("timm/test_vit", "timm/vit_tiny_patch16_224")),
+])  # fmt: skip
 def test_unstructured_rsst_is_said_to_squeeze_nothing_whoevers_the_vit_is(arch, tmp_path, capsys):
     (tmp_path / "net.py").write_text(
         "from timm.models.vision_transformer import VisionTransformer\n"

@@ -409,7 +409,10 @@ def test_snip_sums_the_gradient_over_the_batches():
     assert mask["stage.weight_mask"].flatten().tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("arch", ["timm/mobilenetv2_050", "timm/efficientnet_lite0", "torchvision/efficientnet_b0"])
+@pytest.mark.parametrize("arch", [
+    "timm/mobilenetv2_050", "timm/efficientnet_lite0", "timm/mobilenetv3_small_050",
+    pytest.param("torchvision/efficientnet_b0", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_synflow_sees_through_clipped_activations_and_gates(arch, monkeypatch):
     monkeypatch.setattr("oneshot_pruners.SYNFLOW_ROUNDS", 5)
     torch.manual_seed(0)

@@ -243,9 +243,10 @@ def tiny_rounds():
     return make
 
 
-# At every change every criterion with the two networks of the tests, and every network with one criterion.
+# At every change every criterion with the two networks of the tests, and every small network but two with one criterion.
+LONG = ("res18", "resnet12")
 EVERY_MODEL = [
-    pytest.param(a, c, marks=[pytest.mark.slow] * (a not in MICRO and i % len(CRITERIA) != k))
+    pytest.param(a, c, marks=[pytest.mark.slow] * (a not in MICRO and (a in LONG or i % len(CRITERIA) != k)))
     for i, a in enumerate((*MICRO, *SMALL)) for k, c in enumerate(CRITERIA)
 ]  # fmt: skip
 

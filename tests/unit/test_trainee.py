@@ -88,9 +88,10 @@ def differences(one, other, held):
 
 # Deep networks of thin layers multiply a rounding error by ten in every step at this rate, float64 or not.
 STEADY = (*MICRO, "res20s", "res56s", "vit_tiny")
-# At every change the networks of the tests with all optimizers and methods, and each other one with one of each in turn.
+# At every change the networks of the tests with all optimizers and methods, and each small one with one of each in turn.
+LONG = ("res56s", "res18", "resnet12")
 TWENTY_STEPS = [
-    pytest.param(a, o, s, marks=[pytest.mark.slow] * (a not in MICRO and (a == "res56s" or i % 4 != 2 * k + j)))
+    pytest.param(a, o, s, marks=[pytest.mark.slow] * (a not in MICRO and (a in LONG or i % 4 != 2 * k + j)))
     for i, a in enumerate((*MICRO, *SMALL)) for j, o in enumerate(OPTIMIZERS) for k, s in enumerate(("refill", "rsst"))
 ]  # fmt: skip
 
