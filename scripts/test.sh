@@ -14,8 +14,15 @@ esac
 bash scripts/install.sh requirements-dev.txt
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/mypy .
+types=$(mktemp)
+trap 'rm -f "$types"' EXIT
+.venv/bin/mypy . >"$types" 2>&1 &
+checking=$!  # it takes one core for half a minute, in which pytest finds its tests
 cores=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)  # nproc obeys OMP_NUM_THREADS
 export OMP_NUM_THREADS=1
 # Neighbours share what is expensive to make: they stay in one worker until another has nothing left to do.
-exec .venv/bin/python -m pytest -n "$cores" --dist worksteal --durations=30 --tier "$tier" "$@"
+status=0
+.venv/bin/python -m pytest -n "$cores" --dist worksteal --durations=30 --tier "$tier" "$@" || status=$?
+wait "$checking" || status=$((status ? status : 1))
+cat "$types"
+exit "$status"

@@ -35,6 +35,13 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_to_collect():
+    """The same of what the tests before have imported and kept."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _no_pictures(request, monkeypatch):
     """Drawing takes longer than a tiny run; tests of pictures are marked."""

@@ -399,7 +399,8 @@ def test_an_error_of_our_own_ends_one_job_not_the_sweep(tmp_path, monkeypatch):
     executor.close()
 
 
-@pytest.mark.parametrize("seconds", [1.0, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.1, 2.5, 5.0))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.1, 1.0, 2.5, 5.0])
 def test_ctrl_c_at_once_ends_well(seconds, tmp_path):
     process = start_sweep(sweep_words(tmp_path / "sweep", "seed=0,1", epochs=200, arch=OWN_CNN), own_group=True)
     wait_for((tmp_path / "sweep" / "sweep.log").exists)
@@ -447,6 +448,7 @@ def test_a_job_is_pinned_and_stopped_with_its_state_saved(server, tmp_path):
     assert (tmp_path / "run" / "0checkpoint.pth.tar").exists()
 
 
+@pytest.mark.slow
 def test_a_job_ends_in_good_order_with_the_process_that_began_it(tmp_path):
     words = sweep_words(tmp_path / "sweep", "seed=0", epochs=2000, arch=OWN_CNN)
     process = start_sweep(words)

@@ -183,6 +183,7 @@ def test_no_server(tmp_path):
     assert line.startswith("warning: WandB failed (") and seconds < INIT + FINISH + SLACK
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         done, seconds = online(tmp_path, f"http://127.0.0.1:{server.getsockname()[1]}")
@@ -190,7 +191,8 @@ def test_a_server_that_never_answers(tmp_path):
     assert line.startswith("warning: WandB ") and seconds < INIT + FINISH + 4 + SLACK
 
 
-@pytest.mark.parametrize("fault", [pytest.param("silent", marks=pytest.mark.slow), "error"])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["silent", "error"])
 def test_a_server_that_fails_in_the_middle(fault, tmp_path):
     server = Server(fault, rows=1)
     done, seconds = online(tmp_path, server.url)

@@ -226,7 +226,12 @@ def test_unknown_names_are_refused_with_a_hint(arch, message, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "struct, more", [("refill", {}), ("rsst", {"penalty": "decoupled"}), ("snip", {"regroup": True})]
+    "struct, more",
+    [
+        ("refill", {}),
+        ("rsst", {"penalty": "decoupled"}),
+        pytest.param("snip", {"regroup": True}, marks=pytest.mark.slow),
+    ],
 )
 def test_the_worked_example_trains_prunes_resumes_and_exports(struct, more, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)

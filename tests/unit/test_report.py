@@ -201,7 +201,9 @@ def test_settings_that_no_command_names_are_told_apart(tmp_path):
 
 
 @pytest.mark.usefixtures("without_png")
-@pytest.mark.parametrize("key, name", [("data", "images"), ("network", "network")])
+@pytest.mark.parametrize("key, name", [
+    ("data", "images"), pytest.param("network", "network", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_runs_that_saw_other_images_or_trained_another_network_are_told_apart(key, name, tmp_path):
     path = write_sweep(tmp_path / "s")
     for folder in path.glob("runs/*"):
