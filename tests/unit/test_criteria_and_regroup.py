@@ -136,6 +136,13 @@ def groups_of(sizes):
     return [UnitGroup(f"g{i}", "neuron", (rows(f"g{i}", n),)) for i, n in enumerate(sizes)]
 
 
+def test_layer_wise_counts_spare_the_minimum_where_there_are_as_many():
+    groups = groups_of([10, 3, 2])
+    for least, kept in ((0, (3, 1, 1)), (2, (3, 2, 2)), (5, (5, 3, 2))):
+        counts = layer_wise_budget(groups, {}, {}, ratio=0.7, min_units=least)
+        assert tuple(counts.values()) == kept and list(counts) == ["g0", "g1", "g2"]
+
+
 @settings(deadline=None, max_examples=50)
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=5), st.floats(0, 0.99), st.integers(0, 3), st.integers(0, 10**6)
