@@ -8,6 +8,7 @@ import os
 import queue
 import socket
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -16,11 +17,12 @@ from typing import Any, Protocol
 
 from errors import RunError, UsageError, first_line
 from sweeps.grid import Job
-from sweeps.job_process import ROOT, JobProcess, Outcome, Task, run, told_to_stop
+from sweeps.job_process import PATIENCE, ROOT, JobProcess, Outcome, Task, run, told_to_stop
 
 log = logging.getLogger("rsst")
 
 ANSWER_SECONDS = 5.0
+AGAIN_SECONDS = 5.0  # after which a task of Ray's that was told to stop, and goes on, is told again
 
 
 class Executor(Protocol):
@@ -230,8 +232,13 @@ class RayExecutor:
         return Outcome(1, (str(error).strip().splitlines() or [type(error).__name__])[-1])
 
     def stop(self) -> None:
-        for reference in self._refs:
-            self._ray.cancel(reference, force=False)
+        """Ray interrupts a task wherever it is, where that can be lost: so it is told until it has ended."""
+        going = list(self._refs)
+        until = time.monotonic() + 2 * PATIENCE
+        while going and time.monotonic() < until:
+            for reference in going:
+                self._ray.cancel(reference, force=False)
+            _, going = self._ray.wait(going, num_returns=len(going), timeout=AGAIN_SECONDS)
 
     def close(self) -> None:
         self._ray.shutdown()

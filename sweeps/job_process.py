@@ -78,6 +78,7 @@ class JobProcess:
             start_server(task.threads)
             self._process = _CONTEXT.Process(target=_child, args=(task,))
             self._process.start()
+        self._deadline: float | None = None
 
     @property
     def pid(self) -> int | None:
@@ -95,12 +96,13 @@ class JobProcess:
             return not self._process.is_alive()
 
     def stop(self) -> None:
-        """Ask it to save its state and end; it is killed if it takes too long."""
-        with _GUARD:
-            self._process.terminate()
-        until = time.monotonic() + PATIENCE
+        """Ask it to save its state and end, once, since a second signal kills; it is killed if it takes too long."""
+        if self._deadline is None:
+            self._deadline = time.monotonic() + PATIENCE
+            with _GUARD:
+                self._process.terminate()
         while not self._ended(LISTEN):
-            if time.monotonic() > until:
+            if time.monotonic() > self._deadline:
                 with _GUARD:
                     self._process.kill()
 
@@ -180,12 +182,17 @@ def _last_words(log: Path, start: int, status: int | None) -> str:
 
 
 def run(task: Task) -> Outcome:
-    """Carry out a task and wait for its end; whoever interrupts this stops the task."""
+    """Carry out a task and wait for its end; whoever interrupts this stops the task, and may say so again."""
     process = JobProcess(task)
     try:
         return process.wait()
     except BaseException:
-        process.stop()
+        while True:
+            try:
+                process.stop()
+                break
+            except KeyboardInterrupt:
+                continue
         raise
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from concurrent.futures import Future
 from contextlib import suppress
 from importlib.util import find_spec
@@ -17,7 +18,7 @@ from helpers.sweeps import OWN_CNN, assert_as_if_run_alone, start_sweep, sweep_w
 
 import sweep
 from errors import UsageError
-from sweeps import executors
+from sweeps import executors, job_process
 from sweeps.executors import Places, RayExecutor
 from sweeps.grid import Job
 from sweeps.job_process import Outcome
@@ -135,6 +136,7 @@ class StandIn:
 
     def __init__(self) -> None:
         self.calls = []
+        self.deaf = Counter()
 
     def is_initialized(self):
         return False
@@ -163,6 +165,14 @@ class StandIn:
 
     def cancel(self, reference, force):
         self.calls.append(("cancel", reference.folder, force))
+
+    def wait(self, references, num_returns, timeout):
+        """Of those that go on `deaf` tells how often each was told in vain."""
+        assert num_returns == len(references)
+        going = [r for r in references if self.deaf[r.folder] > 0]
+        for reference in going:
+            self.deaf[reference.folder] -= 1
+        return [r for r in references if r not in going], going
 
     def shutdown(self):
         self.calls.append(("shutdown",))
@@ -198,6 +208,43 @@ def test_what_a_job_comes_to_is_told_by_ray(ends, retries, found, monkeypatch, t
     executor.close()
     assert cluster.calls == [("init", "here", "3"), ("remote", 3, 0.5), ("cancel", str(tmp_path / "a"), False),
                              ("shutdown",)]  # fmt: skip
+
+
+def test_a_task_that_does_not_hear_it_is_told_again_to_stop(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", cluster := StandIn())
+    monkeypatch.setattr(executors, "run", lambda task: Outcome(0))
+    executor = RayExecutor(Places(tmp_path), "here", 0)
+    for name in "ab":
+        executor.submit(Job(name, (), tmp_path / name))
+    cluster.deaf[str(tmp_path / "b")] = 2
+    executor.stop()
+    told = [call[1] for call in cluster.calls if call[0] == "cancel"]
+    assert told == [str(tmp_path / name) for name in ("a", "b", "b", "b")]
+
+
+class Interrupted:
+    """A job that is interrupted while it runs, and again while it is being stopped."""
+
+    def __init__(self, task) -> None:
+        self.stops = [KeyboardInterrupt, KeyboardInterrupt, None]
+        INTERRUPTED.append(self)
+
+    def wait(self):
+        raise KeyboardInterrupt
+
+    def stop(self):
+        if error := self.stops.pop(0):
+            raise error
+
+
+INTERRUPTED: list[Interrupted] = []
+
+
+def test_a_job_that_is_interrupted_again_and_again_is_stopped_all_the_same(monkeypatch):
+    monkeypatch.setattr(job_process, "JobProcess", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        job_process.run(None)
+    assert INTERRUPTED.pop().stops == []
 
 
 @pytest.mark.parametrize("error", [ConnectionError("a\nb"), RuntimeError("a\nb"), ValueError("a\nb")])
