@@ -208,6 +208,7 @@ def test_wandbs_own_process_hangs_in_the_middle(tmp_path):
     assert seconds < FINISH + 4 + SLACK
 
 
+@pytest.mark.slow
 def test_wandbs_own_process_is_killed_in_the_middle_of_a_run(without, tmp_path):
     words = tiny(tmp_path / "run", **{**RUN, "wandb": "offline"})
     done, _ = started(WHOLE_RUN, *words, WANDB_MODE="offline")

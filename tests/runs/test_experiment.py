@@ -306,6 +306,7 @@ def test_resumed_after_any_epoch_or_step_it_ends_bit_for_bit_the_same(words, tmp
     assert_same_runs(tmp_path / "whole", tmp_path / "broken")
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(tmp_path):
     words = {"epochs": 4, "pruning_times": 3}
     assert run(*tiny(tmp_path / "whole", **words)) == 0

@@ -61,7 +61,9 @@ def save_logits(folder, file):
     torch.save(small(torch.rand(3, 3, 8, 8)), file)
 
 
-@pytest.mark.parametrize("arch", MICRO_AND_REAL)
+@pytest.mark.parametrize("arch", [
+    "micro_vit", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("micro_cnn", "res20s", "vit_tiny")),
+])  # fmt: skip
 def test_it_reloads_in_a_new_process_with_the_accuracy_of_the_run(arch, runs, tmp_path, capsys):
     assert export.main([str(runs[arch]), "--out", str(tmp_path)]) == 0
     table = capsys.readouterr().out

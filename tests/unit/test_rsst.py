@@ -16,7 +16,7 @@ from optimization import LearningRate
 from plan import expected_squeeze
 from reg_pruner_files.reg_pruner import Pruner
 from reg_pruner_files.schedules import SCHEDULES, Clock
-from rounds import decide, faded_units, held_masks, shares
+from rounds import decide, faded_units, held_masks, rank_and_prune, shares
 from rules import RoundRules
 from training import Passer, apply_reg, hardened, train, update_reg, validate
 from unit_groups import unit_groups
@@ -266,6 +266,13 @@ def test_every_model_criterion_and_schedule_runs_a_tiny_round(arch, criterion, t
         assert pruner.doomed_norm() == pytest.approx(0.5 * before) and before > 0
 
 
+def test_dead_weights_do_not_come_back_whatever_is_ranked():
+    """Initial weights (`--rank_weights initial`) are not zero where the trained ones are."""
+    ranked = {"a.weight": torch.tensor([9.0, 1.0, 2.0, 3.0])}
+    pair = MaskPair.of({"a.weight": torch.tensor([0.0, 1, 1, 1])}, {"a.weight": torch.tensor([0.0, 0, 1, 1])})
+    assert rank_and_prune(ranked, ["a.weight"], RULES, pair)["a.weight"].tolist() == [0, 0, 1, 1]
+
+
 def test_a_unit_has_faded_out_when_its_living_weights_have():
     """Small against the layer at the round's start; weights that L1 has removed neither help nor count."""
     model = build_model("res20s", 10, 16)
@@ -290,6 +297,7 @@ def test_a_unit_has_faded_out_when_its_living_weights_have():
     assert faded() == []
     assert faded(u0=0.0, u1=0.001) == [], "units that stay do not fade out, however small"
     assert faded(u3=0.001, u4=0.1, u5=0.5) == [3]
+    assert faded(u4=0.03) == [], "the share is one of the weights, not of their squares"
     assert faded(u5=0.001) == [5], "one living weight is as good as many"
     weights = {n: v.clone() for n, v in initial.items()}
     weights["layer1.0.conv1.weight"][3] *= 0.001
