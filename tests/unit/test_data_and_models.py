@@ -238,3 +238,12 @@ def test_arguments_reach_the_parser_as_the_registry_has_them():
         assert parse_args(["--arch", arch]).arch == arch
     with pytest.raises(UsageError):
         parse_args(["--arch", "nothing"])
+
+
+def test_weights_that_are_pruned_one_by_one_are_no_macs():
+    model = build_model("micro_cnn", 10, 8)
+    mask = torch.ones_like(model.layer1[0].conv1.weight)
+    mask[:, 0, 0, 0] = 0
+    whole, cut = (cost_of(model, unit_groups(model), masks, 8) for masks in ({}, {"layer1.0.conv1.weight": mask}))
+    assert whole.parameters - cut.parameters == 16
+    assert whole.macs - cut.macs == 16 * 8 * 8, "each of them meets every position"
