@@ -181,8 +181,8 @@ def _read(images: LazyImages, parts: Sequence[Tensor], device: torch.device) -> 
         failure = MachineError(f"argument --workers: a process that decodes images has died ({first_line(error)}); "
                                "fewer workers need less memory")  # fmt: skip
         error.__traceback__ = None
-    # Workers end with the last reference to their iterator: neither the frames of torch's error, which it is part of
-    # itself, nor those of this one, which a caller may keep, must hold it.
+    # The workers end when nothing refers to their iterator any more. A caller may keep the error, so neither its
+    # frames nor those of torch's error, which are a cycle, may hold the iterator.
     batches = None
     raise failure
 

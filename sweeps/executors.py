@@ -22,7 +22,7 @@ from sweeps.job_process import PATIENCE, ROOT, JobProcess, Outcome, Task, run, t
 log = logging.getLogger("rsst")
 
 ANSWER_SECONDS = 5.0
-AGAIN_SECONDS = 5.0  # after which a task of Ray's that was told to stop, and goes on, is told again
+AGAIN_SECONDS = 5.0  # before a Ray task that still runs is cancelled again
 
 
 class Executor(Protocol):
@@ -232,7 +232,7 @@ class RayExecutor:
         return Outcome(1, (str(error).strip().splitlines() or [type(error).__name__])[-1])
 
     def stop(self) -> None:
-        """Ray interrupts a task wherever it is, where that can be lost: so it is told until it has ended."""
+        """Cancel every task, again and again until it has ended: Ray's interrupt can get lost in a running task."""
         going = list(self._refs)
         until = time.monotonic() + 2 * PATIENCE
         while going and time.monotonic() < until:

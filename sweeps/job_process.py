@@ -96,7 +96,7 @@ class JobProcess:
             return not self._process.is_alive()
 
     def stop(self) -> None:
-        """Ask it to save its state and end, once, since a second signal kills; it is killed if it takes too long."""
+        """Ask it once to save its state and end (a second signal would kill it); kill it if it takes too long."""
         if self._deadline is None:
             self._deadline = time.monotonic() + PATIENCE
             with _GUARD:
@@ -182,7 +182,7 @@ def _last_words(log: Path, start: int, status: int | None) -> str:
 
 
 def run(task: Task) -> Outcome:
-    """Carry out a task and wait for its end; whoever interrupts this stops the task, and may say so again."""
+    """Carry out a task and wait for its end; an interrupt stops the task, further ones change nothing."""
     process = JobProcess(task)
     try:
         return process.wait()
