@@ -11,12 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from budgets import BUDGETS, Budget, budget, kept_count
-from channel_units import channel_groups
-from criteria import CRITERIA, CRITERIA_BATCHES
-from evidence import Evidence
-from feature_maps import collect_evidence
-from masks import (
+from structured_tickets.pruning.budgets import BUDGETS, Budget, budget, kept_count
+from structured_tickets.pruning.collect_evidence import collect_evidence
+from structured_tickets.pruning.criteria import CRITERIA, CRITERIA_BATCHES
+from structured_tickets.pruning.evidence import Evidence
+from structured_tickets.pruning.masks import (
     Mask,
     MaskPair,
     apply_masks,
@@ -29,9 +28,10 @@ from masks import (
     own_mask,
     remove_masks,
 )
-from oneshot_pruners import prune_admm, prune_grasp, prune_omp, prune_rp, prune_snip, prune_synflow
-from regroup import regroup
-from units import Slice, UnitGroup, parameter_of, ranked_names
+from structured_tickets.pruning.oneshot import prune_admm, prune_grasp, prune_omp, prune_rp, prune_snip, prune_synflow
+from structured_tickets.pruning.regroup import regroup
+from structured_tickets.unit_groups.channels import channel_groups
+from structured_tickets.unit_groups.unit import Slice, UnitGroup, parameter_of, ranked_names
 
 __all__ = [
     "BUDGETS", "CRITERIA", "Evidence", "Mask", "MaskPair", "Slice", "UnitGroup", "budget", "channel_groups",

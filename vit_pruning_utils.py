@@ -8,11 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from budgets import budget
-from criteria import CRITERIA, CRITERIA_BATCHES
-from feature_maps import collect_evidence
-from masks import Mask, apply_masks, current_key, effective_state, own_mask, refill_key, remove_masks
-from models.registry import spec_of
 from pruning_utils import (
     complete_mask,
     extract_mask,
@@ -21,10 +16,23 @@ from pruning_utils import (
     remaining_percent,
     restart_under_masks,
 )
-from regroup import best_units, score_units
-from regroup_report import banner, summary
-from unit_groups import block_groups, head_groups, is_vit_model, neuron_groups, vit_groups
-from units import UnitGroup, parameter_of, ranked_names, rows
+from structured_tickets.networks.registry import spec_of
+from structured_tickets.pruning.budgets import budget
+from structured_tickets.pruning.collect_evidence import collect_evidence
+from structured_tickets.pruning.criteria import CRITERIA, CRITERIA_BATCHES
+from structured_tickets.pruning.masks import (
+    Mask,
+    apply_masks,
+    current_key,
+    effective_state,
+    own_mask,
+    refill_key,
+    remove_masks,
+)
+from structured_tickets.pruning.regroup import best_units, score_units
+from structured_tickets.pruning.regroup_text import banner, summary
+from structured_tickets.unit_groups.find import block_groups, head_groups, is_vit_model, neuron_groups, vit_groups
+from structured_tickets.unit_groups.unit import UnitGroup, parameter_of, ranked_names, rows
 
 __all__ = [
     "block_groups", "check_sparsity_vit", "extract_mask_vit", "head_groups", "is_vit_model", "neuron_groups",

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from budgets import budget
-from masks import Mask, effective_state
 from pruning_utils import refill_masks, restart_under_masks
-from regroup_report import banner, summary
+from structured_tickets.pruning.budgets import budget
+from structured_tickets.pruning.masks import Mask, effective_state
+from structured_tickets.pruning.regroup_text import banner, summary
 from vit_pruning_utils import vit_groups
 
 log = logging.getLogger("rsst.pruning")

@@ -14,22 +14,22 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from batches import BatchLoader
+from structured_tickets.data.loader import BatchLoader
 from benchmarks import harness
-from budgets import kept_count
-from compact import shrink
-from counting import cost_of
-from image_sets import ImageSet
-from masks import Mask
-from models import MODELS, build_model
-from models.layers import Normalize
-from optimization import OPTIMIZERS
-from unit_groups import unit_groups
-from trainee import LANES, Trainee
-from training import Passer, train
-from units import UnitGroup, masks_of_units
-from precision import choose_precision
-from utils import choose_device, choose_kernels, prepare_for_speed
+from structured_tickets.pruning.budgets import kept_count
+from structured_tickets.shrinking.shrink import shrink
+from structured_tickets.shrinking.cost import cost_of
+from structured_tickets.data.image_sets import ImageSet
+from structured_tickets.pruning.masks import Mask
+from structured_tickets.networks import MODELS, build_model
+from structured_tickets.networks.layers import Normalize
+from structured_tickets.training.optimization import OPTIMIZERS
+from structured_tickets.unit_groups.find import unit_groups
+from structured_tickets.training.trainee import LANES, Trainee
+from structured_tickets.training.epoch import Passer, train
+from structured_tickets.unit_groups.unit import UnitGroup, masks_of_units
+from structured_tickets.networks.precision import choose_precision
+from structured_tickets.runs.setup import choose_device, choose_kernels, prepare_for_speed
 
 SIZE, LATENCY_BATCH, TRAIN_BATCH = 32, 64, 128
 VIT_GONE, CNN_GONE = (1 / 3, 2 / 3), (1 / 2,)

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from batches import BatchLoader
+from structured_tickets.data.loader import BatchLoader
 from benchmarks import harness, plain
-from dataset import load_splits
-from image_sets import ImageSet
+from structured_tickets.data.catalog import load_splits
+from structured_tickets.data.image_sets import ImageSet
 
 GOAL = 4.0
 

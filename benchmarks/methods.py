@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from methods import METHODS
-from models import MODELS
+from structured_tickets.pruning.methods import METHODS
+from structured_tickets.networks import MODELS
 
 MAIN = Path(__file__).resolve().parent.parent / "main_imp_fillback.py"
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import harness
-from models import MODELS, build_model
-from models.layers import Normalize
-from precision import computing
-from precision import choose_precision
-from utils import choose_device, choose_kernels, prepare_for_speed
+from structured_tickets.networks import MODELS, build_model
+from structured_tickets.networks.layers import Normalize
+from structured_tickets.networks.precision import computing
+from structured_tickets.networks.precision import choose_precision
+from structured_tickets.runs.setup import choose_device, choose_kernels, prepare_for_speed
 
 
 IDLE = (Normalize, nn.Identity, nn.Dropout)

@@ -8,15 +8,15 @@ import statistics
 import torch
 
 from benchmarks import harness
-from budgets import budget
-from criteria import CRITERIA
-from evidence import Evidence, FeatureStatistics
-from masks import MaskPair, current_key, l1_mask
-from models import MODELS, build_model
-from regroup import regroup
-from unit_groups import unit_groups
-from units import ranked_names
-from utils import choose_device, cloned_state
+from structured_tickets.pruning.budgets import budget
+from structured_tickets.pruning.criteria import CRITERIA
+from structured_tickets.pruning.evidence import Evidence, FeatureStatistics
+from structured_tickets.pruning.masks import MaskPair, current_key, l1_mask
+from structured_tickets.networks import MODELS, build_model
+from structured_tickets.pruning.regroup import regroup
+from structured_tickets.unit_groups.find import unit_groups
+from structured_tickets.unit_groups.unit import ranked_names
+from structured_tickets.runs.setup import choose_device, cloned_state
 
 GOAL = 0.3
 

@@ -9,21 +9,21 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from batches import BatchLoader
+from structured_tickets.data.loader import BatchLoader
 from benchmarks import harness
-from from_args import rules_from
-from image_sets import ImageSet
-from masks import HeldMask
-from models import MODELS, build_model
-from models.layers import Normalize
-from optimization import OPTIMIZERS
-from options import parse_args
-from reg_pruner_files.reg_pruner import Pruner
-from rounds import decide, held_masks
-from unit_groups import unit_groups
-from training import Passer, apply_reg, train, update_reg
-from precision import choose_precision
-from utils import choose_device, choose_kernels, cloned_state, prepare_for_speed
+from structured_tickets.settings.interpret import rules_from
+from structured_tickets.data.image_sets import ImageSet
+from structured_tickets.pruning.masks import HeldMask
+from structured_tickets.networks import MODELS, build_model
+from structured_tickets.networks.layers import Normalize
+from structured_tickets.training.optimization import OPTIMIZERS
+from structured_tickets.settings.flags import parse_args
+from structured_tickets.training.penalty.reg_pruner import Pruner
+from structured_tickets.pruning.decide import decide, held_masks
+from structured_tickets.unit_groups.find import unit_groups
+from structured_tickets.training.epoch import Passer, apply_reg, train, update_reg
+from structured_tickets.networks.precision import choose_precision
+from structured_tickets.runs.setup import choose_device, choose_kernels, cloned_state, prepare_for_speed
 
 GOAL = 1.02
 

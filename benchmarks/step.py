@@ -13,15 +13,15 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from batches import BatchLoader
+from structured_tickets.data.loader import BatchLoader
 from benchmarks import harness, plain
-from image_sets import ImageSet
-from models import MODELS, build_model
-from models.layers import Normalize
-from optimization import OPTIMIZERS
-from training import Passer, train, validate
-from precision import choose_precision
-from utils import choose_device, choose_kernels, prepare_for_speed
+from structured_tickets.data.image_sets import ImageSet
+from structured_tickets.networks import MODELS, build_model
+from structured_tickets.networks.layers import Normalize
+from structured_tickets.training.optimization import OPTIMIZERS
+from structured_tickets.training.epoch import Passer, train, validate
+from structured_tickets.networks.precision import choose_precision
+from structured_tickets.runs.setup import choose_device, choose_kernels, prepare_for_speed
 
 STEPS = 4  # that are timed together
 GOALS = {  # (model, what, precision): times the plain loop

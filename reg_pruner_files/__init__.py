@@ -1,1 +1,1 @@
-"""RSST's penalty: the schedules of its strength, and the pruner that holds and applies it."""
+"""The documents' import path of RSST's penalty: see `structured_tickets.training.penalty`."""

@@ -12,7 +12,7 @@ from helpers.finished import finished_run as trained_once
 from helpers.programs import end_all
 from helpers.tiers import chosen, tier
 
-import launch  # noqa: F401 (all of the program, see pytest_collection_finish)
+from structured_tickets.runs import launch  # noqa: F401 (all of the program, see pytest_collection_finish)
 
 pytest_plugins = ["helpers.data_files"]
 os.environ["WANDB_MODE"] = "disabled"
@@ -46,7 +46,7 @@ def _nothing_to_collect():
 def _no_pictures(request, monkeypatch):
     """Drawing takes longer than a tiny run; tests of pictures are marked."""
     if "pictures" not in request.keywords:
-        monkeypatch.setattr("experiment.draw_kept_units", lambda *_: None)
+        monkeypatch.setattr("structured_tickets.runs.experiment.draw_kept_units", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

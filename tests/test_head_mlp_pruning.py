@@ -12,9 +12,9 @@ if __name__ == "__main__":
 import pytest
 import torch
 
-from criteria import CRITERIA
-from masks import MaskPair
-from models import build_model
+from structured_tickets.networks import build_model
+from structured_tickets.pruning.criteria import CRITERIA
+from structured_tickets.pruning.masks import MaskPair
 from vit_pruning_utils import extract_mask_vit, pruning_model_vit
 from vit_pruning_utils_head_mlp import prune_model_custom_fillback_vit_head_and_mlp
 

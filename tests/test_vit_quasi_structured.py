@@ -12,8 +12,8 @@ if __name__ == "__main__":
 import pytest
 import torch
 
-from criteria import CRITERIA
-from models import build_model
+from structured_tickets.networks import build_model
+from structured_tickets.pruning.criteria import CRITERIA
 from vit_pruning_utils import (
     check_sparsity_vit,
     extract_mask_vit,

@@ -25,13 +25,11 @@ from helpers.programs import start
 from hypothesis import HealthCheck, currently_in_test_context, event, example, given, settings
 from hypothesis import strategies as st
 
-import export
 import main_imp_fillback
-import report
-import sweep
-from console import LONGEST_MESSAGE
-from errors import StorageError
-from options import build_parser
+from structured_tickets.base.console import LONGEST_MESSAGE
+from structured_tickets.base.errors import StorageError
+from structured_tickets.programs import export, report, sweep
+from structured_tickets.settings.flags import build_parser
 
 # Kind -> how many in every run of the tests, and in the slow ones.
 EXAMPLES = {
@@ -165,7 +163,7 @@ def lines_of(*units: st.SearchStrategy[list[str]], most: int = 6) -> st.SearchSt
 
 @drawn("runner", words=lines_of(sound, sound, sound, odd_words(NAMES), misspelt(NAMES), stray))
 def test_command_lines(words):
-    with mock.patch.dict(sys.modules, launch=stub("launch", run=lambda args: "trained")):
+    with mock.patch.dict(sys.modules, {"structured_tickets.runs.launch": stub("launch", run=lambda args: "trained")}):
         status, out, _ = ends_well(main_imp_fillback, words)
     assert status in (0, 2)
     assert (out != "") == (status == 0)
@@ -174,7 +172,7 @@ def test_command_lines(words):
 @drawn("single flag", name=st.sampled_from(NAMES), text=value)
 @example(name="epochs", text="--")  # argparse takes it for an empty list
 def test_a_flag_that_is_refused_is_named(name, text):
-    with mock.patch.dict(sys.modules, launch=stub("launch", run=lambda args: "trained")):
+    with mock.patch.dict(sys.modules, {"structured_tickets.runs.launch": stub("launch", run=lambda args: "trained")}):
         status, _, line = ends_well(main_imp_fillback, [f"--{name}={text}"])
     assert status in (0, 2)
     if status == 2:
@@ -183,7 +181,7 @@ def test_a_flag_that_is_refused_is_named(name, text):
 
 def test_sound_command_lines_are_not_refused():
     """The strategies above are no good if all that they make is refused."""
-    with mock.patch.dict(sys.modules, launch=stub("launch", run=lambda args: "trained")):
+    with mock.patch.dict(sys.modules, {"structured_tickets.runs.launch": stub("launch", run=lambda args: "trained")}):
         for words in (
             ["--arch=res20s", "--rate=0.5"],
             ["--lr=0.1", "--reg_upper_limit=inf"],
@@ -447,7 +445,9 @@ def test_a_dry_run_of_a_search_begins_nothing():
     misspelt(["round_to", "latency", "quiet"]), stray, st.just(["runs"]), st.just(["--quiet"]), most=4))  # fmt: skip
 def test_command_lines_of_exports_and_reports(program, words):
     """`ticket_files` is not imported; reports look for runs where there are none."""
-    with mock.patch.dict(sys.modules, ticket_files=stub("ticket_files", export=lambda *a: "exported")):
+    with mock.patch.dict(
+        sys.modules, {"structured_tickets.export.ticket": stub("ticket", export=lambda *a: "exported")}
+    ):
         assert ends_well(program, words)[0] in (0, 2, 3)
 
 

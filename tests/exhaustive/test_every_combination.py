@@ -22,21 +22,21 @@ import torch
 from helpers.networks import LARGE, MICRO, SMALL
 from torch import nn
 
-import oneshot_pruners
-import rounds
-from budgets import kept_count
-from criteria import CRITERIA
-from masks import by_parameter, count_ones, current_key, refill_key
-from methods import METHODS
-from models import MODELS, build_model
-from oneshot_pruners import Admm
-from reg_pruner_files.reg_pruner import Pruner
-from rounds import decide, held_masks
-from rules import RoundRules
-from trainee import Trainee
-from training import Passer, train
-from unit_groups import unit_groups
-from units import ranked_names
+from structured_tickets.networks import MODELS, build_model
+from structured_tickets.pruning import decide as rounds
+from structured_tickets.pruning import oneshot as oneshot_pruners
+from structured_tickets.pruning.budgets import kept_count
+from structured_tickets.pruning.criteria import CRITERIA
+from structured_tickets.pruning.decide import decide, held_masks
+from structured_tickets.pruning.masks import by_parameter, count_ones, current_key, refill_key
+from structured_tickets.pruning.methods import METHODS
+from structured_tickets.pruning.oneshot import Admm
+from structured_tickets.pruning.rules import RoundRules
+from structured_tickets.training.epoch import Passer, train
+from structured_tickets.training.penalty.reg_pruner import Pruner
+from structured_tickets.training.trainee import Trainee
+from structured_tickets.unit_groups.find import unit_groups
+from structured_tickets.unit_groups.unit import ranked_names
 
 RATE = 0.4
 BATCH = (torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(4))

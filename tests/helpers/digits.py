@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-import dataset
-import image_sets
+from structured_tickets.data import catalog as dataset
+from structured_tickets.data import image_sets
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-import reporter
+from structured_tickets.runs import reporter
 
 
 def die_after(round_: int, epoch: int) -> None:

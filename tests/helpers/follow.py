@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from distributed import World
-from models import build_model
-from models.layers import Normalize
-from training import Passer, train
-from utils import digest_of
+from structured_tickets.base.distributed import World
+from structured_tickets.networks import build_model
+from structured_tickets.networks.layers import Normalize
+from structured_tickets.runs.setup import digest_of
+from structured_tickets.training.epoch import Passer, train
 
 STEPS = 50
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from helpers.networks import MiniVGG
-from models import MODELS, build_model
-from models.layers import Normalize
-from models.vision_transformer import VisionTransformer
+from structured_tickets.networks import MODELS, build_model
+from structured_tickets.networks.layers import Normalize
+from structured_tickets.networks.vision_transformer import VisionTransformer
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the reference values lie beside the checkout, not in it")

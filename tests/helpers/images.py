@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-import dataset
 from helpers.digits import some
+from structured_tickets.data import catalog as dataset
 
 NOISE = np.random.default_rng(0)
 

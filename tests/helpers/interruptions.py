@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import signal
 
-import experiment
 from helpers.commands import run
+from structured_tickets.runs import experiment
 
 
 def stopped_again_and_again(monkeypatch, every, command) -> int:

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from reporter import Reporter
+from structured_tickets.runs.reporter import Reporter
 
 
 def note_every_round() -> None:

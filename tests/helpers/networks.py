@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers import digits  # noqa: F401 (who knows the networks of the tests knows their data)
-from models import MODELS, register_model
-from models.cifar_resnet import BasicBlock
-from models.vision_transformer import VisionTransformer
+from structured_tickets.networks import MODELS, register_model
+from structured_tickets.networks.cifar_resnet import BasicBlock
+from structured_tickets.networks.vision_transformer import VisionTransformer
 
 # What the program registers itself; importing this module adds two.
 REGISTERED = tuple(MODELS)

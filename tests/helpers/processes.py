@@ -163,8 +163,8 @@ def first_one_speaks_late() -> None:
 
 
 def second_one_has_no_device() -> None:
-    import utils
-    from errors import MachineError
+    from structured_tickets.base.errors import MachineError
+    from structured_tickets.runs import setup as utils
 
     def no_such_device(gpu):
         raise MachineError("argument --gpu: no such device")

@@ -25,7 +25,9 @@ def start_server() -> None:
     try:
         os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
         os.environ["OMP_NUM_THREADS"] = "1"
-        CONTEXT.set_forkserver_preload(["launch", "helpers.networks", "helpers.sweeps", "sklearn.datasets"])
+        CONTEXT.set_forkserver_preload(
+            ["structured_tickets.runs.launch", "helpers.networks", "helpers.sweeps", "sklearn.datasets"]
+        )
         forkserver.ensure_running()
     finally:
         os.environ.clear()
@@ -137,9 +139,9 @@ def _program(words, cwd, own_group, before, env, stdout, stderr) -> None:
     sys.argv = list(words)
     import torch
 
-    import experiment
     import main_imp_fillback
     from helpers import networks  # noqa: F401 (registers them)
+    from structured_tickets.runs import experiment
 
     multiprocessing.set_start_method(None, force=True)  # what the program starts is as it is elsewhere: a fork
     torch.set_num_threads(1)

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import torch
 
-from rules import RoundRules
-from unit_groups import unit_groups
-from units import masks_of_units
+from structured_tickets.pruning.rules import RoundRules
+from structured_tickets.unit_groups.find import unit_groups
+from structured_tickets.unit_groups.unit import masks_of_units
 
 
 def random_structure(model, seed, share, prune_stem=False, groups=None):

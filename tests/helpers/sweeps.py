@@ -9,11 +9,11 @@ import sys
 import time
 from dataclasses import dataclass
 
-import sweep
 from helpers.commands import ROOT, TINY, defaults, flags, run
 from helpers.comparison import assert_same_runs
 from helpers.programs import start, start_server
-from sweeps import job_process
+from structured_tickets.programs import sweep
+from structured_tickets.sweeps import job_process
 
 BASE = tuple(f"--{k}={v}" for k, v in TINY.items() if k not in ("struct", "rate"))
 
@@ -62,8 +62,8 @@ class SweepHere:
 
 def small_job(task) -> None:
     """In place of `job_process._child`: knows the tests' networks, and draws no pictures, which takes long."""
-    import experiment
     from helpers import networks  # noqa: F401 (registers them)
+    from structured_tickets.runs import experiment
 
     experiment.draw_kept_units = lambda *_: None
     carry_out_a_job(task)

@@ -11,7 +11,7 @@ import torch
 from helpers.commands import ROOT
 
 from benchmarks import compact, harness, plain, startup
-from compact import shrink
+from structured_tickets.shrinking.shrink import shrink
 
 COMMANDS = {
     "step": ["--arch", "res20s", "--batch_size", "4", "--batches", "1", "--rounds", "2", "--precision", "fp32"],

@@ -30,15 +30,15 @@ from helpers.processes import (
 )
 from helpers.sweeps import OWN_CNN
 
-import console
 import main_imp_fillback as program
-from batches import BatchLoader
-from distributed import World
-from errors import Interrupted, RunError, UsageError
-from image_sets import ImageSet
-from run_state import RunFolder
-from training import StopRequest
-from utils import digest_of
+from structured_tickets.base import console
+from structured_tickets.base.distributed import World
+from structured_tickets.base.errors import Interrupted, RunError, UsageError
+from structured_tickets.data.image_sets import ImageSet
+from structured_tickets.data.loader import BatchLoader
+from structured_tickets.runs.setup import digest_of
+from structured_tickets.runs.state import RunFolder
+from structured_tickets.training.epoch import StopRequest
 
 pytestmark = pytest.mark.timeout(400)
 

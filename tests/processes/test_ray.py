@@ -16,12 +16,12 @@ import pytest
 from helpers.comparison import assert_same_runs
 from helpers.sweeps import OWN_CNN, assert_as_if_run_alone, start_sweep, sweep_words, wait_for
 
-import sweep
-from errors import UsageError
-from sweeps import executors, job_process
-from sweeps.executors import Places, RayExecutor
-from sweeps.grid import Job
-from sweeps.job_process import Outcome
+from structured_tickets.base.errors import UsageError
+from structured_tickets.programs import sweep
+from structured_tickets.sweeps import executors, job_process
+from structured_tickets.sweeps.executors import Places, RayExecutor
+from structured_tickets.sweeps.grid import Job
+from structured_tickets.sweeps.job_process import Outcome
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -14,17 +14,17 @@ from helpers.programs import start
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-import batches
-from batches import BatchLoader
-from channel_units import channel_groups
-from errors import UsageError
-from feature_maps import collect_evidence
-from image_sets import ImageSet
-from models import build_model
-from models.vision_transformer import frugal
-from optimization import OPTIMIZERS
-from precision import computing
-from utils import choose_kernels, prepare_for_speed
+from structured_tickets.base.errors import UsageError
+from structured_tickets.data import loader as batches
+from structured_tickets.data.image_sets import ImageSet
+from structured_tickets.data.loader import BatchLoader
+from structured_tickets.networks import build_model
+from structured_tickets.networks.precision import computing
+from structured_tickets.networks.vision_transformer import frugal
+from structured_tickets.pruning.collect_evidence import collect_evidence
+from structured_tickets.runs.setup import choose_kernels, prepare_for_speed
+from structured_tickets.training.optimization import OPTIMIZERS
+from structured_tickets.unit_groups.channels import channel_groups
 
 
 def logits_and_gradients(model, images, labels):

@@ -32,16 +32,16 @@ from helpers.sweeps import (
     wait_for,
 )
 
-import sweep
-from errors import DataError, UsageError
-from options import build_parser, parse_args
-from run_identity import default_run_folder, identity_of_round_0
-from sweeps import executors, job_process, schedule
-from sweeps.executors import LocalExecutor, Places, Slot, slots_of
-from sweeps.grid import Job, Spec, plan, words_of
-from sweeps.job_process import JobProcess, Outcome, Task
-from sweeps.live_view import LiveView
-from sweeps.slurm import stages_of
+from structured_tickets.base.errors import DataError, UsageError
+from structured_tickets.programs import sweep
+from structured_tickets.settings.flags import build_parser, parse_args
+from structured_tickets.settings.identity import default_run_folder, identity_of_round_0
+from structured_tickets.sweeps import executors, job_process, schedule
+from structured_tickets.sweeps.executors import LocalExecutor, Places, Slot, slots_of
+from structured_tickets.sweeps.grid import Job, Spec, plan, words_of
+from structured_tickets.sweeps.job_process import JobProcess, Outcome, Task
+from structured_tickets.sweeps.live_view import LiveView
+from structured_tickets.sweeps.slurm import stages_of
 
 
 @pytest.fixture
@@ -607,7 +607,7 @@ def made_up_results(monkeypatch, accuracy):
         return {job.name: Outcome(0) for job in jobs}
 
     pytest.importorskip("optuna")
-    monkeypatch.setattr("sweeps.search.carry_out", carry_out)
+    monkeypatch.setattr("structured_tickets.sweeps.search.carry_out", carry_out)
     return carried_out
 
 
@@ -660,7 +660,7 @@ def test_a_search_keeps_to_what_it_is_told(monkeypatch, tmp_path):
 
 
 def test_scaled_runs_keep_the_shape_of_their_schedule():
-    from sweeps.search import budgets_of, scaled
+    from structured_tickets.sweeps.search import budgets_of, scaled
 
     assert budgets_of(27, 3) == [3, 9, 27] and budgets_of(2, 3) == [1, 2] and budgets_of(10, 1) == [10]
     words = ["--epochs=120", "--prune_type=rewind_lt", "--rewind_epoch=24"]
@@ -679,5 +679,5 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
     assert sweep.main([*sweep_words(tmp_path / "sweep", "seed=0"), "--executor", "ray"]) == 2
     assert "needs the package ray" in capsys.readouterr().err
     with pytest.raises(UsageError, match="tensorboard"):
-        monkeypatch.setattr("flag_checks.find_spec", lambda name: None)
+        monkeypatch.setattr("structured_tickets.settings.flag_rules.find_spec", lambda name: None)
         parse_args(["--tensorboard"])

@@ -21,8 +21,8 @@ from helpers.comparison import assert_same_runs
 from helpers.fake_wandb import FakeRun, fake_wandb
 
 import main_imp_fillback
-import tracker
-from console import start_logging
+from structured_tickets.base.console import start_logging
+from structured_tickets.runs import trackers as tracker
 
 INIT, FINISH = 3, 4
 SLACK = 10  # seconds: what importing WandB and a busy machine may take besides
@@ -30,7 +30,7 @@ RUN = {"epochs": 2, "pruning_times": 1, "struct": "imp"}
 HEAD = f"""
 import os, signal, sys, time
 from pathlib import Path
-import tracker
+from structured_tickets.runs import trackers as tracker
 tracker.INIT_SECONDS, tracker.FINISH_SECONDS = {INIT}, {FINISH}
 
 def service():
@@ -53,7 +53,7 @@ def strike(name, folder):
 ROWS = (
     HEAD
     + """
-from console import start_logging
+from structured_tickets.base.console import start_logging
 start_logging(False, False)
 mode, name, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 folder.mkdir()

@@ -11,16 +11,16 @@ from helpers.commands import run, tiny
 from helpers.comparison import assert_same_runs, equal
 from helpers.interruptions import stopped_again_and_again
 
-from counting import cost_of
-from masks import MaskPair
-from methods import CONTROLS
-from models import build_model
-from permute_masks import controlled
-from rounds import decide, kept_per_group
-from rules import RoundRules
-from run_state import RunFolder
-from unit_groups import unit_groups
-from units import kept_units
+from structured_tickets.networks import build_model
+from structured_tickets.pruning.controls import controlled
+from structured_tickets.pruning.decide import decide, kept_per_group
+from structured_tickets.pruning.masks import MaskPair
+from structured_tickets.pruning.methods import CONTROLS
+from structured_tickets.pruning.rules import RoundRules
+from structured_tickets.runs.state import RunFolder
+from structured_tickets.shrinking.cost import cost_of
+from structured_tickets.unit_groups.find import unit_groups
+from structured_tickets.unit_groups.unit import kept_units
 
 REAL = [c for c in CONTROLS if c != "none"]
 RULES = RoundRules("rsst", 0.4, "round", "magnitude")

@@ -12,10 +12,10 @@ from helpers.comparison import assert_same_runs, equal
 from helpers.images import few_images
 from helpers.interruptions import stopped_again_and_again
 
-import training
-from options import parse_args
-from run_identity import AFTER_ROUND_0, identity_of_round_0
-from run_state import RunFolder
+from structured_tickets.runs.state import RunFolder
+from structured_tickets.settings.flags import parse_args
+from structured_tickets.settings.identity import AFTER_ROUND_0, identity_of_round_0
+from structured_tickets.training import epoch as training
 
 # For each flag that round 0 is said not to read: a network where it is read, and another value.
 OTHERS = {
@@ -221,6 +221,6 @@ def test_training_is_really_skipped(tmp_path, monkeypatch):
         seen.append(state)
         return real(state, *rest)
 
-    monkeypatch.setattr("experiment.train", watching)
+    monkeypatch.setattr("structured_tickets.runs.experiment.train", watching)
     assert run(*tiny(tmp_path / "two", dense_store=store)) == 0
     assert seen == [1]

@@ -19,10 +19,10 @@ from helpers.images import few_images
 from helpers.interruptions import stopped_again_and_again
 from helpers.programs import start
 
-import experiment
-from masks import effective_state
-from run_state import RunFolder
-from training import train
+from structured_tickets.pruning.masks import effective_state
+from structured_tickets.runs import experiment
+from structured_tickets.runs.state import RunFolder
+from structured_tickets.training.epoch import train
 
 
 @pytest.mark.parametrize("struct", ["refill", "rsst"])
@@ -425,7 +425,7 @@ def baseline(tmp_path_factory):
     folders = {}
     with pytest.MonkeyPatch.context() as patch:
         few_images(patch)
-        patch.setattr("experiment.draw_kept_units", lambda *_: None)
+        patch.setattr("structured_tickets.runs.experiment.draw_kept_units", lambda *_: None)
         for struct in ("rsst", "refill"):
             folders[struct] = tmp_path_factory.mktemp(struct)
             assert run(*tiny(folders[struct], pruning_times=3, **PLAIN, struct=struct)) == 0

@@ -16,13 +16,13 @@ from helpers.commands import ROOT, defaults, run, tiny
 from helpers.networks import MICRO
 from helpers.programs import CONTEXT, start_server
 
-import compact
-import export
-import ticket_files
-from batches import BatchLoader
-from dataset import load_splits
-from errors import DataError
-from run_state import RunFolder
+from structured_tickets.base.errors import DataError
+from structured_tickets.data.catalog import load_splits
+from structured_tickets.data.loader import BatchLoader
+from structured_tickets.export import ticket as ticket_files
+from structured_tickets.programs import export
+from structured_tickets.runs.state import RunFolder
+from structured_tickets.shrinking import shrink as compact
 
 HEADS = {"vit_structured": True, "vit_prune_target": "both", "rate_mode": "round"}
 ARCHS = {"micro_cnn": {}, "micro_vit": HEADS, "res20s": {}, "vit_tiny": HEADS}

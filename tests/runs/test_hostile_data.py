@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
 import main_imp_fillback
-from dataset import load_splits
-from errors import DataError, UsageError
-from image_folders import SUFFIXES
-from image_sets import resized
-from image_store import read_image
-from utils import setup_model_dataset
+from structured_tickets.base.errors import DataError, UsageError
+from structured_tickets.data.catalog import load_splits
+from structured_tickets.data.decoded_images import read_image
+from structured_tickets.data.folder_sets import SUFFIXES
+from structured_tickets.data.image_sets import resized
+from structured_tickets.runs.setup import setup_model_dataset
 
 NOISE = np.random.default_rng(0)
 STORES = ("memory", "stream")
@@ -450,7 +450,7 @@ def test_a_batch_of_one_pixel_is_refused_before_the_run(photos, capsys):
 
 
 def test_looking_at_the_last_batch_draws_no_random_number(photos):
-    from options import parse_args
+    from structured_tickets.settings.flags import parse_args
 
     drawn = []
     for batch_size in (10, 4):  # of 11 images

@@ -22,16 +22,14 @@ from helpers.data_files import cifar_files, parquet_shard
 from helpers.hostile_data import CODE, FILES, JSON, YAML, Bomb
 from helpers.report_data import epoch_row, write_run, write_sweep
 
-import compact
-import export
 import main_imp_fillback
-import report
-import sweep
-from errors import DataError
-from reports import latency
-from reports.sweep_tables import Table
-from run_state import RunFolder
-from tensor_files import LATER_FIELDS, check_fits
+from structured_tickets.base.errors import DataError
+from structured_tickets.programs import export, report, sweep
+from structured_tickets.reports import latency
+from structured_tickets.reports.sweep_tables import Table
+from structured_tickets.runs.checkpoint_schema import LATER_FIELDS, check_fits
+from structured_tickets.runs.state import RunFolder
+from structured_tickets.shrinking import shrink as compact
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +227,7 @@ def test_no_field_of_a_checkpoint_is_believed(field, base, tmp_path, ends):
 
 def test_the_weights_of_another_network_fit_no_other(base):
     run = RunFolder.load(base / "1checkpoint.pth.tar")
-    model = export.importlib.import_module("ticket_files").read_ticket(base).masked
+    model = export.importlib.import_module("structured_tickets.export.ticket").read_ticket(base).masked
     sgd = torch.optim.SGD(model.parameters())
     check_fits(run.state_dict, run.optimizer, model, sgd)
     check_fits({}, {}, model, sgd)
@@ -574,7 +572,7 @@ def page_of(path):
 
 
 def test_names_are_no_markup_in_a_report(tmp_path, monkeypatch):
-    monkeypatch.setattr("reports.page.as_png", lambda figure: b"")  # which holds no text
+    monkeypatch.setattr("structured_tickets.reports.page.as_png", lambda figure: b"")  # which holds no text
     path = write_sweep(tmp_path / "s", (0,), [("refill", "remain", 0)])
     assert reported(path) == 0
     before = page_of(path)

@@ -19,13 +19,13 @@ from helpers.programs import start
 from PIL import Image
 from torch.utils.data import get_worker_info
 
-import image_store
 import main_imp_fillback
-from batches import BatchLoader, make_loaders
-from data_record import fingerprint
-from dataset import IMAGE_STORES, load_splits
-from errors import DataError
-from image_store import Decoding, LazyImages, open_images
+from structured_tickets.base.errors import DataError
+from structured_tickets.data import decoded_images as image_store
+from structured_tickets.data.catalog import IMAGE_STORES, load_splits
+from structured_tickets.data.decoded_images import Decoding, LazyImages, open_images
+from structured_tickets.data.fingerprint import fingerprint
+from structured_tickets.data.loader import BatchLoader, make_loaders
 
 STORES = [store for store in IMAGE_STORES if store != "auto"]
 

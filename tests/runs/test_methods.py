@@ -14,19 +14,19 @@ from helpers.images import few_images
 from helpers.interruptions import stopped_again_and_again
 from helpers.networks import MICRO
 
-import compact
-import experiment
-import export
-import oneshot_pruners
-import ticket_files
-from masks import MaskPair, by_parameter, count_ones
-from methods import METHODS
-from models import build_model
-from rounds import kept_per_kind
-from run_state import RunFolder
-from training import train
-from unit_groups import unit_groups
-from units import ranked_names
+from structured_tickets.export import ticket as ticket_files
+from structured_tickets.networks import build_model
+from structured_tickets.programs import export
+from structured_tickets.pruning import oneshot as oneshot_pruners
+from structured_tickets.pruning.decide import kept_per_kind
+from structured_tickets.pruning.masks import MaskPair, by_parameter, count_ones
+from structured_tickets.pruning.methods import METHODS
+from structured_tickets.runs import experiment
+from structured_tickets.runs.state import RunFolder
+from structured_tickets.shrinking import shrink as compact
+from structured_tickets.training.epoch import train
+from structured_tickets.unit_groups.find import unit_groups
+from structured_tickets.unit_groups.unit import ranked_names
 
 RATE, ROUNDS = 0.4, 3
 TRANSFORMER = {"optimizer": "adamw", "lr": 0.001, "rate_mode": "round", "batch_size": 16, "precision": "fp32"}
@@ -153,7 +153,7 @@ def test_masks_made_after_the_dense_round_depend_on_it_alone(struct, tmp_path, m
         return meter
 
     monkeypatch.setattr(experiment, "train", spoilt)
-    monkeypatch.setattr("masks.HeldMask.broken", lambda self: [])
+    monkeypatch.setattr("structured_tickets.pruning.masks.HeldMask.broken", lambda self: [])
     assert run(*words(tmp_path / "b", struct, compact_training="false")) == 0
     for k in range(ROUNDS):
         assert equal(state(tmp_path / "a", k).following, state(tmp_path / "b", k).following), k

@@ -17,10 +17,17 @@ from helpers.interruptions import stopped_again_and_again
 from helpers.programs import start
 
 import main_imp_fillback
-import tracker
-from errors import DataError, StorageError
-from reporter import rounds_table
-from run_state import RunFolder, RunState, load_safely, random_states, restore_random_states, save_atomically
+from structured_tickets.base.errors import DataError, StorageError
+from structured_tickets.runs import trackers as tracker
+from structured_tickets.runs.reporter import rounds_table
+from structured_tickets.runs.state import (
+    RunFolder,
+    RunState,
+    load_safely,
+    random_states,
+    restore_random_states,
+    save_atomically,
+)
 
 
 def test_a_write_that_fails_leaves_the_file_before(tmp_path, monkeypatch):

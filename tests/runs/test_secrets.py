@@ -15,12 +15,10 @@ from helpers.fake_wandb import fake_wandb
 from helpers.programs import start_server
 from helpers.sweeps import small_job
 
-import export
 import main_imp_fillback
-import report
-import sweep
-from redaction import redacted, secrets_of
-from sweeps import job_process
+from structured_tickets.base.secrets_in_text import redacted, secrets_of
+from structured_tickets.programs import export, report, sweep
+from structured_tickets.sweeps import job_process
 
 PLANTED = {
     "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567", "HF_TOKEN": "hf_plantedTokenValue123456",

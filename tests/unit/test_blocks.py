@@ -7,20 +7,20 @@ import torch
 from helpers.commands import tiny
 
 import main_imp_fillback
-from compact import Constant, shrink
-from counting import cost_of
-from criteria import CRITERIA
-from feature_maps import collect_evidence
-from masks import MaskPair
-from models.vision_transformer import VisionTransformer
-from options import parse_args
-from regroup import score_units
-from rounds import decide, kept_per_group, kept_per_kind
-from rules import RoundRules, kinds_of
-from run_identity import identity_of, settings_of
-from run_state import RunFolder
-from ticket_files import export
-from unit_groups import unit_groups
+from structured_tickets.export.ticket import export
+from structured_tickets.networks.vision_transformer import VisionTransformer
+from structured_tickets.pruning.collect_evidence import collect_evidence
+from structured_tickets.pruning.criteria import CRITERIA
+from structured_tickets.pruning.decide import decide, kept_per_group, kept_per_kind
+from structured_tickets.pruning.masks import MaskPair
+from structured_tickets.pruning.regroup import score_units
+from structured_tickets.pruning.rules import RoundRules, kinds_of
+from structured_tickets.runs.state import RunFolder
+from structured_tickets.settings.flags import parse_args
+from structured_tickets.settings.identity import identity_of, settings_of
+from structured_tickets.shrinking.cost import cost_of
+from structured_tickets.shrinking.shrink import Constant, shrink
+from structured_tickets.unit_groups.find import unit_groups
 
 IMAGES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 BATCHES = [(IMAGES, torch.arange(4))]

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from compact import Constant, cut_value, expand, shrink
-from counting import cost_of
-from models import MODELS, build_model
-from models.layers import Normalize
-from models.registry import ModelSpec
-from models.vision_transformer import frugal, set_fused_attention
-from unit_groups import unit_groups
-from units import kinds
+from structured_tickets.networks import MODELS, build_model
+from structured_tickets.networks.layers import Normalize
+from structured_tickets.networks.registry import ModelSpec
+from structured_tickets.networks.vision_transformer import frugal, set_fused_attention
+from structured_tickets.shrinking.cost import cost_of
+from structured_tickets.shrinking.shrink import Constant, cut_value, expand, shrink
+from structured_tickets.unit_groups.find import unit_groups
+from structured_tickets.unit_groups.unit import kinds
 
 
 def build(arch):

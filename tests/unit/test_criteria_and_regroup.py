@@ -12,19 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pruning_utils
-from budgets import BUDGETS, budget, global_budget, kept_count, layer_wise_budget
-from channel_units import channel_groups
-from criteria import CRITERIA
-from evidence import Evidence
-from feature_maps import collect_evidence
-from masks import MaskPair, effective_state
-from models import MODELS, build_model
-from models.vision_transformer import VisionTransformer
-from regroup import best_units, regroup, score_units
-from rounds import decide
-from rules import RoundRules
-from unit_groups import unit_groups
-from units import Slice, UnitGroup, rows
+from structured_tickets.networks import MODELS, build_model
+from structured_tickets.networks.vision_transformer import VisionTransformer
+from structured_tickets.pruning.budgets import BUDGETS, budget, global_budget, kept_count, layer_wise_budget
+from structured_tickets.pruning.collect_evidence import collect_evidence
+from structured_tickets.pruning.criteria import CRITERIA
+from structured_tickets.pruning.decide import decide
+from structured_tickets.pruning.evidence import Evidence
+from structured_tickets.pruning.masks import MaskPair, effective_state
+from structured_tickets.pruning.regroup import best_units, regroup, score_units
+from structured_tickets.pruning.rules import RoundRules
+from structured_tickets.unit_groups.channels import channel_groups
+from structured_tickets.unit_groups.find import unit_groups
+from structured_tickets.unit_groups.unit import Slice, UnitGroup, rows
 from vit_pruning_utils import head_groups, neuron_groups, prune_model_custom_fillback_vit, vit_groups
 from vit_pruning_utils_head_mlp import prune_model_custom_fillback_vit_head_and_mlp
 

@@ -9,22 +9,22 @@ from helpers.networks import SMALL
 from torch.utils.flop_counter import FlopCounterMode
 
 import main_imp_fillback
-from batches import BatchLoader, crop_and_flip, mixed_seed
-from counting import cost_of
-from errors import DataError, UsageError
-from image_sets import ImageSet
-from models import MODELS, build_model, register_model
-from models.layers import Normalize
-from models.pretrained import load_pretrained_weights
-from models.vision_transformer import set_fused_attention
-from models.vit import vit_small
-from optimization import OPTIMIZERS, LearningRate
-from options import parse_args
-from precision import choose_precision
-from rounds import decide, kept_per_kind
-from rules import RoundRules
-from unit_groups import unit_groups
-from utils import choose_device, setup_model_dataset
+from structured_tickets.base.errors import DataError, UsageError
+from structured_tickets.data.image_sets import ImageSet
+from structured_tickets.data.loader import BatchLoader, crop_and_flip, mixed_seed
+from structured_tickets.networks import MODELS, build_model, register_model
+from structured_tickets.networks.layers import Normalize
+from structured_tickets.networks.precision import choose_precision
+from structured_tickets.networks.pretrained import load_pretrained_weights
+from structured_tickets.networks.vision_transformer import set_fused_attention
+from structured_tickets.networks.vit import vit_small
+from structured_tickets.pruning.decide import decide, kept_per_kind
+from structured_tickets.pruning.rules import RoundRules
+from structured_tickets.runs.setup import choose_device, setup_model_dataset
+from structured_tickets.settings.flags import parse_args
+from structured_tickets.shrinking.cost import cost_of
+from structured_tickets.training.optimization import OPTIMIZERS, LearningRate
+from structured_tickets.unit_groups.find import unit_groups
 
 
 def test_crop_and_flip_by_hand():

@@ -19,11 +19,11 @@ from helpers.data_files import cifar_files, encoded, idx, md5, parquet_shard
 from helpers.images import noise, write_image
 from PIL import Image
 
-import dataset
 import main_imp_fillback
-from dataset import DATASETS, load_splits
-from errors import DataError
-from image_sets import CIFAR10_CLASSES, channel_statistics, split_indices
+from structured_tickets.base.errors import DataError
+from structured_tickets.data import catalog as dataset
+from structured_tickets.data.catalog import DATASETS, load_splits
+from structured_tickets.data.image_sets import CIFAR10_CLASSES, channel_statistics, split_indices
 
 NOISE = np.random.default_rng(0)
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -59,7 +59,7 @@ def test_statistics_are_those_of_the_pixels():
 @pytest.mark.parametrize("name", DATASETS)
 def test_every_row_has_its_reader(name, tmp_path):
     closure = dict(zip(DATASETS[name].load.__code__.co_freevars, DATASETS[name].load.__closure__, strict=True))
-    module = importlib.import_module(closure["module"].cell_contents)
+    module = importlib.import_module(f"structured_tickets.data.{closure['module'].cell_contents}")
     assert callable(getattr(module, f"read_{closure['name'].cell_contents}"))
 
 
@@ -465,7 +465,7 @@ def test_the_program_runs_on_an_npz_file_and_refuses_a_broken_one(tmp_path, caps
 
 def test_the_shared_file_has_the_layout_that_is_read():
     """Its arrays are looked at, its first images decoded: all 60,000 take seconds. Needs ../shared."""
-    import image_tables
+    from structured_tickets.data import table_sets as image_tables
 
     file = ROOT.parent / "shared" / "data" / "cifar10_jpeg.npz"
     if not file.is_file():

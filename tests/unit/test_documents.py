@@ -7,12 +7,12 @@ import re
 import pytest
 import torch
 
-from budgets import budget
-from evidence import Evidence
-from masks import MaskPair, l1_mask
-from models import build_model
-from regroup import regroup
-from units import Slice, UnitGroup
+from structured_tickets.networks import build_model
+from structured_tickets.pruning.budgets import budget
+from structured_tickets.pruning.evidence import Evidence
+from structured_tickets.pruning.masks import MaskPair, l1_mask
+from structured_tickets.pruning.regroup import regroup
+from structured_tickets.unit_groups.unit import Slice, UnitGroup
 from vit_pruning_utils import extract_mask_vit, prune_model_custom_fillback_vit_by_head, pruning_model_vit
 from vit_pruning_utils_head_mlp import prune_model_custom_fillback_vit_head_and_mlp
 

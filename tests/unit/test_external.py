@@ -13,22 +13,22 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torchvision.models import VisionTransformer
 
-import compact
-import export
 import main_imp_fillback
-from channel_units import channel_groups
-from counting import cost_of
-from criteria import CRITERIA
-from errors import DataError, UsageError
-from feature_maps import collect_evidence
-from models import build_model, external
-from models.attention import with_separate_heads
-from models.building import parse_arch
-from models.layers import Normalize, normalised
-from models.vision_transformer import set_fused_attention
-from network_check import check_units
-from unit_groups import head_groups, neuron_groups, unit_groups
-from units import kinds, masks_of_units
+from structured_tickets.base.errors import DataError, UsageError
+from structured_tickets.networks import build_model, external
+from structured_tickets.networks.attention import with_separate_heads
+from structured_tickets.networks.building import parse_arch
+from structured_tickets.networks.layers import Normalize, normalised
+from structured_tickets.networks.vision_transformer import set_fused_attention
+from structured_tickets.programs import export
+from structured_tickets.pruning.collect_evidence import collect_evidence
+from structured_tickets.pruning.criteria import CRITERIA
+from structured_tickets.shrinking import shrink as compact
+from structured_tickets.shrinking.cost import cost_of
+from structured_tickets.shrinking.trial import check_units
+from structured_tickets.unit_groups.channels import channel_groups
+from structured_tickets.unit_groups.find import head_groups, neuron_groups, unit_groups
+from structured_tickets.unit_groups.unit import kinds, masks_of_units
 
 OWN = ROOT / "examples" / "my_model.py"
 SISTERS = ROOT / "tests" / "helpers" / "small_sisters.py"
@@ -159,7 +159,7 @@ def test_channels_that_are_counted_stay_where_they_are_counted():
 def test_a_network_whose_units_hang_together_in_an_unknown_way_is_refused(monkeypatch):
     """As if cutting a channel had moved the others."""
     model = Grouped()
-    monkeypatch.setattr("network_check.shrink", lambda model, masks: copy.deepcopy(model))
+    monkeypatch.setattr("structured_tickets.shrinking.trial.shrink", lambda model, masks: copy.deepcopy(model))
     with pytest.raises(UsageError, match=r"without some of its units differs from the masked network by .* coupled"):
         check_units(model, channel_groups(model), 8)
 

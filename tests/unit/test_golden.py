@@ -26,18 +26,18 @@ from helpers.networks import LARGE
 
 import pruning_utils
 import vit_pruning_utils
-from budgets import kept_count
-from channel_units import channel_groups
-from evidence import Evidence
-from feature_maps import collect_evidence
-from masks import by_parameter
-from models.layers import Normalize
-from optimization import LearningRate
-from reg_pruner_files.reg_pruner import Pruner
-from reg_pruner_files.schedules import SCHEDULES, Clock
-from regroup import score_units
-from training import apply_reg, update_reg
-from units import ranked_names
+from structured_tickets.networks.layers import Normalize
+from structured_tickets.pruning.budgets import kept_count
+from structured_tickets.pruning.collect_evidence import collect_evidence
+from structured_tickets.pruning.evidence import Evidence
+from structured_tickets.pruning.masks import by_parameter
+from structured_tickets.pruning.regroup import score_units
+from structured_tickets.training.epoch import apply_reg, update_reg
+from structured_tickets.training.optimization import LearningRate
+from structured_tickets.training.penalty.reg_pruner import Pruner
+from structured_tickets.training.penalty.schedules import SCHEDULES, Clock
+from structured_tickets.unit_groups.channels import channel_groups
+from structured_tickets.unit_groups.unit import ranked_names
 from vit_pruning_utils_head_mlp import prune_model_custom_fillback_vit_head_and_mlp
 
 pytestmark = needs_golden

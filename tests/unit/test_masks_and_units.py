@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers.networks import SMALL, MiniVGG
 
-from channel_units import channel_groups
-from masks import (
+from structured_tickets.networks import build_model
+from structured_tickets.pruning.masks import (
     HeldMask,
     MaskPair,
     apply_masks,
@@ -21,9 +21,9 @@ from masks import (
     remove_masks,
     top_mask,
 )  # fmt: skip
-from models import build_model
-from unit_groups import unit_groups
-from units import Slice, UnitGroup, kept_units, ranked_names
+from structured_tickets.unit_groups.channels import channel_groups
+from structured_tickets.unit_groups.find import unit_groups
+from structured_tickets.unit_groups.unit import Slice, UnitGroup, kept_units, ranked_names
 from vit_pruning_utils import head_groups, neuron_groups, vit_groups
 
 LARGER = [pytest.param(arch, marks=pytest.mark.slow) for arch in ("densenet161", "vit_small")]

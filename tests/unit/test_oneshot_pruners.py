@@ -10,14 +10,14 @@ from helpers.networks import MiniVGG
 from torch import nn
 
 import pruning_utils
-from errors import UsageError
-from masks import count_ones, effective_state
-from models import build_model
-from models.vision_transformer import VisionTransformer, fused_attention
-from oneshot_pruners import PRUNERS, Admm, Task, grasp_scores, synflow_scores, train_by_admm
-from oneshot_pruners import _Linear as Linear
-from unit_groups import unit_groups
-from units import ranked_names
+from structured_tickets.base.errors import UsageError
+from structured_tickets.networks import build_model
+from structured_tickets.networks.vision_transformer import VisionTransformer, fused_attention
+from structured_tickets.pruning.masks import count_ones, effective_state
+from structured_tickets.pruning.oneshot import PRUNERS, Admm, Task, grasp_scores, synflow_scores, train_by_admm
+from structured_tickets.pruning.oneshot import _Linear as Linear
+from structured_tickets.unit_groups.find import unit_groups
+from structured_tickets.unit_groups.unit import ranked_names
 
 BATCHES = [(torch.rand(6, 3, 16, 16), torch.arange(6)) for _ in range(2)]
 LOSS = nn.CrossEntropyLoss()
@@ -414,7 +414,7 @@ def test_snip_sums_the_gradient_over_the_batches():
     pytest.param("torchvision/efficientnet_b0", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_synflow_sees_through_clipped_activations_and_gates(arch, monkeypatch):
-    monkeypatch.setattr("oneshot_pruners.SYNFLOW_ROUNDS", 5)
+    monkeypatch.setattr("structured_tickets.pruning.oneshot.SYNFLOW_ROUNDS", 5)
     torch.manual_seed(0)
     model = build_model(arch, 10, 32)
     task = task_of(model)

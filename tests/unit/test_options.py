@@ -5,9 +5,15 @@ from __future__ import annotations
 import pytest
 
 import main_imp_fillback
-from errors import UsageError
-from options import build_parser, parse_args
-from run_identity import NOT_IDENTITY, default_run_folder, identity_of, settings_of, tracker_name
+from structured_tickets.base.errors import UsageError
+from structured_tickets.settings.flags import build_parser, parse_args
+from structured_tickets.settings.identity import (
+    NOT_IDENTITY,
+    default_run_folder,
+    identity_of,
+    settings_of,
+    tracker_name,
+)
 
 DOCUMENTED = {
     "data": "data", "dataset": "cifar100", "arch": "res20s", "exp_name": None, "gpu": 0, "resume": False,

@@ -7,8 +7,8 @@ from helpers.commands import VIT, tiny
 from PIL import Image
 
 import main_imp_fillback
-from pictures import kept_units_figure
-from run_state import RunFolder
+from structured_tickets.runs.pictures import kept_units_figure
+from structured_tickets.runs.state import RunFolder
 
 pytestmark = pytest.mark.pictures
 

@@ -8,13 +8,13 @@ from helpers.commands import run, tiny
 from helpers.networks import MiniVGG
 from helpers.structures import RULES, settings
 
-from masks import MaskPair
-from reg_pruner_files.reg_pruner import Pruner
-from rounds import decide, doomed_whole
-from run_state import RunFolder
-from training import Passer
-from unit_groups import unit_groups
-from units import Slice, UnitGroup, kept_units, rows
+from structured_tickets.pruning.decide import decide, doomed_whole
+from structured_tickets.pruning.masks import MaskPair
+from structured_tickets.runs.state import RunFolder
+from structured_tickets.training.epoch import Passer
+from structured_tickets.training.penalty.reg_pruner import Pruner
+from structured_tickets.unit_groups.find import unit_groups
+from structured_tickets.unit_groups.unit import Slice, UnitGroup, kept_units, rows
 
 UNITS = ("channel",)
 

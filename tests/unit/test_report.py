@@ -17,11 +17,12 @@ import torch
 from helpers.commands import run, tiny
 from helpers.report_data import DENSITIES, SEEDS, accuracy, epoch_row, write_run, write_sweep
 
-import report
-from files import lock
-from reports import latency, style
-from reports.collection import collect
-from reports.comparisons import (
+from structured_tickets.base.atomic_files import lock
+from structured_tickets.base.text_tables import counted
+from structured_tickets.programs import report
+from structured_tickets.reports import latency, style
+from structured_tickets.reports.collection import collect
+from structured_tickets.reports.comparisons import (
     Comparison,
     adjusted,
     against_dense,
@@ -31,12 +32,11 @@ from reports.comparisons import (
     not_compared,
     with_test,
 )
-from reports.figures import roles_of
-from reports.runs import worded
-from reports.sentences import weak_penalties
-from reports.sweep_tables import Table, groups_table, runs_table, spread
-from run_files import read_metrics, read_rounds
-from text_tables import counted
+from structured_tickets.reports.figures import roles_of
+from structured_tickets.reports.runs import worded
+from structured_tickets.reports.sentences import weak_penalties
+from structured_tickets.reports.sweep_tables import Table, groups_table, runs_table, spread
+from structured_tickets.runs.read import read_metrics, read_rounds
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -44,7 +44,7 @@ CHROMIUM = next(
 
 
 def draw_no_png(patch):
-    patch.setattr("reports.page.as_png", lambda figure: b"")
+    patch.setattr("structured_tickets.reports.page.as_png", lambda figure: b"")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,9 @@ def test_a_paired_test_by_hand():
 
 def test_holms_method_by_hand(monkeypatch):
     values = iter([0.01, 0.04, 0.03])
-    monkeypatch.setattr("reports.comparisons.with_test", lambda c: made_up(*c.differences, p=next(values)))
+    monkeypatch.setattr(
+        "structured_tickets.reports.comparisons.with_test", lambda c: made_up(*c.differences, p=next(values))
+    )
     assert [c.adjusted for c in adjusted([made_up(1.0, 2.0)] * 3)] == [0.03, 0.06, 0.06]
 
 

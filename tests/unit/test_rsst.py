@@ -9,18 +9,18 @@ import torch
 from helpers.networks import MICRO, SMALL, MiniVGG
 from helpers.structures import RULES, settings
 
-from criteria import CRITERIA
-from masks import HeldMask, MaskPair, current_key, refill_key
-from models import MODELS, build_model
-from optimization import LearningRate
-from plan import expected_squeeze
-from reg_pruner_files.reg_pruner import Pruner
-from reg_pruner_files.schedules import SCHEDULES, Clock
-from rounds import decide, faded_units, held_masks, rank_and_prune, shares
-from rules import RoundRules
-from training import Passer, apply_reg, hardened, train, update_reg, validate
-from unit_groups import unit_groups
-from units import ranked_names
+from structured_tickets.networks import MODELS, build_model
+from structured_tickets.pruning.criteria import CRITERIA
+from structured_tickets.pruning.decide import decide, faded_units, held_masks, rank_and_prune, shares
+from structured_tickets.pruning.masks import HeldMask, MaskPair, current_key, refill_key
+from structured_tickets.pruning.rules import RoundRules
+from structured_tickets.runs.dry_run import expected_squeeze
+from structured_tickets.training.epoch import Passer, apply_reg, hardened, train, update_reg, validate
+from structured_tickets.training.optimization import LearningRate
+from structured_tickets.training.penalty.reg_pruner import Pruner
+from structured_tickets.training.penalty.schedules import SCHEDULES, Clock
+from structured_tickets.unit_groups.find import unit_groups
+from structured_tickets.unit_groups.unit import ranked_names
 
 
 @pytest.fixture
@@ -195,8 +195,8 @@ def test_the_shares_of_rate_over_rounds():
 @pytest.mark.parametrize("target, kinds", [("head", ("head",)), ("mlp", ("neuron",)), ("both", ("head", "neuron"))])
 @pytest.mark.parametrize("sorting", ["layer-wise", "global"])
 def test_vit_rounds_keep_what_the_rules_say(struct, target, kinds, sorting):
-    from models.vision_transformer import VisionTransformer
-    from rounds import kept_per_kind
+    from structured_tickets.networks.vision_transformer import VisionTransformer
+    from structured_tickets.pruning.decide import kept_per_kind
 
     model = VisionTransformer(10, 32, 8, 24, 2, 3, 2)
     groups = unit_groups(model)

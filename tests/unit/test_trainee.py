@@ -11,13 +11,13 @@ from helpers.networks import MICRO, SMALL
 from helpers.structures import random_structure
 from torch import nn
 
-from masks import MaskPair, current_key, refill_key
-from models import MODELS, build_model
-from models.layers import Normalize
-from optimization import OPTIMIZERS
-from reg_pruner_files.reg_pruner import Pruner
-from trainee import IDLE, Trainee
-from training import Passer, train
+from structured_tickets.networks import MODELS, build_model
+from structured_tickets.networks.layers import Normalize
+from structured_tickets.pruning.masks import MaskPair, current_key, refill_key
+from structured_tickets.training.epoch import Passer, train
+from structured_tickets.training.optimization import OPTIMIZERS
+from structured_tickets.training.penalty.reg_pruner import Pruner
+from structured_tickets.training.trainee import IDLE, Trainee
 
 STEPS = 20
 SETTINGS = SimpleNamespace(

@@ -11,10 +11,10 @@ import torchvision
 from helpers.networks import LARGE, REGISTERED
 from torch import fx, nn
 
-from errors import UsageError
-from models import MODELS, build_model
-from models.layers import Normalize, normalised
-from models.pretrained import load_pretrained_weights
+from structured_tickets.base.errors import UsageError
+from structured_tickets.networks import MODELS, build_model
+from structured_tickets.networks.layers import Normalize, normalised
+from structured_tickets.networks.pretrained import load_pretrained_weights
 
 BIG = ("vit_base", "vit_base_imagenet", "vit_large_imagenet")
 VITS = [a for a in REGISTERED if MODELS[a].spec.family == "vit"]

@@ -1,0 +1,1 @@
+"""Structured lottery tickets: find, in a network, the smaller one that trains as well."""

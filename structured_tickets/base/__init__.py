@@ -1,0 +1,1 @@
+"""What knows nothing of pruning: errors, console, files, processes, machine."""

@@ -1,0 +1,215 @@
+"""Readers of image sets that lie as files in a folder for each class."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import mimetypes
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from structured_tickets.base.errors import DataError
+from structured_tickets.data.image_sets import ImageSet, Splits, empty_classes, few, require_every_class, with_validation
+from structured_tickets.data.decoded_images import Decoding, one_line, open_images
+
+log = logging.getLogger("rsst.data")
+
+Files = list[tuple[str, str]]  # the path of an image, and the name of its class
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
+WANTED = "what is wanted is <part>/<class>/* in the folder that --data names, with at least one image per class"
+
+
+def read_imagefolder(root: Path, size: int, decoding: Decoding) -> Splits:
+    """`train/<class>/*` and `test/<class>/*`; a tenth of train is held out for validation."""
+    train, test = _class_files(root / "train"), _class_files(root / "test")
+    absent = empty_classes([name for _, name in test], _classes(train))
+    if absent:
+        log.warning("%s has no image of %s: the accuracy says nothing about it", root / "test", few(absent))
+    return _load(root, {"train": train, "test": test}, size, decoding)
+
+
+def read_imagenet(root: Path, size: int, decoding: Decoding) -> Splits:
+    """`train/<class>/*` and, as the test set, `val/<class>/*`, in `ILSVRC/Data/CLS-LOC/` if that is there."""
+    inner = root / "ILSVRC" / "Data" / "CLS-LOC"
+    folder = inner if inner.is_dir() else root
+    parts = {part: _sorted_files(folder / part) for part in ("train", "val")}
+    require_every_class([name for _, name in parts["val"]], _classes(parts["train"]), folder / "val")
+    return _load(folder, parts, size, decoding, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+
+def read_tiny_imagenet(root: Path, size: int, decoding: Decoding) -> Splits:
+    """The official archive: `train/<class>/images/*`; the labelled images of `val/` are the test set.
+
+    `val/` may be as it is in the archive, or sorted into a folder for each class.
+    """
+    folder = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
+    archive = root if root.suffix == ".zip" else root / "tiny-imagenet-200.zip"
+    if not (folder / "train").is_dir() and archive.is_file():
+        raise DataError(f"{archive} is still packed; unpack it first, and name by --data the folder it is unpacked in")
+    train = _sorted_files(folder / "train")
+    _check_listed(folder / "wnids.txt", _classes(train))
+    raw = (folder / "val" / "images").is_dir()
+    test = _annotated_files(folder / "val") if raw else _sorted_files(folder / "val")
+    require_every_class([name for _, name in test], _classes(train), folder / "val")
+    statistics = ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262))
+    return _load(folder, {"train": train, "val": test}, size, decoding, statistics)
+
+
+def _check_listed(file: Path, classes: Sequence[str]) -> None:
+    """Refuse a train folder without the classes that `wnids.txt` lists; the file itself may be missing."""
+    absent = sorted(set(_lines(file)) - set(classes)) if file.is_file() else []
+    if absent:
+        raise DataError(f"{file.parent / 'train'} has no folder of {few(absent)}, which {file.name} lists")
+
+
+def _annotated_files(folder: Path) -> Files:
+    """`images/*`, with classes as `val_annotations.txt` says: lines of file, class and more, with tabs between."""
+    annotations = folder / "val_annotations.txt"
+    if not annotations.is_file():
+        raise DataError(
+            f"{folder / 'images'} is not sorted by class and {annotations} is missing; "
+            f"put it there from the archive, or sort the images into {folder}/<class>/"
+        )
+    present = set(os.listdir(folder / "images"))  # noqa: PTH208 (names are all that is wanted)
+    files = []
+    for row in _lines(annotations):
+        file, *columns = row.split("\t")
+        if not columns:
+            raise DataError(f"{annotations} has the line {row!r}; <file><tab><class> is expected")
+        if file not in present:
+            raise DataError(f"{folder / 'images'} has no {file}, which {annotations.name} lists")
+        files.append((str(folder / "images" / file), columns[0]))
+    return files
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return [line for line in file.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {file}: {one_line(error)}") from error
+
+
+def _sorted_files(folder: Path) -> Files:
+    """The images of `<class>/*`, where none lies outside a class folder: half a set must not pass for the whole."""
+    names = os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208
+    loose = next((name for name in names if is_image_file(name)), None)
+    if loose:
+        raise DataError(f"{folder} has to be sorted into class folders, {folder}/<class>/*; {loose} lies in none")
+    return _class_files(folder)
+
+
+def _class_files(folder: Path) -> Files:
+    """The images of `<class>/*` and of folders below, by class and path; a warning says what is left out.
+
+    Hidden files and folders are left out silently: they are copies and notes that other programs make.
+
+    Raises:
+        DataError: The folder has no classes, or one of them no image.
+    """
+    classes, loose = _class_folders(folder)
+    files: Files = []
+    others = [name for name in loose if is_image_file(name)]
+    for name in classes:
+        for root, names in sorted(_walk(str(folder / name))):
+            images = [n for n in sorted(names) if is_image_file(n)]
+            files += [(os.path.join(root, n), name) for n in images]  # noqa: PTH118 (a million of them)
+            others += [n for n in sorted(set(names) - set(images)) if _may_be_meant(n)]
+    if absent := empty_classes([name for _, name in files], classes):
+        raise DataError(f"{folder} has no valid file for the classes {few(absent)} ({', '.join(SUFFIXES)}); {WANTED}")
+    if others:
+        log.warning("%s: not read, for their suffix or since they are in no class: %s", folder, few(others))
+    return files
+
+
+def _class_folders(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of the classes, and of files beside them."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        reason = f"cannot be read ({one_line(error)})" if folder.is_dir() else "does not exist"
+        raise DataError(f"{folder} {reason}; {WANTED}") from error
+    classes, loose = (sorted(name for name, is_folder in found if is_folder == wanted) for wanted in (True, False))
+    if not classes:
+        raise DataError(f"{folder} has no class folders; {WANTED}")
+    return classes, loose
+
+
+def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
+    """Each folder from `top` downwards and its files, none hidden; links are followed.
+
+    Raises:
+        DataError: A folder cannot be read, or a link leads back to a folder that holds it.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+    for root, folders, names in os.walk(top, followlinks=True, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            if (Path(root) / name).is_symlink():
+                _refuse_circle(Path(top), Path(root) / name)
+        yield root, [name for name in names if not name.startswith(".")]
+
+
+def _refuse_circle(top: Path, link: Path) -> None:
+    goal = link.resolve()
+    above = [link.parent, *link.parent.parents]
+    for folder in above[: above.index(top) + 1]:
+        if folder.resolve().is_relative_to(goal):
+            raise DataError(f"{link} is a link to a folder that holds it")
+
+
+def is_image_file(name: str) -> bool:
+    """Whether it is called like an image, and not hidden; what is in it does not matter here."""
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def _may_be_meant(name: str) -> bool:
+    """Whether somebody may take this file for an image of the set: it is no text, and no cache of a file manager."""
+    kind = mimetypes.guess_type(name)[0] or ""
+    text = kind.startswith("text/") or kind.endswith(("/json", "/xml"))
+    return not text and name.lower() not in ("thumbs.db", "desktop.ini")
+
+
+def _classes(files: Files) -> list[str]:
+    return sorted({name for _, name in files})
+
+
+def _load(root: Path, parts: dict[str, Files], size: int, decoding: Decoding, statistics: Any = None) -> Splits:
+    """The splits of a training and a test part, which are called after their folders under `root`."""
+    train, test = parts
+    classes = _classes(parts[train])
+    if len(classes) < 2:
+        raise DataError(f"{root}/{train} has one class alone, {classes[0]}: there is nothing to tell apart; {WANTED}")
+    unknown = sorted(set(_classes(parts[test])) - set(classes))
+    if unknown:
+        raise DataError(f"{root}/{test} has classes that {root}/{train} lacks: {few(unknown)}")
+    index = {name: k for k, name in enumerate(classes)}
+    sets = [
+        _from_files([(path, index[name]) for path, name in files], size, root, part, decoding)
+        for part, files in parts.items()
+    ]
+    return with_validation(sets[0], sets[1], classes, statistics)
+
+
+def _from_files(files: Sequence[tuple[str, int]], size: int, root: Path, part: str, decoding: Decoding) -> ImageSet:
+    """The images of (path, label) pairs under `root`."""
+    digest = hashlib.sha256()
+    for path, _ in files:
+        try:
+            status = os.stat(path)  # noqa: PTH116 (a Path for each of a million files takes seconds)
+        except OSError as error:  # a link to nowhere, say
+            raise DataError(f"cannot read the image {path}: {error.strerror}") from error
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
+            raise DataError(f"cannot read the image {path}: it is no regular file")
+        digest.update(os.fsencode(f"{os.path.relpath(path, root)} {status.st_size}\n"))
+    images = open_images([path for path, _ in files], size, root, part, decoding)
+    return ImageSet(images, torch.tensor([label for _, label in files]), digest.hexdigest())

@@ -1,0 +1,243 @@
+"""Image sets as uint8 tensors, how they are split, and the readers of those that fit in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from structured_tickets.base.errors import DataError
+from structured_tickets.data.decoded_images import Decoding, Images, LazyImages, one_line, require_memory
+from structured_tickets.data.table_sets import CIFAR10, CIFAR100, TableFormat, checked_labels, find_table
+
+log = logging.getLogger("rsst.data")
+
+SPLIT_SEED = 20260105  # the split must not depend on the run's seed: validation images stay validation images
+VALIDATION_SHARE = 0.1
+STATISTICS_SAMPLE = 10_000  # wherever the images are kept, so that a run does not depend on it
+DIGEST_SAMPLE = 256
+RESIZED_AT_ONCE = 4096  # images: as floats, a whole data set may not fit in memory
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images uint8 [n, 3, size, size] and labels int64 [n].
+
+    Attributes:
+        origin: A hash of the names and sizes of the files that the images come from; "" if there are none.
+    """
+
+    images: Images
+    labels: Tensor
+    origin: str = ""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: Tensor) -> ImageSet:
+        images = self.images.select(indices) if isinstance(self.images, LazyImages) else self.images[indices]
+        return ImageSet(images, self.labels[indices], self.origin)
+
+    def sample(self, count: int) -> Tensor:
+        """At most `count` of the images, always the same ones: uint8."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(SPLIT_SEED))
+        return self.images[order[:count].sort().values.to(self.labels.device)]
+
+    def digest(self) -> bytes:
+        """A hash of what is in it: labels, and all pixels, or the files' names and sizes and the pixels of a few."""
+        pixels = self.sample(DIGEST_SAMPLE if self.origin else len(self))
+        digest = hashlib.sha256(self.origin.encode())
+        for tensor in (self.labels, pixels):
+            digest.update(tensor.cpu().numpy().tobytes())
+        return digest.digest()
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Three disjoint sets, and what a model must know about them.
+
+    Attributes:
+        mean, std: Of each colour channel, images in [0, 1].
+        classes: Names of the classes; labels index them.
+    """
+
+    train: ImageSet
+    val: ImageSet
+    test: ImageSet
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: tuple[str, ...]
+
+
+def split_indices(n: int, share: float = VALIDATION_SHARE) -> tuple[Tensor, Tensor]:
+    """A fixed permutation of n indices, cut into (rest, share)."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(SPLIT_SEED))
+    held_out = round(n * share)
+    return order[: n - held_out].sort().values, order[n - held_out :].sort().values
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each colour channel of uint8 images, in [0, 1]; a constant channel has std 1."""
+    total = torch.zeros(images.shape[1], dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    for chunk in images.split(1024):
+        values = chunk.double() / 255
+        total += values.sum((0, 2, 3))
+        squares += values.square().sum((0, 2, 3))
+    count = images.numel() / images.shape[1]
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+    return tuple(mean.tolist()), tuple(torch.where(std > 1e-6, std, 1.0).tolist())
+
+
+def with_validation(train: ImageSet, test: ImageSet, classes: Sequence[str], statistics: Any = None) -> Splits:
+    """The splits, a tenth of `train` being held out for validation.
+
+    Args:
+        statistics: (mean, std) of each channel; None: those of the training images.
+
+    Raises:
+        DataError: There are too few images for that.
+    """
+    rest, held_out = split_indices(len(train))
+    if not len(held_out):
+        raise DataError(f"{len(train)} training images are too few: a tenth of them is held out for validation")
+    training = train.subset(rest)
+    kept, before = (set(labels.unique().tolist()) for labels in (training.labels, train.labels))
+    if lost := sorted(before - kept):
+        log.warning("no training image is left of %s: all are among those held out for validation",
+                    few([classes[label] for label in lost]))  # fmt: skip
+    mean, std = statistics or channel_statistics(training.sample(STATISTICS_SAMPLE))
+    return Splits(training, train.subset(held_out), test, mean, std, tuple(classes))
+
+
+def empty_classes(found: Iterable[str], classes: Iterable[str]) -> list[str]:
+    """The classes of which there is no image; `found` is the class of each image."""
+    present = set(found)
+    return [name for name in classes if name not in present]
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names of many, for a message."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def require_every_class(found: Iterable[str], classes: Sequence[str], where: object) -> None:
+    """Refuse a part of a data set that lacks images of a class.
+
+    Raises:
+        DataError: It does; the message names the first few.
+    """
+    absent = empty_classes(found, classes)
+    if absent:
+        raise DataError(f"{where} has no image of {few(absent)}; some of each of {len(classes)} classes are expected")
+
+
+def read_cifar10(root: Path, size: int, decoding: Decoding) -> Splits:
+    """An npz file or parquet files if they are there, else torchvision's layout."""
+    return _read_cifar(root, size, CIFAR10, CIFAR10_CLASSES, ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
+
+
+def read_cifar100(root: Path, size: int, decoding: Decoding) -> Splits:
+    """An npz file or parquet files if they are there, else torchvision's layout."""
+    names = tuple(str(k) for k in range(100))
+    return _read_cifar(root, size, CIFAR100, names, ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)))
+
+
+def read_fashionmnist(root: Path, size: int, decoding: Decoding) -> Splits:
+    """torchvision's layout; the grey images of 28 pixels get three equal channels."""
+    return _read_torchvision(root, size, "FashionMNIST")
+
+
+def read_digits(root: Path, size: int, decoding: Decoding) -> Splits:
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, enlarged; a fifth is the test set. Needs no folder."""
+    import sklearn.datasets
+
+    raw = sklearn.datasets.load_digits()
+    images = _colour_images(torch.from_numpy(raw.images).mul(255 / 16).round().to(torch.uint8), size)
+    labels = torch.from_numpy(raw.target).long()
+    rest, test = split_indices(len(labels), 0.2)
+    train = ImageSet(images[rest], labels[rest])
+    return with_validation(train, ImageSet(images[test], labels[test]), [str(d) for d in range(10)])
+
+
+def _read_cifar(root: Path, size: int, table: TableFormat, names: tuple[str, ...], statistics: Any) -> Splits:
+    found = find_table(root, table)
+    if found is None:
+        return _read_torchvision(root, size, table.name.upper(), statistics)
+    classes = found.classes or names
+    sets = {}
+    for part, (images, labels) in {"training": found.train, "test": found.test}.items():
+        require_every_class([classes[k] for k in labels.tolist()], classes, f"the {part} set of {found.source}")
+        sets[part] = ImageSet(resized(images, size), labels)
+    return with_validation(sets["training"], sets["test"], classes, statistics)
+
+
+def _read_torchvision(root: Path, size: int, dataset_name: str, statistics: Any = None) -> Splits:
+    import torchvision.datasets
+
+    dataset_class = getattr(torchvision.datasets, dataset_name)
+    sets = []
+    for train in (True, False):
+        part = _open_torchvision(dataset_class, root, train)
+        where = f"{'training' if train else 'test'} labels of {dataset_name} under {root}"
+        labels = checked_labels(numpy.asarray(part.targets), len(part.data), len(part.classes), where)
+        sets.append(ImageSet(_colour_images(torch.as_tensor(part.data), size), labels))
+    return with_validation(sets[0], sets[1], part.classes, statistics)
+
+
+def _open_torchvision(dataset_class: Any, root: Path, train: bool) -> Any:
+    """torchvision's data set: from its folder or archive under `root`, else downloaded there."""
+    here = _layout(dataset_class, root)
+    try:
+        return dataset_class(root, train=train, download=False)
+    except Exception as error:  # a file that passes no check can raise anything while it is read
+        if not (isinstance(error, RuntimeError) and "not found" in str(error)):
+            raise DataError(
+                f"{dataset_class.__name__} under {root} is damaged ({one_line(error)}); put there {here}"
+            ) from error
+    log.info("%s is not under %s; looking for its archive, then downloading it", dataset_class.__name__, root)
+    try:
+        return dataset_class(root, train=train, download=True)
+    except Exception as error:  # urllib, tarfile and torchvision share no error class
+        raise DataError(
+            f"{dataset_class.__name__} cannot be had: no complete copy under {root} and no download "
+            f"({one_line(error)}). Put there {here}, or name its folder by --data"
+        ) from error
+
+
+def _layout(dataset_class: Any, root: Path) -> str:
+    """What torchvision looks for, and where."""
+    if hasattr(dataset_class, "tgz_md5"):
+        archive = f"{root / dataset_class.filename} (md5 {dataset_class.tgz_md5})"
+        return f"{archive} or its unpacked folder {dataset_class.base_folder}/"
+    archives = ", ".join(f"{file} (md5 {md5})" for file, md5 in dataset_class.resources)
+    return f"into {root / dataset_class.__name__ / 'raw'} the files {archives}"
+
+
+def _colour_images(pixels: Tensor, size: int) -> Tensor:
+    """uint8 [n, height, width] or [n, height, width, 3] as [n, 3, size, size]."""
+    images = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
+    return resized(images, size).expand(-1, 3, -1, -1).contiguous()
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """uint8 images at another side length, bilinearly; unchanged if they have it."""
+    if images.shape[-1] == size and images.shape[-2] == size:
+        return images.contiguous()
+    require_memory(len(images), size)
+    return torch.cat([_resized(some, size) for some in images.split(RESIZED_AT_ONCE)])
+
+
+def _resized(images: Tensor, size: int) -> Tensor:
+    scaled = torch.nn.functional.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
+    return scaled.round().clamp(0, 255).to(torch.uint8)

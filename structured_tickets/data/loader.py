@@ -1,0 +1,224 @@
+"""Batches on the device: augmentation of whole batches, and loaders that can be taken up anywhere."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from structured_tickets.base.errors import DataError, MachineError, first_line
+from structured_tickets.data.image_sets import SPLIT_SEED, ImageSet, Splits
+from structured_tickets.data.decoded_images import LazyImages
+
+WORKER_DIED = "DataLoader worker"  # torch's words; there is no class for it
+DEVICE_SHARE = 0.25  # of the memory that is free on the device, for one image set
+
+
+def crop_and_flip(images: Tensor, offsets: Tensor, mirrored: Tensor, padding: int) -> Tensor:
+    """Shift each image inside a border of zeros, and mirror some.
+
+    Args:
+        images: [batch, channels, size, size].
+        offsets: int64 [batch, 2]: row and column of the crop's corner in the padded image, in [0, 2 * padding].
+        mirrored: bool [batch].
+
+    Returns:
+        [batch, channels, size, size] of the same type, in channels-last memory.
+    """
+    size = images.shape[-1]
+    padded = torch.nn.functional.pad(images, (padding,) * 4)
+    line = torch.arange(size, device=images.device)
+    row = offsets[:, :1] + line
+    column = offsets[:, 1:] + torch.where(mirrored.unsqueeze(1), line.flip(0), line)
+    which = torch.arange(len(images), device=images.device)[:, None, None]
+    return padded[which, :, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
+
+
+def mixed_seed(*parts: int) -> int:
+    """One 32-bit seed (all that torch's CPU generator takes) out of several whole numbers, each of which matters."""
+    return int(numpy.random.SeedSequence(parts).generate_state(1)[0])
+
+
+class BatchLoader:
+    """Iterates over an image set in batches of (float images in [0, 1], labels) on a device.
+
+    What it yields is a function of (seed, round, epoch) alone, so that an interrupted epoch can be taken up anywhere.
+    Images that fit are kept on the device; of others each batch comes over while the one before is computed on.
+
+    Args:
+        augment: Shuffle, and draw crops (padding an eighth of the side, 4 pixels at 32) and, if `flip`, mirrorings.
+
+    Attributes:
+        share: (k, n): of every batch, only the k-th of n parts, which are as equal as can be.
+    """
+
+    def __init__(
+        self, data: ImageSet, batch_size: int, device: torch.device, *, augment: bool = False, flip: bool = False,
+        seed: int = 0,
+    ) -> None:  # fmt: skip
+        images = data.images.to(device) if isinstance(data.images, Tensor) and _fits(data.images, device) else None
+        self.data = replace(data, images=data.images if images is None else images, labels=data.labels.to(device))
+        self.device = device
+        self.batch_size = batch_size
+        self.augment, self.flip, self.seed = augment, flip, seed
+        self.place = (0, 0)
+        self.start = 0
+        self.share = (0, 1)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.data) / self.batch_size)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images, in pixels."""
+        return self.data.images.shape[-1]
+
+    def seek(self, state: int, epoch: int, start: int = 0) -> None:
+        """Say which epoch of which round comes next, and the batch to begin with; the batch applies once."""
+        self.place, self.start = (state, epoch), start
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        start, self.start = self.start * self.batch_size, 0
+        yield from self._augmented(start) if self.augment else self._plain(torch.arange(start, len(self.data)))
+
+    def whole(self) -> BatchLoader:
+        """The same loader, for whole batches."""
+        loader = copy.copy(self)
+        loader.share = (0, 1)
+        return loader
+
+    def _parts(self, order: Tensor) -> list[Tensor]:
+        """This share of each batch of `order`."""
+        k, n = self.share
+        return [batch.tensor_split(n)[k] for batch in order.split(self.batch_size)]
+
+    def _plain(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        parts = self._parts(order)
+        (labels,) = self._handed_out(parts, self.data.labels)
+        for images, targets in zip(self._fetched(parts), labels, strict=True):
+            yield images.float() / 255, targets
+
+    def _handed_out(self, parts: Sequence[Tensor], *values: Tensor) -> list[tuple[Tensor, ...]]:
+        """The values at these positions, batch by batch, on the device.
+
+        One transfer an epoch: a small one in each step would make the host wait for the device.
+        """
+        sizes = [len(part) for part in parts]
+        where = torch.cat(list(parts)) if parts else torch.empty(0, dtype=torch.long)
+        return [v[where.to(v.device)].to(self.device).split(sizes) for v in values]
+
+    def _augmented(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        n, padding = len(self.data), self.image_size // 8
+        draw = torch.Generator().manual_seed(mixed_seed(self.seed, *self.place))
+        order = torch.randperm(n, generator=draw)
+        offsets = torch.randint(0, 2 * padding + 1, (n, 2), generator=draw)
+        mirrored = (torch.rand(n, generator=draw) < 0.5) & self.flip
+        places = self._parts(torch.arange(start, n))
+        which = [order[part] for part in places]
+        (labels,) = self._handed_out(which, self.data.labels)
+        drawn = self._handed_out(places, offsets, mirrored)
+        for images, corner, mirror, targets in zip(self._fetched(which), *drawn, labels, strict=True):
+            yield crop_and_flip(images, corner, mirror, padding).float() / 255, targets
+
+    def _fetched(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The uint8 images at these positions, batch by batch, on the device."""
+        images = self.data.images
+        if isinstance(images, Tensor) and images.device == self.device:
+            (positions,) = self._handed_out(parts, torch.arange(len(images)))
+            return (images[which] for which in positions)
+        source = (
+            images if isinstance(images, LazyImages) else LazyImages(images.__getitem__, torch.arange(len(images)), 0)
+        )
+        return _ahead(batch.to(self.device, non_blocking=True) for batch in _read(source, parts, self.device))
+
+    def fixed_batches(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        """The first `count` batches of a fixed permutation, without augmentation."""
+        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(SPLIT_SEED))
+        return list(self.whole()._plain(order[: count * self.batch_size]))
+
+
+def _fits(images: Tensor, device: torch.device) -> bool:
+    """Whether the device has memory to spare for the images."""
+    return device.type != "cuda" or images.numel() < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+def _read(images: LazyImages, parts: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Batches on the host, read by the images' own workers, in memory that a device can copy from by itself.
+
+    Raises:
+        DataError: A file cannot be read; the message names it.
+        MachineError: A worker has died.
+    """
+    workers = min(images.workers, len(parts), os.cpu_count() or 1)
+    loader: DataLoader[Tensor] = DataLoader(
+        images, batch_sampler=[part.tolist() for part in parts], num_workers=workers, collate_fn=_as_it_is,
+        pin_memory=device.type == "cuda", worker_init_fn=_leave_stopping_to_the_first,
+        generator=torch.Generator(),  # it draws, even without need: from the network's dropout, if nothing is given
+    )  # fmt: skip
+    batches: Iterator[Tensor] | None = None
+    failure: DataError | MachineError
+    try:
+        with _unheard(signal.SIGTERM):  # by workers, from their first moment
+            batches = iter(loader)
+        yield from batches
+        return
+    except DataError as error:  # from a worker process it comes with that process's traceback
+        failure = DataError(str(error).strip().rpartition("errors.DataError: ")[2])
+        error.__traceback__ = None
+    except RuntimeError as error:
+        if WORKER_DIED not in str(error):
+            raise
+        failure = MachineError(f"argument --workers: a process that decodes images has died ({first_line(error)}); "
+                               "fewer workers need less memory")  # fmt: skip
+        error.__traceback__ = None
+    # The workers end when nothing refers to their iterator any more. A caller may keep the error, so neither its
+    # frames nor those of torch's error, which are a cycle, may hold the iterator.
+    batches = None
+    raise failure
+
+
+def _leave_stopping_to_the_first(worker: int) -> None:
+    """A signal that all processes get (of torchrun, of a batch system) must not end those that the last step needs."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _unheard(number: int) -> Iterator[None]:
+    """While it lasts, the signal waits; in processes that begin now it waits for ever."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _ahead(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same batches, each asked for before the one ahead of it is used up."""
+    waiting = next(batches, None)
+    while waiting is not None:
+        current, waiting = waiting, next(batches, None)
+        yield current
+
+
+Loaders = tuple[BatchLoader, BatchLoader, BatchLoader]
+
+
+def make_loaders(splits: Splits, batch_size: int, device: torch.device, flip: bool, seed: int = 0) -> Loaders:
+    """Train (augmented), validation and test loaders."""
+    train = BatchLoader(splits.train, batch_size, device, augment=True, flip=flip, seed=seed)
+    return train, BatchLoader(splits.val, batch_size, device), BatchLoader(splits.test, batch_size, device)

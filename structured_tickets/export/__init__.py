@@ -1,0 +1,1 @@
+"""Networks at their real size, as files."""

@@ -1,0 +1,243 @@
+"""What `export.py` writes: the ticket of a round at its real size, checked against the masked network."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from structured_tickets.base.atomic_files import write_atomically
+from structured_tickets.base.errors import DataError, RunError, StorageError, UsageError
+from structured_tickets.base.text_tables import text_table
+from structured_tickets.networks import build_model, runs_a_file
+from structured_tickets.networks.layers import Normalize, channels_side_by_side
+from structured_tickets.pruning.masks import MaskPair
+from structured_tickets.runs.state import RunFolder, RunState
+from structured_tickets.shrinking import shrink as compact
+from structured_tickets.shrinking.cost import cost_of
+from structured_tickets.unit_groups.find import unit_groups
+
+log = logging.getLogger("rsst")
+
+TOLERANCE = 1e-4  # of the logits, relative to the largest (or to 1)
+LATENCY_BATCHES = (1, 64)
+REPEATS = 15
+
+
+class ExportError(RunError):
+    """What was to be written does not compute what the masked network does."""
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A round's network: the dense one with its weights hardened, and what its structure keeps."""
+
+    run: RunState
+    masked: nn.Module
+    structure: dict[str, Tensor]
+
+
+def read_ticket(folder: Path, state: int | None = None, best: bool = False, arch: str | None = None) -> Ticket:
+    """The ticket of a round of the run in `folder`; by default of the last that is finished.
+
+    Args:
+        arch: The network, `file.py:factory`, of a run whose network comes from a user's file.
+
+    Raises:
+        DataError: There is no such run, round or file.
+        UsageError: The network comes from a user's file, and `arch` does not name it, or names another.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not the folder of a run")
+    files = RunFolder(folder)
+    if state is None:
+        newest = files.newest_run()
+        if newest is None or not newest.rounds:
+            raise DataError(f"{folder} holds no finished round")
+        state = int(newest.rounds[-1]["round"])
+    path = files.best(state) if best else files.checkpoint(state)
+    if not path.is_file():
+        raise DataError(f"{folder} holds no round {state} ({path.name} is missing)")
+    run = RunFolder.load(path)
+    model = _network(run, arch, path)
+    model.normalize = Normalize((0.0,) * 3, (1.0,) * 3)
+    structure = MaskPair(run.current_mask, run.refill_mask).structure if run.current_mask else {}
+    weights = {n: v * structure[n] if n in structure else v for n, v in run.state_dict.items()}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        if arch is None:
+            raise DataError(f"{path} does not hold the weights of {run.args['arch']}") from error
+        raise UsageError(f"argument --arch: {arch} is not the network of this run") from error
+    return Ticket(run, model.eval(), structure)
+
+
+def _network(run: RunState, arch: str | None, file: Path) -> nn.Module:
+    """The run's network. Code in a user's file is only run when the user says so: a checkpoint may be anybody's."""
+    named, size = run.args.get("arch"), run.args.get("image_size")
+    if not isinstance(named, str) or not isinstance(size, int) or not 0 < size <= compact.LARGEST_IMAGE:
+        raise DataError(f"{file} does not say which network it holds, for images of how many pixels")
+    if runs_a_file(named) and arch is None:
+        raise UsageError(f"argument --arch: the network comes from {named}: name it again, since its code will be run")
+    return build_model(arch or named, len(run.classes), size)
+
+
+def export(
+    folder: Path, state: int | None = None, best: bool = False, out: Path | None = None, multiple: int = 1,
+    onnx: bool = False, pt2: bool = False, arch: str | None = None,
+) -> str:  # fmt: skip
+    """Write a round's ticket; returns the table of what became smaller.
+
+    Args:
+        arch: See `read_ticket`.
+
+    Raises:
+        ExportError: A written form computes something else than the masked network; its file is removed.
+        UsageError: ONNX is wanted, and its packages are not installed.
+    """
+    if onnx:
+        _require_onnx()
+    ticket = read_ticket(folder, state, best, arch)
+    size = ticket.run.args["image_size"]
+    kept = compact.kept_units_of(ticket.masked, ticket.structure, multiple)
+    structure = compact.structure_of(ticket.masked, kept)
+    small = compact.shrink(ticket.masked, structure).eval()
+    images = torch.rand(5, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = ticket.masked(images)
+        check("the compact network", small(images), wanted)
+    out = out or _within(folder / "export", f"round_{ticket.run.state}")
+    out.mkdir(parents=True, exist_ok=True)
+    normalize: Any = ticket.masked.normalize
+    config = {
+        "arch": ticket.run.args["arch"], "image_size": size, "round": ticket.run.state,
+        "classes": ticket.run.classes or [str(k) for k in range(wanted.shape[1])],
+        "mean": normalize.mean.flatten().tolist(), "std": normalize.std.flatten().tolist(),
+        "kept": kept, "settings": ticket.run.args,
+    }  # fmt: skip
+    compact.save(small, config, out)
+    with torch.no_grad():
+        check("model.safetensors, read back", compact.load(out, arch)(images), wanted)
+    if onnx:
+        _write(out / "model.onnx", _write_onnx, _run_onnx, small, images, wanted)
+    if pt2:
+        _write(out / "model.pt2", _write_pt2, _run_pt2, small, images, wanted)
+    rows = _measure(ticket, structure, small, out / "model.safetensors", size)
+    write_atomically(json.dumps(rows, indent=1) + "\n", out / "export.json")
+    log.info("wrote %s", out)
+    return _table(rows)
+
+
+def _within(folder: Path, name: str) -> Path:
+    """Raises: StorageError, if a link leads out of a run's folder, which may be anybody's."""
+    for path in (folder, folder / name):
+        if path.is_symlink():
+            raise StorageError(f"{path} is a link, which is not followed; name a folder by --out")
+    return folder / name
+
+
+def check(what: str, found: Tensor, wanted: Tensor) -> None:
+    """Raises: ExportError, unless the logits agree."""
+    difference = float((found - wanted).abs().max()) / max(1.0, float(wanted.abs().max()))
+    if not difference <= TOLERANCE:
+        raise ExportError(f"{what} differs from the masked network by {difference:.2g}; nothing of it is kept")
+
+
+def _write(
+    path: Path, write: Callable[[nn.Module, Tensor, Path], None], run: Callable[[Path, Tensor], Tensor],
+    small: nn.Module, images: Tensor, wanted: Tensor,
+) -> None:  # fmt: skip
+    write(copy.deepcopy(small), images, path)
+    try:
+        check(path.name, run(path, images), wanted)
+        check(f"{path.name} with one image", run(path, images[:1]), wanted[:1])
+    except ExportError:
+        path.unlink()
+        raise
+
+
+def _require_onnx() -> None:
+    try:
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UsageError("argument --onnx: needs the packages onnx, onnxscript and onnxruntime") from error
+
+
+def _write_onnx(small: nn.Module, images: Tensor, path: Path) -> None:
+    torch.onnx.export(
+        small, (images,), str(path), dynamo=True, external_data=False, verbose=False, input_names=["images"],
+        output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )  # fmt: skip
+
+
+def _run_onnx(path: Path, images: Tensor) -> Tensor:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def _write_pt2(small: nn.Module, images: Tensor, path: Path) -> None:
+    program = torch.export.export(small, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, path)
+
+
+def _run_pt2(path: Path, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.export.load(path).module()(images)
+
+
+def _measure(ticket: Ticket, structure: dict[str, Tensor], small: nn.Module, file: Path, size: int) -> list[dict]:
+    """A row each for the dense, the masked and the compact network."""
+    groups = unit_groups(ticket.masked)
+    dense, cut = (cost_of(ticket.masked, groups, masks, size) for masks in ({}, structure))
+    whole = {n: v.contiguous().clone() for n, v in ticket.masked.state_dict().items()}
+    sizes = {"dense": len(safetensors.torch.save(whole)), "compact": file.stat().st_size}
+    dense_network = copy.deepcopy(ticket.masked)
+    dense_network.load_state_dict(ticket.run.state_dict)
+    networks = {"dense": dense_network, "masked": ticket.masked, "compact": small}
+    networks = {name: channels_side_by_side(copy.deepcopy(network)) for name, network in networks.items()}
+    rows: list[dict[str, Any]] = []
+    for name in networks:
+        cost, size_on_disk = (cut, sizes["compact"]) if name == "compact" else (dense, sizes["dense"])
+        rows.append({"network": name, "parameters": cost.parameters, "macs": cost.macs, "bytes": size_on_disk,
+                     "threads": torch.get_num_threads()})  # fmt: skip
+    for batch, seconds in ((b, latencies(list(networks.values()), b, size)) for b in LATENCY_BATCHES):
+        for row, value in zip(rows, seconds, strict=True):
+            row[f"latency_ms_batch_{batch}"] = 1e3 * value
+    return rows
+
+
+@torch.no_grad()
+def latencies(networks: list[nn.Module], batch: int, size: int, repeats: int = REPEATS) -> list[float]:
+    """Median seconds of a forward pass of each network, in turns, after two that warm up."""
+    images = torch.rand(batch, 3, size, size)
+    times: list[list[float]] = [[] for _ in networks]
+    for k in range(repeats + 2):
+        for network, own in zip(networks, times, strict=True):
+            began = time.perf_counter()
+            network(images)
+            if k >= 2:
+                own.append(time.perf_counter() - began)
+    return [statistics.median(own) for own in times]
+
+
+def _table(rows: list[dict]) -> str:
+    head = ["network", "parameters", "MACs", "file", *(f"batch {b}" for b in LATENCY_BATCHES)]
+    lines = []
+    for row in rows:
+        latencies = [f"{row[f'latency_ms_batch_{b}']:.1f} ms" for b in LATENCY_BATCHES]
+        size = f"{row['bytes'] / 1e6:.2f} MB"
+        lines.append([row["network"], f"{row['parameters']:,}", f"{row['macs'] / 1e6:.1f} M", size, *latencies])
+    return f"{text_table(head, lines, right=True)}\nlatency: median of {REPEATS}, fp32, {rows[0]['threads']} threads"

@@ -1,0 +1,66 @@
+"""From what `--arch` says to a network: a row of `MODELS`, another library's network, or a user's own."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from structured_tickets.networks.registry import MODELS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+LIBRARIES = ("timm/", "torchvision/")
+
+
+def build_model(name: str, num_classes: int, img_size: int) -> nn.Module:
+    """Build the model `name` (see `parse_arch`), freshly initialised from torch's global generator.
+
+    Raises:
+        UsageError: There is no such network, or it does not fit images of this size.
+    """
+    if name not in MODELS:
+        from structured_tickets.networks.external import build_external
+
+        return build_external(name, num_classes, img_size)
+    build = MODELS[name].build
+    if "img_size" in inspect.signature(build).parameters:
+        return build(num_classes, img_size=img_size)
+    return build(num_classes)
+
+
+def parse_arch(text: str) -> str:
+    """A name for `build_model`: a row of `MODELS`, `timm/<name>`, `torchvision/<name>` or `file.py:factory`.
+
+    The file's path becomes absolute. Whether another library has the network shows when it is built.
+
+    Raises:
+        ValueError: It is none of these; the message says what is wrong.
+    """
+    if text in MODELS or text.startswith(LIBRARIES):
+        return text
+    file, _, factory = text.rpartition(":")
+    if text.endswith(".py"):
+        raise ValueError(f"{text!r} does not say which function of it makes the network: {text}:NAME")
+    if not file.endswith(".py"):
+        near = difflib.get_close_matches(text, MODELS, 1, cutoff=0.5)
+        hint = f" (did you mean {near[0]}, timm/{text} or torchvision/{text}?)" if near else ""
+        raise ValueError(
+            f"{text!r} is not one of {', '.join(MODELS)}, timm/NAME, torchvision/NAME, FILE.py:FACTORY{hint}"
+        )
+    if not os.path.isfile(file):  # noqa: PTH113 (a Path would not answer for a name that is too long)
+        raise ValueError(f"no such file: {file}")
+    return f"{Path(file).resolve()}:{factory}"
+
+
+def runs_a_file(arch: str) -> bool:
+    """Whether building this network runs code of a user's file."""
+    return arch not in MODELS and not arch.startswith(LIBRARIES)
+
+
+def family_of(arch: str) -> str | None:
+    """The family of a row of `MODELS`; None for other networks, which have to be built first."""
+    return MODELS[arch].spec.family if arch in MODELS else None

@@ -1,0 +1,88 @@
+"""One row per model: how to build it, and which of its layers are never pruned.
+
+Modules that register models import torch only when they build one, so that the command line can list them at once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from structured_tickets.base.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the algorithms may know about a network without knowing its layers.
+
+    Attributes:
+        stem: Name of the first layer (stem convolution or patch embedding), left dense unless asked for.
+        classifier: Name of the last layer, never pruned; started afresh by `--prune_type pt`.
+        family: "cnn" (units are channels), "vit" (units are heads and MLP neurons), or "" where only its layers tell.
+        pretrained: Name of the timm model whose ImageNet weights fit this one, if any.
+    """
+
+    name: str = ""
+    stem: str = "conv1"
+    classifier: str = "fc"
+    family: str = "cnn"
+    pretrained: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A registered model: its row and the function that builds it."""
+
+    spec: ModelSpec
+    build: Callable[..., nn.Module]
+
+
+MODELS: dict[str, ModelEntry] = {}
+
+
+def register_model(
+    name: str, *, stem: str, classifier: str, family: str, pretrained: str | None = None
+) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
+    """Add a model to `MODELS` under `name`; the model that is built carries its row as `.spec`.
+
+    The decorated function takes the number of classes first and, if its size depends on it, `img_size`.
+    """
+    spec = ModelSpec(name, stem, classifier, family, pretrained)
+
+    def decorate(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        if name in MODELS:
+            raise ValueError(f"two models are registered as {name!r}")
+
+        @functools.wraps(build)
+        def build_with_spec(*args: object, **kwargs: object) -> nn.Module:
+            model = build(*args, **kwargs)
+            model.spec = spec  # type: ignore[assignment]
+            return model
+
+        MODELS[name] = ModelEntry(spec, build_with_spec)
+        return build_with_spec
+
+    return decorate
+
+
+def spec_of(model: nn.Module) -> ModelSpec:
+    """The row of a registered model; the documents' names (`conv1`, `fc`) for any other."""
+    spec = getattr(model, "spec", None)
+    return spec if isinstance(spec, ModelSpec) else ModelSpec()
+
+
+def require_size(name: str, img_size: int, at_least: int = 1, multiple_of: int = 1) -> None:
+    """Refuse images (of `img_size` pixels a side) that the model `name` cannot take.
+
+    Raises:
+        UsageError: They are too small, or cannot be cut into patches.
+    """
+    if img_size < at_least:
+        raise UsageError(f"{name} halves the resolution too often for --image_size {img_size}: {at_least} or more")
+    if img_size % multiple_of:
+        raise UsageError(f"{name} wants an --image_size that is a multiple of {multiple_of}, not {img_size}")

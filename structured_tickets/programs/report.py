@@ -1,0 +1,44 @@
+"""A page about a run, a sweep or a folder of runs, with its figures and tables as files."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from structured_tickets.base.console import exit_status, start_logging
+from structured_tickets.base.secrets_in_text import refuse_secrets
+from structured_tickets.settings.argument_types import OneLineParser, path, truth
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """Raises: UsageError."""
+    parser = OneLineParser(prog="report.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("path", metavar="DIR", type=path, help="folder of a run, of a sweep, or that holds runs")
+    parser.add_argument("--out", type=path, metavar="DIR", help="default: DIR/report")
+    parser.add_argument("--latency", type=truth, default=True, metavar="BOOL",
+                        help="measure the compact network of each round here (default: true)")  # fmt: skip
+    parser.add_argument("--arch", metavar="FILE.py:FACTORY", help="the network, if the runs' comes from your own file")
+    parser.add_argument("--quiet", action="store_true", help="only the name of the page, and warnings")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status (see `errors`)."""
+    return exit_status(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(words: Sequence[str]) -> str:
+    refuse_secrets(words)
+    args = parse_args(words)
+    start_logging(args.quiet, verbose=False)
+    page, latency = (
+        importlib.import_module("structured_tickets.reports.page"),
+        importlib.import_module("structured_tickets.reports.latency"),
+    )
+    found = importlib.import_module("structured_tickets.reports.collection").collect(args.path)
+    out = args.out or args.path / "report"
+    page.make_folder(out)
+    times = latency.measured(found, out, args.arch) if args.latency else {}
+    return str(page.write(page.build(found, times, latency.BATCH), out))

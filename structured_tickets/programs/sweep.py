@@ -1,0 +1,285 @@
+"""Many runs: a grid of settings over seeds, carried out side by side, continued by the same command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from structured_tickets.base.atomic_files import lock, write_atomically
+from structured_tickets.base.console import exit_status, log_to_file, start_logging, started_by_torchrun
+from structured_tickets.base.errors import RunError, StorageError, UsageError
+from structured_tickets.base.secrets_in_text import refuse_secrets
+from structured_tickets.base.text_tables import counted, text_table
+from structured_tickets.settings.argument_types import (
+    NONNEGATIVE,
+    PARALLEL,
+    POSITIVE,
+    OneLineParser,
+    count,
+    path,
+    truth,
+)
+from structured_tickets.sweeps.executors import check_executor
+from structured_tickets.sweeps.file import read_file
+from structured_tickets.sweeps.grid import MOST_RUNS, Job, Plan, Spec, grouped, plan, words_of
+from structured_tickets.sweeps.job_process import Outcome
+from structured_tickets.sweeps.live_view import title_of
+from structured_tickets.sweeps.schedule import carry_out
+from structured_tickets.sweeps.slurm import write_scripts
+
+if TYPE_CHECKING:
+    from structured_tickets.sweeps.search import Ready
+
+log = logging.getLogger("rsst")
+
+EXAMPLES = """examples:
+  python sweep.py --grid struct=rsst,refill criteria=magnitude,l1 rate=0.2,0.4 seed=0,1,2 \\
+      --dataset digits --arch vit_tiny --vit_structured --vit_prune_target both --epochs 25 --pruning_times 3
+  python sweep.py --file sweep.yaml --executor ray --address auto
+  python report.py sweep_output_1a2b3c4d
+
+A file holds `flags:` (flag: value), `grid:` (flag: [values], or a list of such grids) and `list:` (runs by themselves).
+The same command again continues: what is finished is left alone, what was broken off goes on."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The sweep's own flags; all others are the runner's."""
+    parser = OneLineParser(
+        prog="sweep.py", description=__doc__, allow_abbrev=False, epilog=EXAMPLES,
+        usage="sweep.py (--grid FLAG=VALUES ... | --file FILE) [options] [flags of main_imp_fillback.py]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    what = parser.add_argument_group("what to run")
+    what.add_argument("--grid", nargs="+", default=[], metavar="FLAG=VALUES", action="extend",
+                      help="values with commas between them; every combination is a run. With semicolons, values may "
+                      "hold commas: vit_prune_target='head;head,mlp'")  # fmt: skip
+    what.add_argument("--file", type=path, help="YAML with flags, grid and list")
+    what.add_argument("--out", type=path, metavar="DIR", help="folder (default: named after the grid)")
+    what.add_argument("--share_round_0", type=truth, default=True, metavar="BOOL",
+                      help="train each dense round once, for all runs that begin with it (default: true)")  # fmt: skip
+    what.add_argument("--dry_run", action="store_true", help="list the runs, and start none")
+    where = parser.add_argument_group("where to run it")
+    where.add_argument("--executor", choices=("local", "ray", "slurm"), default="local",
+                       help="processes here (default); a Ray cluster; or batch scripts for Slurm")  # fmt: skip
+    where.add_argument("--jobs", type=count(1, PARALLEL), metavar="N",
+                       help="runs at a time (local: one for each GPU, else for each core; slurm: all)")  # fmt: skip
+    where.add_argument("--threads", type=count(1, PARALLEL), default=1, metavar="N",
+                       help="of each run (default: 1). The last digits of results depend on it")  # fmt: skip
+    where.add_argument("--retries", type=count(0), default=2, metavar="N",
+                       help="how often a run is begun again that was killed (default: 2)")  # fmt: skip
+    where.add_argument("--address", default="auto", help="ray: of the cluster (default: auto, the one that runs here)")
+    where.add_argument("--gpus_per_run", type=NONNEGATIVE, metavar="N", help="ray: GPUs of a run (default: 0)")
+    where.add_argument("--slurm_options", default="", metavar="WORDS", help="slurm: e.g. '--partition=gpu --time=60'")
+    search = parser.add_argument_group("search")
+    search.add_argument("--search", action="store_true",
+                        help="do not run the whole grid: successive halving by Optuna. All begin with few epochs, the "
+                        "better third goes on with three times as many")  # fmt: skip
+    search.add_argument("--density", type=POSITIVE, metavar="PERCENT", help="search: at most this share of the weights")
+    search.add_argument("--macs", type=POSITIVE, metavar="MILLIONS", help="search: at most so many MACs")
+    search.add_argument("--rungs", type=count(1), default=3, help="search: how many budgets of epochs (default: 3)")
+    parser.add_argument("--quiet", action="store_true", help="only warnings and the final tables")
+    return parser
+
+
+def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, Spec]:
+    """The sweep's own arguments, and what is to be run.
+
+    Raises:
+        UsageError: One line that names the flag.
+        DataError: The file cannot be read.
+    """
+    args, flags = build_parser().parse_known_args(_normalised(argv))
+    from_file = read_file(args.file) if args.file else {}
+    grids = from_file.get("grid") or []
+    grids = [*(grids if isinstance(grids, list) else [grids]), *([_grid_of(args.grid)] if args.grid else [])]
+    spec = Spec((*words_of(from_file.get("flags") or {}), *flags), tuple(grids), tuple(from_file.get("list") or ()))
+    if not spec.count:
+        raise UsageError("argument --grid: nothing to run; give --grid FLAG=VALUES ... or --file FILE")
+    if spec.count > MOST_RUNS:
+        raise UsageError(f"argument --grid: more than {MOST_RUNS} combinations, which no sweep can have")
+    refuse_secrets([*spec.flags, *(word for settings in spec.combinations() for word in words_of(settings))])
+    if not args.search and (args.density or args.macs):
+        raise UsageError("argument --density, --macs: only read by --search")
+    if args.search and args.executor == "slurm":
+        raise UsageError("argument --search: not with --executor slurm, which only writes scripts")
+    if args.search and not (args.density or args.macs):
+        raise UsageError("argument --search: needs a budget: --density PERCENT or --macs MILLIONS")
+    try:
+        args.slurm_options = shlex.split(args.slurm_options)
+    except ValueError as error:
+        raise UsageError(f"argument --slurm_options: {error}") from error
+    args.out = args.out or Path(f"sweep_output_{spec.digest()}")
+    args.out = args.out.resolve()
+    return args, spec
+
+
+def _normalised(argv: Sequence[str]) -> list[str]:
+    """Flags with `_` for `-`; options for sbatch, which look like flags, as one word with their own."""
+    words: list[str] = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if words and words[-1] == "--slurm_options":
+            words[-1] += f"={word}"
+        elif word.startswith("--"):
+            words.append(f"--{name[2:].replace('-', '_')}{equals}{value}")
+        else:
+            words.append(word)
+    return words
+
+
+def _grid_of(words: Sequence[str]) -> dict[str, list[str]]:
+    grid = {}
+    for word in words:
+        key, equals, values = word.partition("=")
+        parts = [v.strip() for v in values.split(";" if ";" in values else ",") if v.strip()]
+        if not equals or not parts:
+            raise UsageError(f"argument --grid: {word!r} is not FLAG=VALUE,VALUE,...")
+        if key in grid:
+            raise UsageError(f"argument --grid: {key} is given twice")
+        grid[key.removeprefix("--").replace("-", "_")] = list(dict.fromkeys(parts))
+    return grid
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the sweep; returns its exit status: that of the runner (see `errors`), 1 if a run has failed."""
+    return exit_status(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
+
+
+class SweepFailed(RunError):
+    """Some of the runs have failed; the others are finished."""
+
+
+def _run(words: list[str]) -> str:
+    refuse_secrets(words)
+    if started_by_torchrun():
+        raise UsageError("sweep.py is not started by torchrun: it starts processes of its own")
+    args, spec = parse_args(words)
+    start_logging(args.quiet, verbose=False)
+    if args.search:
+        check_executor(args)
+        return _search(args, spec, words)
+    wanted = plan(spec, args.out, args.share_round_0)
+    if args.dry_run:
+        return describe(wanted)
+    check_executor(args)
+    jobs = [grouped(job, args.out.name) for job in wanted.jobs]
+    with locked(args.out):
+        log_to_file(args.out / "sweep.log")
+        for note in [*wanted.notes, *runs_of_other_sweeps(args.out, jobs)]:
+            log.info("%s", note)
+        write_record(args.out, words, spec, jobs)
+        if args.executor == "slurm":
+            script = write_scripts(jobs, args.out, args.out.name, args.threads, args.jobs, args.slurm_options)
+            return f"bash {shlex.quote(str(script))}"
+        outcomes = carry_out(jobs, args)
+        return conclude(jobs, outcomes, args.out)
+
+
+def _search(args: argparse.Namespace, spec: Spec, words: Sequence[str]) -> str:
+    from structured_tickets.sweeps.search import prepared, search
+
+    ready = prepared(args, spec)
+    if args.dry_run:
+        return describe_search(ready)
+    with locked(args.out):
+        log_to_file(args.out / "sweep.log")
+        found = search(args, ready)
+        write_record(args.out, words, spec, found.jobs, {"density": args.density, "macs": args.macs})
+        text = [found.table, *([f"report: python report.py {_shorter(args.out)}"] if found.jobs else [])]
+        if found.failed:
+            print("\n\n".join(text))
+            raise SweepFailed(f"{found.failed} settings failed; their output is in {args.out / 'logs'}")
+        return "\n\n".join(text)
+
+
+def describe_search(ready: Ready) -> str:
+    """What `--search --dry_run` prints: the settings, and the epochs that the search may give them."""
+    table = text_table(["setting"], [[" ".join(f"{k}={v}" for k, v in s.items())] for s in ready.settings])
+    epochs = ", ".join(map(str, ready.budgets))
+    return f"{table}\n{len(ready.settings)} settings, {ready.seeds} runs each; epochs of a round: {epochs}"
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """The sweep's folder, made, and kept for this process.
+
+    Raises:
+        StorageError: The folder cannot be made.
+        UsageError: A sweep is running there.
+    """
+    try:
+        (out / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make the folder {out}: {error.strerror}") from error
+    with lock(out / "lock") or nullcontext() as file:
+        if file is None:
+            raise UsageError(f"argument --out: another sweep is running in {out}")
+        yield
+
+
+def runs_of_other_sweeps(out: Path, jobs: Sequence[Job]) -> list[str]:
+    """A sentence if the folder holds runs that are not in this sweep."""
+    others = {p.parent.name for p in out.glob("runs/*/args.yaml")} - {job.name for job in jobs}
+    return [f"{out} holds {len(others)} runs that are not in this sweep; reports leave them out"] if others else []
+
+
+def write_record(
+    out: Path, words: Sequence[str], spec: Spec, jobs: Sequence[Job], limits: Mapping[str, float | None] | None = None
+) -> None:
+    """`sweep.json`: the command, every job, and the limits of a search, for reports."""
+    (out / "outcomes.json").unlink(missing_ok=True)  # those of an older record
+    record = {
+        "command": ["sweep.py", *words],
+        "axes": list(dict.fromkeys([*spec.axes, *(key for job in jobs for key in job.settings)])),
+        "jobs": [{**vars(j), "folder": str(j.folder.relative_to(out))} for j in jobs],
+        "limits": limits,
+    }  # fmt: skip
+    write_atomically(json.dumps(record, indent=1) + "\n", out / "sweep.json")
+
+
+def describe(wanted: Plan) -> str:
+    """What `--dry_run` prints: the plan as a table."""
+    rows = [["dense" if j.dense else "run", title_of(j), str(j.rounds * j.epochs), j.name] for j in wanted.jobs]
+    runs = sum(not j.dense for j in wanted.jobs)
+    sums = f"{counted(runs, 'run')}, {counted(len(wanted.jobs) - runs, 'dense round')} that they share"
+    return "\n".join([text_table(["kind", "settings", "epochs", "folder"], rows), *wanted.notes, sums])
+
+
+def conclude(jobs: Sequence[Job], outcomes: Mapping[str, Outcome], out: Path) -> str:
+    """The tables at the end.
+
+    Raises:
+        SweepFailed: After the tables are printed, if a run has failed.
+    """
+    summarise: Callable[[Path], str] = importlib.import_module(
+        "structured_tickets.reports.sweep_tables"
+    ).printed_summary
+    ends = {name: {"status": o.status, "reason": o.reason} for name, o in outcomes.items()}
+    write_atomically(json.dumps(ends, indent=1) + "\n", out / "outcomes.json")
+    text = [summarise(out)]
+    if offline := sorted(out.glob("runs/*/wandb/offline-run-*")):
+        text.append(f"{len(offline)} WandB runs are offline; to send them: "
+                    f"wandb sync {_shorter(out)}/runs/*/wandb/offline-run-*")  # fmt: skip
+    if any(o.fine for job in jobs if not job.dense for o in [outcomes[job.name]]):
+        text.append(f"report: python report.py {_shorter(out)}")
+    failed = [(job, outcomes[job.name]) for job in jobs if not outcomes[job.name].fine]
+    if failed:
+        rows = [[title_of(job), "-" if o.status is None else str(o.status), o.reason] for job, o in failed]
+        table = text_table(["failed", "status", "why"], rows)
+        print("\n\n".join([*text, table]))
+        raise SweepFailed(f"{len(failed)} of {len(jobs)} jobs failed; their output is in {out / 'logs'}")
+    return "\n\n".join(text)
+
+
+def _shorter(path: Path) -> str:
+    near = os.path.relpath(path)
+    return shlex.quote(near if len(near) < len(str(path)) else str(path))

@@ -1,0 +1,1 @@
+"""Decides which weights and units are kept. Applies nothing."""

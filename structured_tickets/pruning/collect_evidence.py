@@ -1,0 +1,130 @@
+"""Evidence from a network at work: its layers' outputs and gradients, collected without leaving a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import prune
+
+from structured_tickets.pruning.criteria import CRITERIA, CRITERIA_BATCHES
+from structured_tickets.pruning.evidence import Evidence, FeatureStatistics
+from structured_tickets.pruning.masks import effective_state, in_place_of
+from structured_tickets.unit_groups.unit import UnitGroup
+
+
+def collect_evidence(
+    model: nn.Module,
+    groups: Sequence[UnitGroup],
+    weights: Mapping[str, Tensor],
+    current_mask: Mapping[str, Tensor],
+    criterion: str,
+    batches: Iterable[tuple[Tensor, Tensor]] | None,
+    count: int = CRITERIA_BATCHES,
+) -> Evidence:
+    """Gather what `criterion` reads about the network with `weights` in place; the model keeps no trace of it.
+
+    The network runs in eval mode and single precision. Saliency takes the cross-entropy of each batch.
+
+    Args:
+        weights: State dict to put in place of the model's own.
+        batches: (images, labels); only the first `count` are read. Not read at all by weight criteria.
+
+    Raises:
+        KeyError: No such criterion.
+        ValueError: The criterion reads feature maps and there is no batch.
+    """
+    if CRITERIA[criterion].reads == "weights":
+        return Evidence(weights, current_mask)
+    layers = list(dict.fromkeys(g.root.layer for g in groups))
+    with_gradients = CRITERIA[criterion].reads == "gradients"
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[]):
+        taken = [(x.to(device), y.to(device)) for x, y in islice(batches or [], count)]
+    if not taken:
+        raise ValueError(f"criterion {criterion!r} reads feature maps: it needs at least one batch of images")
+    with _evaluating(model, weights) as state:
+        parts = [_statistics(model, state, layers, x, y, with_gradients) for x, y in taken]
+    images = [len(x) for x, _ in taken]
+    return Evidence(weights, current_mask, {layer: _mean([p[layer] for p in parts], images) for layer in layers})
+
+
+@contextmanager
+def _evaluating(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Eval mode, and a state to run the model with; afterwards every module's mode and masked weight are as before."""
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        plain = torch.compiler.set_stance("force_eager")  # compiled code would pass the hooks by
+        with plain, torch.autocast(next(model.parameters()).device.type, enabled=False):
+            yield in_place_of(model, {n: w.detach() for n, w in effective_state(weights).items()})
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+            for hook in module._forward_pre_hooks.values():
+                if isinstance(hook, prune.BasePruningMethod):
+                    hook(module, None)
+
+
+def _statistics(
+    model: nn.Module, state: dict[str, Tensor], layers: Sequence[str], images: Tensor, labels: Tensor, gradients: bool
+) -> dict[str, FeatureStatistics]:
+    outputs: dict[str, Tensor] = {}
+
+    def recorder(layer: str) -> Callable:
+        def record(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+            outputs[layer] = output
+            return output.clone()  # what follows may work in place
+
+        return record
+
+    handles = [model.get_submodule(layer).register_forward_hook(recorder(layer)) for layer in layers]
+    try:
+        with torch.set_grad_enabled(gradients):
+            logits = functional_call(model, state, (images.detach().clone().requires_grad_(gradients),))
+    finally:
+        for handle in handles:
+            handle.remove()
+    lasts = [_features_last(model.get_submodule(layer), outputs[layer]) for layer in layers]
+    if not gradients:
+        return {layer: _summary(outputs[layer], None, last) for layer, last in zip(layers, lasts, strict=True)}
+    loss = nn.functional.cross_entropy(logits, labels)
+    slopes = torch.autograd.grad(loss, [outputs[layer] for layer in layers], materialize_grads=True)
+    return {y: _summary(outputs[y], slope, last) for y, slope, last in zip(layers, slopes, lasts, strict=True)}
+
+
+def _features_last(layer: nn.Module, output: Tensor) -> bool:
+    """Whether the features are an output's last axis: of linear layers, also where they work on [.., height, width]."""
+    return isinstance(layer, nn.Linear) or output.ndim != 4
+
+
+def _summary(output: Tensor, slope: Tensor | None, features_last: bool) -> FeatureStatistics:
+    """Reduce [batch, features, height, width] or [batch, .., features] to one value per feature."""
+    output = output.detach()
+    others = [d for d in range(output.ndim) if d != (output.ndim - 1 if features_last else 1)]
+
+    def mean(values: Tensor) -> Tensor:
+        return values.double().mean(dim=others).cpu()
+
+    saliency = None if slope is None else mean((output * slope).abs())
+    return FeatureStatistics(mean(output.abs()), mean(output.square()), saliency)
+
+
+def _mean(parts: Sequence[FeatureStatistics], images: Sequence[int]) -> FeatureStatistics:
+    """The statistics of all batches, of so many images each: every image counts the same.
+
+    The gradients are those of a batch's mean loss: the fewer images it has, the larger they are.
+    """
+
+    def average(values: Sequence[Tensor], power: int = 1) -> Tensor:
+        shares = torch.tensor([float(n) ** power for n in images], dtype=torch.float64)
+        return torch.tensordot(shares / shares.sum(), torch.stack(list(values)), 1)
+
+    slopes = [p.saliency for p in parts if p.saliency is not None]
+    return FeatureStatistics(
+        average([p.absolute for p in parts]), average([p.square for p in parts]), average(slopes, 2) if slopes else None
+    )

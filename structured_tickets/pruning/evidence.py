@@ -1,0 +1,52 @@
+"""Evidence: what a criterion may see of a trained network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from structured_tickets.pruning.masks import effective_weight
+from structured_tickets.unit_groups.unit import Slice
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Means over batch and positions of one layer's own output f, one entry per output feature: [features].
+
+    Attributes:
+        absolute: Mean of |f|.
+        square: Mean of f squared.
+        saliency: Mean of |f * dLoss/df|; None unless gradients were asked for.
+    """
+
+    absolute: Tensor
+    square: Tensor
+    saliency: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that a criterion may see.
+
+    Attributes:
+        weights: The trained state dict (plain or pruning keys).
+        current_mask: `"<layer>.weight_mask"` -> 0/1.
+        features: Layer -> statistics of its output; empty unless the criterion reads them.
+    """
+
+    weights: Mapping[str, Tensor]
+    current_mask: Mapping[str, Tensor]
+    features: Mapping[str, FeatureStatistics] = field(default_factory=dict)
+
+    def weight(self, name: str) -> Tensor:
+        """The trained parameter of that name, masked if the state is."""
+        return effective_weight(self.weights, name)
+
+    def cut_units(self, part: Slice) -> Tensor:
+        """Units without a weight other than zero, bool [units], on the CPU; none where weights are not known."""
+        if not self.weights:
+            return torch.zeros(part.index.shape[0], dtype=torch.bool)
+        return ~part.units_with_weights((self.weight(part.name) != 0).float())

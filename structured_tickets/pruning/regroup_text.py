@@ -1,0 +1,80 @@
+"""The documents' console blocks about a regrouping, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from structured_tickets.pruning.masks import Mask, by_parameter, current_key
+from structured_tickets.unit_groups.unit import UnitGroup, kinds
+
+PARTS = {
+    "head": "Attention Head Pruning",
+    "neuron": "MLP Neuron Pruning",
+    "block": "Block Pruning",
+    "channel": "Channel Pruning",
+}
+LAYERS = {"head": "Attention layers", "neuron": "MLP layers", "channel": "Convolution layers"}
+TITLES = {"head": "Head", "neuron": "MLP", "block": "Block", "channel": "Channel"}
+
+
+def sparsity_percent(masks: Mapping[str, Tensor]) -> float:
+    """Share of zeros over all given masks, in percent."""
+    total = sum(m.numel() for m in masks.values())
+    return 100 * (1 - sum(float(m.sum(dtype=m.dtype)) for m in masks.values()) / total) if total else 0.0
+
+
+def ratio_labels(ratios: Mapping[str, float]) -> dict[str, float]:
+    """Shares by kind of unit as the documents label them."""
+    if len(ratios) == 1:
+        return {"Prune Ratio": next(iter(ratios.values()))}
+    return {f"{TITLES[kind]} Prune Ratio": ratio for kind, ratio in ratios.items()}
+
+
+def banner(targets: Sequence[str], criteria: str, ratios: Mapping[str, float], refill: bool) -> str:
+    """The block that opens a regrouping. `targets` are the kinds of unit; `ratios` maps a label to a share."""
+    name = " + ".join(TITLES[t] for t in targets)
+    title = "ViT Head-level" if list(targets) == ["head"] else f"ViT {name}"
+    if "channel" in targets:
+        title = "Channel-level"
+    lines = ["=" * 80, f"[{title} Quasi-Structured Pruning]", f"  Criteria: {criteria}"]
+    lines += [f"  {label}: {value}" for label, value in ratios.items()]
+    lines += [f"  Mode: {'Refill (apply mask)' if refill else 'RSST (mask only)'}", "=" * 80]
+    return "\n".join(lines)
+
+
+def part_heading(number: int, kind: str) -> str:
+    return f"\nPart {number}: {PARTS.get(kind, kind)} ({kind.capitalize()}-level Structured)\n" + "-" * 80
+
+
+def group_block(group: UnitGroup, scores: Tensor, kept: Tensor, current_mask: Mapping[str, Tensor]) -> str:
+    """One unit group: what it is, how its units score, which of them stay."""
+    root = group.root
+    mask = current_mask[current_key(root.name)]
+    after = root.spread(kept, mask)
+    lines = [f"\nLayer: {root.layer}", f"  Shape: {mask.shape}"]
+    best = scores.argsort(descending=True, stable=True)[: int(kept.sum())].tolist()
+    if group.kind == "head":
+        lines.append(f"  Num heads: {group.units}, Head dim: {root.index.shape[1] // 3}, Embed dim: {mask.shape[1]}")
+        lines.append(f"  Head importance: [{' '.join(f'{s:.6g}' for s in scores.tolist())}]")
+    chosen = f": [{' '.join(map(str, best))}]" if group.kind == "head" else ""
+    lines.append(f"  Keeping {len(best)}/{group.units} {group.kind}s{chosen}")
+    lines.append(f"  Original sparsity: {sparsity_percent({'': mask}):.2f}%")
+    lines.append(f"  New sparsity: {sparsity_percent({'': after}):.2f}% ({group.kind}-level)")
+    return "\n".join(lines)
+
+
+def summary(groups: Sequence[UnitGroup], refill: Mask) -> str:
+    """Counts of masks and the overall sparsity of the prunable weights."""
+    ranked = {
+        k: list(dict.fromkeys(s.name for g in groups if g.kind == k for s in g.slices if s.ranked))
+        for k in kinds(groups)
+        if k != "block"  # made of the others' layers
+    }
+    masks = by_parameter(refill)
+    names = [n for of_kind in ranked.values() for n in of_kind]
+    lines = ["=" * 80, "Summary:", f"  Total masks generated: {len(names)}"]
+    lines += [f"  {LAYERS.get(kind, kind)}: {len(of_kind)}" for kind, of_kind in ranked.items()]
+    lines.append(f"  Overall sparsity: {sparsity_percent({n: masks[n] for n in names}):.2f}%")
+    return "\n".join([*lines, "=" * 80])

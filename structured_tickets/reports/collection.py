@@ -1,0 +1,220 @@
+"""The runs of a report: a run, a sweep, or a folder of runs, in groups whose runs differ in their seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePath
+from typing import Any
+
+from structured_tickets.base.atomic_files import lock
+from structured_tickets.base.errors import DataError
+from structured_tickets.base.untrusted_text import parse_json
+from structured_tickets.reports.runs import Collection, Group, Limits, Run, in_words, worded
+from structured_tickets.runs.read import (
+    check,
+    is_mapping,
+    is_number,
+    is_run,
+    is_words,
+    read_environment,
+    read_metrics,
+    read_result,
+    read_rounds,
+    read_settings,
+)
+
+# Settings that say where a run was and how it was watched, not what it was.
+PLUMBING = frozenset(
+    {"save_dir", "data", "preset", "checkpoint", "resume", "control_of", "dense_store", "wandb", "wandb_group",
+     "wandb_tags", "tensorboard", "exp_name", "quiet", "verbose", "print_freq", "dry_run", "gpu", "workers",
+     "keep_checkpoints"}
+)  # fmt: skip
+# What may differ though the settings agree -> the hash of it that runs note, the settings, and what there is to say.
+CONTENTS = (
+    ("images", "data", ("dataset", "image_size"), "Some runs saw other images"),
+    ("network", "network", ("dataset", "arch", "image_size"), "Some runs trained another network"),
+)
+
+
+def collect(path: Path) -> Collection:
+    """The runs at `path`.
+
+    Raises:
+        DataError: It holds no run, or none that has finished a round.
+    """
+    if (path / "sweep.json").is_file():
+        found = _sweep(path)
+    elif is_run(path):
+        run = _run(path, {})
+        command = run.environment.get("command", [])
+        found = _collection(path, ["seed"], [run], [], command)
+    elif path.is_dir() and (folders := [p for p in sorted(path.iterdir()) if is_run(p)]):
+        found = _folder(path, folders)
+    else:
+        raise DataError(f"{path} holds neither a run nor a sweep")
+    if not found.groups:
+        raise DataError(f"no run in {path} has finished a round")
+    return found
+
+
+def _sweep(path: Path) -> Collection:
+    record, ends = _json(path / "sweep.json", _check_record), _json(path / "outcomes.json", _check_ends)
+    runs: list[Run] = []
+    dense: list[Run] = []
+    for job in record["jobs"]:
+        end = ends.get(job["name"], {})
+        reason = end.get("reason", "") if end.get("status") != 0 else ""
+        run = _run(path / job["folder"], job["settings"], job["rounds"], reason)
+        (dense if job["dense"] else runs).append(run)
+    axes = [a for a in record["axes"] if len({worded(r.settings.get(a)) for r in runs}) > 1]
+    limits = Limits(**record["limits"]) if record.get("limits") else None
+    return _collection(path, axes, runs, dense, record["command"], limits)
+
+
+def _folder(path: Path, folders: Sequence[Path]) -> Collection:
+    """Runs that no sweep has made: what differs is read from their settings.
+
+    A setting that no command names, and that only follows others by its default, is no axis of its own.
+    """
+    every = {folder: read_settings(folder) for folder in folders}
+    keys = dict.fromkeys(key for args in every.values() for key in args if key not in PLUMBING)
+    commands = [read_environment(folder).get("command", []) for folder in folders]
+    named = {word.removeprefix("--").split("=")[0].replace("-", "_") for words in commands for word in words}
+    differing = [k for k in keys if k != "seed" and len({worded(args.get(k)) for args in every.values()}) > 1]
+    axes = [k for k in differing if k in named]
+    for key in differing:
+        if key not in axes and not _follows(key, axes, every.values()):
+            axes.append(key)
+    runs = [_run(folder, {k: args.get(k) for k in axes}) for folder, args in every.items()]
+    return _collection(path, axes, runs, [], [])
+
+
+def _follows(key: str, axes: Sequence[str], every: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether runs that agree in the axes agree in this setting too."""
+    values: dict[tuple[str, ...], set[str]] = {}
+    for args in every:
+        values.setdefault(tuple(worded(args.get(a)) for a in axes), set()).add(worded(args.get(key)))
+    return all(len(found) == 1 for found in values.values())
+
+
+def _collection(
+    path: Path, axes: Sequence[str], runs: list[Run], dense: list[Run], command: list[str],
+    limits: Limits | None = None,
+) -> Collection:  # fmt: skip
+    notes: list[str] = []
+    axes = [a for a in axes if a != "seed"]
+    for name, key, known, what in CONTENTS:
+        runs, different = _told_apart(runs, name, key, known)
+        if different:
+            axes.append(name)
+            notes.append(f"{what}, though the settings do not say so: {name}={' and '.join(different)} are told apart.")
+    groups, repeated = _groups(runs)
+    if repeated:
+        notes.append(f"Left out, since another run has the same settings and seed: {', '.join(repeated)}.")
+    return Collection(path.resolve().name, path, axes, groups, runs, dense, command, notes, limits)
+
+
+def _told_apart(runs: list[Run], name: str, key: str, known: Sequence[str]) -> tuple[list[Run], list[str]]:
+    """Runs whose settings agree in what is `known`, but not in a hash that they have noted, have it as a setting.
+
+    Returns:
+        The runs, and the different values.
+    """
+    hashes: dict[tuple[str, ...], set[str]] = {}
+    for run in runs:
+        hashes.setdefault(_place(run, known), set()).update(_noted(run, key))
+    different = sorted({h for found in hashes.values() if len(found) > 1 for h in found})
+    if not different:
+        return runs, []
+    marked = [
+        replace(run, settings={**run.settings, name: noted[0]})
+        if (noted := _noted(run, key)) and len(hashes[_place(run, known)]) > 1 else run for run in runs
+    ]  # fmt: skip
+    return marked, different
+
+
+def _place(run: Run, known: Sequence[str]) -> tuple[str, ...]:
+    return tuple(worded(run.args.get(k)) for k in known)
+
+
+def _noted(run: Run, key: str) -> list[str]:
+    """The hash of its images or its network; of older runs, which have none, the place of their image files."""
+    found = run.environment.get(key)
+    if isinstance(found, str) and found:
+        return [found[:8]]
+    return [str(run.args.get("data"))] if key == "data" and run.args.get("dataset") == "imagefolder" else []
+
+
+def _json(path: Path, refuse: Callable[[Any], None]) -> dict[str, Any]:
+    try:
+        found = parse_json(path.read_text()) if path.is_file() else {}
+        if found:
+            refuse(found)
+        return found
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
+def _check_record(found: Any) -> None:
+    """Raises: ValueError, if it is not what a sweep writes down, or names a folder outside its own."""
+    check(is_mapping(found) and isinstance(found.get("jobs"), list), "the jobs of a sweep")
+    check(is_words(found.get("axes")) and is_words(found.get("command")), "the axes and the command of a sweep")
+    for job in found["jobs"]:
+        words = is_mapping(job) and all(isinstance(job.get(name), str) for name in ("name", "folder"))
+        check(words and is_mapping(job.get("settings")), "a name, a folder and settings for each job")
+        check(is_number(job.get("rounds")) and isinstance(job.get("dense"), bool), "a kind and rounds for each job")
+        check(is_number(job["settings"].get("seed", 0)), "a number as seed")
+        folder = PurePath(job["folder"])
+        inside = not folder.is_absolute() and ".." not in folder.parts
+        check(inside, f"a folder within the sweep's, and not {folder},")
+    limits = found.get("limits") or {}
+    check(is_mapping(limits) and limits.keys() <= {"density", "macs"}, "the limits of a search")
+    check(all(v is None or is_number(v) for v in limits.values()), "numbers as limits of a search")
+
+
+def _check_ends(found: Any) -> None:
+    """Raises: ValueError, if it is not what a sweep says of its jobs' ends."""
+    fine = is_mapping(found) and all(is_mapping(e) and isinstance(e.get("reason", ""), str) for e in found.values())
+    check(fine, "a reason for each job")
+
+
+def _run(folder: Path, settings: dict[str, Any], wanted: int | None = None, reason: str = "") -> Run:
+    args, result = read_settings(folder), read_result(folder)
+    wanted = wanted or int(args.get("pruning_times", 1))
+    history, rounds = read_metrics(folder), read_rounds(folder)[:wanted]  # it may have gone on, for another sweep
+    if not reason and result.get("rounds", 0) < wanted:
+        reason = _unfinished(folder) if args else "not begun"
+    history = [r for r in history if r["round"] < wanted]
+    return Run(folder.resolve().name, folder, settings, args, history, rounds, result, read_environment(folder), wanted,
+               reason)  # fmt: skip
+
+
+def _unfinished(folder: Path) -> str:
+    """Whether a process is at work there now."""
+    if (folder / "lock").is_symlink():  # which taking the lock would follow, to whatever file it names
+        return "not finished"
+    try:
+        held = lock(folder / "lock")
+    except OSError:  # a folder that can only be read
+        return "not finished"
+    if held is None:
+        return "running"
+    held.close()
+    return "broken off; the same command continues"
+
+
+def _groups(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:
+    """Groups by settings, one run for each seed, the furthest; and the names of other runs with the same seed."""
+    begun = [(in_words(settings), settings, run) for run in runs if run.rounds
+             for settings in [{k: v for k, v in run.settings.items() if k != "seed"}]]  # fmt: skip
+    groups = {name: Group(settings) for name, settings, _ in begun}
+    repeated = []
+    for name, _, run in sorted(begun, key=lambda each: -len(each[2].rounds)):
+        if run.seed in {other.seed for other in groups[name].runs}:
+            repeated.append(run.name)
+        else:
+            groups[name].runs.append(run)
+    for group in groups.values():
+        group.runs.sort(key=lambda run: run.seed)
+    return list(groups.values()), sorted(repeated)

@@ -1,0 +1,252 @@
+"""Differences between settings, paired over seeds, with what can and what cannot be said about them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from structured_tickets.base.text_tables import counted
+from structured_tickets.reports.runs import Collection, Group, in_words, judged, worded
+from structured_tickets.runs.read import Row
+
+LEVEL = 0.05
+FEW_PAIRS = 3
+SAME_DENSITY = 2.0  # points; accuracies at densities that are further apart are no fair comparison
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One setting against another.
+
+    Attributes:
+        first, second: What is compared; differences are first minus second.
+        where: What both have in common.
+        differences: In points of test accuracy: one for each seed.
+        densities: Of both, in percent.
+        p: Of a paired t-test over seeds; nan for less than two seeds. `adjusted`: by Holm's method for the number of
+            comparisons that were made together (Holm, Scand. J. Statist. 6, 1979).
+        low, high: 95 % interval of the mean difference (of this comparison alone); nan for less than two seeds.
+    """
+
+    first: str
+    second: str
+    where: str
+    differences: tuple[float, ...]
+    densities: tuple[float, float]
+    p: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    adjusted: float = math.nan
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.differences)
+
+    @property
+    def seeds(self) -> int:
+        return len(self.differences)
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether the difference is more than what seeds do by themselves."""
+        return self.adjusted < LEVEL
+
+    @property
+    def sentence(self) -> str:
+        """What can be said."""
+        value = f"{_signed(self.mean)} points"
+        if self.seeds < 2:
+            said = f"One seed says nothing about the difference between {self.first} and {self.second}: {value}"
+        elif math.isnan(self.adjusted):
+            said = (f"{self.first} and {self.second} differ by {value} in each of {self.seeds} seeds, which leaves "
+                    "nothing to test with")  # fmt: skip
+        elif self.is_seen and self.mean > 0:
+            said = f"{self.first} is better than {self.second} with {self.seeds} seeds: by {self._evidence()}"
+        elif self.is_seen:
+            said = f"{self.second} is better than {self.first} with {self.seeds} seeds: by {self._evidence(-1)}"
+        else:
+            said = (f"No difference can be seen between {self.first} and {self.second} with {self.seeds} seeds: "
+                    f"{self._evidence()}")  # fmt: skip
+        one, other = self.densities
+        apart = abs(one - other) > SAME_DENSITY
+        where = [self.where, f"at {one:.1f} and {other:.1f} % density" if apart else ""]
+        return "; ".join([said, *filter(None, where)]) + "."
+
+    def _evidence(self, sign: int = 1) -> str:
+        low, high = sorted((sign * self.low, sign * self.high))
+        interval = f"95 % interval {_signed(low)} to {_signed(high)}, {_p(self.adjusted)}"
+        return f"{_signed(sign * self.mean)} points ({interval})"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 2) + 0.0:+.2f}".replace("-", "−")  # never −0.00
+
+
+def _p(value: float) -> str:
+    return "adjusted p < 0.001" if value < 0.001 else f"adjusted p = {value:.2g}"
+
+
+def with_test(comparison: Comparison) -> Comparison:
+    """With the paired t-test of its differences."""
+    if comparison.seeds < 2:
+        return comparison
+    if statistics.stdev(comparison.differences) < 1e-9:  # no spread, for which the test is not defined
+        always = comparison.mean
+        return replace(comparison, p=1.0, low=0.0, high=0.0) if abs(always) < 1e-9 else comparison
+    from scipy import stats
+
+    outcome = stats.ttest_1samp(comparison.differences, 0.0)
+    low, high = outcome.confidence_interval(1 - LEVEL)
+    return replace(comparison, p=float(outcome.pvalue), low=float(low), high=float(high))
+
+
+def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Tested, with p-values adjusted for each other."""
+    done = [with_test(c) for c in comparisons]
+    order = sorted((k for k, c in enumerate(done) if not math.isnan(c.p)), key=lambda k: done[k].p)
+    reached = 0.0
+    for rank, k in enumerate(order):
+        reached = max(reached, min(1.0, (len(order) - rank) * done[k].p))
+        done[k] = replace(done[k], adjusted=reached)
+    return done
+
+
+def main_effects(collection: Collection) -> list[Comparison]:
+    """For each flag that differs, each pair of its values: in the last round, averaged over all other settings."""
+    pairs = []
+    for axis in collection.axes:
+        values = list(dict.fromkeys(worded(g.settings[axis]) for g in collection.groups if axis in g.settings))
+        others = [a for a in collection.axes if a != axis]
+        where = f"last round, mean over {' and '.join(others)}" if others else "last round"
+        for first, second in itertools.combinations(values, 2):
+            sides = _cells(collection, axis, (first, second))
+            if found := _paired(sides, (f"{axis}={first}", f"{axis}={second}"), where):
+                pairs.append(found)
+    return adjusted(pairs)
+
+
+def cell_by_cell(collection: Collection, axis: str) -> list[Comparison]:
+    """Each pair of values of one flag, for each combination of the others by itself."""
+    pairs = []
+    values = list(dict.fromkeys(worded(g.settings[axis]) for g in collection.groups if axis in g.settings))
+    for first, second in itertools.combinations(values, 2):
+        ones, others = _cells(collection, axis, (first, second))
+        for cell in (c for c in ones if c in others):
+            if found := _paired(({cell: ones[cell]}, {cell: others[cell]}), (first, second), cell):
+                pairs.append(found)
+    return adjusted(pairs)
+
+
+Cells = dict[str, list[Group]]
+
+
+def _cells(collection: Collection, axis: str, values: tuple[str, str]) -> tuple[Cells, Cells]:
+    """The groups with either value of a flag, by their other settings.
+
+    A setting that some of them do not read (a schedule of lambda, of Refill) tells no cells apart: groups that differ
+    in it alone are in one cell, and count as their mean.
+    """
+    sides = [[g for g in collection.groups if worded(g.settings.get(axis, "")) == value] for value in values]
+    read = [a for a in collection.axes if a != axis and all(a in g.settings for side in sides for g in side)]
+    found: tuple[Cells, Cells] = ({}, {})
+    for side, cells in zip(sides, found, strict=True):
+        for group in side:
+            cells.setdefault(in_words({a: group.settings[a] for a in read}), []).append(group)
+    return found
+
+
+def against_dense(collection: Collection) -> list[Comparison]:
+    """Each group's last round against the round 0 of the same run."""
+    found = []
+    for group in collection.groups:
+        runs = [run for run in group.finished if len(run.rounds) > 1]
+        if runs:
+            differences = tuple(judged(run.rounds[-1]) - judged(run.rounds[0]) for run in runs)
+            density = statistics.fmean(run.rounds[-1]["density"] for run in runs)
+            found.append(Comparison(group.title, "its dense network", "last round", differences, (density, 100.0)))
+    return adjusted(found)
+
+
+def not_compared(collection: Collection) -> list[str]:
+    """A sentence for each flag of which some values are never found in settings that are the same in all else."""
+    said = []
+    for axis in collection.axes:
+        values = list(dict.fromkeys(worded(g.settings[axis]) for g in collection.groups if axis in g.settings))
+        alone = []
+        for first, second in itertools.combinations(values, 2):
+            ones, others = _cells(collection, axis, (first, second))
+            if not ones.keys() & others.keys():
+                alone.append(f"{first} and {second}")
+        if alone:
+            more = f", and {len(alone) - FEW_PAIRS} other pairs" if len(alone) > FEW_PAIRS else ""
+            said.append(f"Not compared, since no two settings differ in it alone: {axis} "
+                        f"{', '.join(alone[:FEW_PAIRS])}{more}.")  # fmt: skip
+    return said
+
+
+def _paired(sides: tuple[Cells, Cells], names: tuple[str, str], where: str) -> Comparison | None:
+    """One value of a flag against another, over the cells that both have; None if there are none.
+
+    Each seed is a sample: the mean over cells. So that all seeds average the same cells, seeds and cells are chosen
+    that are complete together, as many as there are; the others are left out.
+    """
+    ones, others = sides
+    values = {cell: (_by_seed(ones[cell]), _by_seed(others[cell])) for cell in ones if cell in others}
+    seeds_of = {cell: frozenset(one.keys() & other.keys()) for cell, (one, other) in values.items()}
+    if not any(seeds_of.values()):
+        return None
+    candidates = [one & other for one, other in itertools.combinations_with_replacement(set(seeds_of.values()), 2)]
+    seeds = max(sorted(candidates, key=sorted), key=lambda s: len(s) * sum(s <= o for o in seeds_of.values()))
+    cells = [cell for cell, found in seeds_of.items() if seeds <= found]
+    left_out = len(ones.keys() | others.keys()) - len(cells)
+    differences = tuple(
+        statistics.fmean(values[c][0][seed][0] - values[c][1][seed][0] for c in cells) for seed in sorted(seeds)
+    )
+    one, other = (statistics.fmean(values[c][k][seed][1] for c in cells for seed in seeds) for k in (0, 1))
+    where += f", without {counted(left_out, 'incomplete setting')}" if left_out else ""
+    return Comparison(*names, where, differences, (one, other))
+
+
+def _by_seed(groups: Sequence[Group]) -> dict[int, tuple[float, float]]:
+    """Accuracy and density of the last round, mean over the groups, for each seed that all of them have finished."""
+    rows = [{run.seed: run.rounds[-1] for run in group.finished} for group in groups]
+    complete = set.intersection(*(set(r) for r in rows))
+    return {
+        seed: (statistics.fmean(judged(r[seed]) for r in rows), statistics.fmean(r[seed]["density"] for r in rows))
+        for seed in complete
+    }
+
+
+@dataclass(frozen=True)
+class Best:
+    """The setting that validation chooses.
+
+    Attributes:
+        rows: One of each seed.
+        where: Which round they are of, in words.
+    """
+
+    group: Group
+    rows: list[Row]
+    where: str
+
+
+def best_by_validation(collection: Collection) -> Best | None:
+    """The group with the best mean validation accuracy, in the last round; of a search, in the best within its limits.
+
+    A group that lacks seeds that others have finished is no candidate. None if no run is finished.
+    """
+    most = max((len(g.finished) for g in collection.groups), default=0)
+    found = [best for g in collection.groups if most and len(g.finished) == most if (best := _best_of(g, collection))]
+    score: Callable[[Best], float] = lambda b: statistics.fmean(judged(r, "val") for r in b.rows)  # noqa: E731
+    return max(found, key=score, default=None)
+
+
+def _best_of(group: Group, collection: Collection) -> Best | None:
+    if collection.limits is None:
+        return Best(group, [run.rounds[-1] for run in group.finished], "its last round")
+    state, rows = collection.limits.best_round([run.rounds for run in group.finished])
+    return Best(group, rows, f"round {state}, its best within the limits") if rows else None

@@ -1,0 +1,97 @@
+"""How long the compact network of each round takes here, measured in turns."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from structured_tickets.base.atomic_files import write_atomically
+from structured_tickets.base.errors import DataError, RunError
+from structured_tickets.base.text_tables import counted
+from structured_tickets.base.untrusted_text import parse_json
+from structured_tickets.reports.runs import Collection, Run
+from structured_tickets.runs.read import is_mapping, is_number
+
+log = logging.getLogger("rsst")
+
+BATCH = 64
+REPEATS = 9
+CACHE = "latency.json"
+
+
+def measured(collection: Collection, folder: Path, arch: str | None = None) -> dict[tuple[str, int], float]:
+    """(run, round) -> milliseconds of a forward pass of `BATCH` images in float32, median.
+
+    Networks with the same units in each layer are measured once. What was measured is kept in `folder`; with other
+    versions, another processor or number of threads all is measured anew.
+
+    Args:
+        arch: The network, `file.py:factory`, of runs whose network comes from a user's file.
+    """
+    import torch
+
+    from structured_tickets.base.environment import numerics
+
+    here = {k: v for k, v in numerics(torch.device("cpu")).items() if k != "program"} | {"batch": BATCH}
+    known: dict[str, float] = _cached(folder / CACHE, here)
+    wanted = {_shape(run, state): (run, state) for run in collection.runs for state in range(len(run.rounds))}
+    missing = {shape: place for shape, place in wanted.items() if shape not in known}
+    if missing:
+        log.info("measuring the latency of %d networks", len(missing))
+        known |= _measure(missing, arch)
+        kept = {"where": here, "milliseconds": known}
+        write_atomically(json.dumps(kept, indent=1) + "\n", folder / CACHE)
+    places = ((run.name, state, known.get(_shape(run, state)))
+              for run in collection.runs for state in range(len(run.rounds)))  # fmt: skip
+    return {(name, state): value for name, state, value in places if value is not None}
+
+
+def _cached(path: Path, here: dict[str, Any]) -> dict[str, float]:
+    try:
+        found = parse_json(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    if not is_mapping(found) or found.get("where") != here or not is_mapping(found.get("milliseconds")):
+        return {}
+    return {shape: value for shape, value in found["milliseconds"].items() if is_number(value)}
+
+
+def _shape(run: Run, state: int) -> str:
+    """What the time depends on."""
+    row = run.rounds[state]
+    whole = run.args.get("struct") in ("refill", "rsst") or run.args.get("regroup")
+    kept = row["kept_per_layer"] if whole else run.rounds[0]["kept_per_layer"]
+    arch, dataset, size = (run.args.get(name) for name in ("arch", "dataset", "image_size"))
+    file = Path(str(arch).rpartition(":")[0])
+    code = hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""
+    return json.dumps([arch, code, dataset, size, list(kept.values())])
+
+
+def _measure(places: dict[str, tuple[Run, int]], arch: str | None) -> dict[str, float]:
+    """Milliseconds of each network. All are measured in turns, so that a busy moment slows down every one."""
+    from structured_tickets.export.ticket import latencies, read_ticket
+    from structured_tickets.networks.layers import channels_side_by_side
+    from structured_tickets.runs.state import RunFolder
+    from structured_tickets.shrinking import shrink as compact
+
+    networks: dict[str, tuple[Any, int]] = {}
+    there = {shape: (r, k) for shape, (r, k) in places.items() if RunFolder(r.folder).checkpoint(k).is_file()}
+    if gone := len(places) - len(there):
+        log.warning("no latency of %s, whose checkpoints are not kept", counted(gone, "network"))
+    for shape, (run, state) in there.items():
+        try:
+            ticket = read_ticket(run.folder, state, arch=arch)
+        except (DataError, RunError) as error:
+            log.warning("no latency of %s, round %d: %s", run.name, state, error)
+            continue
+        small = compact.shrink(ticket.masked, ticket.structure).eval()
+        networks[shape] = channels_side_by_side(small), ticket.run.args["image_size"]
+    found: dict[str, float] = {}
+    for size in {size for _, size in networks.values()}:
+        alike = {shape: network for shape, (network, side) in networks.items() if side == size}
+        seconds = latencies(list(alike.values()), BATCH, size, REPEATS)
+        found |= {shape: 1e3 * value for shape, value in zip(alike, seconds, strict=True)}
+    return found

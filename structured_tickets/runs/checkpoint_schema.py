@@ -1,0 +1,303 @@
+"""Files of tensors that may be anybody's: no code of theirs is run, and what they claim is checked before use."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import random
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn, optim
+
+from structured_tickets.base.errors import DataError, first_line
+from structured_tickets.data.fingerprint import is_record
+from structured_tickets.pruning.masks import MaskPair, by_parameter, check_mask
+
+CODE = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)")
+CODE_BY_FORMAT = {"TorchScript": "a TorchScript archive", "legacy .tar format": "of a format that torch 0.4 gave up"}
+LARGEST = 2**53  # up to here, numbers of JSON and of tables are exact
+
+Check = Callable[[Any], bool]
+
+
+def load_tensors(path: Path, failure: str, also: Sequence[type] = ()) -> Any:
+    """`torch.load` without unpickling code.
+
+    Args:
+        failure: What a message begins with, such as "cannot read the checkpoint run/0checkpoint.pth.tar".
+        also: Classes that are taken for plain values, besides torch's own list.
+
+    Raises:
+        DataError: The file is not one of tensors and plain values, or claims more values than it holds.
+    """
+    try:
+        _check_archive(path)
+        with torch.serialization.safe_globals(list(also)), warnings.catch_warnings(action="ignore"):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        _refuse_false_claims(found)
+    except Exception as error:  # torch raises a wide family for damaged files
+        raise DataError(f"{failure}: {_reason(error)}") from error
+    return found
+
+
+def _reason(error: Exception) -> str:
+    said = str(error)
+    if code := CODE.search(said):
+        return f"it holds more than tensors and plain values, {code[1]}, which could run code; nothing of it is loaded"
+    if kind := next((kind for words, kind in CODE_BY_FORMAT.items() if words in said), None):
+        return f"it is {kind}, which could run code; nothing of it is loaded"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, pickle.UnpicklingError | EOFError):
+        return "it is not a file of tensors and plain values; nothing of it is loaded"
+    return first_line(error)
+
+
+def _check_archive(path: Path) -> None:
+    """Compare check sums, which torch does not; and a few megabytes can unpack to terabytes, where torch packs nothing.
+
+    Raises:
+        ValueError: A check sum is wrong, or something is packed.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            content = sum(entry.file_size for entry in archive.infolist())
+            if content > path.stat().st_size:
+                raise ValueError(f"it has {path.stat().st_size} bytes, but would unpack to {content}; it is not loaded")
+            if damaged := archive.testzip():
+                raise ValueError(f"it is damaged (at {damaged})")
+
+
+def _refuse_false_claims(found: Any) -> None:
+    """A view of a few bytes can claim to be terabytes: harmless until it is copied.
+
+    Raises:
+        ValueError: A tensor has fewer values than it claims, or is of a kind that no network's weights are.
+    """
+    seen, left = set(), [found]
+    while left:  # no recursion: containers may be nested without end, or hold themselves
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            left += value.values()
+        elif isinstance(value, list | tuple | set):
+            left += value
+        elif isinstance(value, Tensor):
+            _check_plain(value)
+
+
+def _check_plain(value: Tensor) -> None:
+    kind = value.device.type if value.device.type != "cpu" else str(value.layout).removeprefix("torch.")
+    if kind != "strided" or value.is_quantized or value.is_nested or type(value) not in (Tensor, nn.Parameter):
+        raise ValueError(f"it holds a tensor that is not a plain one ({kind}); it is not loaded")
+    claimed, held = value.numel() * value.element_size(), value.untyped_storage().nbytes()
+    if claimed > held:
+        raise ValueError(f"a tensor claims {claimed} bytes, of which the file holds {held}; it is not loaded")
+
+
+def as_state_dict(found: Any, failure: str) -> dict[str, Tensor]:
+    """What was found, if it is a state dict: tensors by name.
+
+    Raises:
+        DataError: It is not.
+    """
+    if not isinstance(found, dict) or not _is_state(found):
+        raise DataError(f"{failure}: it holds no state dict")
+    return found
+
+
+def check_fields(fields: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose fields are not what a run writes.
+
+    Raises:
+        ValueError: The message names the field.
+    """
+    for name, (is_fine, wanted) in (FIELDS | LATER_FIELDS).items():
+        if name in LATER_FIELDS and name not in fields:
+            continue
+        if name not in fields:
+            raise ValueError(f"it has no {name}")
+        if not is_fine(fields[name]):
+            raise ValueError(f"its {name} is not {wanted}")
+
+
+def check_shapes(state: Mapping[str, Tensor], others: Mapping[str, Mapping[str, Tensor]], pairs: Sequence[Any]) -> None:
+    """Refuse weights and masks of a checkpoint that are not of one network.
+
+    Args:
+        state: Weights by name; nothing is compared with none.
+        others: Further weights, by the field's name; empty ones are fine.
+        pairs: Current and refill mask of each pair.
+
+    Raises:
+        ValueError: The message names a weight.
+    """
+    for current, refill in pairs:
+        check_mask(current)
+        if refill:
+            MaskPair(current, refill)
+    wanted = {name: value.shape for name, value in state.items()}
+    named = {**others, **{f"masks ({k})": by_parameter(m) for k, pair in enumerate(pairs) for m in pair}}
+    for field, values in named.items():
+        is_mask = field not in others
+        found = {name: value.shape for name, value in values.items()}
+        compared = found.keys() if is_mask else found.keys() | wanted.keys()
+        wrong = [name for name in compared if found.get(name) != wanted.get(name)] if wanted and found else []
+        if wrong:
+            raise ValueError(f"its {field} do not fit its weights (first difference: {min(wrong)})")
+
+
+def check_fits(
+    state: Mapping[str, Tensor], saved: Mapping[str, Any], model: nn.Module, optimizer: optim.Optimizer
+) -> None:
+    """Refuse a checkpoint that is not of this network.
+
+    Args:
+        state: Its weights; empty: nothing is checked.
+        saved: State of its optimizer, which trained the whole network; or empty.
+        optimizer: A new one of `model`, with its parameters in the order of `saved`.
+
+    Raises:
+        DataError: The message names the first difference.
+    """
+    own, found = ({n: v.shape for n, v in s.items()} for s in (model.state_dict(), state))
+    wrong = [n for n in own.keys() | found.keys() if own.get(n) != found.get(n)] if found else []
+    if wrong:
+        raise DataError(f"the checkpoint holds another network's weights (first difference: {min(wrong)})")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, entries in saved.get("state", {}).items():
+        parameter = parameters[number] if number < len(parameters) else None
+        shapes = [v.shape for v in entries.values() if isinstance(v, Tensor) and v.ndim]
+        if parameter is None or any(shape != parameter.shape for shape in shapes):
+            where = number if parameter is None else names[parameter]
+            raise DataError(f"the checkpoint holds another network's optimizer state (at {where})")
+    groups = [len(group["params"]) for group in saved.get("param_groups", ())]
+    if groups and groups != [len(group["params"]) for group in optimizer.param_groups]:
+        raise DataError(f"the checkpoint's optimizer has {sum(groups)} parameters, the network {len(parameters)}")
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and abs(value) <= LARGEST
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | bool | int | float)
+
+
+def _is_list_of(is_fine: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(map(is_fine, value))
+
+
+def _is_dict_of(is_fine: Check) -> Check:
+    return lambda value: (
+        isinstance(value, dict) and all(isinstance(k, str) for k in value) and all(map(is_fine, value.values()))
+    )
+
+
+def _is_setting(value: Any) -> bool:
+    return _is_plain(value) or _is_list_of(_is_plain)(value)
+
+
+def _is_cell(value: Any) -> bool:
+    """Of a row: a value, or numbers by name."""
+    return _is_plain(value) or _is_dict_of(lambda v: _is_number(v) or _is_list_of(_is_number)(v))(value)
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.uint8, torch.bool, torch.float32)
+
+
+def _is_row(numbers: Sequence[str]) -> Check:
+    return lambda row: _is_dict_of(_is_cell)(row) and all(_is_number(row.get(name)) for name in numbers)
+
+
+def _is_optimizer(value: Any) -> bool:
+    if value == {}:
+        return True
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("state"), dict)
+        and all(_is_count(k) and isinstance(v, dict) for k, v in value["state"].items())
+        and _is_list_of(lambda g: isinstance(g, dict) and _is_list_of(_is_count)(g.get("params")))(
+            value.get("param_groups")
+        )
+    )
+
+
+def are_random_states(value: Any) -> bool:
+    """Whether generators take them: tried out on some that nobody draws from."""
+    try:
+        torch.Generator().set_state(value["torch"])
+        name, keys, *rest = value["numpy"]
+        numpy.random.RandomState().set_state((name, keys.numpy().astype("uint32"), *rest))
+        version, internal, gauss = value["python"]
+        random.Random().setstate((version, tuple(internal), gauss))
+    except Exception:  # of many kinds; each means no
+        return False
+    cuda = value.get("cuda")
+    return cuda is None or (isinstance(cuda, Tensor) and cuda.dtype == torch.uint8)
+
+
+def _is_about_round_0(value: Any) -> bool:
+    """Its address becomes a folder's name."""
+    address = value.get("address", "") if isinstance(value, dict) else None
+    return isinstance(address, str) and bool(re.fullmatch(r"[0-9a-f]*", address))
+
+
+_is_state = _is_dict_of(lambda value: isinstance(value, Tensor))
+_are_masks = _is_dict_of(_is_mask)
+_WEIGHTS = (_is_state, "tensors by name")
+_MASKS = (_are_masks, "masks by name")
+_COUNT = (_is_count, "a whole number")
+_WORD = (lambda value: isinstance(value, str), "a word")
+_EPOCH = ("round", "epoch", "step", "loss", "accuracy", "val_accuracy", "test_accuracy")
+_ROUND = ("round", "step", "density", "parameters", "macs", "accuracy", "val_accuracy", "test_accuracy")
+
+# Field of a checkpoint -> whether a value can be one, and what it should be.
+FIELDS: dict[str, tuple[Check, str]] = {
+    "args": (_is_dict_of(_is_setting), "settings by name"),
+    "data": _WORD,
+    "state": _COUNT,
+    "epoch": _COUNT,
+    "step": _COUNT,
+    "partial": (_is_dict_of(_is_number), "numbers by name"),
+    "state_dict": _WEIGHTS,
+    "optimizer": (_is_optimizer, "the state of an optimizer"),
+    "init_weight": _WEIGHTS,
+    "dense_weight": _WEIGHTS,
+    "current_mask": _MASKS,
+    "refill_mask": _MASKS,
+    "reg_lambda": (_is_number, "a number"),
+    "best_sa": (lambda v: _is_list_of(_is_number)(v) and len(v) == 3, "three numbers"),
+    "doomed_norm": (_is_number, "a number"),
+    "faded": (_is_dict_of(_is_list_of(_is_count)), "units by group"),
+    "following": (lambda v: v == {} or (_is_dict_of(_are_masks)(v) and {*v} == {"current", "refill"}), "two masks"),
+    "rng": (are_random_states, "states of random generators"),
+    "history": (_is_list_of(_is_row(_EPOCH)), "a list of epochs, each with its numbers"),
+    "rounds": (_is_list_of(_is_row(_ROUND)), "a list of rounds, each with its numbers"),
+    "precision": _WORD,
+    "tracker_id": (lambda v: isinstance(v, str) and bool(re.fullmatch(r"[\w-]{1,64}", v)), "a short word"),
+    "classes": (_is_list_of(_WORD[0]), "a list of names"),
+    "round_0": (_is_about_round_0, "the address of a dense round"),
+}
+# Fields that older checkpoints lack.
+LATER_FIELDS: dict[str, tuple[Check, str]] = {
+    "contents": (is_record, "a description of the data"),
+    "processes": _COUNT,
+    "other_rng": (_is_list_of(are_random_states), "states of random generators"),
+}

@@ -1,0 +1,105 @@
+"""The finished run whose ticket a control run is compared with: its dense round and its masks are taken from there."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from structured_tickets.base.errors import DataError, UsageError
+from structured_tickets.data.loader import mixed_seed
+from structured_tickets.networks import build_model
+from structured_tickets.pruning.controls import CONTROL_STREAM
+from structured_tickets.pruning.masks import MaskPair
+from structured_tickets.pruning.methods import CONTROLS
+from structured_tickets.runs.checkpoint_schema import as_state_dict, check_shapes, load_tensors
+from structured_tickets.runs.setup import is_of_the_data, seed_everything
+from structured_tickets.runs.state import (
+    RunFolder,
+    RunState,
+    check_same_data,
+    random_states,
+    restore_random_states,
+    unpacked,
+)
+from structured_tickets.settings.identity import default_run_folder, identity_of, settings_of
+
+
+class ControlSource:
+    """A run with the same settings but for `--control`.
+
+    Attributes:
+        dense: Its state when round 0 had ended.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Find the run in `--control_of`, or in the folder that its settings would have.
+
+        Raises:
+            UsageError: There is none, it is another run, or it has too few rounds.
+        """
+        ticket = argparse.Namespace(**{**vars(args), "control": "none", "control_of": None})
+        path = Path(args.control_of or default_run_folder(ticket))
+        first = "run the same command without --control first, or name its folder by --control_of"
+        if not path.is_dir():
+            raise UsageError(f"argument --control: {path}, the run to compare with, is not there: {first}")
+        self.folder = RunFolder(path)
+        newest = self.folder.newest_run()
+        if newest is None or len(newest.rounds) < args.pruning_times:
+            rounds = len(newest.rounds) if newest else 0
+            raise UsageError(f"argument --control: {path} has {rounds} of {args.pruning_times} rounds: {first}")
+        ours, theirs = identity_of(settings_of(ticket)), identity_of(newest.args)
+        different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+        if different:
+            flags = ", ".join(f"--{k}" for k in different)
+            raise UsageError(f"argument --control: the run in {path} has another {flags}; only --control may differ")
+        self.dense: RunState = RunFolder.load(self.folder.checkpoint(0))
+        self.args = args
+
+    def begin(self, run: RunState, names: Sequence[str], image_size: int) -> RunState:
+        """`run`, which has not begun, after the dense round: with the ticket, or the weights that the control asks for.
+
+        Args:
+            names: The prunable weights.
+
+        Raises:
+            UsageError: The data are others, or the network always begins with the same weights.
+        """
+        check_same_data(
+            self.dense, run.data, run.contents, f"the run in {self.folder.path} was on other images or labels"
+        )
+        begun = replace(self.dense, args=run.args, tracker_id=run.tracker_id, classes=run.classes)
+        if CONTROLS[self.args.control].fresh:
+            drawn = self._new_weights(len(run.classes), image_size)
+            if same := [n for n in names if torch.equal(drawn[n], self.dense.init_weight[n])]:
+                raise UsageError(f"argument --control: {self.args.arch} always begins with the same {same[0]}")
+            own = {n: v for n, v in drawn.items() if not is_of_the_data(n)}
+            begun.init_weight = {n: own.get(n, value).clone() for n, value in run.init_weight.items()}
+        return begun
+
+    def _new_weights(self, classes: int, image_size: int) -> dict[str, Tensor]:
+        before = random_states()
+        seed_everything(mixed_seed(self.args.seed, CONTROL_STREAM))
+        drawn = build_model(self.args.arch, classes, image_size).state_dict()
+        restore_random_states(before)
+        return drawn
+
+    def masks(self, state: int) -> MaskPair:
+        """What the run decided when round `state` had ended.
+
+        Raises:
+            DataError: The file cannot be read, or does not hold the masks of this network.
+        """
+        file = self.folder.masks(state)
+        found = load_tensors(file, f"argument --control: cannot read the masks {file}")
+        try:
+            current, refill = (as_state_dict(found[name], "") for name in ("current", "refill"))
+            pair = MaskPair(**unpacked({"current": current, "refill": refill}))
+            check_shapes(self.dense.state_dict, {}, [(pair.current, pair.refill)])
+        except (DataError, LookupError, TypeError, ValueError) as error:
+            raise DataError(f"argument --control: {file} does not hold the masks of a round ({error})") from error
+        return pair

@@ -1,0 +1,112 @@
+"""What becomes of a command: network and data are loaded, then its rounds are planned, or carried out."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from structured_tickets.base.console import log_warnings
+from structured_tickets.base.distributed import World, is_about_peers, lost
+from structured_tickets.base.errors import MachineError, RunError, UsageError, first_line
+from structured_tickets.data.loader import BatchLoader
+from structured_tickets.runs.compared_run import ControlSource
+from structured_tickets.runs.dry_run import describe_plan
+from structured_tickets.runs.experiment import Experiment
+from structured_tickets.runs.setup import setup_model_dataset
+from structured_tickets.runs.state import RunFolder
+from structured_tickets.settings.identity import default_run_folder
+from structured_tickets.settings.interpret import groups_from, loss_from, optimizer_from, rules_from, warnings_for
+from structured_tickets.training.epoch import Passer, train
+from structured_tickets.unit_groups.unit import UnitGroup
+
+log = logging.getLogger("rsst")
+
+
+def run(args: argparse.Namespace) -> str:
+    """Plan, or carry out, the experiment that the arguments describe; returns the plan, or the table of rounds."""
+    world = World.join()
+    try:
+        return _run_in(world, args)
+    except (MemoryError, RuntimeError) as error:
+        known = _in_one_line(error, world, args)
+        if known is None:
+            raise
+        log.debug("what was under way", exc_info=error)
+        raise known from error
+    finally:
+        world.leave()
+
+
+def _in_one_line(error: Exception, world: World, args: argparse.Namespace) -> RunError | None:
+    """What a user can do about an error of torch's; None if it is a bug."""
+    if is_about_memory(error):
+        return MachineError(f"argument --batch_size: the memory does not suffice for {args.arch} and {args.batch_size} "
+                            f"images at a time ({first_line(error)})")  # fmt: skip
+    return lost(error) if world.size > 1 and is_about_peers(error) else None
+
+
+def is_about_memory(error: Exception) -> bool:
+    """Whether memory ran out; of torch's errors, only those of GPUs have a class of their own."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _run_in(world: World, args: argparse.Namespace) -> str:
+    settle_in(args, world)
+    model, *loaders = setup_model_dataset(args)
+    for loader in loaders:
+        loader.share = (world.rank, world.size)
+    groups = groups_from(args, model, loaders[0].image_size)
+    args.warnings += warnings_for(rules_from(args, groups), model, groups)
+    source = None if args.control == "none" or not world.is_first else ControlSource(args)
+    if args.dry_run:
+        return _plan(args, model, groups, loaders[0]) if world.is_first else ""
+    path = args.save_dir or (Path(args.checkpoint).parent if args.checkpoint else default_run_folder(args))
+    folder = RunFolder(path, writes=world.is_first)
+    experiment = Experiment(args, model, (loaders[0], loaders[1], loaders[2]), groups, folder, source, world)
+    try:
+        return experiment.carry_out()
+    finally:
+        experiment.close()
+
+
+def settle_in(args: argparse.Namespace, world: World) -> None:
+    """Give this process its own GPU, if there is one for each.
+
+    Raises:
+        UsageError: The run cannot be shared out.
+    """
+    if world.size == 1:
+        return
+    if world.size > args.batch_size:
+        raise UsageError(f"argument --batch_size: {args.batch_size} images are too few for {world.size} processes")
+    if args.compile:
+        raise UsageError("argument --compile: not with several processes")
+    if args.gpu >= 0:
+        if "gpu" in args.explicit and args.gpu != world.local_rank:
+            args.warnings.append("--gpu is not read: under torchrun each process has its own GPU")
+        args.gpu = world.local_rank
+
+
+def _plan(args: argparse.Namespace, model: nn.Module, groups: list[UnitGroup], train_loader: BatchLoader) -> str:
+    log_warnings(args.warnings)
+    step = one_step(copy.deepcopy(model), train_loader.whole(), args)
+    rules = rules_from(args, groups)
+    return describe_plan(model, groups, rules, train_loader, args.pruning_times, args.epochs, step)
+
+
+def one_step(model: nn.Module, loader: object, args: argparse.Namespace) -> Callable[[], None]:
+    """A function that makes one training step, the way a round makes them."""
+    optimizer = optimizer_from(args, model)
+    passer, criterion = Passer(args), loss_from(args)
+    batch = next(iter(loader))  # type: ignore[call-overload]
+
+    def step() -> None:
+        train(0, [batch], model, criterion, optimizer, 0, passer, None)
+
+    return step

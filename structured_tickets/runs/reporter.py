@@ -1,0 +1,115 @@
+"""What a run tells: one reporter, and its sinks (console and log file, metrics.jsonl and summary.csv, WandB)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from structured_tickets.base.atomic_files import append, write_atomically
+from structured_tickets.base.text_tables import text_table
+from structured_tickets.runs.state import Row
+from structured_tickets.runs.trackers import Trackers
+
+log = logging.getLogger("rsst")
+
+TRACKED = ("prune_times", "epoch", "accuracy", "val_accuracy", "test_accuracy", "loss", "reg_lambd",
+           "train_batch_time", "lr", "step")  # fmt: skip
+
+
+class Reporter:
+    """Writes rows where they belong. Files are rewritten from the run's history, so that no row is lost or doubled."""
+
+    def __init__(self, folder: Path, tracker: Trackers, quiet: bool = False) -> None:
+        self.folder = folder
+        self.tracker = tracker
+        self.bars = sys.stderr.isatty() and not quiet and os.environ.get("TERM") != "dumb"
+
+    def restore(self, history: Sequence[Row], rounds: Sequence[Row]) -> None:
+        """Make the files say exactly what the checkpoint says."""
+        write_atomically("".join(_json_line(row) for row in history), self.folder / "metrics.jsonl")
+        self.write_summary(rounds)
+
+    def epoch(self, row: Row) -> None:
+        """One epoch: a line in metrics.jsonl, on the console and at the tracker."""
+        append(_json_line(row), self.folder / "metrics.jsonl")
+        log.info(
+            "round %(round)d epoch %(epoch)3d  loss %(loss).4f  train %(accuracy).2f  val %(val_accuracy).2f  "
+            "test %(test_accuracy).2f  lr %(lr).2g  lambda %(reg_lambd).3g  %(images_per_second).0f images/s",
+            row,
+        )
+        self.track([row])
+
+    def track(self, history: Iterable[Row]) -> None:
+        """Hand epochs to the trackers alone."""
+        for row in history:
+            self.tracker.log({k: row[k] for k in TRACKED})
+
+    def round(self, row: Row, rounds: Sequence[Row]) -> None:
+        """One finished round: a row in summary.csv and at the tracker."""
+        self.write_summary(rounds)
+        log.info("%s", rounds_table([row]))
+        self.tracker.log({k: v for k, v in row.items() if isinstance(v, int | float)} | {"prune_times": row["round"]})
+
+    def write_summary(self, rounds: Sequence[Row]) -> None:
+        text = io.StringIO()
+        if rounds:
+            writer = csv.DictWriter(text, list(rounds[0]))
+            writer.writeheader()
+            writer.writerows({k: json.dumps(v) if isinstance(v, dict) else v for k, v in r.items()} for r in rounds)
+        write_atomically(text.getvalue(), self.folder / "summary.csv")
+
+    def progress(self, batches: Iterable[Any], total: int, start: int, label: str) -> Iterable[Any]:
+        """A bar on a terminal, nothing elsewhere."""
+        return tqdm(batches, label, total, initial=start, leave=False, disable=not self.bars, unit="batch")
+
+
+class SilentReporter(Reporter):
+    """Of a process that leaves telling to another."""
+
+    def __init__(self) -> None:
+        self.bars = False
+
+    def restore(self, history: Sequence[Row], rounds: Sequence[Row]) -> None:
+        """Nothing."""
+
+    def epoch(self, row: Row) -> None:
+        """Nothing."""
+
+    def round(self, row: Row, rounds: Sequence[Row]) -> None:
+        """Nothing."""
+
+
+def _json_line(row: Row) -> str:
+    return json.dumps(row) + "\n"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def rounds_table(rounds: Sequence[Row]) -> str:
+    """The rounds of a run as a text table."""
+    kinds = list(rounds[0]["kept_units"]) if rounds else []
+    head = ["round", "density %", *(f"{k}s" for k in kinds), "params", "MACs", "train", "val", "test", "hard val",
+            "hard test", "squeeze"]  # fmt: skip
+    lines = []
+    for row in rounds:
+        squeeze = row["squeeze_ratio"]
+        lines.append([
+            str(row["round"]), f"{row['density']:.2f}",
+            *("{}/{}".format(*row["kept_units"][k]) for k in kinds),
+            f"{row['parameters']:,}", f"{row['macs'] / 1e6:.1f} M",
+            *(_percent(row[k]) for k in ("accuracy", "val_accuracy", "test_accuracy", "hardened_val_accuracy",
+                                         "hardened_test_accuracy")),
+            "-" if squeeze is None else f"{squeeze:.2g}",
+        ])  # fmt: skip
+    return text_table(head, lines, right=True)

@@ -1,0 +1,187 @@
+"""From settings to a model, loaders and a device."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from structured_tickets.base.errors import DataError, MachineError, UsageError
+from structured_tickets.data.catalog import DATASETS, load_splits
+from structured_tickets.data.loader import Loaders, make_loaders
+from structured_tickets.networks import build_model
+from structured_tickets.networks.layers import Normalize, channels_side_by_side
+from structured_tickets.networks.precision import choose_precision
+from structured_tickets.networks.pretrained import load_pretrained_weights
+from structured_tickets.networks.vision_transformer import set_fused_attention
+from structured_tickets.runs.checkpoint_schema import as_state_dict, load_tensors
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch. 0 is a seed."""
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def choose_device(gpu: int) -> torch.device:
+    """The CUDA device of that number; the CPU if `gpu` is negative or there is no CUDA.
+
+    Raises:
+        UsageError: CUDA is there, but no such device.
+    """
+    if gpu < 0 or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if gpu >= torch.cuda.device_count():
+        raise MachineError(
+            f"argument --gpu: {gpu}; this machine has {torch.cuda.device_count()} CUDA device(s), numbered from 0"
+        )
+    return torch.device("cuda", gpu)
+
+
+def setup_model_dataset(args: Any) -> tuple[nn.Module, Any, Any, Any]:
+    """Build the model (`model.normalize` and `model.classes` set) and the train, validation and test loaders.
+
+    Reads `arch`, `dataset`, `data`, `batch_size` and, where given, `image_size`, `seed`, `gpu`, `workers`,
+    `image_store`, `precision`, `compile`, `deterministic`, `vit_pretrained` and `pretrained`.
+
+    Raises:
+        DataError: Data or weights are missing or unreadable.
+        UsageError: The device, the network, the images' size and the batches do not go together.
+    """
+    settings = vars(args)
+    choose_kernels(settings.get("deterministic", False))
+    device = choose_device(settings.get("gpu", 0))
+    source = DATASETS[args.dataset]
+    size = settings.get("image_size") or source.image_size
+    splits = load_splits(
+        args.dataset, Path(args.data), size, settings.get("workers", 4), settings.get("image_store", "auto")
+    )
+    seed = settings.get("seed") or 0
+    seed_everything(seed)
+    model = build_model(args.arch, len(splits.classes), size)
+    load_start_weights(model, settings)
+    model.normalize = Normalize(splits.mean, splits.std)
+    model.classes = splits.classes  # type: ignore[assignment]
+    _check_last_batch(model, len(splits.train), args.batch_size, size)
+    model.to(device)
+    prepare_for_speed(
+        model, choose_precision(settings.get("precision", "auto"), device), settings.get("compile", False)
+    )
+    loaders: Loaders = make_loaders(splits, args.batch_size, device, source.flip, seed)
+    return model, *loaders
+
+
+def _check_last_batch(model: nn.Module, images: int, batch_size: int, image_size: int) -> None:
+    """Refuse a last batch of one image where BatchNorm sees one pixel of it, and so has nothing to average over.
+
+    Raises:
+        UsageError: It does.
+    """
+    if (images - 1) % batch_size:
+        return
+    trial = copy.deepcopy(model).train()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            trial(torch.zeros(1, 3, image_size, image_size))
+        except ValueError as error:
+            raise UsageError(
+                f"argument --batch_size: {batch_size} leaves a batch of one of the {images} training images, and at "
+                f"--image_size {image_size} BatchNorm has one pixel of it to average over; take another of the two"
+            ) from error
+
+
+def load_start_weights(model: nn.Module, settings: dict[str, Any]) -> None:
+    """Put pretrained weights in place where the settings ask for them; the classifier stays fresh unless `fc`."""
+    file, from_file = settings.get("pretrained"), settings.get("prune_type") == "pt"
+    if settings.get("vit_pretrained") or (from_file and file):
+        load_pretrained_weights(model, model.spec, file, with_classifier=settings.get("fc", False))  # type: ignore[arg-type]
+
+
+def choose_kernels(deterministic: bool) -> None:
+    """Set torch's global choices of kernel: the fastest, or only those that give the same bits every time.
+
+    fp32 means fp32: TF32, which keeps 10 bits of mantissa, stays off. For less there is `--precision bf16`.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def prepare_for_speed(model: nn.Module, precision: torch.dtype, compiled: bool = False) -> None:
+    """Set `model.precision`, and layouts and kernels that do not change what is computed.
+
+    On CPUs the fused attention kernel is the faster one in float32 only; its backward is slow in bfloat16.
+
+    Args:
+        compiled: Let torch.compile make one kernel out of many, when the model is first called.
+
+    Raises:
+        UsageError: `compiled`, on a CPU, without a C++ compiler.
+    """
+    model.precision = precision  # type: ignore[assignment]
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    set_fused_attention(model, fused=not (on_cpu and precision == torch.bfloat16))
+    channels_side_by_side(model)
+    if compiled:
+        if on_cpu and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+            raise UsageError("argument --compile: needs a C++ compiler; none was found (g++, clang++ or CXX)")
+        model.compile()
+
+
+def is_of_the_data(name: str) -> bool:
+    """Whether an entry of a state dict is the data set's mean or standard deviation, and no weight."""
+    return name.startswith("normalize.")
+
+
+def load_initial_weights(model: nn.Module, file: Path) -> None:
+    """Load a state dict that `--init` names; normalisation constants stay the data set's own.
+
+    Raises:
+        DataError: The file cannot be read, or holds another network.
+    """
+    failure = f"--init {file}: not a readable state dict"
+    if not file.is_file():  # a pipe would be waited for without end
+        raise DataError(f"--init {file}: no regular file")
+    found = load_tensors(file, failure)
+    found = as_state_dict(found.get("state_dict", found) if isinstance(found, dict) else found, failure)
+    state = {k: v for k, v in found.items() if not is_of_the_data(k)}
+    own = {k: v.shape for k, v in model.state_dict().items() if not is_of_the_data(k)}
+    wrong = sorted(k for k in own.keys() | state.keys() if own.get(k) != getattr(state.get(k), "shape", None))
+    if wrong:
+        raise DataError(f"--init {file}: another network's weights (first difference: {wrong[0]})")
+    model.load_state_dict(state, strict=False)
+
+
+def cloned_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as copies on the CPU: a value, not a view of a network that goes on training."""
+    return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+
+
+def network_digest(model: nn.Module) -> str:
+    """A hash of the names and shapes of a network's tensors: two that differ in it are not the same network."""
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
+
+
+def digest_of(values: Mapping[str, Tensor]) -> str:
+    """A hash of named tensors, in whatever order and on whatever device."""
+    digest = hashlib.sha256()
+    for name, value in sorted(values.items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

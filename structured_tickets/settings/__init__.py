@@ -1,0 +1,1 @@
+"""Flags: what they are, which go together, and what they say."""

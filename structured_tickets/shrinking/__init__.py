@@ -1,0 +1,1 @@
+"""Networks without their pruned units, and what they cost."""

@@ -1,0 +1,61 @@
+"""Whether a network that is not known here can be pruned: its units are silent when dropped, and can be cut."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from structured_tickets.base.errors import UsageError, first_line
+from structured_tickets.shrinking.cost import cost_of
+from structured_tickets.shrinking.shrink import shrink
+from structured_tickets.unit_groups.unit import UnitGroup, masks_of_units
+
+SHARES = (0.7, 0.4)  # of the units that stay, in turn
+TOLERANCE = 1e-3  # of the logits, relative to the largest
+
+
+@torch.no_grad()
+def check_units(model: nn.Module, groups: Sequence[UnitGroup], image_size: int) -> None:
+    """Drop units at random, and compare the network without them with the one in which they are masked.
+
+    Raises:
+        UsageError: They differ: something in the network couples units in a way that is not known here.
+    """
+    draw = torch.Generator().manual_seed(0)
+    network = _with_used_norms(model, draw).eval()
+    parameters = dict(network.named_parameters())
+    images = torch.rand(2, 3, image_size, image_size, generator=draw).to(next(iter(parameters.values())).device)
+    for share in SHARES:
+        kept = {g.name: torch.rand(g.units, generator=draw) < share for g in groups}
+        try:
+            masks = masks_of_units(groups, kept, parameters)
+            wanted = functional_call(network, {n: parameters[n] * m for n, m in masks.items()}, (images,))
+            difference = (shrink(network, masks)(images) - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
+            cost_of(network, groups, masks, image_size)
+        except Exception as error:  # whatever the network's code raises
+            reason = first_line(error)
+            raise _coupled(model, f"cannot be computed ({type(error).__name__}: {reason})") from error
+        if not float(difference) <= TOLERANCE:
+            raise _coupled(model, f"differs from the masked network by {float(difference):.2g} of its logits")
+
+
+def _with_used_norms(model: nn.Module, draw: torch.Generator) -> nn.Module:
+    """A copy whose batch normalisations look as after some training: new ones are the identity, and hide mistakes."""
+    network = copy.deepcopy(model)
+    for norm in (m for m in network.modules() if isinstance(m, nn.BatchNorm2d)):
+        for name, low, high in (("weight", 0.5, 1.5), ("bias", -0.3, 0.3), ("running_mean", -0.3, 0.3)):
+            value = getattr(norm, name)
+            if value is not None:
+                value.copy_(torch.rand(value.shape, generator=draw) * (high - low) + low)
+    return network
+
+
+def _coupled(model: nn.Module, what: str) -> UsageError:
+    return UsageError(
+        f"argument --arch: {type(model).__name__} without some of its units {what}: they are coupled in a way that is "
+        "not known here"
+    )

@@ -1,0 +1,69 @@
+"""Batch scripts for Slurm: an array for each stage of a sweep, and a script that submits them in order."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from structured_tickets.base.atomic_files import write_atomically
+from structured_tickets.sweeps.grid import Job
+from structured_tickets.sweeps.job_process import ROOT
+
+SCRIPT = """#!/usr/bin/env bash
+#SBATCH --job-name={name}
+#SBATCH --array=1-{count}{at_once}
+#SBATCH --cpus-per-task={threads}
+#SBATCH --output={output}
+{options}# Line number SLURM_ARRAY_TASK_ID of the list is this task's job; the same job again continues or does nothing.
+set -euo pipefail
+export OMP_NUM_THREADS={threads} MKL_NUM_THREADS={threads}
+cd {cwd}
+command=$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {jobs})
+eval "exec $command"
+"""
+
+
+def stages_of(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Jobs in stages: each needs only jobs of stages before it."""
+    stage: dict[str, int] = {}
+    for job in jobs:  # in an order in which they can be carried out
+        stage[job.name] = max((stage[name] + 1 for name in job.after if name in stage), default=0)
+    return [[j for j in jobs if stage[j.name] == k] for k in range(max(stage.values(), default=-1) + 1)]
+
+
+def write_scripts(
+    jobs: Sequence[Job], out: Path, name: str, threads: int, at_once: int | None, options: Sequence[str]
+) -> Path:
+    """Write `stage_<k>.sbatch`, their lists of commands and `submit.sh` to `out/slurm`; returns the last.
+
+    Args:
+        at_once: Tasks of an array that may run at the same time; None leaves it to Slurm.
+        options: Further options of sbatch.
+    """
+    folder, program = out / "slurm", ROOT / "main_imp_fillback.py"
+    plain = re.sub(r"[^A-Za-z0-9_.-]", "-", name)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines, waits = ["#!/usr/bin/env bash", "set -euo pipefail"], ""
+    for k, stage in enumerate(stages_of(jobs)):
+        script = folder / f"stage_{k}.sbatch"
+        lines_of_stage = "".join(f"{shlex.join([sys.executable, str(program), *job.words])}\n" for job in stage)
+        # Tasks that are still queued read their line when they begin: another sweep here must have another list.
+        commands = folder / f"stage_{k}.{hashlib.sha256(lines_of_stage.encode()).hexdigest()[:8]}.jobs"
+        write_atomically(lines_of_stage, commands)
+        text = SCRIPT.format(
+            name=f"{plain}_{k}", count=len(stage), at_once=f"%{at_once}" if at_once else "", threads=threads,
+            options="".join(f"#SBATCH {shlex.quote(o)}\n" for o in options), cwd=shlex.quote(str(Path.cwd())),
+            jobs=shlex.quote(str(commands)), output=shlex.quote(str(out / "logs" / "%x-%A_%a.log")),
+        )  # fmt: skip
+        write_atomically(text, script)
+        # "any": a job whose round 0 or ticket failed says so by itself, and must not hold up the others.
+        lines.append(f"id_{k}=$(sbatch --parsable {waits}{shlex.quote(str(script))})")
+        lines.append(f'echo "stage {k}: {len(stage)} tasks, job ${{id_{k}%%;*}}"')
+        waits = f'--dependency=afterany:"${{id_{k}%%;*}}" '
+    (out / "logs").mkdir(exist_ok=True)
+    write_atomically("\n".join(lines) + "\n", folder / "submit.sh")
+    return folder / "submit.sh"

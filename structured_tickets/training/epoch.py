@@ -1,0 +1,295 @@
+"""One epoch: the training step with RSST's penalty, evaluation, and stopping in good order."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn, optim
+
+from structured_tickets.base.distributed import ALONE, World
+from structured_tickets.base.errors import DivergedError, Interrupted
+from structured_tickets.networks.precision import computing
+from structured_tickets.pruning.masks import HeldMask, Mask
+from structured_tickets.runs.reporter import Reporter
+from structured_tickets.training.optimization import LearningRate, set_learning_rate
+from structured_tickets.training.penalty.reg_pruner import Pruner
+from structured_tickets.unit_groups.unit import parameter_of
+
+log = logging.getLogger("rsst")
+
+
+class StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a wish that the training loop grants after the step; the second kills.
+
+    Args:
+        world: Processes that stop together, whichever of them has got the signal.
+    """
+
+    def __init__(self, world: World = ALONE) -> None:
+        self.world = world
+        self.signal: int | None = None
+        self._before = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        # torchrun hands on what its workers may have got already; it kills them itself if they take too long.
+        for each in (signal.SIGINT,) if self.world.size > 1 else self._before:
+            signal.signal(each, signal.SIG_DFL)
+
+    def restore(self) -> None:
+        """Hand the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self.signal is not None and self.world.size > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, again: what has stopped may still say so
+
+    def obey(self, where: str) -> None:
+        """Raise `Interrupted` if a signal has come, to any process."""
+        number = int(self.world.highest(torch.tensor(self.signal or 0)))
+        if number:
+            raise Interrupted(f"stopped {where}; the same command continues", number)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While it lasts, the other processes are not asked: they wait."""
+        world, self.world = self.world, ALONE
+        try:
+            yield
+        finally:
+            self.world = world
+
+
+@dataclass
+class Meter:
+    """Sums over the batches of one epoch; they stay on the device until they are read.
+
+    Attributes:
+        sums: float64 [3]: loss, correct answers, images.
+    """
+
+    sums: Tensor
+    steps: int = 0
+
+    @staticmethod
+    def start(device: torch.device, partial: Mapping[str, float] | None = None) -> Meter:
+        """From nothing, or from what an epoch had reached that was broken off."""
+        reached = partial or {}
+        sums = [reached.get(name, 0.0) for name in ("loss", "correct", "seen")]
+        return Meter(torch.tensor(sums, dtype=torch.float64, device=device), int(reached.get("steps", 0)))
+
+    def add(self, loss: Tensor, output: Tensor, target: Tensor) -> None:
+        correct = (output.detach().argmax(1) == target).sum()
+        images = correct.new_tensor(len(target))
+        self.sums += torch.stack([loss.detach().double() * len(target), correct.double(), images.double()])
+        self.steps += 1
+
+    def over(self, world: World) -> Meter:
+        """The same steps, with the images of all processes."""
+        return Meter(world.total(self.sums), self.steps)
+
+    def join(self, other: Meter) -> None:
+        """Add what another has counted."""
+        self.sums += other.sums
+        self.steps += other.steps
+
+    def reached(self) -> dict[str, float]:
+        """What `start` goes on from."""
+        loss, correct, seen = self.sums.tolist()
+        return {"loss": loss, "correct": correct, "seen": int(seen), "steps": self.steps}
+
+    @property
+    def seen(self) -> int:
+        """Images."""
+        return int(self.sums[2])
+
+    @property
+    def mean_loss(self) -> float:
+        return float(self.sums[0]) / max(1, self.seen)
+
+    @property
+    def accuracy(self) -> float:
+        """In percent."""
+        return 100 * float(self.sums[1]) / max(1, self.seen)
+
+
+@dataclass
+class Passer:
+    """What a round passes to every step.
+
+    Attributes:
+        args: The settings.
+        current_mask, refill_mask: What the round trains under; empty in round 0.
+        epoch: The epoch of the step, from 0.
+        held: What stays at zero.
+        rate: Learning rate by step; None leaves the optimizer's own.
+        meter: Sums of an epoch taken up in the middle.
+        stop: Asked after every step.
+        reporter: Shows a progress bar.
+        world: The processes that train together, each on its share of every batch.
+        network: What forward passes go through; None: the model itself.
+        decoupled: Whether the penalty shrinks weights directly instead of entering the gradient.
+        lr_share: Learning rate of the step over its peak.
+    """
+
+    args: Any
+    current_mask: Mask = field(default_factory=dict)
+    refill_mask: Mask = field(default_factory=dict)
+    epoch: int = 0
+    held: HeldMask | None = None
+    rate: LearningRate | None = None
+    meter: Meter | None = None
+    stop: StopRequest | None = None
+    reporter: Reporter | None = None
+    world: World = ALONE
+    network: nn.Module | None = None
+    decoupled: bool = False
+    lr_share: float = 1.0
+
+
+def train(
+    state: int,
+    train_loader: Iterable[tuple[Tensor, Tensor]],
+    model: nn.Module,
+    criterion: nn.Module,
+    optimizer: optim.Optimizer,
+    epoch: int,
+    passer: Any,
+    pruner: Pruner | None,
+) -> Meter:
+    """Train one epoch (of round `state`), or what is left of it.
+
+    Args:
+        passer: See `Passer`.
+        pruner: RSST's penalty; None trains without it.
+
+    Raises:
+        DivergedError: The loss is not finite; the message says where.
+        Interrupted: A signal came; the step was finished, `passer.meter` tells how far the epoch is.
+    """
+    batches, print_freq = len(train_loader), passer.args.print_freq  # type: ignore[arg-type]
+    device = next(model.parameters()).device
+    passer.epoch, passer.meter = epoch, passer.meter or Meter.start(device)
+    meter, began = passer.meter, time.perf_counter()
+    world, network = getattr(passer, "world", ALONE), getattr(passer, "network", None) or model
+    model.train()
+    for i, (image, target) in enumerate(_shown(train_loader, passer, state, epoch), meter.steps):
+        if passer.rate is not None:
+            lr = passer.rate.at(epoch, i)
+            set_learning_rate(optimizer, lr)
+            passer.lr_share = lr / passer.rate.base
+        output, loss = _forward(model, network, world, criterion, image, target)
+        optimizer.zero_grad()
+        world.backward(loss, len(target))
+        _zero_where_unreached(model)
+        if pruner is not None:
+            update_reg(passer, pruner, model, state, i, batches)
+            apply_reg(pruner, model, passer)
+        optimizer.step()
+        if passer.held is not None:
+            passer.held.apply()
+        step = Meter.start(device)
+        step.add(loss, output, target)
+        meter.join(step.over(world))
+        last = i + 1 == batches
+        # Reading the loss waits for the device: cheap on a CPU, so that divergence is caught at once.
+        stopping = world.size == 1 and passer.stop is not None and passer.stop.signal is not None
+        read = device.type == "cpu" or last or stopping or (i + 1) % print_freq == 0
+        if read and not math.isfinite(float(meter.sums[0])):
+            raise DivergedError(f"the loss is not finite in round {state}, epoch {epoch}, step {i + 1} of {batches}")
+        if (i + 1) % print_freq == 0:
+            log.info("Epoch: [%d][%d/%d]\tLoss %.4f\tAccuracy %.2f\tTime %.1f", epoch, i + 1, batches,
+                     meter.mean_loss, meter.accuracy, time.perf_counter() - began)  # fmt: skip
+        if passer.stop is not None and not last:
+            passer.stop.obey(f"in round {state}, epoch {epoch}, after step {i + 1} of {batches}")
+    if not all(bool(torch.isfinite(v).all()) for v in model.state_dict().values() if v.is_floating_point()):
+        raise DivergedError(f"a weight is not finite after the last step of round {state}, epoch {epoch}")
+    passer.meter = None
+    return meter
+
+
+def _forward(
+    model: nn.Module, network: nn.Module, world: World, criterion: nn.Module, image: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Logits and mean loss of this process's images.
+
+    Of a batch of fewer images than processes some have none: they compute something that does not count, to keep step.
+    """
+    has_share = len(target) > 0
+    with computing(model), world.over_whole_batches(model, has_share):
+        output = network(image if has_share else image.new_zeros(1, *image.shape[1:]))[: len(target)]
+    return output, criterion(output.float(), target) if has_share else output.sum()
+
+
+def _zero_where_unreached(model: nn.Module) -> None:
+    """No gradient would mean no decay and no penalty; parameters that the loss does not depend on get both."""
+    for parameter in model.parameters():
+        if parameter.grad is None and parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def _shown(batches: Iterable, passer: Any, state: int, epoch: int) -> Iterable:
+    if passer.reporter is None:
+        return batches
+    return passer.reporter.progress(batches, len(batches), passer.meter.steps, f"round {state} epoch {epoch}")  # type: ignore[arg-type]
+
+
+def update_reg(passer: Any, pruner: Pruner, model: nn.Module, state: int, i: int, j: int) -> None:
+    """Set lambda of the doomed weights for batch `i` (from 0) of the `j` batches of an epoch."""
+    pruner.advance(passer.epoch, i, j)
+
+
+def apply_reg(pruner: Pruner, model: nn.Module, passer: Any) -> nn.Module:
+    """gradient += lambda * weight on the doomed weights (`block_loss_grad`: in place of their gradient).
+
+    With a decoupled penalty (see `Pruner`) the weights shrink directly instead.
+    """
+    if not getattr(passer, "decoupled", False):
+        pruner.add_penalty(passer.args.block_loss_grad)
+        return model
+    if passer.args.block_loss_grad:
+        pruner.block_gradient()
+    pruner.shrink(passer.lr_share)
+    return model
+
+
+def validate(val_loader: Iterable[tuple[Tensor, Tensor]], model: nn.Module, criterion: nn.Module) -> float:
+    """Accuracy in percent, in eval mode."""
+    return validate_together(val_loader, model, criterion, ALONE)
+
+
+@torch.no_grad()
+def validate_together(
+    val_loader: Iterable[tuple[Tensor, Tensor]], model: nn.Module, criterion: nn.Module, world: World
+) -> float:
+    """Accuracy in percent, in eval mode, over the images of all processes."""
+    model.eval()
+    meter = Meter.start(next(model.parameters()).device)
+    for image, target in val_loader:
+        output, loss = _forward(model, model, world, criterion, image, target)
+        meter.add(loss, output, target)
+    return meter.over(world).accuracy
+
+
+@contextmanager
+def hardened(model: nn.Module, structure: Mapping[str, Tensor]) -> Iterator[None]:
+    """For a while, the model as its structure leaves it: everything outside is zero. Afterwards all is as before."""
+    parameters = {n: parameter_of(model, n) for n in structure}
+    saved = {n: p.detach().clone() for n, p in parameters.items()}
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.mul_(structure[name].to(parameter.device))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(saved[name])

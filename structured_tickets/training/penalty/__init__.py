@@ -1,0 +1,1 @@
+"""RSST's penalty: the schedules of its strength, and the pruner that holds and applies it."""

@@ -1,0 +1,158 @@
+"""What a round trains: the network at its real size, with the optimizer and the masks that fit it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn, optim
+
+from structured_tickets.pruning.masks import HeldMask, Mask
+from structured_tickets.shrinking.channels import Cuts
+from structured_tickets.shrinking.shrink import cut_value, put_back, shrink
+
+IDLE = "idle."
+LANES = 16  # float32 numbers in a vector register, and channels in a block of the kernels for CPUs
+
+
+class Trainee:
+    """A network of which some weights are held at zero, at its real size where `compact`.
+
+    Some weights that are not held have no place in the smaller network either: those of a kept filter for a channel
+    that is gone. In the whole network they only decay, or are squeezed. So that they do here too, they are parameters
+    `idle.<name>`, in one long axis, which nothing computes with.
+
+    Attributes:
+        whole: The network at full size; its weights are as they were until `write_back`.
+        model: The one that trains: another, or `whole` itself where nothing can be cut.
+        optimizer: Of `model`.
+        held: Holds zeros in `model`.
+    """
+
+    def __init__(
+        self,
+        whole: nn.Module,
+        held: Mask,
+        build_optimizer: Callable[[nn.Module], optim.Optimizer],
+        prepare: Callable[[nn.Module], None],
+        compact: bool = True,
+    ) -> None:
+        self.whole, self._held, self._build = whole, held, build_optimizer
+        whole.zero_grad()
+        HeldMask(whole, held).apply()
+        small = shrink(whole, held, LANES) if compact and held else whole
+        self._cuts: Cuts = vars(small).get("cuts", {})
+        self._sizes = {n: p.shape for n, p in small.named_parameters()}
+        cut = [n for n, p in whole.named_parameters() if self._sizes.get(n) != p.shape]
+        self.model = small if cut else whole
+        places = ((n, self._places_left(n)) for n in cut)
+        self._idle = {n: left for n, left in places if bool(left.any())}
+        if cut:
+            self._set_idle_weights_aside()
+            prepare(self.model)
+        self.optimizer = build_optimizer(self.model)
+        self.held = HeldMask(self.model, self.cut(held))
+
+    def _set_idle_weights_aside(self) -> None:
+        parameters = dict(self.whole.named_parameters())
+        for name in self._idle:
+            path, _, param = f"{IDLE}{name}".rpartition(".")
+            owner = self.model
+            for part in path.split("."):
+                if not hasattr(owner, part):
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            pieces = self._pieces(name, parameters[name].detach())
+            owner.register_parameter(param, nn.Parameter(pieces[f"{IDLE}{name}"]))
+
+    @property
+    def share(self) -> float:
+        """Parameters that are computed with, over those of the whole network, in (0, 1]."""
+        return sum(s.numel() for s in self._sizes.values()) / sum(p.numel() for p in self.whole.parameters())
+
+    def _places_left(self, name: str) -> Tensor:
+        """Neither held nor computed with: bool, of the whole parameter's shape."""
+        whole = self.whole.get_parameter(name)
+        alive = self._held[name].to(whole.device) != 0 if name in self._held else torch.ones_like(whole).bool()
+        computed = torch.zeros_like(alive)
+        if name in self._sizes:
+            put_back(alive.new_ones(self._sizes[name]), computed, self._cuts.get(name, {}))
+        return alive & ~computed
+
+    def _pieces(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        """A tensor of the whole parameter's shape as `model` has it: what is computed with, and what is idle."""
+        pieces = {}
+        if name in self._sizes:
+            pieces[name] = cut_value(value, self._cuts.get(name, {}))
+        if name in self._idle:
+            line = value[self._idle[name].to(value.device)]
+            pieces[f"{IDLE}{name}"] = line.view(-1, *[1] * (value.ndim - 1))  # optimizers tell vectors from the rest
+        return pieces
+
+    def _join(self, name: str, pieces: Mapping[str, Tensor], whole: Tensor) -> None:
+        """The inverse of `_pieces`, in place."""
+        if name in pieces:
+            put_back(pieces[name], whole, self._cuts.get(name, {}))
+        if name in self._idle:
+            whole[self._idle[name]] = pieces[f"{IDLE}{name}"].detach().flatten()
+
+    def cut(self, masks: Mapping[str, Tensor]) -> Mask:
+        """Masks of the whole network (by parameter name) as masks of `model`."""
+        if self.model is self.whole:
+            return dict(masks)
+        return {piece: value for n, m in masks.items() for piece, value in self._pieces(n, m).items()}
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Give `whole` the weights and statistics that `model` has reached."""
+        if self.model is not self.whole:
+            reached = self.model.state_dict()
+            for name, value in self.whole.state_dict().items():
+                self._join(name, reached, value)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state dict, as if it had trained the whole network."""
+        if self.model is self.whole:
+            return self.optimizer.state_dict()
+        own = {n: self.optimizer.state[p] for n, p in self.model.named_parameters() if p in self.optimizer.state}
+        outer = self._build(self.whole)
+        for name, parameter in self.whole.named_parameters():
+            for key, value in next(iter(own.values()), {}).items():
+                outer.state[parameter][key] = copy.deepcopy(value)
+                if _is_per_weight(value):
+                    outer.state[parameter][key] = torch.zeros_like(parameter)
+                    self._join(name, {n: s[key] for n, s in own.items()}, outer.state[parameter][key])
+        _copy_settings(self.optimizer, outer)
+        return outer.state_dict()
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `optimizer_state`."""
+        if self.model is self.whole:
+            self.optimizer.load_state_dict(state)
+            return
+        outer = self._build(self.whole)
+        outer.load_state_dict(state)
+        _copy_settings(outer, self.optimizer)
+        whole = dict(self.whole.named_parameters())
+        for piece, parameter in self.model.named_parameters():
+            name = piece.removeprefix(IDLE)
+            for key, value in outer.state[whole[name]].items():
+                part = self._pieces(name, value)[piece] if _is_per_weight(value) else value
+                self.optimizer.state[parameter][key] = _laid_out_like(parameter, part)
+
+
+def _copy_settings(source: optim.Optimizer, target: optim.Optimizer) -> None:
+    """Learning rate and the like, group by group."""
+    for theirs, ours in zip(source.param_groups, target.param_groups, strict=True):
+        ours |= {k: v for k, v in theirs.items() if k != "params"}
+
+
+def _laid_out_like(parameter: Tensor, value: Any) -> Any:
+    """A copy, in the memory layout of the weights, which fused optimizers take for granted."""
+    return torch.empty_like(parameter).copy_(value) if _is_per_weight(value) else copy.deepcopy(value)
+
+
+def _is_per_weight(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
