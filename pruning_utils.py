@@ -34,11 +34,32 @@ from structured_tickets.unit_groups.channels import channel_groups
 from structured_tickets.unit_groups.unit import Slice, UnitGroup, parameter_of, ranked_names
 
 __all__ = [
-    "BUDGETS", "CRITERIA", "Evidence", "Mask", "MaskPair", "Slice", "UnitGroup", "budget", "channel_groups",
-    "check_sparsity", "extract_main_weight", "extract_mask", "kept_count", "prune_admm", "prune_grasp",
-    "prune_model_custom", "prune_model_custom_fillback", "prune_omp", "prune_rp", "prune_snip", "prune_synflow",
-    "pruning_model", "pruning_model_random", "regroup", "remove_prune",
-]  # fmt: skip
+    "BUDGETS",
+    "CRITERIA",
+    "Evidence",
+    "Mask",
+    "MaskPair",
+    "Slice",
+    "UnitGroup",
+    "budget",
+    "channel_groups",
+    "check_sparsity",
+    "extract_main_weight",
+    "extract_mask",
+    "kept_count",
+    "prune_admm",
+    "prune_grasp",
+    "prune_model_custom",
+    "prune_model_custom_fillback",
+    "prune_omp",
+    "prune_rp",
+    "prune_snip",
+    "prune_synflow",
+    "pruning_model",
+    "pruning_model_random",
+    "regroup",
+    "remove_prune",
+]
 
 log = logging.getLogger("rsst.pruning")
 

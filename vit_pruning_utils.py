@@ -35,10 +35,20 @@ from structured_tickets.unit_groups.find import block_groups, head_groups, is_vi
 from structured_tickets.unit_groups.unit import UnitGroup, parameter_of, ranked_names, rows
 
 __all__ = [
-    "block_groups", "check_sparsity_vit", "extract_mask_vit", "head_groups", "is_vit_model", "neuron_groups",
-    "prune_model_custom_fillback_vit", "prune_model_custom_fillback_vit_by_head", "prune_model_custom_vit",
-    "pruning_model_vit", "refill_rows", "remove_prune_vit", "vit_groups",
-]  # fmt: skip
+    "block_groups",
+    "check_sparsity_vit",
+    "extract_mask_vit",
+    "head_groups",
+    "is_vit_model",
+    "neuron_groups",
+    "prune_model_custom_fillback_vit",
+    "prune_model_custom_fillback_vit_by_head",
+    "prune_model_custom_vit",
+    "pruning_model_vit",
+    "refill_rows",
+    "remove_prune_vit",
+    "vit_groups",
+]
 
 log = logging.getLogger("rsst.pruning")
 

@@ -94,8 +94,13 @@ def _loader(batches: int, device: torch.device) -> BatchLoader:
 def training(model: nn.Module, masks: Mask, compact: bool, loader: BatchLoader) -> Callable[[], object]:
     """One epoch of a copy of the model under the masks, at real size or not."""
     precision: torch.dtype = model.precision  # type: ignore[assignment]
-    trainee = Trainee(copy.deepcopy(model), masks, lambda net: OPTIMIZERS["sgd"].build(net, 0.01, 0.9, 1e-4),
-                      lambda net: prepare_for_speed(net, precision), compact)  # fmt: skip
+    trainee = Trainee(
+        copy.deepcopy(model),
+        masks,
+        lambda net: OPTIMIZERS["sgd"].build(net, 0.01, 0.9, 1e-4),
+        lambda net: prepare_for_speed(net, precision),
+        compact,
+    )
     passer = Passer(SimpleNamespace(print_freq=10**6, block_loss_grad=False), held=trainee.held)
     criterion = nn.CrossEntropyLoss()
     return lambda: train(0, loader, trainee.model, criterion, trainee.optimizer, 0, passer, None)
@@ -107,9 +112,10 @@ def epoch_rows(arch: str, gone: float, turns: int, batches: int, device: torch.d
         model, loader = network(arch, choose_precision(name, device), device), _loader(batches, device)
         masks = random_structure(model, gone)
         actions = {
-            "dense": training(model, {}, False, loader), "masked": training(model, masks, False, loader),
+            "dense": training(model, {}, False, loader),
+            "masked": training(model, masks, False, loader),
             "compact": training(model, masks, True, loader),
-        }  # fmt: skip
+        }
         seconds = harness.alternate(actions, turns, device)
         share, goal = share_of_macs(model, masks), GOALS[MODELS[arch].spec.family]["epoch"]
         slower, over, median = times_macs(seconds, "compact", share)
@@ -189,8 +195,15 @@ def torch_pruning_row(arch: str, gone: float, turns: int, device: torch.device) 
     not_slower = all(statistics.quantiles(part, n=4)[0] <= 1 for part in (latency, step))
     cut = [statistics.median(removing[k]) for k in ("ours", "theirs")]
     verdict = f"1 within the spread: {harness.verdict(not_slower)}"
-    return [arch, f"{gone:.2f}", f"{gap:.0e}", harness.spread(latency), harness.spread(step),
-            f"{1e3 * cut[0]:.0f} / {1e3 * cut[1]:.0f} ms", verdict]  # fmt: skip
+    return [
+        arch,
+        f"{gone:.2f}",
+        f"{gap:.0e}",
+        harness.spread(latency),
+        harness.spread(step),
+        f"{1e3 * cut[0]:.0f} / {1e3 * cut[1]:.0f} ms",
+        verdict,
+    ]
 
 
 def _with_precision(net: nn.Module) -> nn.Module:

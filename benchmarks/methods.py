@@ -47,9 +47,17 @@ class Budget:
 
 SMALL, MEDIUM, LARGE = Budget(200, 8, 64), Budget(60, 5, 32), Budget(30, 3, 30)
 BUDGETS = {
-    "res18": MEDIUM, "resnet12": MEDIUM, "vgg16_bn": MEDIUM, "vit_small_imagenet": MEDIUM, "vit_base_imagenet": MEDIUM,
-    "res50": LARGE, "densenet161": LARGE, "vit_small": LARGE, "vit_base": LARGE, "vit_large_imagenet": LARGE,
-}  # fmt: skip
+    "res18": MEDIUM,
+    "resnet12": MEDIUM,
+    "vgg16_bn": MEDIUM,
+    "vit_small_imagenet": MEDIUM,
+    "vit_base_imagenet": MEDIUM,
+    "res50": LARGE,
+    "densenet161": LARGE,
+    "vit_small": LARGE,
+    "vit_base": LARGE,
+    "vit_large_imagenet": LARGE,
+}
 COMMON = "--dataset imagefolder --pruning_times 2 --warmup 1 --decreasing_lr , --wandb disabled --quiet"
 FAMILIES = {
     "cnn": "--optimizer sgd --lr 0.05 --rate 0.4 --penalty decoupled",
@@ -84,9 +92,22 @@ class Run:
     def words(self, photos: Path, folder: Path) -> list[str]:
         """Its command line."""
         family, units = MODELS[self.arch].spec.family, METHODS[self.struct].regroups or self.regroup
-        flags = ["--arch", self.arch, "--struct", self.struct, *COMMON.split(), *FAMILIES[family].split(),
-                 "--epochs", str(self.budget.epochs), "--batch_size", str(self.budget.batch),
-                 "--data", str(photos), "--save_dir", str(folder)]  # fmt: skip
+        flags = [
+            "--arch",
+            self.arch,
+            "--struct",
+            self.struct,
+            *COMMON.split(),
+            *FAMILIES[family].split(),
+            "--epochs",
+            str(self.budget.epochs),
+            "--batch_size",
+            str(self.budget.batch),
+            "--data",
+            str(photos),
+            "--save_dir",
+            str(folder),
+        ]
         flags += ["--criteria", "magnitude"] if METHODS[self.struct].regroups else ["--regroup"] if units else []
         flags += ["--vit_structured"] if family == "vit" and METHODS[self.struct].regroups else []
         return flags + (["--admm_epochs", str(self.budget.epochs)] if self.struct == "admm" else [])
@@ -142,12 +163,32 @@ def line(run: Run, method: str, row: Row) -> list[str]:
     val, test = (row[f"hardened_{part}_accuracy"] or row[f"{part}_accuracy"] for part in ("val", "test"))
     units = ", ".join("{}/{} {}s".format(*counts, kind) for kind, counts in json.loads(row["kept_units"]).items())
     squeeze = f"{float(row['squeeze_ratio']):.2g}" if row["squeeze_ratio"] else ""
-    return [run.arch, method, str(run.budget), f"{float(row['density']):.1f}", units, f"{int(row['parameters']):,}",
-            f"{int(row['macs']) / 1e6:,.1f} M", f"{float(val):.1f}", f"{float(test):.1f}", squeeze]  # fmt: skip
+    return [
+        run.arch,
+        method,
+        str(run.budget),
+        f"{float(row['density']):.1f}",
+        units,
+        f"{int(row['parameters']):,}",
+        f"{int(row['macs']) / 1e6:,.1f} M",
+        f"{float(val):.1f}",
+        f"{float(test):.1f}",
+        squeeze,
+    ]
 
 
-HEAD = ["network", "method", "images of a class, epochs", "density %", "units", "parameters", "MACs", "val", "test",
-        "squeeze"]  # fmt: skip
+HEAD = [
+    "network",
+    "method",
+    "images of a class, epochs",
+    "density %",
+    "units",
+    "parameters",
+    "MACs",
+    "val",
+    "test",
+    "squeeze",
+]
 TITLES = {"refill": "Refill", "rsst": "RSST"}
 
 

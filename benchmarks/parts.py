@@ -103,10 +103,18 @@ def parts(arch: str, dtype: torch.dtype, batch: int, rounds: int, device: torch.
     spent["the rest (residuals, activations, autograd)"] = whole - sum(spent.values())
     label = str(dtype).removeprefix("torch.")
     rows = [
-        [arch, label, kind, str(count[kind] or ""), f"{1e3 * s:.0f}", f"{100 * s / whole:.0f} %",
-         f"{work[kind] / s / 1e9:.0f}" if work[kind] else ""]
-        for kind, s in sorted(spent.items(), key=lambda item: -item[1]) if s > 0.005 * whole
-    ]  # fmt: skip
+        [
+            arch,
+            label,
+            kind,
+            str(count[kind] or ""),
+            f"{1e3 * s:.0f}",
+            f"{100 * s / whole:.0f} %",
+            f"{work[kind] / s / 1e9:.0f}" if work[kind] else "",
+        ]
+        for kind, s in sorted(spent.items(), key=lambda item: -item[1])
+        if s > 0.005 * whole
+    ]
     return [*rows, [arch, label, "forward and backward", "", f"{1e3 * whole:.0f}", "100 %", ""]]
 
 

@@ -86,11 +86,16 @@ def main() -> None:
             times = harness.alternate(steps(arch, optimizer, batch, device), args.rounds, device)
             alone = [a / w for a, w in zip(times["penalty and masks alone"], times["without"], strict=True)]
             share = 1 + statistics.median(alone)
-            rows.append([
-                arch, optimizer, harness.spread(harness.ratios(times, "with", "without"), 3),
-                harness.spread([1e3 * s for s in times["penalty and masks alone"]]), f"{share:.4f}",
-                f"<= {GOAL}: {harness.verdict(share <= GOAL)}",
-            ])  # fmt: skip
+            rows.append(
+                [
+                    arch,
+                    optimizer,
+                    harness.spread(harness.ratios(times, "with", "without"), 3),
+                    harness.spread([1e3 * s for s in times["penalty and masks alone"]]),
+                    f"{share:.4f}",
+                    f"<= {GOAL}: {harness.verdict(share <= GOAL)}",
+                ]
+            )
     print(harness.table(["model", "optimizer", "step with / without", "alone, ms", "1 + alone / step", "goal"], rows))
 
 

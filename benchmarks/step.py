@@ -25,10 +25,13 @@ from structured_tickets.runs.setup import choose_device, choose_kernels, prepare
 
 STEPS = 4  # that are timed together
 GOALS = {  # (model, what, precision): times the plain loop
-    ("vit_tiny", "step", "auto"): 3.0, ("res20s", "step", "auto"): 2.5,
-    ("vit_tiny", "step", "fp32"): 1.0, ("res20s", "step", "fp32"): 1.4,
-    ("vit_tiny", "evaluation", "auto"): 2.5, ("res20s", "evaluation", "auto"): 2.5,
-}  # fmt: skip
+    ("vit_tiny", "step", "auto"): 3.0,
+    ("res20s", "step", "auto"): 2.5,
+    ("vit_tiny", "step", "fp32"): 1.0,
+    ("res20s", "step", "fp32"): 1.4,
+    ("vit_tiny", "evaluation", "auto"): 2.5,
+    ("res20s", "evaluation", "auto"): 2.5,
+}
 
 
 def operations_per_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> int:
@@ -105,10 +108,17 @@ def main() -> None:
                 faster = harness.ratios(times, "plain", name)
                 goal = GOALS.get((arch, part, name))
                 judged = "" if goal is None else f">= {goal}: {harness.verdict(statistics.median(faster) >= goal)}"
-                rows.append([
-                    arch, part, name, f"{images / statistics.median(seconds):.0f}", harness.spread(faster),
-                    f"{100 * statistics.median(limit):.0f} %", judged,
-                ])  # fmt: skip
+                rows.append(
+                    [
+                        arch,
+                        part,
+                        name,
+                        f"{images / statistics.median(seconds):.0f}",
+                        harness.spread(faster),
+                        f"{100 * statistics.median(limit):.0f} %",
+                        judged,
+                    ]
+                )
     print(harness.table(["model", "what", "loop", "images/s", "times plain", "of the limit", "goal"], rows))
 
 

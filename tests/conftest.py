@@ -20,8 +20,13 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--tier", default="all", type=tier, metavar="fast|all|K/N",
-                     help="which tests: all but slow ones; all; all but slow ones and part K of N of the slow ones")  # fmt: skip
+    parser.addoption(
+        "--tier",
+        default="all",
+        type=tier,
+        metavar="fast|all|K/N",
+        help="which tests: all but slow ones; all; all but slow ones and part K of N of the slow ones",
+    )
 
 
 def pytest_collection_modifyitems(config, items):

@@ -32,10 +32,22 @@ def pruned():
 
 def regrouped(criteria, sorting_mode="layer-wise"):
     model, masks, weights = pruned()
-    return model, masks, prune_model_custom_fillback_vit_head_and_mlp(
-        model, masks, BATCHES, weights, weights, criteria=criteria, head_prune_ratio=0.3, mlp_prune_ratio=0.3,
-        return_mask_only=True, sorting_mode=sorting_mode,
-    )  # fmt: skip
+    return (
+        model,
+        masks,
+        prune_model_custom_fillback_vit_head_and_mlp(
+            model,
+            masks,
+            BATCHES,
+            weights,
+            weights,
+            criteria=criteria,
+            head_prune_ratio=0.3,
+            mlp_prune_ratio=0.3,
+            return_mask_only=True,
+            sorting_mode=sorting_mode,
+        ),
+    )
 
 
 def count(refill, part):

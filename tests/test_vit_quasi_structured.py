@@ -36,9 +36,13 @@ def pruned():
 
 def regrouped(criteria):
     model, masks, weights = pruned()
-    return model, masks, prune_model_custom_fillback_vit_by_head(
-        model, masks, BATCHES, weights, weights, criteria=criteria, prune_ratio=0.3, return_mask_only=True
-    )  # fmt: skip
+    return (
+        model,
+        masks,
+        prune_model_custom_fillback_vit_by_head(
+            model, masks, BATCHES, weights, weights, criteria=criteria, prune_ratio=0.3, return_mask_only=True
+        ),
+    )
 
 
 def test_global_l1_is_elementwise():

@@ -153,9 +153,11 @@ class World:
             warnings.simplefilter("ignore", FutureWarning)  # newer versions call `broadcast_buffers` otherwise
             # Statistics of BatchNorm are the same everywhere already.
             return nn.parallel.DistributedDataParallel(
-                model, device_ids=[images.device] if images.device.type == "cuda" else None, broadcast_buffers=False,
+                model,
+                device_ids=[images.device] if images.device.type == "cuda" else None,
+                broadcast_buffers=False,
                 find_unused_parameters=leaves_out,
-            )  # fmt: skip
+            )
 
     def over_whole_batches(self, model: nn.Module, counts: bool = True) -> AbstractContextManager[Any]:
         """While it lasts, BatchNorm in training mode takes its statistics over the shares of all processes.
@@ -255,9 +257,16 @@ class _WholeBatches(TorchFunctionMode):
 
 
 def _batch_norm(
-    counts: bool, input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
-    bias: Tensor | None = None, training: bool = True, momentum: float = 0.1, eps: float = 1e-5,
-) -> Tensor:  # fmt: skip
+    counts: bool,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
     channels = input.shape[1]
     weight = input.new_ones(channels) if weight is None else weight
     bias = input.new_zeros(channels) if bias is None else bias

@@ -11,9 +11,22 @@ from pathlib import Path
 from structured_tickets.base.errors import UsageError
 
 SECRET_WORDS = frozenset(
-    {"KEY", "APIKEY", "TOKEN", "PAT", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRASE", "PWD", "PGPASSWORD",
-     "CREDENTIAL", "CREDENTIALS"}
-)  # fmt: skip
+    {
+        "KEY",
+        "APIKEY",
+        "TOKEN",
+        "PAT",
+        "SECRET",
+        "SECRETS",
+        "PASSWORD",
+        "PASSWD",
+        "PASSPHRASE",
+        "PWD",
+        "PGPASSWORD",
+        "CREDENTIAL",
+        "CREDENTIALS",
+    }
+)
 SHORTEST = 8
 ORDINARY = re.compile(r"[a-z]+([-_ ][a-z]+)*|[A-Z]?[a-z]+|[A-Z]+(_[A-Z]+)*|[\d.:,-]+")
 PASSWORD_IN_URL = re.compile(r"\b([A-Za-z][\w+.-]*:/{1,2}[^/\s:@]*):([^/\s@]+)@")  # one /: of a URL taken for a path
@@ -28,9 +41,10 @@ def secrets_of(environment: Mapping[str, str]) -> list[str]:
     hidden wherever they stand; but a password may be a word.
     """
     found = {
-        value for name, value in environment.items()
+        value
+        for name, value in environment.items()
         if (words := SECRET_WORDS & set(name.upper().split("_"))) and _is_secret(value, words)
-    }  # fmt: skip
+    }
     in_urls = (match[2] for value in environment.values() for match in PASSWORD_IN_URL.finditer(value))
     found |= {p for p in (*in_urls, *_netrc_passwords(environment)) if len(p) >= SHORTEST}
     return sorted(found, key=len, reverse=True)

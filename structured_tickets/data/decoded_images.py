@@ -44,7 +44,7 @@ UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
+}
 
 # PIL's own words do not say of which file; what matters is raised.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -150,7 +150,7 @@ def require_memory(count: int, size: int) -> None:
     needed, there = count * 3 * size * size, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise UsageError(f"argument --image_size: {count:,} images of {size} pixels a side take {needed / 1e9:,.0f} GB "
-                         f"of memory; this machine has {there / 1e9:,.0f} GB")  # fmt: skip
+                         f"of memory; this machine has {there / 1e9:,.0f} GB")
 
 
 def _cached(paths: Sequence[str], size: int, folder: Path, part: str, workers: int) -> Tensor:

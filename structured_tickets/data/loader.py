@@ -65,7 +65,7 @@ class BatchLoader:
     def __init__(
         self, data: ImageSet, batch_size: int, device: torch.device, *, augment: bool = False, flip: bool = False,
         seed: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         images = data.images.to(device) if isinstance(data.images, Tensor) and _fits(data.images, device) else None
         self.data = replace(data, images=data.images if images is None else images, labels=data.labels.to(device))
         self.device = device
@@ -164,7 +164,7 @@ def _read(images: LazyImages, parts: Sequence[Tensor], device: torch.device) -> 
         images, batch_sampler=[part.tolist() for part in parts], num_workers=workers, collate_fn=_as_it_is,
         pin_memory=device.type == "cuda", worker_init_fn=_leave_stopping_to_the_first,
         generator=torch.Generator(),  # it draws, even without need: from the network's dropout, if nothing is given
-    )  # fmt: skip
+    )
     batches: Iterator[Tensor] | None = None
     failure: DataError | MachineError
     try:
@@ -179,7 +179,7 @@ def _read(images: LazyImages, parts: Sequence[Tensor], device: torch.device) -> 
         if WORKER_DIED not in str(error):
             raise
         failure = MachineError(f"argument --workers: a process that decodes images has died ({first_line(error)}); "
-                               "fewer workers need less memory")  # fmt: skip
+                               "fewer workers need less memory")
         error.__traceback__ = None
     # The workers end when nothing refers to their iterator any more. A caller may keep the error, so neither its
     # frames nor those of torch's error, which are a cycle, may hold the iterator.

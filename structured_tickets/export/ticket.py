@@ -93,9 +93,15 @@ def _network(run: RunState, arch: str | None, file: Path) -> nn.Module:
 
 
 def export(
-    folder: Path, state: int | None = None, best: bool = False, out: Path | None = None, multiple: int = 1,
-    onnx: bool = False, pt2: bool = False, arch: str | None = None,
-) -> str:  # fmt: skip
+    folder: Path,
+    state: int | None = None,
+    best: bool = False,
+    out: Path | None = None,
+    multiple: int = 1,
+    onnx: bool = False,
+    pt2: bool = False,
+    arch: str | None = None,
+) -> str:
     """Write a round's ticket; returns the table of what became smaller.
 
     Args:
@@ -120,11 +126,15 @@ def export(
     out.mkdir(parents=True, exist_ok=True)
     normalize: Any = ticket.masked.normalize
     config = {
-        "arch": ticket.run.args["arch"], "image_size": size, "round": ticket.run.state,
+        "arch": ticket.run.args["arch"],
+        "image_size": size,
+        "round": ticket.run.state,
         "classes": ticket.run.classes or [str(k) for k in range(wanted.shape[1])],
-        "mean": normalize.mean.flatten().tolist(), "std": normalize.std.flatten().tolist(),
-        "kept": kept, "settings": ticket.run.args,
-    }  # fmt: skip
+        "mean": normalize.mean.flatten().tolist(),
+        "std": normalize.std.flatten().tolist(),
+        "kept": kept,
+        "settings": ticket.run.args,
+    }
     compact.save(small, config, out)
     with torch.no_grad():
         check("model.safetensors, read back", compact.load(out, arch)(images), wanted)
@@ -154,9 +164,13 @@ def check(what: str, found: Tensor, wanted: Tensor) -> None:
 
 
 def _write(
-    path: Path, write: Callable[[nn.Module, Tensor, Path], None], run: Callable[[Path, Tensor], Tensor],
-    small: nn.Module, images: Tensor, wanted: Tensor,
-) -> None:  # fmt: skip
+    path: Path,
+    write: Callable[[nn.Module, Tensor, Path], None],
+    run: Callable[[Path, Tensor], Tensor],
+    small: nn.Module,
+    images: Tensor,
+    wanted: Tensor,
+) -> None:
     write(copy.deepcopy(small), images, path)
     try:
         check(path.name, run(path, images), wanted)
@@ -176,9 +190,16 @@ def _require_onnx() -> None:
 
 def _write_onnx(small: nn.Module, images: Tensor, path: Path) -> None:
     torch.onnx.export(
-        small, (images,), str(path), dynamo=True, external_data=False, verbose=False, input_names=["images"],
-        output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch")},),
-    )  # fmt: skip
+        small,
+        (images,),
+        str(path),
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )
 
 
 def _run_onnx(path: Path, images: Tensor) -> Tensor:
@@ -211,8 +232,15 @@ def _measure(ticket: Ticket, structure: dict[str, Tensor], small: nn.Module, fil
     rows: list[dict[str, Any]] = []
     for name in networks:
         cost, size_on_disk = (cut, sizes["compact"]) if name == "compact" else (dense, sizes["dense"])
-        rows.append({"network": name, "parameters": cost.parameters, "macs": cost.macs, "bytes": size_on_disk,
-                     "threads": torch.get_num_threads()})  # fmt: skip
+        rows.append(
+            {
+                "network": name,
+                "parameters": cost.parameters,
+                "macs": cost.macs,
+                "bytes": size_on_disk,
+                "threads": torch.get_num_threads(),
+            }
+        )
     for batch, seconds in ((b, latencies(list(networks.values()), b, size)) for b in LATENCY_BATCHES):
         for row, value in zip(rows, seconds, strict=True):
             row[f"latency_ms_batch_{batch}"] = 1e3 * value

@@ -5,6 +5,16 @@ from structured_tickets.networks.building import build_model, family_of, parse_a
 from structured_tickets.networks.registry import MODELS, ModelSpec, register_model, spec_of
 
 __all__ = [
-    "MODELS", "ModelSpec", "build_model", "cnns", "family_of", "parse_arch", "register_model", "resnets", "runs_a_file",
-    "spec_of", "torchvision_cnns", "vit",
-]  # fmt: skip
+    "MODELS",
+    "ModelSpec",
+    "build_model",
+    "cnns",
+    "family_of",
+    "parse_arch",
+    "register_model",
+    "resnets",
+    "runs_a_file",
+    "spec_of",
+    "torchvision_cnns",
+    "vit",
+]

@@ -158,8 +158,10 @@ def _check_outcome(model: nn.Module, arch: str, num_classes: int, img_size: int)
     called: dict[str, None] = {}
     was, training = model.normalize, model.training
     model.normalize = Normalize((0.0,) * 3, (1.0,) * 3)
-    handles = [layer.register_forward_hook(lambda *_, name=name: called.setdefault(name))
-               for name, layer in _layers(model).items()]  # fmt: skip
+    handles = [
+        layer.register_forward_hook(lambda *_, name=name: called.setdefault(name))
+        for name, layer in _layers(model).items()
+    ]
     handles.append(model.normalize.register_forward_hook(lambda *_: calls.append(None)))
     try:
         with torch.no_grad():

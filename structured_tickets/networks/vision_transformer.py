@@ -24,13 +24,26 @@ class VisionTransformer(vision_transformer.VisionTransformer):
     """
 
     def __init__(
-        self, num_classes: int, img_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int,
-        mlp_ratio: float, norm_eps: float = 1e-5,
-    ) -> None:  # fmt: skip
+        self,
+        num_classes: int,
+        img_size: int,
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
+        norm_eps: float = 1e-5,
+    ) -> None:
         super().__init__(
-            img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads,
-            mlp_ratio=mlp_ratio, num_classes=num_classes, norm_layer=partial(nn.LayerNorm, eps=norm_eps),
-        )  # fmt: skip
+            img_size=img_size,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            num_classes=num_classes,
+            norm_layer=partial(nn.LayerNorm, eps=norm_eps),
+        )
         # timm starts the class token near zero; the documents' networks start it like the position embedding.
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.normalize: nn.Module = nn.Identity()

@@ -19,8 +19,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--round", type=count(0), help="which round (default: the last that is finished)")
     parser.add_argument("--best", action="store_true", help="its weights of best validation accuracy, not its last")
     parser.add_argument("--out", type=path, metavar="DIR", help="default: RUN_DIR/export/round_<k>")
-    parser.add_argument("--round_to", type=count(1), default=1, metavar="N",
-                        help="keep more units, up to a multiple of N in each layer")  # fmt: skip
+    parser.add_argument(
+        "--round_to", type=count(1), default=1, metavar="N", help="keep more units, up to a multiple of N in each layer"
+    )
     parser.add_argument("--onnx", action="store_true", help="also model.onnx, compared with ONNX Runtime's outputs")
     parser.add_argument("--pt2", action="store_true", help="also model.pt2, by torch.export")
     parser.add_argument("--arch", metavar="FILE.py:FACTORY", help="the network, if the run's comes from your own file")

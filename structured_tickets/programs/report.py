@@ -17,8 +17,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = OneLineParser(prog="report.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("path", metavar="DIR", type=path, help="folder of a run, of a sweep, or that holds runs")
     parser.add_argument("--out", type=path, metavar="DIR", help="default: DIR/report")
-    parser.add_argument("--latency", type=truth, default=True, metavar="BOOL",
-                        help="measure the compact network of each round here (default: true)")  # fmt: skip
+    parser.add_argument(
+        "--latency",
+        type=truth,
+        default=True,
+        metavar="BOOL",
+        help="measure the compact network of each round here (default: true)",
+    )
     parser.add_argument("--arch", metavar="FILE.py:FACTORY", help="the network, if the runs' comes from your own file")
     parser.add_argument("--quiet", action="store_true", help="only the name of the page, and warnings")
     return parser.parse_args(argv)

@@ -54,35 +54,70 @@ The same command again continues: what is finished is left alone, what was broke
 def build_parser() -> argparse.ArgumentParser:
     """The sweep's own flags; all others are the runner's."""
     parser = OneLineParser(
-        prog="sweep.py", description=__doc__, allow_abbrev=False, epilog=EXAMPLES,
+        prog="sweep.py",
+        description=__doc__,
+        allow_abbrev=False,
+        epilog=EXAMPLES,
         usage="sweep.py (--grid FLAG=VALUES ... | --file FILE) [options] [flags of main_imp_fillback.py]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     what = parser.add_argument_group("what to run")
-    what.add_argument("--grid", nargs="+", default=[], metavar="FLAG=VALUES", action="extend",
-                      help="values with commas between them; every combination is a run. With semicolons, values may "
-                      "hold commas: vit_prune_target='head;head,mlp'")  # fmt: skip
+    what.add_argument(
+        "--grid",
+        nargs="+",
+        default=[],
+        metavar="FLAG=VALUES",
+        action="extend",
+        help="values with commas between them; every combination is a run. With semicolons, values may "
+        "hold commas: vit_prune_target='head;head,mlp'",
+    )
     what.add_argument("--file", type=path, help="YAML with flags, grid and list")
     what.add_argument("--out", type=path, metavar="DIR", help="folder (default: named after the grid)")
-    what.add_argument("--share_round_0", type=truth, default=True, metavar="BOOL",
-                      help="train each dense round once, for all runs that begin with it (default: true)")  # fmt: skip
+    what.add_argument(
+        "--share_round_0",
+        type=truth,
+        default=True,
+        metavar="BOOL",
+        help="train each dense round once, for all runs that begin with it (default: true)",
+    )
     what.add_argument("--dry_run", action="store_true", help="list the runs, and start none")
     where = parser.add_argument_group("where to run it")
-    where.add_argument("--executor", choices=("local", "ray", "slurm"), default="local",
-                       help="processes here (default); a Ray cluster; or batch scripts for Slurm")  # fmt: skip
-    where.add_argument("--jobs", type=count(1, PARALLEL), metavar="N",
-                       help="runs at a time (local: one for each GPU, else for each core; slurm: all)")  # fmt: skip
-    where.add_argument("--threads", type=count(1, PARALLEL), default=1, metavar="N",
-                       help="of each run (default: 1). The last digits of results depend on it")  # fmt: skip
-    where.add_argument("--retries", type=count(0), default=2, metavar="N",
-                       help="how often a run is begun again that was killed (default: 2)")  # fmt: skip
+    where.add_argument(
+        "--executor",
+        choices=("local", "ray", "slurm"),
+        default="local",
+        help="processes here (default); a Ray cluster; or batch scripts for Slurm",
+    )
+    where.add_argument(
+        "--jobs",
+        type=count(1, PARALLEL),
+        metavar="N",
+        help="runs at a time (local: one for each GPU, else for each core; slurm: all)",
+    )
+    where.add_argument(
+        "--threads",
+        type=count(1, PARALLEL),
+        default=1,
+        metavar="N",
+        help="of each run (default: 1). The last digits of results depend on it",
+    )
+    where.add_argument(
+        "--retries",
+        type=count(0),
+        default=2,
+        metavar="N",
+        help="how often a run is begun again that was killed (default: 2)",
+    )
     where.add_argument("--address", default="auto", help="ray: of the cluster (default: auto, the one that runs here)")
     where.add_argument("--gpus_per_run", type=NONNEGATIVE, metavar="N", help="ray: GPUs of a run (default: 0)")
     where.add_argument("--slurm_options", default="", metavar="WORDS", help="slurm: e.g. '--partition=gpu --time=60'")
     search = parser.add_argument_group("search")
-    search.add_argument("--search", action="store_true",
-                        help="do not run the whole grid: successive halving by Optuna. All begin with few epochs, the "
-                        "better third goes on with three times as many")  # fmt: skip
+    search.add_argument(
+        "--search",
+        action="store_true",
+        help="do not run the whole grid: successive halving by Optuna. All begin with few epochs, the "
+        "better third goes on with three times as many",
+    )
     search.add_argument("--density", type=POSITIVE, metavar="PERCENT", help="search: at most this share of the weights")
     search.add_argument("--macs", type=POSITIVE, metavar="MILLIONS", help="search: at most so many MACs")
     search.add_argument("--rungs", type=count(1), default=3, help="search: how many budgets of epochs (default: 3)")
@@ -242,7 +277,7 @@ def write_record(
         "axes": list(dict.fromkeys([*spec.axes, *(key for job in jobs for key in job.settings)])),
         "jobs": [{**vars(j), "folder": str(j.folder.relative_to(out))} for j in jobs],
         "limits": limits,
-    }  # fmt: skip
+    }
     write_atomically(json.dumps(record, indent=1) + "\n", out / "sweep.json")
 
 
@@ -267,8 +302,10 @@ def conclude(jobs: Sequence[Job], outcomes: Mapping[str, Outcome], out: Path) ->
     write_atomically(json.dumps(ends, indent=1) + "\n", out / "outcomes.json")
     text = [summarise(out)]
     if offline := sorted(out.glob("runs/*/wandb/offline-run-*")):
-        text.append(f"{len(offline)} WandB runs are offline; to send them: "
-                    f"wandb sync {_shorter(out)}/runs/*/wandb/offline-run-*")  # fmt: skip
+        text.append(
+            f"{len(offline)} WandB runs are offline; to send them: "
+            f"wandb sync {_shorter(out)}/runs/*/wandb/offline-run-*"
+        )
     if any(o.fine for job in jobs if not job.dense for o in [outcomes[job.name]]):
         text.append(f"report: python report.py {_shorter(out)}")
     failed = [(job, outcomes[job.name]) for job in jobs if not outcomes[job.name].fine]

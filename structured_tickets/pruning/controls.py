@@ -24,9 +24,16 @@ NARROWING_STEPS = 14  # finer than one unit of ten thousand
 
 
 def controlled(
-    control: str, pair: MaskPair, model: nn.Module, groups: Sequence[UnitGroup], targets: Sequence[str], *, seed: int,
-    state: int, image_size: int,
-) -> MaskPair:  # fmt: skip
+    control: str,
+    pair: MaskPair,
+    model: nn.Module,
+    groups: Sequence[UnitGroup],
+    targets: Sequence[str],
+    *,
+    seed: int,
+    state: int,
+    image_size: int,
+) -> MaskPair:
     """The masks of a control in place of a ticket's.
 
     Args:
@@ -96,8 +103,11 @@ def _of_one_shape(blocks: Sequence[UnitGroup], masks: Mapping[str, Tensor]) -> l
 
 def _blocks_exchanged(both: Sequence[Mask], blocks: Sequence[UnitGroup], draw: torch.Generator) -> list[Mask]:
     order = torch.randperm(len(blocks), generator=draw).tolist()
-    pairs = [(a.name, b.name) for g, k in zip(blocks, order, strict=True)
-             for a, b in zip(g.slices, blocks[k].slices, strict=True)]  # fmt: skip
+    pairs = [
+        (a.name, b.name)
+        for g, k in zip(blocks, order, strict=True)
+        for a, b in zip(g.slices, blocks[k].slices, strict=True)
+    ]
     return [{**m, **{target: m[source] for target, source in pairs}} for m in both]
 
 

@@ -167,8 +167,12 @@ def _synflow(task: Task) -> Mask:
             scores = synflow_scores(task, masks, shape)
             silent = [n for n, s in scores.items() if bool(masks[n].any()) and not bool(s.any())]
             if k == 1 and silent:
-                log.warning("SynFlow: nothing flows through %d of %d layers, such as %s; they lose all weights first",
-                            len(silent), len(scores), silent[0])  # fmt: skip
+                log.warning(
+                    "SynFlow: nothing flows through %d of %d layers, such as %s; they lose all weights first",
+                    len(silent),
+                    len(scores),
+                    silent[0],
+                )
             masks = {n: m.double() for n, m in top_mask(scores, masks, keep).items()}
     return {n: m.float().cpu() for n, m in masks.items()}
 
@@ -253,10 +257,22 @@ def train_by_admm(model: nn.Module, task: Task, admm: Admm) -> Mask:
         dual = {n: dual[n] + w.detach() - target[n] for n, w in weights.items()}
         far = sum(float((w.detach() - target[n]).square().sum()) for n, w in weights.items())
         norm = sum(float(w.detach().square().sum()) for w in weights.values())
-        log.info("ADMM epoch %3d of %d: loss %.4f, %.1f %% of the weights' norm to be cut", epoch, admm.epochs,
-                 float(loss.detach()), 100 * (far / norm) ** 0.5)  # fmt: skip
-        admm.save({"epochs": epoch + 1, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict(),
-                   "dual": dual, "target": target})  # fmt: skip
+        log.info(
+            "ADMM epoch %3d of %d: loss %.4f, %.1f %% of the weights' norm to be cut",
+            epoch,
+            admm.epochs,
+            float(loss.detach()),
+            100 * (far / norm) ** 0.5,
+        )
+        admm.save(
+            {
+                "epochs": epoch + 1,
+                "state_dict": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "dual": dual,
+                "target": target,
+            }
+        )
     return task.best({n: w.detach().abs() for n, w in weights.items()})
 
 

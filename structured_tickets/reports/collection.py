@@ -26,10 +26,28 @@ from structured_tickets.runs.read import (
 
 # Settings that say where a run was and how it was watched, not what it was.
 PLUMBING = frozenset(
-    {"save_dir", "data", "preset", "checkpoint", "resume", "control_of", "dense_store", "wandb", "wandb_group",
-     "wandb_tags", "tensorboard", "exp_name", "quiet", "verbose", "print_freq", "dry_run", "gpu", "workers",
-     "keep_checkpoints"}
-)  # fmt: skip
+    {
+        "save_dir",
+        "data",
+        "preset",
+        "checkpoint",
+        "resume",
+        "control_of",
+        "dense_store",
+        "wandb",
+        "wandb_group",
+        "wandb_tags",
+        "tensorboard",
+        "exp_name",
+        "quiet",
+        "verbose",
+        "print_freq",
+        "dry_run",
+        "gpu",
+        "workers",
+        "keep_checkpoints",
+    }
+)
 # What may differ though the settings agree -> the hash of it that runs note, the settings, and what there is to say.
 CONTENTS = (
     ("images", "data", ("dataset", "image_size"), "Some runs saw other images"),
@@ -99,9 +117,13 @@ def _follows(key: str, axes: Sequence[str], every: Iterable[Mapping[str, Any]]) 
 
 
 def _collection(
-    path: Path, axes: Sequence[str], runs: list[Run], dense: list[Run], command: list[str],
+    path: Path,
+    axes: Sequence[str],
+    runs: list[Run],
+    dense: list[Run],
+    command: list[str],
     limits: Limits | None = None,
-) -> Collection:  # fmt: skip
+) -> Collection:
     notes: list[str] = []
     axes = [a for a in axes if a != "seed"]
     for name, key, known, what in CONTENTS:
@@ -129,8 +151,10 @@ def _told_apart(runs: list[Run], name: str, key: str, known: Sequence[str]) -> t
         return runs, []
     marked = [
         replace(run, settings={**run.settings, name: noted[0]})
-        if (noted := _noted(run, key)) and len(hashes[_place(run, known)]) > 1 else run for run in runs
-    ]  # fmt: skip
+        if (noted := _noted(run, key)) and len(hashes[_place(run, known)]) > 1
+        else run
+        for run in runs
+    ]
     return marked, different
 
 
@@ -186,8 +210,9 @@ def _run(folder: Path, settings: dict[str, Any], wanted: int | None = None, reas
     if not reason and result.get("rounds", 0) < wanted:
         reason = _unfinished(folder) if args else "not begun"
     history = [r for r in history if r["round"] < wanted]
-    return Run(folder.resolve().name, folder, settings, args, history, rounds, result, read_environment(folder), wanted,
-               reason)  # fmt: skip
+    return Run(
+        folder.resolve().name, folder, settings, args, history, rounds, result, read_environment(folder), wanted, reason
+    )
 
 
 def _unfinished(folder: Path) -> str:
@@ -206,8 +231,12 @@ def _unfinished(folder: Path) -> str:
 
 def _groups(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:
     """Groups by settings, one run for each seed, the furthest; and the names of other runs with the same seed."""
-    begun = [(in_words(settings), settings, run) for run in runs if run.rounds
-             for settings in [{k: v for k, v in run.settings.items() if k != "seed"}]]  # fmt: skip
+    begun = [
+        (in_words(settings), settings, run)
+        for run in runs
+        if run.rounds
+        for settings in [{k: v for k, v in run.settings.items() if k != "seed"}]
+    ]
     groups = {name: Group(settings) for name, settings, _ in begun}
     repeated = []
     for name, _, run in sorted(begun, key=lambda each: -len(each[2].rounds)):

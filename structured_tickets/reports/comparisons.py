@@ -61,15 +61,19 @@ class Comparison:
         if self.seeds < 2:
             said = f"One seed says nothing about the difference between {self.first} and {self.second}: {value}"
         elif math.isnan(self.adjusted):
-            said = (f"{self.first} and {self.second} differ by {value} in each of {self.seeds} seeds, which leaves "
-                    "nothing to test with")  # fmt: skip
+            said = (
+                f"{self.first} and {self.second} differ by {value} in each of {self.seeds} seeds, which leaves "
+                "nothing to test with"
+            )
         elif self.is_seen and self.mean > 0:
             said = f"{self.first} is better than {self.second} with {self.seeds} seeds: by {self._evidence()}"
         elif self.is_seen:
             said = f"{self.second} is better than {self.first} with {self.seeds} seeds: by {self._evidence(-1)}"
         else:
-            said = (f"No difference can be seen between {self.first} and {self.second} with {self.seeds} seeds: "
-                    f"{self._evidence()}")  # fmt: skip
+            said = (
+                f"No difference can be seen between {self.first} and {self.second} with {self.seeds} seeds: "
+                f"{self._evidence()}"
+            )
         one, other = self.densities
         apart = abs(one - other) > SAME_DENSITY
         where = [self.where, f"at {one:.1f} and {other:.1f} % density" if apart else ""]
@@ -182,8 +186,9 @@ def not_compared(collection: Collection) -> list[str]:
                 alone.append(f"{first} and {second}")
         if alone:
             more = f", and {len(alone) - FEW_PAIRS} other pairs" if len(alone) > FEW_PAIRS else ""
-            said.append(f"Not compared, since no two settings differ in it alone: {axis} "
-                        f"{', '.join(alone[:FEW_PAIRS])}{more}.")  # fmt: skip
+            said.append(
+                f"Not compared, since no two settings differ in it alone: {axis} {', '.join(alone[:FEW_PAIRS])}{more}."
+            )
     return said
 
 

@@ -103,15 +103,23 @@ def accuracy_figures(
 
 
 def _accuracy_line(
-    axes: Axes, group: Group, place: Callable[[Group, Run, int], float | None], label: str, colour: str, marker: str,
+    axes: Axes,
+    group: Group,
+    place: Callable[[Group, Run, int], float | None],
+    label: str,
+    colour: str,
+    marker: str,
     dash: Any,
-) -> None:  # fmt: skip
+) -> None:
     """The mean over seeds as a line, its standard deviation as a band, each seed as a dot, RSST unhardened as rings."""
     means: list[tuple[float, float, float]] = []
     rings: list[tuple[float, float]] = []
     for state in range(group.rounds):
-        points = [(x, judged(r.rounds[state]), soft(r.rounds[state])) for r in group.runs
-                  if state < len(r.rounds) and (x := place(group, r, state)) is not None]  # fmt: skip
+        points = [
+            (x, judged(r.rounds[state]), soft(r.rounds[state]))
+            for r in group.runs
+            if state < len(r.rounds) and (x := place(group, r, state)) is not None
+        ]
         if not points:
             continue
         accuracies = [y for _, y, _ in points]
@@ -194,14 +202,22 @@ def _kept_map(axes: Axes, kind: str, layers: Sequence[str], rows: Sequence[Seque
         for y, (line, counts) in enumerate(zip(shares, kept, strict=True)):
             for x, (share, count) in enumerate(zip(line, counts, strict=True)):
                 text = f"{count:.0f}" if count >= 10 or count == round(count) else f"{count:.1f}"
-                axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=6,
-                          color="#ffffff" if share < 0.6 else "#000000")  # fmt: skip
+                axes.text(
+                    x + 0.5,
+                    y + 0.5,
+                    text,
+                    ha="center",
+                    va="center",
+                    fontsize=6,
+                    color="#ffffff" if share < 0.6 else "#000000",
+                )
 
 
 def penalty_figures(collection: Collection) -> Iterator[Drawn]:
     """Lambda over a round, and what the penalty has left of the doomed weights; nothing without RSST."""
-    squeezing = [g for g in collection.groups if any(r.get("squeeze_ratio") is not None for run in g.runs
-                                                     for r in run.rounds)]  # fmt: skip
+    squeezing = [
+        g for g in collection.groups if any(r.get("squeeze_ratio") is not None for run in g.runs for r in run.rounds)
+    ]
     if not squeezing:
         return
     curves: dict[tuple[float, ...], Group] = {}
@@ -234,8 +250,15 @@ def _squeeze_figure(collection: Collection, squeezing: Sequence[Group]) -> Drawn
         line = [(s, statistics.fmean(v)) for s, v in points if v]
         smallest = min([smallest, *(y for _, y in line if y > 0)])
         dash = DASHES[names.index(name) // MANY_SERIES % len(DASHES)]
-        axes.plot([x for x, _ in line], [y for _, y in line], color=colour, marker=marker, linestyle=dash, markersize=4,
-                  label=name or None)  # fmt: skip
+        axes.plot(
+            [x for x, _ in line],
+            [y for _, y in line],
+            color=colour,
+            marker=marker,
+            linestyle=dash,
+            markersize=4,
+            label=name or None,
+        )
     axes.set_xlim(0.5, max(1, *(group.rounds - 1 for group in squeezing)) + 0.5)
     axes.axhline(SQUEEZE_GOAL, color=INK, linewidth=0.8, linestyle=":")
     floor = min(0.01, max(1e-4, 10 ** math.floor(math.log10(smallest))))
@@ -271,8 +294,15 @@ def cost_figure(collection: Collection) -> Drawn:
         label = name if name not in labelled else None
         labelled.add(name)
         if line:
-            axes.plot(*zip(*line, strict=True), color=colour, marker=marker, markersize=3.5, linewidth=1, alpha=0.8,
-                      label=label)  # fmt: skip
+            axes.plot(
+                *zip(*line, strict=True),
+                color=colour,
+                marker=marker,
+                markersize=3.5,
+                linewidth=1,
+                alpha=0.8,
+                label=label,
+            )
     axes.set(xlabel="round", ylabel="seconds an epoch (median)")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -44,8 +44,9 @@ def measured(collection: Collection, folder: Path, arch: str | None = None) -> d
         known |= _measure(missing, arch)
         kept = {"where": here, "milliseconds": known}
         write_atomically(json.dumps(kept, indent=1) + "\n", folder / CACHE)
-    places = ((run.name, state, known.get(_shape(run, state)))
-              for run in collection.runs for state in range(len(run.rounds)))  # fmt: skip
+    places = (
+        (run.name, state, known.get(_shape(run, state))) for run in collection.runs for state in range(len(run.rounds))
+    )
     return {(name, state): value for name, state, value in places if value is not None}
 
 

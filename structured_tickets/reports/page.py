@@ -38,14 +38,23 @@ TEMPLATE = Path(__file__).with_name("page.html")
 # Section of the page -> its heading, its name in the list of sections, and what it shows.
 TITLES = {
     "density": ("Accuracy against density", "Density", "Share of the prunable weights that the structure keeps."),
-    "macs": ("Accuracy against MACs", "MACs",
-             "Of the network with everything else cut out; of weights that are not zero where masks are element-wise."),
-    "latency": ("Accuracy against measured latency", "Latency",
-                "Of the compact network, on the machine that made this page, in float32."),
+    "macs": (
+        "Accuracy against MACs",
+        "MACs",
+        "Of the network with everything else cut out; of weights that are not zero where masks are element-wise.",
+    ),
+    "latency": (
+        "Accuracy against measured latency",
+        "Latency",
+        "Of the compact network, on the machine that made this page, in float32.",
+    ),
     "penalty": ("Lambda and squeeze", "Penalty", "What the penalty was, and what it left of the doomed weights."),
-    "cost": ("Cost", "Cost",
-             "Training and evaluation, as the runs measured it; runs side by side slow each other down."),
-}  # fmt: skip
+    "cost": (
+        "Cost",
+        "Cost",
+        "Training and evaluation, as the runs measured it; runs side by side slow each other down.",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -85,12 +94,16 @@ def _findings(collection: Collection, effects: Sequence[Comparison], dense: Sequ
     said = []
     if best := best_by_validation(collection):
         title, rows = best.group.title, best.rows
-        which = f"{title} is the best by validation accuracy in {best.where}: it" if collection.axes else \
-            f"In {best.where} the run"  # fmt: skip
+        which = (
+            f"{title} is the best by validation accuracy in {best.where}: it"
+            if collection.axes
+            else f"In {best.where} the run"
+        )
         accuracy = f"{spread([judged(r) for r in rows])} % on the test images ({counted(len(rows), 'seed')})"
         density, macs = size_of(rows)
-        said.append(f"{which} reaches {accuracy} with {density:.1f} % of the prunable weights, {macs:.1f} M MACs an "
-                    "image.")  # fmt: skip
+        said.append(
+            f"{which} reaches {accuracy} with {density:.1f} % of the prunable weights, {macs:.1f} M MACs an image."
+        )
         said += [c.sentence for c in dense if c.first == title]
     effects_said = [c.sentence for c in effects] + not_compared(collection)
     return said + effects_said + weak_penalties(collection) + collection.notes
@@ -145,13 +158,24 @@ def _render(report: Report, inline: Mapping[str, str]) -> str:
     environment_of_first = next((r.environment for r in collection.runs if r.environment), {})
     begun = environment_of_first.get("time", "").replace("T", " ")[:16]
     return template.render(
-        report=report, collection=collection, titles=TITLES, colours=list(zip(COLOURS, ON_DARK, strict=True)), ink=INK,
-        faint=FAINT, counts=_counts(collection), settings=_common_settings(collection.runs),
-        environment=environment_of_first, time=begun, command=shlex.join(["python", *collection.command]),
-        commands=[(r.name, shlex.join(["python", *r.environment.get("command", [])])) for r in collection.runs
-                  if r.environment],
+        report=report,
+        collection=collection,
+        titles=TITLES,
+        colours=list(zip(COLOURS, ON_DARK, strict=True)),
+        ink=INK,
+        faint=FAINT,
+        counts=_counts(collection),
+        settings=_common_settings(collection.runs),
+        environment=environment_of_first,
+        time=begun,
+        command=shlex.join(["python", *collection.command]),
+        commands=[
+            (r.name, shlex.join(["python", *r.environment.get("command", [])]))
+            for r in collection.runs
+            if r.environment
+        ],
         cost=_cost(collection),
-    )  # fmt: skip
+    )
 
 
 def _is_number(cell: Any) -> bool:

@@ -9,15 +9,18 @@ from structured_tickets.reports.runs import Collection
 
 def weak_penalties(collection: Collection) -> list[str]:
     """A sentence if runs have hardened weights that had not faded out; else none."""
-    ratios = [ratio for run in collection.runs for row in run.rounds[-1:]
-              if (ratio := row.get("squeeze_ratio")) is not None]  # fmt: skip
+    ratios = [
+        ratio for run in collection.runs for row in run.rounds[-1:] if (ratio := row.get("squeeze_ratio")) is not None
+    ]
     weak = sum(ratio > SQUEEZE_GOAL for ratio in ratios)
     if not weak:
         return []
     share = f"{100 * SQUEEZE_GOAL:.0f} %"
-    return [f"In {weak} of {len(ratios)} RSST runs the penalty was weak: more than {share} of the norm of the doomed "
-            "weights was left in the last round, and hardening cuts it off. Train longer, raise the learning rate or "
-            "--reg_granularity_prune, or try --penalty decoupled."]  # fmt: skip
+    return [
+        f"In {weak} of {len(ratios)} RSST runs the penalty was weak: more than {share} of the norm of the doomed "
+        "weights was left in the last round, and hardening cuts it off. Train longer, raise the learning rate or "
+        "--reg_granularity_prune, or try --penalty decoupled."
+    ]
 
 
 def time_saved(collection: Collection) -> list[str]:
@@ -29,5 +32,7 @@ def time_saved(collection: Collection) -> list[str]:
         return []
     spent, saved = sum(r["seconds"] for r in results), sum(taken) - sum(given)
     times = f"{counted(len(given), 'time')} instead of {len(taken)}"
-    return [f"round 0 was trained {times}: {saved:.0f} s of training saved, {spent:.0f} s spent "
-            f"({100 * saved / (spent + saved):.0f} % less)"]  # fmt: skip
+    return [
+        f"round 0 was trained {times}: {saved:.0f} s of training saved, {spent:.0f} s spent "
+        f"({100 * saved / (spent + saved):.0f} % less)"
+    ]

@@ -20,13 +20,29 @@ ON_DARK = ("#56b4e9", "#ff9d5c", "#2fd3a2", "#e79cc7", "#e6c84f", "#9fd8ff", "#b
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
 SETTINGS: Any = {
-    "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9.0, "font.family": "sans-serif",
-    "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": FAINT, "grid.alpha": 0.25,
-    "grid.linewidth": 0.6, "legend.frameon": False, "axes.titlesize": 9.5, "lines.linewidth": 1.6,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    "font.size": 9.0,
+    "font.family": "sans-serif",
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": FAINT,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "axes.titlesize": 9.5,
+    "lines.linewidth": 1.6,
     "text.parse_math": False,  # a $ in a setting is a $
-    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
-}  # fmt: skip
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
 
 
 @contextmanager

@@ -53,8 +53,10 @@ class Table:
         columns = "".join("r" if self.is_numeric(k) else "l" for k in range(len(self.head)))
         lines = [_latex_row(self.head), "\\midrule", *(_latex_row([shown(c) for c in row]) for row in self.rows)]
         body = "\n".join(lines)
-        return (f"% {_one_line(self.caption)}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n{body}\n\\bottomrule\n"
-                "\\end{tabular}\n")  # fmt: skip
+        return (
+            f"% {_one_line(self.caption)}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n{body}\n\\bottomrule\n"
+            "\\end{tabular}\n"
+        )
 
 
 def _one_line(text: str) -> str:
@@ -74,8 +76,21 @@ def _as_text(cell: str) -> str:
 
 
 def _latex_row(cells: Sequence[str]) -> str:
-    special = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "$": r"\$", "±": r"$\pm$", "−": "$-$", "<": "$<$",
-               "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\^{}"}  # fmt: skip
+    special = {
+        "%": r"\%",
+        "_": r"\_",
+        "&": r"\&",
+        "#": r"\#",
+        "$": r"\$",
+        "±": r"$\pm$",
+        "−": "$-$",
+        "<": "$<$",
+        "\\": r"\textbackslash{}",
+        "{": r"\{",
+        "}": r"\}",
+        "~": r"\textasciitilde{}",
+        "^": r"\^{}",
+    }
     return " & ".join("".join(special.get(c, c) for c in _one_line(cell)) for cell in cells) + r" \\"
 
 
@@ -108,11 +123,18 @@ def groups_table(collection: Collection, only_last: bool = False) -> Table:
         for state in range(group.rounds)[-1:] if only_last else range(group.rounds):
             found = group.rows(state)
             before = [s for r in found if (s := soft(r)) is not None]
-            rows.append([
-                *_values(group, axes), state, spread([r["density"] for r in found]),
-                spread([r["macs"] / 1e6 for r in found]), spread([judged(r, "val") for r in found]),
-                spread([judged(r) for r in found]), spread(before) if before else "–", len(found),
-            ])  # fmt: skip
+            rows.append(
+                [
+                    *_values(group, axes),
+                    state,
+                    spread([r["density"] for r in found]),
+                    spread([r["macs"] / 1e6 for r in found]),
+                    spread([judged(r, "val") for r in found]),
+                    spread([judged(r) for r in found]),
+                    spread(before) if before else "–",
+                    len(found),
+                ]
+            )
     head = [*axes, "round", "density %", "MACs (M)", "val %", "test %", "test % soft", "seeds"]
     which = "the last round" if only_last else "each round"
     return Table(
@@ -127,11 +149,15 @@ def runs_table(collection: Collection) -> Table:
     for run in collection.runs:
         last = run.rounds[-1] if run.rounds else {}
         settings = _values(Group({**run.settings, "seed": run.seed}), axes)
-        numbers = [last["density"], last["macs"] / 1e6, last["parameters"], judged(last, "val"), judged(last)] if last \
-            else [math.nan] * 5  # fmt: skip
+        numbers = (
+            [last["density"], last["macs"] / 1e6, last["parameters"], judged(last, "val"), judged(last)]
+            if last
+            else [math.nan] * 5
+        )
         seconds = run.result.get("seconds", sum(r.get("seconds", 0.0) for r in run.history))
-        rows.append([*settings, "finished" if run.finished else run.reason, len(run.rounds), *numbers, float(seconds),
-                     run.name])  # fmt: skip
+        rows.append(
+            [*settings, "finished" if run.finished else run.reason, len(run.rounds), *numbers, float(seconds), run.name]
+        )
     head = [*axes, "state", "rounds", "density %", "MACs (M)", "parameters", "val %", "test %", "seconds", "folder"]
     return Table("runs", "Every run, after its last finished round", head, rows)
 
@@ -140,13 +166,25 @@ def rounds_table(collection: Collection) -> Table:
     """Every round of every run, unrounded."""
     axes = collection.axes
     names = (
-        "density", "parameters", "macs", "accuracy", "val_accuracy", "test_accuracy", "hardened_val_accuracy",
-        "hardened_test_accuracy", "squeeze_ratio", "reg_lambd", "best_val_accuracy", "test_at_best_val",
-    )  # fmt: skip
+        "density",
+        "parameters",
+        "macs",
+        "accuracy",
+        "val_accuracy",
+        "test_accuracy",
+        "hardened_val_accuracy",
+        "hardened_test_accuracy",
+        "squeeze_ratio",
+        "reg_lambd",
+        "best_val_accuracy",
+        "test_at_best_val",
+    )
     rows = [
         [*_values(group, axes), run.seed, row["round"], *(row.get(n) for n in names)]
-        for group in collection.groups for run in group.runs for row in run.rounds
-    ]  # fmt: skip
+        for group in collection.groups
+        for run in group.runs
+        for row in run.rounds
+    ]
     return Table("rounds", "Every round of every run", [*axes, "seed", "round", *names], rows)
 
 
@@ -166,7 +204,9 @@ def printed_summary(path: Path) -> str:
     table = groups_table(collection, only_last=True)
     lines = [text_table(table.head, [[shown(c) for c in row] for row in table.rows])]
     if best := best_by_validation(collection):
-        lines.append(f"best by validation: {best.group.title} with {spread([judged(r) for r in best.rows])} % on the "
-                     f"test images ({counted(len(best.rows), 'seed')})")  # fmt: skip
+        lines.append(
+            f"best by validation: {best.group.title} with {spread([judged(r) for r in best.rows])} % on the "
+            f"test images ({counted(len(best.rows), 'seed')})"
+        )
     paragraphs = ["\n".join([*lines, *weak_penalties(collection), *collection.notes]), *time_saved(collection)]
     return "\n\n".join(paragraphs)

@@ -44,8 +44,10 @@ def find_run(args: argparse.Namespace, folder: RunFolder, run: RunState) -> RunS
     if given is not None:
         _check_same(run, given)
         if given.state >= args.pruning_times:
-            raise UsageError(f"argument --checkpoint: {wanted} is of round {given.state}; --pruning_times "
-                             f"{args.pruning_times} ends before")  # fmt: skip
+            raise UsageError(
+                f"argument --checkpoint: {wanted} is of round {given.state}; --pruning_times "
+                f"{args.pruning_times} ends before"
+            )
     if not folder.is_locked:  # else a process may be at work there that has not written a checkpoint yet
         folder.refuse_foreign_results()
     folder.lock()
@@ -76,8 +78,11 @@ def continued(run: RunState, found: RunState, numerics: Mapping[str, Any]) -> Ru
     if found.precision != run.precision:
         log.warning("the run began in %s and goes on in %s", found.precision, run.precision)
     if found.processes != run.processes:
-        log.warning("the run began with %d processes and goes on with %d: the last digits will differ",
-                    found.processes, run.processes)  # fmt: skip
+        log.warning(
+            "the run began with %d processes and goes on with %d: the last digits will differ",
+            found.processes,
+            run.processes,
+        )
     round_0 = found.round_0
     if round_0.get("numerics", numerics) != numerics:
         round_0 = {**round_0, "numerics": {}}  # part of it was computed otherwise

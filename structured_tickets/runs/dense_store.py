@@ -75,8 +75,9 @@ class DenseStore:
         restore_random_states(found.rng)
         found = replace(found, **own, round_0=about)
         folder.save(found)
-        log.info("round 0 is taken from %s: %.0f s of training saved", self.entry(address).path,
-                 seconds_of(found.history))  # fmt: skip
+        log.info(
+            "round 0 is taken from %s: %.0f s of training saved", self.entry(address).path, seconds_of(found.history)
+        )
         return found
 
     def leave(self, run: RunState, folder: RunFolder, numerics: Mapping[str, Any]) -> None:

@@ -75,9 +75,15 @@ class Experiment:
     """One run: a model, its data, its folder, and the state in which it is."""
 
     def __init__(
-        self, args: argparse.Namespace, model: nn.Module, loaders: Loaders, groups: list[UnitGroup], folder: RunFolder,
-        source: ControlSource | None = None, world: World = ALONE,
-    ) -> None:  # fmt: skip
+        self,
+        args: argparse.Namespace,
+        model: nn.Module,
+        loaders: Loaders,
+        groups: list[UnitGroup],
+        folder: RunFolder,
+        source: ControlSource | None = None,
+        world: World = ALONE,
+    ) -> None:
         self.args, self.model, self.groups, self.folder, self.world = args, model, groups, folder, world
         self.train_loader, self.val_loader, self.test_loader = loaders
         self.names = ranked_names(model, groups)
@@ -93,8 +99,14 @@ class Experiment:
         self.store = DenseStore(Path(args.dense_store)) if args.dense_store and known and world.is_first else None
         self.tracker = Trackers()
         classes = list(getattr(model, "classes", ()))
-        self.run = RunState(settings_of(args), fingerprint(*loaders), classes=classes, processes=world.size,
-                            contents=describe_data(loaders, classes), precision=name_of(self.precision))  # fmt: skip
+        self.run = RunState(
+            settings_of(args),
+            fingerprint(*loaders),
+            classes=classes,
+            processes=world.size,
+            contents=describe_data(loaders, classes),
+            precision=name_of(self.precision),
+        )
         self.reporter: Reporter = SilentReporter()
 
     def carry_out(self) -> str:
@@ -136,11 +148,22 @@ class Experiment:
         if found is None:
             self.reporter.track(self.run.history)  # another run's round 0
         weights = sum(self.run.init_weight[n].numel() for n in self.names)
-        log.info("%s on %s in %s: %d prunable layers, %d weights; run folder %s", self.args.arch, self.device,
-                 name_of(self.precision), len(self.names), weights, self.folder.path)  # fmt: skip
+        log.info(
+            "%s on %s in %s: %d prunable layers, %d weights; run folder %s",
+            self.args.arch,
+            self.device,
+            name_of(self.precision),
+            len(self.names),
+            weights,
+            self.folder.path,
+        )
         if self.world.size > 1:
-            log.info("%d processes share batches of %d images%s", self.world.size, self.args.batch_size,
-                     "; BatchNorm sees whole batches" * has_batchnorm(self.model))  # fmt: skip
+            log.info(
+                "%d processes share batches of %d images%s",
+                self.world.size,
+                self.args.batch_size,
+                "; BatchNorm sees whole batches" * has_batchnorm(self.model),
+            )
 
     def _begin(self) -> None:
         """A new run; where it is a control, or another has trained its round 0, that is behind it."""
@@ -172,14 +195,25 @@ class Experiment:
         if squeezes and (decoupled or not OPTIMIZERS[args.optimizer].adaptive):
             left = expected_squeeze(clock_from(args), self.rate, args.momentum, decoupled)
             if left > SQUEEZE_GOAL:
-                log.warning("the penalty is weak for so short a round: alone it leaves %.0f %% of doomed weights; "
-                            "train longer, raise --lr, or try --penalty decoupled", 100 * left)  # fmt: skip
+                log.warning(
+                    "the penalty is weak for so short a round: alone it leaves %.0f %% of doomed weights; "
+                    "train longer, raise --lr, or try --penalty decoupled",
+                    100 * left,
+                )
 
     def _controlled(self, state: int) -> MaskPair:
         assert self.source is not None
         targets = self.rules.targets if self.rules.structured else ()
-        return controlled(self.args.control, self.source.masks(state), self.model, self.groups, targets,
-                          seed=self.args.seed, state=state, image_size=self.train_loader.image_size)  # fmt: skip
+        return controlled(
+            self.args.control,
+            self.source.masks(state),
+            self.model,
+            self.groups,
+            targets,
+            seed=self.args.seed,
+            state=state,
+            image_size=self.train_loader.image_size,
+        )
 
     @property
     def _numerics(self) -> dict[str, Any]:
@@ -242,8 +276,15 @@ class Experiment:
         self._seed(fresh)
         self._check_agreement("begins with")
         part = shares(self.pair, self.names, self.rules)
-        log.info("round %d: %.2f %% of the prunable weights are zero, %.2f %% being squeezed, %.2f %% kept by the "
-                 "structure%s", state, part.zero, part.squeezed, part.kept, self._size_in_words())  # fmt: skip
+        log.info(
+            "round %d: %.2f %% of the prunable weights are zero, %.2f %% being squeezed, %.2f %% kept by the "
+            "structure%s",
+            state,
+            part.zero,
+            part.squeezed,
+            part.kept,
+            self._size_in_words(),
+        )
         self.tracker.log({"remain_weight": 100 - part.zero, "prune_times": state, "step": state * args.epochs})
 
     def _seed(self, fresh: bool) -> None:
@@ -275,19 +316,28 @@ class Experiment:
             torch.compiler.reset()  # it refuses to compile more than a few networks of one class
         self.held = held_masks(self.pair, self.rules, self.groups, run.faded)
         self.trainee = Trainee(
-            self.model, self.held, lambda model: optimizer_from(args, model),
-            lambda model: prepare_for_speed(model, self.precision, args.compile), args.compact_training,
-        )  # fmt: skip
+            self.model,
+            self.held,
+            lambda model: optimizer_from(args, model),
+            lambda model: prepare_for_speed(model, self.precision, args.compile),
+            args.compact_training,
+        )
         if optimizer:
             self.trainee.load_optimizer_state(optimizer)
         masks = (self.pair.current, self.pair.refill) if self.pair else ({}, {})
         current, refill = (self.trainee.cut(by_parameter(m)) for m in masks)
         self.passer = Passer(
-            args, {current_key(n): m for n, m in current.items()}, {refill_key(n): m for n, m in refill.items()},
-            held=self.trainee.held, rate=self.rate, stop=self.stop, reporter=self.reporter,
-            decoupled=args.penalty == "decoupled", world=self.world,
+            args,
+            {current_key(n): m for n, m in current.items()},
+            {refill_key(n): m for n, m in refill.items()},
+            held=self.trainee.held,
+            rate=self.rate,
+            stop=self.stop,
+            reporter=self.reporter,
+            decoupled=args.penalty == "decoupled",
+            world=self.world,
             network=self.world.parallel(self.trainee.model, self.train_loader.fixed_batches(1)[0][0][:PROBES]),
-        )  # fmt: skip
+        )
         squeezing = self.pair is not None and self.rules.method.squeezes
         self.pruner = Pruner(self.trainee.model, args, self.passer) if squeezing else None
 
@@ -301,15 +351,23 @@ class Experiment:
         if self.pruner is None or self.pair is None or share == 0 or epoch + 1 == self.args.epochs:
             return
         weights = self.model.state_dict()
-        faded = self.world.share(faded_units([g for g in self.groups if g.kind in self.rules.targets], self.pair,
-                                             weights, run.init_weight, share))  # fmt: skip
+        faded = self.world.share(
+            faded_units(
+                [g for g in self.groups if g.kind in self.rules.targets], self.pair, weights, run.init_weight, share
+            )
+        )
         if sum(map(len, faded.values())) > sum(map(len, run.faded.values())):
             state, strength = self.trainee.optimizer_state(), self.pruner.strength
             run.faded = faded
             self._equip(state)
             self.pruner.strength = strength
-            log.info("round %d epoch %3d: %d units have faded out%s", run.state, epoch, sum(map(len, faded.values())),
-                     self._size_in_words())  # fmt: skip
+            log.info(
+                "round %d epoch %3d: %d units have faded out%s",
+                run.state,
+                epoch,
+                sum(map(len, faded.values())),
+                self._size_in_words(),
+            )
 
     def _close_epoch(self, epoch: int, meter: Meter, seconds_per_step: float, seconds: float) -> None:
         run, began = self.run, time.perf_counter()
@@ -320,13 +378,23 @@ class Experiment:
         loaders, model = (self.val_loader, self.test_loader), self.trainee.model
         val, test = (validate_together(loader, model, self.criterion, self.world) for loader in loaders)
         run.reg_lambda = self.pruner.strength if self.pruner else 0.0
-        run.history.append({
-            "round": run.state, "prune_times": run.state, "epoch": epoch, "step": run.state * self.args.epochs + epoch,
-            "loss": meter.mean_loss, "accuracy": meter.accuracy, "val_accuracy": val, "test_accuracy": test,
-            "lr": self.rate.at(epoch, len(self.train_loader) - 1), "reg_lambd": run.reg_lambda,
-            "train_batch_time": seconds_per_step, "images_per_second": meter.seen / meter.steps / seconds_per_step,
-            "seconds": seconds + time.perf_counter() - began,
-        })  # fmt: skip
+        run.history.append(
+            {
+                "round": run.state,
+                "prune_times": run.state,
+                "epoch": epoch,
+                "step": run.state * self.args.epochs + epoch,
+                "loss": meter.mean_loss,
+                "accuracy": meter.accuracy,
+                "val_accuracy": val,
+                "test_accuracy": test,
+                "lr": self.rate.at(epoch, len(self.train_loader) - 1),
+                "reg_lambd": run.reg_lambda,
+                "train_batch_time": seconds_per_step,
+                "images_per_second": meter.seen / meter.steps / seconds_per_step,
+                "seconds": seconds + time.perf_counter() - began,
+            }
+        )
         run.epoch, run.step, run.partial = epoch + 1, 0, {}
         better = val > run.best_sa[0]
         if better:
@@ -384,16 +452,32 @@ class Experiment:
         run, args, method = self.run, self.args, self.rules.method
         if state == 0 and method.ranks == "dense":
             run.dense_weight = trained
-        ranked = {"trained": run.init_weight if args.rank_weights == "initial" else trained,
-                  "initial": run.init_weight, "dense": run.dense_weight}[method.ranks]  # fmt: skip
-        admm = Admm(lambda model: optimizer_from(args, model), self._admm_batches, args.admm_epochs, args.admm_rho,
-                    self.progress.load, self.progress.save)  # fmt: skip
+        ranked = {
+            "trained": run.init_weight if args.rank_weights == "initial" else trained,
+            "initial": run.init_weight,
+            "dense": run.dense_weight,
+        }[method.ranks]
+        admm = Admm(
+            lambda model: optimizer_from(args, model),
+            self._admm_batches,
+            args.admm_epochs,
+            args.admm_rho,
+            self.progress.load,
+            self.progress.save,
+        )
         previous = MaskPair(run.current_mask, run.refill_mask) if state else None
         return decide(
-            self.model, self.groups, self.rules, state, previous=previous, ranked=ranked,
-            trained=ranked if method.one_shot else trained, admm=admm, seed=args.seed,
+            self.model,
+            self.groups,
+            self.rules,
+            state,
+            previous=previous,
+            ranked=ranked,
+            trained=ranked if method.one_shot else trained,
+            admm=admm,
+            seed=args.seed,
             batches=self.train_loader.fixed_batches(args.criteria_batches),
-        )  # fmt: skip
+        )
 
     def _admm_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         loader = self.train_loader.whole()
@@ -408,14 +492,24 @@ class Experiment:
         structure = self.pair.structure if self.pair else {}
         cost = cost_of(self.model, self.groups, structure, self.train_loader.image_size)
         row: Row = {
-            "round": state, "step": last["step"], "density": shares(self.pair, self.names, self.rules).kept,
-            "kept_units": kept_per_kind(self.groups, self.pair), "parameters": cost.parameters, "macs": cost.macs,
-            "accuracy": last["accuracy"], "val_accuracy": last["val_accuracy"], "test_accuracy": last["test_accuracy"],
-            "hardened_val_accuracy": None, "hardened_test_accuracy": None, "squeeze_ratio": None,
-            "best_val_accuracy": run.best_sa[0], "test_at_best_val": run.best_sa[1], "best_epoch": int(run.best_sa[2]),
+            "round": state,
+            "step": last["step"],
+            "density": shares(self.pair, self.names, self.rules).kept,
+            "kept_units": kept_per_kind(self.groups, self.pair),
+            "parameters": cost.parameters,
+            "macs": cost.macs,
+            "accuracy": last["accuracy"],
+            "val_accuracy": last["val_accuracy"],
+            "test_accuracy": last["test_accuracy"],
+            "hardened_val_accuracy": None,
+            "hardened_test_accuracy": None,
+            "squeeze_ratio": None,
+            "best_val_accuracy": run.best_sa[0],
+            "test_at_best_val": run.best_sa[1],
+            "best_epoch": int(run.best_sa[2]),
             "reg_lambd": run.reg_lambda,
             "kept_per_layer": {name: kept for name, (kept, _) in kept_per_group(self.groups, self.pair).items()},
-        }  # fmt: skip
+        }
         if self.pruner is not None:
             with hardened(self.model, structure):
                 for part, loader in (("val", self.val_loader), ("test", self.test_loader)):
@@ -429,8 +523,11 @@ class Experiment:
         if ratio > SQUEEZE_GOAL:
             log.warning(
                 "round %d: the doomed weights kept %.0f %% of their norm (goal: at most %.0f %%); train longer, or "
-                "raise --lr or --reg_granularity_prune", state, 100 * ratio, 100 * SQUEEZE_GOAL,
-            )  # fmt: skip
+                "raise --lr or --reg_granularity_prune",
+                state,
+                100 * ratio,
+                100 * SQUEEZE_GOAL,
+            )
 
     def finish(self) -> str:
         """Save the ticket (the last round's weights, hardened); returns the table of rounds."""
@@ -451,9 +548,15 @@ class Experiment:
         draw_kept_units(run.rounds, self.folder.path)
         shared, first = bool(run.round_0.get("shared")), seconds_of(r for r in run.history if r["round"] == 0)
         others = first if shared or self.source else 0.0
-        self.folder.write_result({"rounds": len(run.rounds), "seconds": seconds_of(run.history) - others,
-                                  "seconds_of_round_0": first, "round_0_is_shared": shared,
-                                  "round_0_address": run.round_0.get("address", "")})  # fmt: skip
+        self.folder.write_result(
+            {
+                "rounds": len(run.rounds),
+                "seconds": seconds_of(run.history) - others,
+                "seconds_of_round_0": first,
+                "round_0_is_shared": shared,
+                "round_0_address": run.round_0.get("address", ""),
+            }
+        )
         log.info("finished: %d rounds; the ticket is %s", len(run.rounds), self.folder.ticket)
         return rounds_table(run.rounds)
 

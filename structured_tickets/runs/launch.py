@@ -46,8 +46,10 @@ def run(args: argparse.Namespace) -> str:
 def _in_one_line(error: Exception, world: World, args: argparse.Namespace) -> RunError | None:
     """What a user can do about an error of torch's; None if it is a bug."""
     if is_about_memory(error):
-        return MachineError(f"argument --batch_size: the memory does not suffice for {args.arch} and {args.batch_size} "
-                            f"images at a time ({first_line(error)})")  # fmt: skip
+        return MachineError(
+            f"argument --batch_size: the memory does not suffice for {args.arch} and {args.batch_size} "
+            f"images at a time ({first_line(error)})"
+        )
     return lost(error) if world.size > 1 and is_about_peers(error) else None
 
 

@@ -83,9 +83,12 @@ def _draw_panel(axes: Axes, kind: str, layers: Sequence[str], rounds: Sequence[R
         place = k / max(1, len(rounds) - 1)
         named = len(rounds) <= NAMED_ROUNDS or k in (0, len(rounds) - 1)
         axes.bar(
-            range(len(layers)), [row["kept_per_layer"][n] for n in layers], color=shades(0.3 + 0.7 * place),
-            width=BAR_WIDTH * (1 - 0.6 * place), label=str(row["round"]) if named else None,
-        )  # fmt: skip
+            range(len(layers)),
+            [row["kept_per_layer"][n] for n in layers],
+            color=shades(0.3 + 0.7 * place),
+            width=BAR_WIDTH * (1 - 0.6 * place),
+            label=str(row["round"]) if named else None,
+        )
     axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(f"{kind}s kept")

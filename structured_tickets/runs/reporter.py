@@ -21,8 +21,18 @@ from structured_tickets.runs.trackers import Trackers
 
 log = logging.getLogger("rsst")
 
-TRACKED = ("prune_times", "epoch", "accuracy", "val_accuracy", "test_accuracy", "loss", "reg_lambd",
-           "train_batch_time", "lr", "step")  # fmt: skip
+TRACKED = (
+    "prune_times",
+    "epoch",
+    "accuracy",
+    "val_accuracy",
+    "test_accuracy",
+    "loss",
+    "reg_lambd",
+    "train_batch_time",
+    "lr",
+    "step",
+)
 
 
 class Reporter:
@@ -99,17 +109,40 @@ def _percent(value: float | None) -> str:
 def rounds_table(rounds: Sequence[Row]) -> str:
     """The rounds of a run as a text table."""
     kinds = list(rounds[0]["kept_units"]) if rounds else []
-    head = ["round", "density %", *(f"{k}s" for k in kinds), "params", "MACs", "train", "val", "test", "hard val",
-            "hard test", "squeeze"]  # fmt: skip
+    head = [
+        "round",
+        "density %",
+        *(f"{k}s" for k in kinds),
+        "params",
+        "MACs",
+        "train",
+        "val",
+        "test",
+        "hard val",
+        "hard test",
+        "squeeze",
+    ]
     lines = []
     for row in rounds:
         squeeze = row["squeeze_ratio"]
-        lines.append([
-            str(row["round"]), f"{row['density']:.2f}",
-            *("{}/{}".format(*row["kept_units"][k]) for k in kinds),
-            f"{row['parameters']:,}", f"{row['macs'] / 1e6:.1f} M",
-            *(_percent(row[k]) for k in ("accuracy", "val_accuracy", "test_accuracy", "hardened_val_accuracy",
-                                         "hardened_test_accuracy")),
-            "-" if squeeze is None else f"{squeeze:.2g}",
-        ])  # fmt: skip
+        lines.append(
+            [
+                str(row["round"]),
+                f"{row['density']:.2f}",
+                *("{}/{}".format(*row["kept_units"][k]) for k in kinds),
+                f"{row['parameters']:,}",
+                f"{row['macs'] / 1e6:.1f} M",
+                *(
+                    _percent(row[k])
+                    for k in (
+                        "accuracy",
+                        "val_accuracy",
+                        "test_accuracy",
+                        "hardened_val_accuracy",
+                        "hardened_test_accuracy",
+                    )
+                ),
+                "-" if squeeze is None else f"{squeeze:.2g}",
+            ]
+        )
     return text_table(head, lines, right=True)

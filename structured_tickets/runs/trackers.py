@@ -109,8 +109,15 @@ class Tracker:
         self._library: Any = None
         self._dropped, self._given_up = 0, False
         if mode != "disabled":
-            start = {"mode": mode, "dir": str(folder), "name": name, "config": settings, "id": run_id,
-                     "group": group, "tags": list(tags)}  # fmt: skip
+            start = {
+                "mode": mode,
+                "dir": str(folder),
+                "name": name,
+                "config": settings,
+                "id": run_id,
+                "group": group,
+                "tags": list(tags),
+            }
             self._thread = threading.Thread(target=self._work, args=(start,), daemon=True)
             self._thread.start()
 
@@ -120,8 +127,11 @@ class Tracker:
             import wandb
 
             self._library = wandb
-            limits: dict[str, Any] = {"init_timeout": INIT_SECONDS, "finish_timeout": 0.9 * FINISH_SECONDS,
-                                      "finish_timeout_raises": True}  # fmt: skip
+            limits: dict[str, Any] = {
+                "init_timeout": INIT_SECONDS,
+                "finish_timeout": 0.9 * FINISH_SECONDS,
+                "finish_timeout_raises": True,
+            }
             known = getattr(wandb.Settings, "model_fields", limits)  # older versions cannot be told all of them
             quiet = wandb.Settings(silent=True, **{k: v for k, v in limits.items() if k in known})
             run = wandb.init(project="RSST", resume="allow", settings=quiet, **start)

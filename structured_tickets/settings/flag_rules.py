@@ -173,12 +173,16 @@ def warnings_about(args: argparse.Namespace, explicit: set[str]) -> list[str]:
         (late, f"--decreasing_lr: epoch {', '.join(map(str, late))} is not reached in --epochs {args.epochs}"),
         (early, f"--decreasing_lr: epoch {', '.join(map(str, early))} lies inside the warm-up and has no effect"),
         (args.warmup >= args.epochs, f"--warmup {args.warmup} is not over within --epochs {args.epochs}"),
-        (rsst and step > 1 and not (args.penalty == "gradient" and OPTIMIZERS[args.optimizer].adaptive),
-         f"the penalty may be unstable: it takes up to {step:.3g} of a weight in a step (above 1; it is lr * lambda "
-         "/ (1 - momentum), or lambda if decoupled); lower --lr or --reg_upper_limit"),
-        (args.preset == "as_documented" and rsst,
-         "--preset as_documented is the documents' literal text: its penalty hardly acts (docs/deviations.md)"),
-    )  # fmt: skip
+        (
+            rsst and step > 1 and not (args.penalty == "gradient" and OPTIMIZERS[args.optimizer].adaptive),
+            f"the penalty may be unstable: it takes up to {step:.3g} of a weight in a step (above 1; it is lr * lambda "
+            "/ (1 - momentum), or lambda if decoupled); lower --lr or --reg_upper_limit",
+        ),
+        (
+            args.preset == "as_documented" and rsst,
+            "--preset as_documented is the documents' literal text: its penalty hardly acts (docs/deviations.md)",
+        ),
+    )
     unread = [f"--{flag} is only read {where}: it has no effect here" for flag, where in unread_flags(args, explicit)]
     return [message for holds, message in rules if holds] + unread
 

@@ -45,13 +45,37 @@ NOT_IDENTITY = frozenset(
 # Flags that are read only after round 0. A flag that is missing here costs a sweep some time; a wrong one, its truth.
 AFTER_ROUND_0 = frozenset(
     {
-        "struct", "rate", "rate_mode", "criteria", "criteria_batches", "rank_weights", "fillback_rate", "min_units",
-        "conv1", "regroup", "admm_epochs", "admm_rho", "control", "vit_structured", "vit_prune_target",
-        "mlp_prune_ratio", "block_prune_ratio", "sorting_mode", "RST_schedule", "reg_granularity_prune", "exponents",
-        "reg_horizon", "reg_guard", "reg_upper_limit", "penalty", "block_loss_grad", "rsst_dead", "reg_target",
+        "struct",
+        "rate",
+        "rate_mode",
+        "criteria",
+        "criteria_batches",
+        "rank_weights",
+        "fillback_rate",
+        "min_units",
+        "conv1",
+        "regroup",
+        "admm_epochs",
+        "admm_rho",
+        "control",
+        "vit_structured",
+        "vit_prune_target",
+        "mlp_prune_ratio",
+        "block_prune_ratio",
+        "sorting_mode",
+        "RST_schedule",
+        "reg_granularity_prune",
+        "exponents",
+        "reg_horizon",
+        "reg_guard",
+        "reg_upper_limit",
+        "penalty",
+        "block_loss_grad",
+        "rsst_dead",
+        "reg_target",
         "fade_out",
     }
-)  # fmt: skip
+)
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -34,8 +34,10 @@ def groups_from(args: argparse.Namespace, model: nn.Module, image_size: int) -> 
     missing = [kind for kind in rules.targets if rules.structured and kind not in found]
     if missing:
         choices = [target for target, row in TARGET_KINDS.items() if set(row) <= set(found)]
-        raise UsageError(f"argument --vit_prune_target: {args.arch} has no {missing[0]}s that are known, only "
-                         f"{', '.join(f'{kind}s' for kind in found)}: choose {' or '.join(choices)}")  # fmt: skip
+        raise UsageError(
+            f"argument --vit_prune_target: {args.arch} has no {missing[0]}s that are known, only "
+            f"{', '.join(f'{kind}s' for kind in found)}: choose {' or '.join(choices)}"
+        )
     if args.arch not in MODELS:
         check_units(model, groups, image_size)
     return groups
@@ -43,8 +45,20 @@ def groups_from(args: argparse.Namespace, model: nn.Module, image_size: int) -> 
 
 def rules_from(args: argparse.Namespace, groups: Sequence[UnitGroup]) -> RoundRules:
     """The pruning rules that the arguments ask for."""
-    names = ("struct", "rate", "rate_mode", "criteria", "mlp_prune_ratio", "block_prune_ratio", "sorting_mode",
-             "fillback_rate", "min_units", "rsst_dead", "reg_target", "criteria_batches")  # fmt: skip
+    names = (
+        "struct",
+        "rate",
+        "rate_mode",
+        "criteria",
+        "mlp_prune_ratio",
+        "block_prune_ratio",
+        "sorting_mode",
+        "fillback_rate",
+        "min_units",
+        "rsst_dead",
+        "reg_target",
+        "criteria_batches",
+    )
     is_cnn = "channel" in kinds(groups)
     structured = args.regroup or (METHODS[args.struct].regroups and (args.vit_structured or is_cnn))
     targets = ("channel",) if is_cnn else kinds_of(args.vit_prune_target)

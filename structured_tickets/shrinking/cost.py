@@ -61,8 +61,11 @@ def cost_of(model: nn.Module, groups: Sequence[UnitGroup], masks: Mapping[str, T
         for name, mask in ((n, cut_value(m, cuts.get(n, {}))) for n, m in masks.items() if n in parameters)
         if not _is_grouped(layers[name.rpartition(".")[0]])  # its groups have to stay equally large
     }
-    widths = {g.root.layer: parameters[g.root.name].shape[0] // 3 for g in groups
-              if g.kind == "head" and g.root.name in parameters}  # fmt: skip
+    widths = {
+        g.root.layer: parameters[g.root.name].shape[0] // 3
+        for g in groups
+        if g.kind == "head" and g.root.name in parameters
+    }
     uses, macs = _uses(small, image_size, widths)
     for layer, use in uses.items():
         weight = f"{layer}.weight"

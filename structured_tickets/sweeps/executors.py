@@ -75,7 +75,7 @@ def slots_of(jobs: int, threads: int, cores: list[int], gpus: list[str]) -> list
             gpus[k % len(gpus)] if gpus else None,
         )
         for k in range(jobs)
-    ]  # fmt: skip
+    ]
 
 
 def cores_here() -> list[int]:

@@ -30,8 +30,18 @@ from structured_tickets.settings.identity import (
 Settings = Mapping[str, Any]
 
 # Flags that a sweep sets itself, or that make no sense for many runs.
-OURS = ("save_dir", "checkpoint", "resume", "control_of", "dense_store", "dry_run", "exp_name", "wandb_group", "quiet",
-        "verbose")  # fmt: skip
+OURS = (
+    "save_dir",
+    "checkpoint",
+    "resume",
+    "control_of",
+    "dense_store",
+    "dry_run",
+    "exp_name",
+    "wandb_group",
+    "quiet",
+    "verbose",
+)
 
 
 TAG_LENGTH = 64  # WandB refuses longer ones
@@ -195,8 +205,10 @@ def plan(spec: Spec, out: Path, share_round_0: bool = True) -> Plan:
     dense = _dense_jobs(ordered, out) if share_round_0 else {}
     ordered = [
         replace(j, after=(*j.after, dense[j.name].name), words=(*j.words, f"--dense_store={out / 'round_0' / 'store'}"))
-        if j.name in dense else j for j in ordered
-    ]  # fmt: skip
+        if j.name in dense
+        else j
+        for j in ordered
+    ]
     return Plan([*{d.name: d for d in dense.values()}.values(), *ordered], notes)
 
 
@@ -208,8 +220,10 @@ def _check_init(jobs: Iterable[Job]) -> None:
             makers.setdefault(args.init, set()).add((args.seed, args.arch))
     for file, different in makers.items():
         if len(different) > 1:
-            raise UsageError(f"argument --init: {file} is not there; the first of several different runs would make it "
-                             "for all others")  # fmt: skip
+            raise UsageError(
+                f"argument --init: {file} is not there; the first of several different runs would make it "
+                "for all others"
+            )
 
 
 def grouped(job: Job, name: str) -> Job:
@@ -230,9 +244,14 @@ def _job(spec: Spec, settings: Settings, out: Path) -> Job:
     extra = [f"--control_of={out / 'runs' / source}"] if source else []
     folder = out / "runs" / name
     return Job(
-        name, (*words, *extra, f"--save_dir={folder}"), folder, {k: _plain(v) for k, v in read.items()},
-        args.pruning_times, args.epochs, (source,) if source else (),
-    )  # fmt: skip
+        name,
+        (*words, *extra, f"--save_dir={folder}"),
+        folder,
+        {k: _plain(v) for k, v in read.items()},
+        args.pruning_times,
+        args.epochs,
+        (source,) if source else (),
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -31,9 +31,14 @@ class LiveView:
         self.draws = sys.stderr.isatty() and not quiet and os.environ.get("TERM") != "dumb"
         self._bars: dict[str, tqdm] = {}
         self._whole = tqdm(
-            total=total, initial=before, desc="jobs", disable=not self.draws, leave=False, position=0,
+            total=total,
+            initial=before,
+            desc="jobs",
+            disable=not self.draws,
+            leave=False,
+            position=0,
             bar_format="{desc} {n_fmt}/{total_fmt} |{bar:16}| {elapsed} so far",
-        )  # fmt: skip
+        )
 
     def update(self, running: list[Job]) -> None:
         """Draw anew where each of these jobs is."""
@@ -89,5 +94,6 @@ def title_of(job: Job) -> str:
 
 def where_of(row: dict, job: Job) -> str:
     """The place in the run, and the accuracy there."""
-    return (f"round {row['round'] + 1}/{job.rounds}  epoch {row['epoch'] + 1}/{job.epochs}  "
-            f"val {row['val_accuracy']:.2f}")  # fmt: skip
+    return (
+        f"round {row['round'] + 1}/{job.rounds}  epoch {row['epoch'] + 1}/{job.epochs}  val {row['val_accuracy']:.2f}"
+    )

@@ -198,8 +198,11 @@ def scaled(words: Sequence[str], epochs: int) -> dict[str, Any]:
     """Settings that make a run of so many epochs a small picture of the whole one."""
     args = parse_args(words)
     share = epochs / args.epochs
-    found = {"epochs": epochs, "warmup": round(share * args.warmup),
-             "decreasing_lr": [round(share * m) for m in args.decreasing_lr]}  # fmt: skip
+    found = {
+        "epochs": epochs,
+        "warmup": round(share * args.warmup),
+        "decreasing_lr": [round(share * m) for m in args.decreasing_lr],
+    }
     rewinds = args.prune_type == "rewind_lt"
     return found | ({"rewind_epoch": int(share * args.rewind_epoch)} if rewinds else {})
 
@@ -226,8 +229,17 @@ def _conclude(result: Results, out: Path) -> Found:
     rows: list[list[Any]] = []
     for k in best_first:
         last = reached[k]
-        rows.append([in_words(ready.settings[k]), last.epochs, last.round if last.round >= 0 else "–", last.density,
-                     last.macs, last.val, last.test])  # fmt: skip
+        rows.append(
+            [
+                in_words(ready.settings[k]),
+                last.epochs,
+                last.round if last.round >= 0 else "–",
+                last.density,
+                last.macs,
+                last.val,
+                last.test,
+            ]
+        )
     table = Table("search", "What each setting reached with the most epochs that it was given", head, rows)
     write_atomically(table.csv(), out / "search.csv")
     text = [text_table(head, [[shown(c) for c in row] for row in rows])]
@@ -238,8 +250,10 @@ def _conclude(result: Results, out: Path) -> Found:
     if winner is not None:
         last = reached[winner]
         basis = f"{counted(ready.seeds, 'seed')}, {last.density:.1f} % density, {last.macs:.1f} M MACs"
-        text.append(f"best: {in_words(ready.settings[winner])} with {last.test:.2f} % on the test images in round "
-                    f"{last.round} ({basis})")  # fmt: skip
+        text.append(
+            f"best: {in_words(ready.settings[winner])} with {last.test:.2f} % on the test images in round "
+            f"{last.round} ({basis})"
+        )
     elif reached:
         text.append(
             "no setting has a round within the limits; allow more, or prune further by --rate and --pruning_times"

@@ -55,10 +55,15 @@ def write_scripts(
         commands = folder / f"stage_{k}.{hashlib.sha256(lines_of_stage.encode()).hexdigest()[:8]}.jobs"
         write_atomically(lines_of_stage, commands)
         text = SCRIPT.format(
-            name=f"{plain}_{k}", count=len(stage), at_once=f"%{at_once}" if at_once else "", threads=threads,
-            options="".join(f"#SBATCH {shlex.quote(o)}\n" for o in options), cwd=shlex.quote(str(Path.cwd())),
-            jobs=shlex.quote(str(commands)), output=shlex.quote(str(out / "logs" / "%x-%A_%a.log")),
-        )  # fmt: skip
+            name=f"{plain}_{k}",
+            count=len(stage),
+            at_once=f"%{at_once}" if at_once else "",
+            threads=threads,
+            options="".join(f"#SBATCH {shlex.quote(o)}\n" for o in options),
+            cwd=shlex.quote(str(Path.cwd())),
+            jobs=shlex.quote(str(commands)),
+            output=shlex.quote(str(out / "logs" / "%x-%A_%a.log")),
+        )
         write_atomically(text, script)
         # "any": a job whose round 0 or ticket failed says so by itself, and must not hold up the others.
         lines.append(f"id_{k}=$(sbatch --parsable {waits}{shlex.quote(str(script))})")

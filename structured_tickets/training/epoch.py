@@ -206,8 +206,15 @@ def train(
         if read and not math.isfinite(float(meter.sums[0])):
             raise DivergedError(f"the loss is not finite in round {state}, epoch {epoch}, step {i + 1} of {batches}")
         if (i + 1) % print_freq == 0:
-            log.info("Epoch: [%d][%d/%d]\tLoss %.4f\tAccuracy %.2f\tTime %.1f", epoch, i + 1, batches,
-                     meter.mean_loss, meter.accuracy, time.perf_counter() - began)  # fmt: skip
+            log.info(
+                "Epoch: [%d][%d/%d]\tLoss %.4f\tAccuracy %.2f\tTime %.1f",
+                epoch,
+                i + 1,
+                batches,
+                meter.mean_loss,
+                meter.accuracy,
+                time.perf_counter() - began,
+            )
         if passer.stop is not None and not last:
             passer.stop.obey(f"in round {state}, epoch {epoch}, after step {i + 1} of {batches}")
     if not all(bool(torch.isfinite(v).all()) for v in model.state_dict().values() if v.is_floating_point()):

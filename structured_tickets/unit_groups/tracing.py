@@ -23,23 +23,92 @@ OTHER = -1.0
 ZERO = 0.0
 """Tag of a channel that is always zero (padding)."""
 
-ZERO_STAYS_ZERO = frozenset({
-    StochasticDepth, DropPath, nn.Tanh, nn.Mish, torch.tanh, "tanh",
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Identity, nn.Dropout, nn.Dropout2d, nn.ELU,
-    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
-    torch.relu, F.relu, F.relu6, F.leaky_relu, F.silu, F.gelu, F.hardswish, F.dropout, F.max_pool2d, F.elu,
-    F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, "relu", "relu_", "contiguous", "clone",
-})  # fmt: skip
+ZERO_STAYS_ZERO = frozenset(
+    {
+        StochasticDepth,
+        DropPath,
+        nn.Tanh,
+        nn.Mish,
+        torch.tanh,
+        "tanh",
+        nn.ReLU,
+        nn.ReLU6,
+        nn.LeakyReLU,
+        nn.SiLU,
+        nn.GELU,
+        nn.Hardswish,
+        nn.Identity,
+        nn.Dropout,
+        nn.Dropout2d,
+        nn.ELU,
+        nn.MaxPool2d,
+        nn.AvgPool2d,
+        nn.AdaptiveAvgPool2d,
+        nn.AdaptiveMaxPool2d,
+        torch.relu,
+        F.relu,
+        F.relu6,
+        F.leaky_relu,
+        F.silu,
+        F.gelu,
+        F.hardswish,
+        F.dropout,
+        F.max_pool2d,
+        F.elu,
+        F.avg_pool2d,
+        F.adaptive_avg_pool2d,
+        F.adaptive_max_pool2d,
+        "relu",
+        "relu_",
+        "contiguous",
+        "clone",
+    }
+)
 """Modules, functions and methods that work on each channel by itself, keep its place and leave zeros zero."""
 
-REARRANGING = frozenset({
-    torch.cat, torch.concat, torch.chunk, torch.split, torch.flatten, torch.transpose, torch.permute, torch.reshape,
-    torch.stack, torch.unbind, torch.squeeze, torch.unsqueeze, torch.channel_shuffle, F.channel_shuffle,
-    torch.unflatten, torch.narrow, torch.swapaxes, torch.movedim, torch.concatenate, torch.tensor_split,
-    nn.Flatten, nn.ChannelShuffle, nn.Unflatten,
-    "chunk", "split", "view", "reshape", "transpose", "permute", "flatten", "squeeze", "unsqueeze", "unbind", "expand",
-    "unflatten", "narrow", "swapaxes", "movedim", "tensor_split",
-})  # fmt: skip
+REARRANGING = frozenset(
+    {
+        torch.cat,
+        torch.concat,
+        torch.chunk,
+        torch.split,
+        torch.flatten,
+        torch.transpose,
+        torch.permute,
+        torch.reshape,
+        torch.stack,
+        torch.unbind,
+        torch.squeeze,
+        torch.unsqueeze,
+        torch.channel_shuffle,
+        F.channel_shuffle,
+        torch.unflatten,
+        torch.narrow,
+        torch.swapaxes,
+        torch.movedim,
+        torch.concatenate,
+        torch.tensor_split,
+        nn.Flatten,
+        nn.ChannelShuffle,
+        nn.Unflatten,
+        "chunk",
+        "split",
+        "view",
+        "reshape",
+        "transpose",
+        "permute",
+        "flatten",
+        "squeeze",
+        "unsqueeze",
+        "unbind",
+        "expand",
+        "unflatten",
+        "narrow",
+        "swapaxes",
+        "movedim",
+        "tensor_split",
+    }
+)
 """What only moves channels about."""
 
 

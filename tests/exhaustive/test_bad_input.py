@@ -45,19 +45,95 @@ DOCUMENTED = {0, 2, 3, 4, 5, 130, 143}  # 1 is a bug; of a sweep, runs that fail
 
 FLAGS = [a for a in build_parser()._actions if a.dest != "help"]
 SOUND = {
-    "arch": ["res20s", "vit_tiny", "timm/deit_tiny_patch16_224"], "dataset": ["digits", "imagefolder"],
-    "decreasing_lr": ["1", "1,2"], "vit_prune_target": ["head", "mlp,block"], "wandb_tags": ["a,b"],
-    "image_size": ["8", "32"], "seed": ["0", "7"], "lr": ["0.1"], "reg_upper_limit": ["inf", "2"],
-}  # fmt: skip
+    "arch": ["res20s", "vit_tiny", "timm/deit_tiny_patch16_224"],
+    "dataset": ["digits", "imagefolder"],
+    "decreasing_lr": ["1", "1,2"],
+    "vit_prune_target": ["head", "mlp,block"],
+    "wandb_tags": ["a,b"],
+    "image_size": ["8", "32"],
+    "seed": ["0", "7"],
+    "lr": ["0.1"],
+    "reg_upper_limit": ["inf", "2"],
+}
 # Fit for a text, a number or a path each, and at their limits.
 HOSTILE = [
-    "", " ", "\n", "a\nb", "\0", "a\0b", "\x1b[31m", "\ud800", "caf\udce9", "ñ", "٣", "１", "\u2028", "-", "--", "-x", "=", "a=b",
-    ",", ",,", ";", "'", '"', "it's", "%s", "%(prog)s", "{}", "@file", "~", ".", "..", "/", "/dev/null", "/dev/null/x",
-    "/nowhere/x.py:f", "x.py:", "timm/", "timm/no\nsuch", "torchvision/../x", "true", "none", "None", "null", "1_0", "0x10",
-    "0", "-0", "-1", "1", "2", "1.5", "1e3", "-1e5", "1e-400", "1e308", "1e309", "nan", "-nan", "inf", "-inf", "infinity",
-    "9" * 20, "9" * 400, "-" + "9" * 400, "9" * 5000, "0." + "9" * 30, str(2**31), str(2**32), str(2**63), str(2**64),
-    "x" * 300, "x" * 5000, "x" * 5000 + ".py:f", "x" * 1_000_000, "a/" * 3000, "1," * 3000,
-]  # fmt: skip
+    "",
+    " ",
+    "\n",
+    "a\nb",
+    "\0",
+    "a\0b",
+    "\x1b[31m",
+    "\ud800",
+    "caf\udce9",
+    "ñ",
+    "٣",
+    "１",
+    "\u2028",
+    "-",
+    "--",
+    "-x",
+    "=",
+    "a=b",
+    ",",
+    ",,",
+    ";",
+    "'",
+    '"',
+    "it's",
+    "%s",
+    "%(prog)s",
+    "{}",
+    "@file",
+    "~",
+    ".",
+    "..",
+    "/",
+    "/dev/null",
+    "/dev/null/x",
+    "/nowhere/x.py:f",
+    "x.py:",
+    "timm/",
+    "timm/no\nsuch",
+    "torchvision/../x",
+    "true",
+    "none",
+    "None",
+    "null",
+    "1_0",
+    "0x10",
+    "0",
+    "-0",
+    "-1",
+    "1",
+    "2",
+    "1.5",
+    "1e3",
+    "-1e5",
+    "1e-400",
+    "1e308",
+    "1e309",
+    "nan",
+    "-nan",
+    "inf",
+    "-inf",
+    "infinity",
+    "9" * 20,
+    "9" * 400,
+    "-" + "9" * 400,
+    "9" * 5000,
+    "0." + "9" * 30,
+    str(2**31),
+    str(2**32),
+    str(2**63),
+    str(2**64),
+    "x" * 300,
+    "x" * 5000,
+    "x" * 5000 + ".py:f",
+    "x" * 1_000_000,
+    "a/" * 3000,
+    "1," * 3000,
+]
 any_text = st.text(st.characters(exclude_categories=()), max_size=12)
 value = st.sampled_from(HOSTILE) | any_text | st.integers().map(str) | st.floats().map(str)
 
@@ -65,8 +141,13 @@ value = st.sampled_from(HOSTILE) | any_text | st.integers().map(str) | st.floats
 def so_many(number: int) -> settings:
     """So many examples, the same in each run of the tests."""
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
-    return settings(max_examples=max(1, int(number * SCALE)), deadline=None, derandomize=SCALE == 1, database=None,
-                    suppress_health_check=slow)  # fmt: skip
+    return settings(
+        max_examples=max(1, int(number * SCALE)),
+        deadline=None,
+        derandomize=SCALE == 1,
+        database=None,
+        suppress_health_check=slow,
+    )
 
 
 def drawn(kind: str, **strategies):
@@ -215,8 +296,11 @@ def plans(draw) -> list[str]:
         numeric = action.type is not None and not action.choices and action.dest not in SOUND
         text = st.sampled_from(NUMBERS).map(lambda t, n=action.dest: [f"--{n}={t}"])
         words += draw(text if numeric and action.nargs is None else sound_words(action))
-    return [*words, f"--pruning_times={draw(st.sampled_from(['1', '2', '3']))}", "--batch_size=" + draw(st.sampled_from(
-        ["1", "2", "1000000000"]))]  # fmt: skip
+    return [
+        *words,
+        f"--pruning_times={draw(st.sampled_from(['1', '2', '3']))}",
+        "--batch_size=" + draw(st.sampled_from(["1", "2", "1000000000"])),
+    ]
 
 
 @drawn("dry run", words=plans())
@@ -229,10 +313,16 @@ def test_dry_runs(words):
 
 
 NO_WEIGHTS = {
-    "empty": b"", "text": b"weights", "a list": [1, 2], "a tensor": torch.zeros(3), "numbers": {"a": 1}, "no names": {1: 2},
-    "no state": {"state_dict": 5}, "another network's": {"state_dict": {"x": torch.zeros(1)}},
+    "empty": b"",
+    "text": b"weights",
+    "a list": [1, 2],
+    "a tensor": torch.zeros(3),
+    "numbers": {"a": 1},
+    "no names": {1: 2},
+    "no state": {"state_dict": 5},
+    "another network's": {"state_dict": {"x": torch.zeros(1)}},
     "not tensors": {"pos_embed": 3, "patch_embed.proj.weight": torch.zeros(1)},
-}  # fmt: skip
+}
 READERS = {
     "--init": ["--arch=res20s"],
     "--pretrained": ["--arch=res20s", "--prune_type=pt"],
@@ -282,8 +372,25 @@ def without_runs():
         yield
 
 
-OWN = ["grid", "file", "out", "share_round_0", "executor", "jobs", "threads", "retries", "address", "gpus_per_run",
-       "slurm_options", "search", "density", "macs", "rungs", "dry_run", "quiet"]  # fmt: skip
+OWN = [
+    "grid",
+    "file",
+    "out",
+    "share_round_0",
+    "executor",
+    "jobs",
+    "threads",
+    "retries",
+    "address",
+    "gpus_per_run",
+    "slurm_options",
+    "search",
+    "density",
+    "macs",
+    "rungs",
+    "dry_run",
+    "quiet",
+]
 axis = st.tuples(st.sampled_from([*NAMES, "help", "-h", "rat", ""]), st.sampled_from(["=", "", "=="]), value).map(
     "".join
 )
@@ -305,8 +412,26 @@ def test_command_lines_of_sweeps(begin, words):
         assert ends_well(sweep, words)[0] in (0, 2, 3, 5)
 
 
-TAGS = ["python/object/apply:os.system", "python/name:os.system", "python/object:os.x", "timestamp", "bool", "int", "float",
-        "set", "binary", "omap", "pairs", "null", "str", "map", "seq", "merge", "value", "x"]  # fmt: skip
+TAGS = [
+    "python/object/apply:os.system",
+    "python/name:os.system",
+    "python/object:os.x",
+    "timestamp",
+    "bool",
+    "int",
+    "float",
+    "set",
+    "binary",
+    "omap",
+    "pairs",
+    "null",
+    "str",
+    "map",
+    "seq",
+    "merge",
+    "value",
+    "x",
+]
 tagged = st.tuples(st.sampled_from(TAGS), st.sampled_from(["", "x", "[touch hacked]", "{a: 1}", "1", "''"])).map(
     lambda t: f"!!{t[0]} {t[1]}"
 )
@@ -330,10 +455,16 @@ sound_file = st.fixed_dictionaries(
     {"grid": sound_axes},
     optional={"flags": st.just({"dataset": "digits", "vit-structured": True}), "list": st.just([{"seed": 4}])},
 )
-near_file = st.fixed_dictionaries({}, optional={
-    "flags": nested | st.dictionaries(st.sampled_from(NAMES), nested, max_size=3),
-    "grid": nested | st.dictionaries(st.sampled_from(NAMES), st.lists(plain | nested, max_size=3), max_size=3) | sound_axes,
-    "list": nested | st.lists(st.dictionaries(st.sampled_from(NAMES), plain, max_size=3), max_size=3)})  # fmt: skip
+near_file = st.fixed_dictionaries(
+    {},
+    optional={
+        "flags": nested | st.dictionaries(st.sampled_from(NAMES), nested, max_size=3),
+        "grid": nested
+        | st.dictionaries(st.sampled_from(NAMES), st.lists(plain | nested, max_size=3), max_size=3)
+        | sound_axes,
+        "list": nested | st.lists(st.dictionaries(st.sampled_from(NAMES), plain, max_size=3), max_size=3),
+    },
+)
 
 
 @st.composite
@@ -373,9 +504,17 @@ LAUGHS = {
     "a date that there is not": "grid: {seed: [2020-13-45]}",
 }
 texts = st.one_of(
-    sound_file.map(yaml.safe_dump), near_file.map(yaml.safe_dump), near_file.map(yaml.safe_dump), mutated(), mutated(), any_text,
-    tagged, tagged.map("grid: {{seed: [{}]}}".format), tagged.map("{}: 1".format), st.sampled_from(list(LAUGHS.values())),
-).map(lambda text: text.encode(errors="surrogatepass"))  # fmt: skip
+    sound_file.map(yaml.safe_dump),
+    near_file.map(yaml.safe_dump),
+    near_file.map(yaml.safe_dump),
+    mutated(),
+    mutated(),
+    any_text,
+    tagged,
+    tagged.map("grid: {{seed: [{}]}}".format),
+    tagged.map("{}: 1".format),
+    st.sampled_from(list(LAUGHS.values())),
+).map(lambda text: text.encode(errors="surrogatepass"))
 
 
 @drawn("sweep file", content=texts | texts | texts | st.binary(max_size=60))
@@ -400,17 +539,27 @@ def test_a_small_file_does_not_eat_the_memory(kind, tmp_path):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("content, status, said", [
-    ("grid: {0: [1]}", 2, "0 is no flag's name"), ("list: [{no: 1}]", 2, "False is no flag's name"),
-    ("grid: {null: [1]}", 2, "None is no flag's name"), ("grid: {seed: [{}]}", 2, "a dict is not a value"),
-    ("grid: {seed: [[0, [1]]]}", 2, "a list is not a value"), ("grid: {seed: [!!set {a}]}", 2, "a set is not a value"),
-    ("grid: {seed: [!!binary aa==]}", 2, "a bytes is not a value"), ("grid: {help: [true]}", 2, "help cannot differ"),
-    ("grid: {rate: [0.1], rate: [0.2]}", 3, "rate is given twice"), ("grid: {seed: [0]}\ngrid: {seed: [1]}", 3, "grid is given"),
-    ("grid: {seed: [2020-13-45]}", 3, "month must be in 1..12"), ("grid: !!bool x", 3, "cannot read"),
-    ("grid: {init: [\"a\\0b\"]}", 2, "'a\\x00b' cannot be the name of a file"), ("[" * 5000, 3, "more than 50 levels"),
-    ("{" + ", ".join(f"k{k}" for k in range(10_001)) + "}", 3, "more than 10000 entries"),
-    ("#" * 2_000_000, 3, "longer than 1000000 characters"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, status, said",
+    [
+        ("grid: {0: [1]}", 2, "0 is no flag's name"),
+        ("list: [{no: 1}]", 2, "False is no flag's name"),
+        ("grid: {null: [1]}", 2, "None is no flag's name"),
+        ("grid: {seed: [{}]}", 2, "a dict is not a value"),
+        ("grid: {seed: [[0, [1]]]}", 2, "a list is not a value"),
+        ("grid: {seed: [!!set {a}]}", 2, "a set is not a value"),
+        ("grid: {seed: [!!binary aa==]}", 2, "a bytes is not a value"),
+        ("grid: {help: [true]}", 2, "help cannot differ"),
+        ("grid: {rate: [0.1], rate: [0.2]}", 3, "rate is given twice"),
+        ("grid: {seed: [0]}\ngrid: {seed: [1]}", 3, "grid is given"),
+        ("grid: {seed: [2020-13-45]}", 3, "month must be in 1..12"),
+        ("grid: !!bool x", 3, "cannot read"),
+        ('grid: {init: ["a\\0b"]}', 2, "'a\\x00b' cannot be the name of a file"),
+        ("[" * 5000, 3, "more than 50 levels"),
+        ("{" + ", ".join(f"k{k}" for k in range(10_001)) + "}", 3, "more than 10000 entries"),
+        ("#" * 2_000_000, 3, "longer than 1000000 characters"),
+    ],
+)
 def test_what_is_wrong_with_a_sweep_file_is_said(content, status, said, tmp_path):
     (tmp_path / "sweep.yaml").write_text(content)
     found, _, line = ends_well(sweep, [f"--file={tmp_path / 'sweep.yaml'}", "--dry_run"])
@@ -440,9 +589,18 @@ def test_a_dry_run_of_a_search_begins_nothing():
 # Exports and reports
 
 
-@drawn("export and report", program=st.sampled_from([export, report]), words=lines_of(
-    odd_words(["round", "best", "out", "round_to", "onnx", "pt2", "arch", "quiet", "latency"]),
-    misspelt(["round_to", "latency", "quiet"]), stray, st.just(["runs"]), st.just(["--quiet"]), most=4))  # fmt: skip
+@drawn(
+    "export and report",
+    program=st.sampled_from([export, report]),
+    words=lines_of(
+        odd_words(["round", "best", "out", "round_to", "onnx", "pt2", "arch", "quiet", "latency"]),
+        misspelt(["round_to", "latency", "quiet"]),
+        stray,
+        st.just(["runs"]),
+        st.just(["--quiet"]),
+        most=4,
+    ),
+)
 def test_command_lines_of_exports_and_reports(program, words):
     """`ticket_files` is not imported; reports look for runs where there are none."""
     with mock.patch.dict(

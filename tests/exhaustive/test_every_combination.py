@@ -41,19 +41,37 @@ from structured_tickets.unit_groups.unit import ranked_names
 RATE = 0.4
 BATCH = (torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(4))
 SETTINGS = SimpleNamespace(
-    print_freq=10**6, block_loss_grad=False, epochs=1, RST_schedule="x", reg_granularity_prune=0.5, exponents=4,
-    reg_horizon="state", reg_guard=False, reg_upper_limit=1.0,
-)  # fmt: skip
+    print_freq=10**6,
+    block_loss_grad=False,
+    epochs=1,
+    RST_schedule="x",
+    reg_granularity_prune=0.5,
+    exponents=4,
+    reg_horizon="state",
+    reg_guard=False,
+    reg_upper_limit=1.0,
+)
 CASES = [(a, s, c) for a in (*MICRO, *SMALL) for s in METHODS for c in CRITERIA]
 LARGEST = ("vit_base", "vit_base_imagenet", "densenet161")
-HUGE = [(a, s, c) for a in LARGE if a != "vit_large_imagenet" for s in METHODS for c in CRITERIA
-        if (c == "magnitude" and (METHODS[s].regroups or a not in LARGEST)) or (s == "refill" and a not in LARGEST)]  # fmt: skip
+HUGE = [
+    (a, s, c)
+    for a in LARGE
+    if a != "vit_large_imagenet"
+    for s in METHODS
+    for c in CRITERIA
+    if (c == "magnitude" and (METHODS[s].regroups or a not in LARGEST)) or (s == "refill" and a not in LARGEST)
+]
 # A Latin square: with the next network or method the criterion is the next.
 LARGEST_OF_SMALL = ("resnet12", "res18")  # of more than 5 million weights
-PAIRS = {(a, s, tuple(CRITERIA)[(i + k) % len(CRITERIA)]) for i, a in enumerate(SMALL) for k, s in enumerate(METHODS)
-         if a not in LARGEST_OF_SMALL or METHODS[s].regroups}  # fmt: skip
-TIERED = [case if case[0] in MICRO or case in PAIRS else pytest.param(*case, marks=pytest.mark.slow)
-          for case in CASES + HUGE]  # fmt: skip
+PAIRS = {
+    (a, s, tuple(CRITERIA)[(i + k) % len(CRITERIA)])
+    for i, a in enumerate(SMALL)
+    for k, s in enumerate(METHODS)
+    if a not in LARGEST_OF_SMALL or METHODS[s].regroups
+}
+TIERED = [
+    case if case[0] in MICRO or case in PAIRS else pytest.param(*case, marks=pytest.mark.slow) for case in CASES + HUGE
+]
 NETWORKS: dict = {}
 MASKS: dict = {}
 
@@ -94,8 +112,12 @@ def one_step(model, pair, held, squeezes):
     model = copy.deepcopy(model)
     trainee = Trainee(model, held, lambda m: torch.optim.SGD(m.parameters(), 0.01), lambda m: None)
     current, refill = (trainee.cut(by_parameter(m)) for m in (pair.current, pair.refill))
-    passer = Passer(SETTINGS, {current_key(n): m for n, m in current.items()},
-                    {refill_key(n): m for n, m in refill.items()}, held=trainee.held)  # fmt: skip
+    passer = Passer(
+        SETTINGS,
+        {current_key(n): m for n, m in current.items()},
+        {refill_key(n): m for n, m in refill.items()},
+        held=trainee.held,
+    )
     pruner = Pruner(trainee.model, SETTINGS, passer) if squeezes else None
     train(1, [BATCH], trainee.model, nn.CrossEntropyLoss(), trainee.optimizer, 0, passer, pruner)
     trainee.write_back()

@@ -19,9 +19,13 @@ SMALL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("arch, rounds, begun, settled", [
-    ("micro_cnn", 12, 5, 8), pytest.param("res20s", 200, 10, 50, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arch, rounds, begun, settled",
+    [
+        ("micro_cnn", 12, 5, 8),
+        pytest.param("res20s", 200, 10, 50, marks=pytest.mark.slow),
+    ],
+)
 def test_memory_descriptors_threads_and_checkpoints_do_not_grow_with_the_rounds(arch, rounds, begun, settled, tmp_path):
     draw = torch.Generator().manual_seed(0)
     for part, count in (("train", 12), ("test", 2)):
@@ -31,8 +35,18 @@ def test_memory_descriptors_threads_and_checkpoints_do_not_grow_with_the_rounds(
             for k in range(count):
                 pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8, generator=draw)
                 Image.fromarray(pixels.numpy()).save(folder / f"{k}.png")
-    words = tiny(tmp_path / "run", dataset="imagefolder", data=tmp_path / "data", arch=arch, rate=0.02, min_units=2,
-                 pruning_times=rounds, batch_size=32, keep_checkpoints=1, quiet=True)  # fmt: skip
+    words = tiny(
+        tmp_path / "run",
+        dataset="imagefolder",
+        data=tmp_path / "data",
+        arch=arch,
+        rate=0.02,
+        min_units=2,
+        pruning_times=rounds,
+        batch_size=32,
+        keep_checkpoints=1,
+        quiet=True,
+    )
     program = start(words, before=note_every_round, **SMALL_CACHES)
     _, errors = program.communicate(timeout=800)
     assert program.returncode == 0, errors

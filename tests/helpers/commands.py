@@ -13,10 +13,20 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A run of half a second: some 8-pixel digits, one epoch of six steps a round.
 TINY = {
-    "dataset": "micro_digits", "image_size": 8, "arch": "micro_cnn", "struct": "rsst", "rate": 0.4, "epochs": 1,
-    "warmup": 0, "decreasing_lr": 1, "pruning_times": 2, "lr": 0.05, "batch_size": 64, "wandb": "disabled",
+    "dataset": "micro_digits",
+    "image_size": 8,
+    "arch": "micro_cnn",
+    "struct": "rsst",
+    "rate": 0.4,
+    "epochs": 1,
+    "warmup": 0,
+    "decreasing_lr": 1,
+    "pruning_times": 2,
+    "lr": 0.05,
+    "batch_size": 64,
+    "wandb": "disabled",
     "criteria_batches": 1,
-}  # fmt: skip
+}
 
 # The same for networks that the tests have not made: all digits. A process that starts afresh knows no other.
 REAL = {**TINY, "dataset": "digits", "batch_size": 256}
@@ -56,5 +66,12 @@ def start_afresh(words, cwd=ROOT, own_group=False, **environment) -> subprocess.
     """
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, str(ROOT / "main_imp_fillback.py"), *map(str, words)]
-    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            start_new_session=own_group)  # fmt: skip
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=own_group,
+    )

@@ -38,8 +38,10 @@ def follow(arch: str, images: int, file: str) -> None:
     for _ in range(STEPS):
         # Every third batch is smaller: of two images three processes have one that has none.
         count = 2 if _ % 3 == 2 else images
-        whole = (torch.rand(count, 3, 8, 8, generator=draw, dtype=torch.float64),
-                 torch.randint(0, 10, (count,), generator=draw))  # fmt: skip
+        whole = (
+            torch.rand(count, 3, 8, 8, generator=draw, dtype=torch.float64),
+            torch.randint(0, 10, (count,), generator=draw),
+        )
         share = tuple(part.tensor_split(world.size)[world.rank] for part in whole)
         losses.append(train(0, [share], model, torch.nn.CrossEntropyLoss(), optimizer, 0, passer, None).mean_loss)
     world.check_agreement("weights", digest_of(model.state_dict()))

@@ -77,10 +77,12 @@ CODE = {
     "torch's older format": lambda ran: saved(Bomb(ran), _use_new_zipfile_serialization=False),
     "a second pickle": lambda ran: b"".join(pickle.dumps(v, 2) for v in MAGIC) + pickle.dumps(Bomb(ran), 2),
     "torch's first format": old_tar,
-    "a script": lambda ran: torch_zip(pickle.dumps(Bomb(ran), 2), **{"constants.pkl": pickle.dumps(Bomb(ran), 2),
-                                                                   "code/__torch__.py": b"raise SystemExit\n"}),
+    "a script": lambda ran: torch_zip(
+        pickle.dumps(Bomb(ran), 2),
+        **{"constants.pkl": pickle.dumps(Bomb(ran), 2), "code/__torch__.py": b"raise SystemExit\n"},
+    ),
     "an object array": object_array,
-}  # fmt: skip
+}
 ABSURD = {
     "nothing": lambda ran: b"",
     "a text": lambda ran: b"weights: none\n",
@@ -101,14 +103,15 @@ YAML = {
     "a tag that runs code": "a: !!python/object/apply:os.mkdir ['{ran}']\n",
     "another one": "!!python/object/new:os.mkdir ['{ran}']\n",
     "a module": "a: !!python/module:antigravity\n",
-    "aliases that unfold": "l0: &l0 [x, x]\n" + "".join(f"l{k}: &l{k} [{', '.join([f'*l{k - 1}'] * 9)}]\n" for k in range(1, 30)),
+    "aliases that unfold": "l0: &l0 [x, x]\n"
+    + "".join(f"l{k}: &l{k} [{', '.join([f'*l{k - 1}'] * 9)}]\n" for k in range(1, 30)),
     "an alias of itself": "a: &a [*a]\n",
     "lists within lists": "[" * 100_000,
     "a date that is none": "!!timestamp x\n",
     "a list": "- a\n- b\n",
     "a mapping by lists": "? [a]\n: b\n",
     "bytes": "a: \x00\n",
-}  # fmt: skip
+}
 JSON = {
     "lists within lists": "[" * 200_000,
     "mappings within mappings": '{"a":' * 200_000,

@@ -14,8 +14,16 @@ from structured_tickets.networks.vision_transformer import VisionTransformer
 REGISTERED = tuple(MODELS)
 
 # Networks of 15 million parameters and more, which are too large for tests that try everything.
-LARGE = ("res50", "vgg16_bn", "densenet161", "vit_small", "vit_base", "vit_small_imagenet", "vit_base_imagenet",
-         "vit_large_imagenet")  # fmt: skip
+LARGE = (
+    "res50",
+    "vgg16_bn",
+    "densenet161",
+    "vit_small",
+    "vit_base",
+    "vit_small_imagenet",
+    "vit_base_imagenet",
+    "vit_large_imagenet",
+)
 SMALL = tuple(arch for arch in REGISTERED if arch not in LARGE)
 MICRO = ("micro_cnn", "micro_vit")
 

@@ -58,10 +58,17 @@ class Workers:
         self.first_failure: tuple[int, int] | None = None
         words, processes, before, environment = self._how
         self.members = [
-            start(words, before=before, **environment, TORCHELASTIC_RUN_ID="tests", RANK=str(rank),
-                  LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+            start(
+                words,
+                before=before,
+                **environment,
+                TORCHELASTIC_RUN_ID="tests",
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(processes),
+            )
             for rank in range(processes)
-        ]  # fmt: skip
+        ]
         for member in self.members:
             for stream, said in zip((member.stdout, member.stderr), self._said, strict=True):
                 self._readers.append(threading.Thread(target=_copy, args=(stream, said), daemon=True))

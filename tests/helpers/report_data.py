@@ -25,29 +25,57 @@ def round_row(struct, criteria, seed, state):
     value = accuracy(struct, criteria, seed, state)
     hard = struct == "rsst" and state > 0
     return {
-        "round": state, "step": 2 * state + 1, "density": DENSITIES[state],
+        "round": state,
+        "step": 2 * state + 1,
+        "density": DENSITIES[state],
         "kept_units": {"head": [kept["blocks.0.attn.qkv"] * 2, 6], "neuron": [kept["blocks.0.mlp.fc1"] * 2, 768]},
-        "parameters": round(1e6 * DENSITIES[state] / 100), "macs": 4e7 * DENSITIES[state] / 100, "accuracy": 90.0,
-        "val_accuracy": value + 1, "test_accuracy": value + 0.5 * hard,
-        "hardened_val_accuracy": value + 1 if hard else None, "hardened_test_accuracy": value if hard else None,
-        "squeeze_ratio": 0.02 if hard else None, "best_val_accuracy": value + 1, "test_at_best_val": value,
-        "best_epoch": 1, "reg_lambd": 1.0 if hard else 0.0, "kept_per_layer": kept,
-    }  # fmt: skip
+        "parameters": round(1e6 * DENSITIES[state] / 100),
+        "macs": 4e7 * DENSITIES[state] / 100,
+        "accuracy": 90.0,
+        "val_accuracy": value + 1,
+        "test_accuracy": value + 0.5 * hard,
+        "hardened_val_accuracy": value + 1 if hard else None,
+        "hardened_test_accuracy": value if hard else None,
+        "squeeze_ratio": 0.02 if hard else None,
+        "best_val_accuracy": value + 1,
+        "test_at_best_val": value,
+        "best_epoch": 1,
+        "reg_lambd": 1.0 if hard else 0.0,
+        "kept_per_layer": kept,
+    }
 
 
 def epoch_row(struct, state, epoch, value):
     return {
-        "round": state, "prune_times": state, "epoch": epoch, "step": 2 * state + epoch, "loss": 2.0 - epoch,
-        "accuracy": 80.0, "val_accuracy": value - 5 + 5 * epoch, "test_accuracy": value, "lr": 0.01,
-        "reg_lambd": 0.5 * (epoch + 1) * (state > 0 and struct == "rsst"), "train_batch_time": 0.1, "seconds": 3.0,
-    }  # fmt: skip
+        "round": state,
+        "prune_times": state,
+        "epoch": epoch,
+        "step": 2 * state + epoch,
+        "loss": 2.0 - epoch,
+        "accuracy": 80.0,
+        "val_accuracy": value - 5 + 5 * epoch,
+        "test_accuracy": value,
+        "lr": 0.01,
+        "reg_lambd": 0.5 * (epoch + 1) * (state > 0 and struct == "rsst"),
+        "train_batch_time": 0.1,
+        "seconds": 3.0,
+    }
 
 
 def write_run(folder, struct, criteria, seed, rounds=3):
     """A run of `rounds` rounds of two epochs, finished if there are three."""
     folder.mkdir(parents=True)
-    args = {"struct": struct, "criteria": criteria, "seed": seed, "pruning_times": 3, "arch": "vit_tiny", "epochs": 2,
-            "dataset": "digits", "image_size": 8, "save_dir": str(folder)}  # fmt: skip
+    args = {
+        "struct": struct,
+        "criteria": criteria,
+        "seed": seed,
+        "pruning_times": 3,
+        "arch": "vit_tiny",
+        "epochs": 2,
+        "dataset": "digits",
+        "image_size": 8,
+        "save_dir": str(folder),
+    }
     (folder / "args.yaml").write_text(yaml.safe_dump(args))
     command = ["main_imp_fillback.py", f"--struct={struct}", f"--criteria={criteria}", f"--seed={seed}"]
     environment = {"time": "2026-01-01T10:00:00", "command": command, "packages": {"torch": "2.9"}}
@@ -72,8 +100,18 @@ def write_sweep(path, seeds=SEEDS, broken=()):
         name = f"{struct}_{criteria}_{seed}"
         failed = (struct, criteria, seed) in broken
         write_run(path / "runs" / name, struct, criteria, seed, 1 if failed else 3)
-        jobs.append({"name": name, "folder": f"runs/{name}", "dense": False, "rounds": 3, "after": [], "epochs": 2,
-                     "settings": {"struct": struct, "criteria": criteria, "seed": seed}, "words": []})  # fmt: skip
+        jobs.append(
+            {
+                "name": name,
+                "folder": f"runs/{name}",
+                "dense": False,
+                "rounds": 3,
+                "after": [],
+                "epochs": 2,
+                "settings": {"struct": struct, "criteria": criteria, "seed": seed},
+                "words": [],
+            }
+        )
         ends[name] = {"status": 4 if failed else 0, "reason": "loss is <not> finite" if failed else ""}
     record = {
         "command": ["sweep.py", "--grid", "struct=rsst,refill"],

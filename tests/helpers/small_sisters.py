@@ -20,10 +20,19 @@ def convnext(num_classes: int) -> nn.Module:
 
 
 def twins(num_classes: int, img_size: int) -> nn.Module:
-    return Twins(img_size, embed_dims=(16, 32, 48, 64), num_heads=(1, 2, 3, 4), mlp_ratios=(4, 4, 4, 4),
-                 depths=(2, 2, 2, 2), wss=(7, 7, 7, 7), sr_ratios=(8, 4, 2, 1), num_classes=num_classes)  # fmt: skip
+    return Twins(
+        img_size,
+        embed_dims=(16, 32, 48, 64),
+        num_heads=(1, 2, 3, 4),
+        mlp_ratios=(4, 4, 4, 4),
+        depths=(2, 2, 2, 2),
+        wss=(7, 7, 7, 7),
+        sr_ratios=(8, 4, 2, 1),
+        num_classes=num_classes,
+    )
 
 
 def nest(num_classes: int, img_size: int) -> nn.Module:
-    return Nest(img_size, num_levels=3, embed_dims=(24, 48, 96), num_heads=(1, 2, 4), depths=(2, 2, 2),
-                num_classes=num_classes)  # fmt: skip
+    return Nest(
+        img_size, num_levels=3, embed_dims=(24, 48, 96), num_heads=(1, 2, 4), depths=(2, 2, 2), num_classes=num_classes
+    )

@@ -26,8 +26,17 @@ RULES = RoundRules("rsst", 0.4, "round", "magnitude")
 
 
 def settings(**changes):
-    return SimpleNamespace(**{
-        "RST_schedule": "exp_custom_exponents", "reg_granularity_prune": 1.0, "exponents": 4, "epochs": 2,
-        "reg_horizon": "state", "reg_guard": False, "reg_upper_limit": 1.0, "block_loss_grad": False, "print_freq": 100,
-        **changes,
-    })  # fmt: skip
+    return SimpleNamespace(
+        **{
+            "RST_schedule": "exp_custom_exponents",
+            "reg_granularity_prune": 1.0,
+            "exponents": 4,
+            "epochs": 2,
+            "reg_horizon": "state",
+            "reg_guard": False,
+            "reg_upper_limit": 1.0,
+            "block_loss_grad": False,
+            "print_freq": 100,
+            **changes,
+        }
+    )

@@ -31,8 +31,15 @@ def sweep_words(out, *grid, **settings):
 def start_sweep(words, own_group=False):
     """A sweep as a user starts it: it and the server of its jobs take seconds to import everything."""
     env = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-    return subprocess.Popen([sys.executable, str(ROOT / "sweep.py"), *words], cwd=ROOT, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=own_group)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "sweep.py"), *words],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=own_group,
+    )
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,11 @@ COMMANDS = {
     "compact": ["--turns", "2", "--batches", "1", "--parts", "latency", "epoch", "torch-pruning"],
 }
 TABLES = [(name, ()) for name in COMMANDS if name not in ("startup", "compact")]
-TABLES += [("compact", ("--arch", "micro_cnn")), pytest.param("compact", ("--arch", "res20s"), marks=pytest.mark.slow),
-           pytest.param("startup", (), marks=pytest.mark.slow)]  # fmt: skip
+TABLES += [
+    ("compact", ("--arch", "micro_cnn")),
+    pytest.param("compact", ("--arch", "res20s"), marks=pytest.mark.slow),
+    pytest.param("startup", (), marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("name, more", TABLES)

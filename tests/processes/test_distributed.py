@@ -85,10 +85,14 @@ def test_shares_are_the_batches_of_one_process_without_repetition(augment, proce
 # The same numbers
 
 
-@pytest.mark.parametrize(("arch", "processes"), [
-    ("micro_cnn", 3), ("micro_vit", 2),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("res20s", 3), ("vit_tiny", 2))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arch", "processes"),
+    [
+        ("micro_cnn", 3),
+        ("micro_vit", 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("res20s", 3), ("vit_tiny", 2))),
+    ],
+)
 def test_fifty_steps_follow_those_of_one_process(arch, processes, tmp_path):
     """In float64: in float32 a fresh ResNet amplifies the rounding of any other order of sums by a thousand."""
     losses = []
@@ -101,8 +105,17 @@ def test_fifty_steps_follow_those_of_one_process(arch, processes, tmp_path):
     assert losses[0][0] != losses[0][1]
 
 
-VIT = {"vit_structured": True, "vit_prune_target": "both", "rate_mode": "round", "epochs": 5,
-       "batch_size": 259, "lr": 0.01, "decreasing_lr": 99, "precision": "fp32", "pruning_times": 2}  # fmt: skip
+VIT = {
+    "vit_structured": True,
+    "vit_prune_target": "both",
+    "rate_mode": "round",
+    "epochs": 5,
+    "batch_size": 259,
+    "lr": 0.01,
+    "decreasing_lr": 99,
+    "precision": "fp32",
+    "pruning_times": 2,
+}
 
 
 @pytest.fixture
@@ -143,12 +156,15 @@ def test_two_processes_find_the_ticket_that_one_finds(small_vit, tmp_path):
 OTHER = {"struct": "refill", "batch_size": 432, "criteria": "saliency"}
 
 
-@pytest.mark.parametrize("words", [
-    {**OTHER, "arch": OWN_CNN},
-    pytest.param({**OTHER, "arch": "mobilenet", "image_size": 16}, marks=pytest.mark.slow),
-    {"struct": "admm", "admm_epochs": 1},
-    pytest.param({"struct": "admm", "admm_epochs": 1, "arch": "res20s"}, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        {**OTHER, "arch": OWN_CNN},
+        pytest.param({**OTHER, "arch": "mobilenet", "image_size": 16}, marks=pytest.mark.slow),
+        {"struct": "admm", "admm_epochs": 1},
+        pytest.param({"struct": "admm", "admm_epochs": 1, "arch": "res20s"}, marks=pytest.mark.slow),
+    ],
+)
 def test_networks_with_batchnorm_dropout_and_other_methods_go_through_whole_runs(words, tmp_path):
     together(tiny(tmp_path / "run", **words))
     assert (tmp_path / "run" / "result.json").exists()
@@ -158,8 +174,9 @@ def test_networks_with_batchnorm_dropout_and_other_methods_go_through_whole_runs
 
 
 # Processes that know the small networks, and those that torchrun starts and looks after.
-by_both = pytest.mark.parametrize("start, arch", [(Workers, TINY["arch"]),
-                                                  pytest.param(launch, "res20s", marks=pytest.mark.slow)])  # fmt: skip
+by_both = pytest.mark.parametrize(
+    "start, arch", [(Workers, TINY["arch"]), pytest.param(launch, "res20s", marks=pytest.mark.slow)]
+)
 RESTARTS = {Workers: {"restarts": 3}, launch: {"more": ("--standalone", "--max-restarts=3")}}
 
 
@@ -199,10 +216,13 @@ def test_another_number_of_processes_goes_on_with_a_warning(tmp_path):
     assert "began with 2 processes and goes on with 1" in (tmp_path / "log.txt").read_text()
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    ({"batch_size": 1}, "argument --batch_size: 1 images are too few for 2 processes"),
-    ({"compile": True}, "argument --compile: not with several processes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"batch_size": 1}, "argument --batch_size: 1 images are too few for 2 processes"),
+        ({"compile": True}, "argument --compile: not with several processes"),
+    ],
+)
 def test_usage_errors_are_one_line_of_one_process(words, message, tmp_path):
     process = Workers(tiny(tmp_path / "run", **words))
     _, stderr = process.communicate(timeout=200)
@@ -354,8 +374,9 @@ def test_two_hosts_find_the_ticket_that_one_finds(hosts, small_vit, tmp_path):
     processes = []
     for k, (name, interface) in enumerate(hosts):  # one kernel, one host name: torchrun cannot tell who is who
         own = (*meeting, f"--rdzv-conf=is_host={1 - k}", f"--local-addr=10.77.0.{k + 1}")
-        processes.append(launch(words, processes=1, more=own, GLOO_SOCKET_IFNAME=interface,
-                                prefix=("ip", "netns", "exec", name)))  # fmt: skip
+        processes.append(
+            launch(words, processes=1, more=own, GLOO_SOCKET_IFNAME=interface, prefix=("ip", "netns", "exec", name))
+        )
     ends = [p.communicate(timeout=300) for p in processes]
     assert [p.returncode for p in processes] == [0, 0], ends
     together(tiny(tmp_path / "here", **small_vit))

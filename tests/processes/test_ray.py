@@ -185,13 +185,17 @@ def wrapped(error):
     return found
 
 
-@pytest.mark.parametrize("ends, retries, found", [
-    ([Outcome(0)], 2, Outcome(0)), ([Outcome(4, "loss")], 2, Outcome(4, "loss")),
-    ([Outcome(-9, "killed by SIGKILL"), Outcome(143, "stopped"), Outcome(0)], 2, Outcome(0)),
-    ([Outcome(143, "a"), Outcome(-9, "killed by SIGKILL")], 1, Outcome(1, "killed by SIGKILL")),
-    ([Cancelled()], 2, Outcome(None, "the sweep was stopped")),
-    ([ZeroDivisionError("division")], 2, Outcome(1, "ZeroDivisionError: division")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ends, retries, found",
+    [
+        ([Outcome(0)], 2, Outcome(0)),
+        ([Outcome(4, "loss")], 2, Outcome(4, "loss")),
+        ([Outcome(-9, "killed by SIGKILL"), Outcome(143, "stopped"), Outcome(0)], 2, Outcome(0)),
+        ([Outcome(143, "a"), Outcome(-9, "killed by SIGKILL")], 1, Outcome(1, "killed by SIGKILL")),
+        ([Cancelled()], 2, Outcome(None, "the sweep was stopped")),
+        ([ZeroDivisionError("division")], 2, Outcome(1, "ZeroDivisionError: division")),
+    ],
+)
 def test_what_a_job_comes_to_is_told_by_ray(ends, retries, found, monkeypatch, tmp_path):
     def run(task):
         end = ends.pop(0)
@@ -206,8 +210,12 @@ def test_what_a_job_comes_to_is_told_by_ray(ends, retries, found, monkeypatch, t
     assert ends == []
     executor.stop()
     executor.close()
-    assert cluster.calls == [("init", "here", "3"), ("remote", 3, 0.5), ("cancel", str(tmp_path / "a"), False),
-                             ("shutdown",)]  # fmt: skip
+    assert cluster.calls == [
+        ("init", "here", "3"),
+        ("remote", 3, 0.5),
+        ("cancel", str(tmp_path / "a"), False),
+        ("shutdown",),
+    ]
 
 
 def test_a_task_that_does_not_hear_it_is_told_again_to_stop(monkeypatch, tmp_path):

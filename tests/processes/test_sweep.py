@@ -83,7 +83,11 @@ def test_a_default_that_is_named_changes_no_name():
 def test_what_a_run_does_not_read_makes_no_further_run():
     jobs, _, notes = runs_of({"struct": ["rsst", "refill"], "RST_schedule": ["x", "x^2", "x^3"]})
     assert [(j.settings["struct"], j.settings.get("RST_schedule")) for j in jobs] == [
-        ("rsst", "x"), ("rsst", "x^2"), ("rsst", "x^3"), ("refill", None)]  # fmt: skip
+        ("rsst", "x"),
+        ("rsst", "x^2"),
+        ("rsst", "x^3"),
+        ("refill", None),
+    ]
     assert notes == ["2 combinations differ in nothing that is read, and are left out"]
 
 
@@ -122,7 +126,11 @@ def test_the_first_rounds_of_others_are_said_to_be():
 def test_null_leaves_any_flag_out():
     jobs, _, _ = runs_of({"conv1": [None, True], "rate": [None, 0.4]})
     assert [("--conv1" in j.words, parse_args(j.words).rate) for j in jobs] == [
-        (False, 0.2), (False, 0.4), (True, 0.2), (True, 0.4)]  # fmt: skip
+        (False, 0.2),
+        (False, 0.4),
+        (True, 0.2),
+        (True, 0.4),
+    ]
 
 
 def test_no_two_runs_make_one_file_of_initial_weights(tmp_path):
@@ -176,8 +184,10 @@ def test_the_grid_can_turn_off_what_the_command_line_turns_on():
 
 
 def test_more_rounds_are_the_same_sweep():
-    digests = {Spec((*BASE, *more), ({"seed": [0]},)).digest() for more in
-               ((), ("--pruning_times", "9"), ("--pruning-times=7", "--workers=2"))}  # fmt: skip
+    digests = {
+        Spec((*BASE, *more), ({"seed": [0]},)).digest()
+        for more in ((), ("--pruning_times", "9"), ("--pruning-times=7", "--workers=2"))
+    }
     assert len(digests) == 1
     assert Spec((*BASE, "--lr=1"), ({"seed": [0]},)).digest() not in digests
 
@@ -193,36 +203,48 @@ def test_stages_come_after_what_they_need():
 
 
 def test_settings_become_words():
-    words = words_of({"conv1": True, "compact_training": False, "vit_structured": "false", "decreasing_lr": [3, 5],
-                      "init": None, "rate": 0.3})  # fmt: skip
+    words = words_of(
+        {
+            "conv1": True,
+            "compact_training": False,
+            "vit_structured": "false",
+            "decreasing_lr": [3, 5],
+            "init": None,
+            "rate": 0.3,
+        }
+    )
     assert words == ["--conv1", "--compact_training=False", "--decreasing_lr=3,5", "--rate=0.3"]
 
 
-@pytest.mark.parametrize("words, said", [
-    (["--grid", "criterai=l1"], "no such flag: criterai (did you mean criteria?)"),
-    (["--grid", "save_dir=a,b"], "save_dir cannot differ"),
-    (["--grid", "compact_training=true,false"], "compact_training cannot differ"),
-    (["--grid", "rate"], "'rate' is not FLAG=VALUE"),
-    (["--grid", "rate=0.1", "rate=0.2"], "rate is given twice"),
-    (["--grid", "rate=0.2,2"], "argument --rate: '2' is not a number in [0, 1) (in rate=2)"),
-    (["--grid", "struct=rsst,refil"], "did you mean refill?"),
-    (["--grid", "conv1=maybe"], "conv1 is true or false"),
-    (["--grid", "seed=0", "--save_dir", "x"], "argument --save_dir: not in a sweep"),
-    (["--grid", "seed=0", "--lerning_rate", "1"], "--lerning_rate"),
-    ([], "nothing to run"),
-    (["--grid", "seed=0", "--search"], "needs a budget"),
-    (["--grid", "seed=0", "--search", "--density", "50"], "leaves nothing to choose"),
-    (["--grid", "seed=0", "--density", "50"], "only read by --search"),
-    (["--grid", "seed=0,1", "--executor", "slurm", "--search", "--macs", "1"], "not with --executor slurm"),
-    (["--grid", "seed=0", "--jobs", "0"], "at least 1"),
-    (["--grid", "seed=0", "--epochs", "2", "stray"], "unrecognized arguments: stray"), (["--grid", "data=a,b"], "data cannot differ"),
-    (["--grid", "seed=0", "--slurm_options", "--comment 'x"], "No closing quotation"),
-    (["--grid", "seed=0", "--executor", "ray", "--address", "127.0.0.1:1"], "no Ray cluster"),
-    (["--grid", "seed=0", "--executor", "ray", "--gpus_per_run", "-1"], "at least 0"),
-    (["--grid", "epochs=2,3", "--search", "--macs", "1"], "epochs cannot be in the grid"),
-    (["--grid", "rate=0.3,2", "--search", "--macs", "1"], "(in rate=2)"),
-    (["--grid", "rate=0.3,0.4", "--search", "--macs", "1", "--lr", "0"], "a number above 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--grid", "criterai=l1"], "no such flag: criterai (did you mean criteria?)"),
+        (["--grid", "save_dir=a,b"], "save_dir cannot differ"),
+        (["--grid", "compact_training=true,false"], "compact_training cannot differ"),
+        (["--grid", "rate"], "'rate' is not FLAG=VALUE"),
+        (["--grid", "rate=0.1", "rate=0.2"], "rate is given twice"),
+        (["--grid", "rate=0.2,2"], "argument --rate: '2' is not a number in [0, 1) (in rate=2)"),
+        (["--grid", "struct=rsst,refil"], "did you mean refill?"),
+        (["--grid", "conv1=maybe"], "conv1 is true or false"),
+        (["--grid", "seed=0", "--save_dir", "x"], "argument --save_dir: not in a sweep"),
+        (["--grid", "seed=0", "--lerning_rate", "1"], "--lerning_rate"),
+        ([], "nothing to run"),
+        (["--grid", "seed=0", "--search"], "needs a budget"),
+        (["--grid", "seed=0", "--search", "--density", "50"], "leaves nothing to choose"),
+        (["--grid", "seed=0", "--density", "50"], "only read by --search"),
+        (["--grid", "seed=0,1", "--executor", "slurm", "--search", "--macs", "1"], "not with --executor slurm"),
+        (["--grid", "seed=0", "--jobs", "0"], "at least 1"),
+        (["--grid", "seed=0", "--epochs", "2", "stray"], "unrecognized arguments: stray"),
+        (["--grid", "data=a,b"], "data cannot differ"),
+        (["--grid", "seed=0", "--slurm_options", "--comment 'x"], "No closing quotation"),
+        (["--grid", "seed=0", "--executor", "ray", "--address", "127.0.0.1:1"], "no Ray cluster"),
+        (["--grid", "seed=0", "--executor", "ray", "--gpus_per_run", "-1"], "at least 0"),
+        (["--grid", "epochs=2,3", "--search", "--macs", "1"], "epochs cannot be in the grid"),
+        (["--grid", "rate=0.3,2", "--search", "--macs", "1"], "(in rate=2)"),
+        (["--grid", "rate=0.3,0.4", "--search", "--macs", "1", "--lr", "0"], "a number above 0"),
+    ],
+)
 def test_usage_errors_are_one_line_and_leave_nothing(words, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert sweep.main([*words, *BASE]) == 2
@@ -231,13 +253,22 @@ def test_usage_errors_are_one_line_and_leave_nothing(words, said, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("content, said", [
-    ("[1, 2]", "holds no mapping"), ("grids: {seed: [0]}", "grids: not one of"), ("grid: {seed: 0}", "seed needs a list"),
-    ("grid: 3", "grid a mapping"), ("flags: [a]", "flags is a mapping"), ("list: {seed: 0}", "list a list"),
-    ("grid: {seed: [{a: 1}]}", "is not a value"), ("grid: {seed: []}", "seed needs a list"),
-    ("grid: {on: [1, 2]}", "True is no flag's name"), ("flags: {1: 2}\ngrid: {seed: [0]}", "1 is no flag's name"),
-    ("flags: {help: true}\ngrid: {seed: [0]}", "--help: not in a sweep"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("[1, 2]", "holds no mapping"),
+        ("grids: {seed: [0]}", "grids: not one of"),
+        ("grid: {seed: 0}", "seed needs a list"),
+        ("grid: 3", "grid a mapping"),
+        ("flags: [a]", "flags is a mapping"),
+        ("list: {seed: 0}", "list a list"),
+        ("grid: {seed: [{a: 1}]}", "is not a value"),
+        ("grid: {seed: []}", "seed needs a list"),
+        ("grid: {on: [1, 2]}", "True is no flag's name"),
+        ("flags: {1: 2}\ngrid: {seed: [0]}", "1 is no flag's name"),
+        ("flags: {help: true}\ngrid: {seed: [0]}", "--help: not in a sweep"),
+    ],
+)
 def test_a_file_that_is_no_sweep_is_named(content, said, tmp_path, capsys):
     (tmp_path / "sweep.yaml").write_text(content)
     assert sweep.main(["--file", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "out")]) == 2
@@ -255,8 +286,11 @@ def test_a_file_that_cannot_be_read_runs_nothing(content, tmp_path, monkeypatch,
 
 
 def test_a_file_says_the_same_as_the_command_line(tmp_path):
-    content = {"flags": {"arch": "vit_tiny", "vit_structured": True}, "list": [{"struct": "imp", "seed": 4}],
-               "grid": [{"seed": [0, 1], "vit_prune_target": ["head", "head,mlp"]}, {"seed": [7]}]}  # fmt: skip
+    content = {
+        "flags": {"arch": "vit_tiny", "vit_structured": True},
+        "list": [{"struct": "imp", "seed": 4}],
+        "grid": [{"seed": [0, 1], "vit_prune_target": ["head", "head,mlp"]}, {"seed": [7]}],
+    }
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content))
     _, spec = sweep.parse_args(["--file", str(tmp_path / "sweep.yaml"), "--epochs", "3"])
     assert spec.flags == ("--arch=vit_tiny", "--vit_structured", "--epochs", "3")
@@ -292,9 +326,13 @@ def test_a_failing_run_stops_no_other_and_the_same_command_continues(sweep_here,
     assert before == {p: p.stat().st_mtime_ns for f in finished for p in f.iterdir()}, "finished runs are left alone"
 
 
-@pytest.mark.parametrize(("start", "arch", "epochs"), [
-    (fork_sweep, "micro_cnn", 5), pytest.param(start_sweep, "res20s", 4, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("start", "arch", "epochs"),
+    [
+        (fork_sweep, "micro_cnn", 5),
+        pytest.param(start_sweep, "res20s", 4, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_and_continued_it_gives_what_runs_by_themselves_give(start, arch, epochs, sweep_here, tmp_path):
     out = tmp_path / "sweep"
     words = sweep_words(out, "struct=rsst,refill", "seed=0,1", epochs=epochs, arch=arch)
@@ -348,9 +386,18 @@ def job(name="a", **rest):
     return Job(name, (), ROOT / "nowhere" / name, **rest)
 
 
-@pytest.mark.parametrize("ends, retries, status", [
-    ([-9, 0], 2, 0), ([-9, -9, 0], 2, 0), ([-9, -9, -9], 2, -9), ([143, 0], 1, 0), ([4], 2, 4), ([1], 2, 1), ([-9], 0, -9),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ends, retries, status",
+    [
+        ([-9, 0], 2, 0),
+        ([-9, -9, 0], 2, 0),
+        ([-9, -9, -9], 2, -9),
+        ([143, 0], 1, 0),
+        ([4], 2, 4),
+        ([1], 2, 1),
+        ([-9], 0, -9),
+    ],
+)
 def test_what_was_killed_is_begun_again_what_failed_is_not(ends, retries, status, monkeypatch, tmp_path):
     monkeypatch.setattr(executors, "JobProcess", Scripted)
     Scripted.ends = [Outcome(e) for e in ends]
@@ -504,8 +551,12 @@ def test_slurms_scripts_do_what_the_sweep_would(noted, sweep_here, tmp_path, mon
     assert "#SBATCH --array=1-2%2" in text and "#SBATCH --partition=gpu\n#SBATCH --mem-per-cpu=2G\n" in text
     assert "#SBATCH '--comment=a b'\n" in text and "#SBATCH --job-name=a-sweep_1\n" in text
     (tmp_path / "noted").mkdir()
-    env = {**os.environ, "PATH": f"{own_bin}:{os.environ['PATH']}", "SBATCH_LOG": str(tmp_path / "calls"),
-           "CALLED": str(tmp_path / "noted")}  # fmt: skip
+    env = {
+        **os.environ,
+        "PATH": f"{own_bin}:{os.environ['PATH']}",
+        "SBATCH_LOG": str(tmp_path / "calls"),
+        "CALLED": str(tmp_path / "noted"),
+    }
     done = subprocess.run(
         written.stdout.strip(), shell=True, env=env, capture_output=True, text=True, timeout=280, check=True
     )
@@ -570,7 +621,7 @@ def test_a_search_finds_the_best_within_the_limit(sweep_here, tmp_path):
             dataset="digits",
             batch_size=256,
         ),
-    ]  # fmt: skip (few images would make all settings alike)
+    ]  # few images would make all settings alike
     first = sweep_here(words)
     assert first.status == 0, first.stderr
     rows = (tmp_path / "search.csv").read_text().splitlines()
@@ -596,8 +647,15 @@ def made_up_results(monkeypatch, accuracy):
             carried_out.append(job)
             run_args = parse_args(job.words)
             density = 100 * (1 - run_args.rate)
-            row = {"round": 1, "density": density, "parameters": 1, "macs": 1e6, "val_accuracy": accuracy(run_args),
-                   "test_accuracy": accuracy(run_args) - 1, "kept_per_layer": json.dumps({})}  # fmt: skip
+            row = {
+                "round": 1,
+                "density": density,
+                "parameters": 1,
+                "macs": 1e6,
+                "val_accuracy": accuracy(run_args),
+                "test_accuracy": accuracy(run_args) - 1,
+                "kept_per_layer": json.dumps({}),
+            }
             job.folder.mkdir(parents=True, exist_ok=True)
             text = io.StringIO()
             writer = csv.DictWriter(text, list(row))

@@ -200,12 +200,15 @@ def test_the_ticket_is_found_in_its_default_folder(tmp_path, monkeypatch):
     assert len(list(tmp_path.rglob("summary.csv"))) == 2
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"control_of": "nowhere"}, "the run to compare with, is not there"),
-    ({"struct": "refill"}, "has another --struct; only --control may differ"),
-    ({"pruning_times": 4}, "has 3 of 4 rounds"),
-    ({"rate": 0.3}, "has another --mlp_prune_ratio, --rate; only --control may differ"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"control_of": "nowhere"}, "the run to compare with, is not there"),
+        ({"struct": "refill"}, "has another --struct; only --control may differ"),
+        ({"pruning_times": 4}, "has 3 of 4 rounds"),
+        ({"rate": 0.3}, "has another --mlp_prune_ratio, --rate; only --control may differ"),
+    ],
+)
 def test_a_control_needs_the_very_run_that_it_is_compared_with(changes, message, tickets, tmp_path, capsys):
     words = {"struct": "rsst", "pruning_times": 3, "control": "permute", "control_of": tickets["rsst"]}
     assert run(*tiny(tmp_path / "run", **{**words, **changes})) == 2

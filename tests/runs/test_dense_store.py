@@ -19,16 +19,36 @@ from structured_tickets.training import epoch as training
 
 # For each flag that round 0 is said not to read: a network where it is read, and another value.
 OTHERS = {
-    "struct": ({}, "snip"), "rate": ({}, 0.7), "rate_mode": ({}, "target"), "criteria": ({}, "saliency"),
-    "criteria_batches": ({}, 3), "rank_weights": ({}, "initial"), "fillback_rate": ({"struct": "refill"}, 0.5),
-    "min_units": ({}, 5), "conv1": ({}, True), "regroup": ({"struct": "imp"}, True),
-    "admm_epochs": ({"struct": "admm"}, 2), "admm_rho": ({"struct": "admm"}, 0.5), "control": ({}, None),
-    "vit_structured": ({"arch": "micro_vit"}, True), "vit_prune_target": (VIT, "head"), "mlp_prune_ratio": (VIT, 0.7),
-    "block_prune_ratio": ({**VIT, "vit_prune_target": "head,block"}, 0.6), "sorting_mode": (VIT, "global"),
-    "RST_schedule": ({}, "x"), "reg_granularity_prune": ({}, 0.1), "exponents": ({}, 2), "reg_horizon": ({}, "epoch"),
-    "reg_guard": ({}, True), "reg_upper_limit": ({}, 0.1), "penalty": ({}, "decoupled"), "block_loss_grad": ({}, True),
-    "rsst_dead": ({}, "free"), "reg_target": ({}, "unit"), "fade_out": ({}, 0.5),
-}  # fmt: skip
+    "struct": ({}, "snip"),
+    "rate": ({}, 0.7),
+    "rate_mode": ({}, "target"),
+    "criteria": ({}, "saliency"),
+    "criteria_batches": ({}, 3),
+    "rank_weights": ({}, "initial"),
+    "fillback_rate": ({"struct": "refill"}, 0.5),
+    "min_units": ({}, 5),
+    "conv1": ({}, True),
+    "regroup": ({"struct": "imp"}, True),
+    "admm_epochs": ({"struct": "admm"}, 2),
+    "admm_rho": ({"struct": "admm"}, 0.5),
+    "control": ({}, None),
+    "vit_structured": ({"arch": "micro_vit"}, True),
+    "vit_prune_target": (VIT, "head"),
+    "mlp_prune_ratio": (VIT, 0.7),
+    "block_prune_ratio": ({**VIT, "vit_prune_target": "head,block"}, 0.6),
+    "sorting_mode": (VIT, "global"),
+    "RST_schedule": ({}, "x"),
+    "reg_granularity_prune": ({}, 0.1),
+    "exponents": ({}, 2),
+    "reg_horizon": ({}, "epoch"),
+    "reg_guard": ({}, True),
+    "reg_upper_limit": ({}, 0.1),
+    "penalty": ({}, "decoupled"),
+    "block_loss_grad": ({}, True),
+    "rsst_dead": ({}, "free"),
+    "reg_target": ({}, "unit"),
+    "fade_out": ({}, 0.5),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -80,17 +100,31 @@ def test_flags_that_round_0_is_said_not_to_read_do_not_change_it(flag, dense_run
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"lr": 0.04}, {"epochs": 2}, {"batch_size": 128}, {"optimizer": "adamw"}, {"arch": "res56s"},
-     {"prune_type": "rewind_lt", "rewind_epoch": 0}, {"image_size": 16}, {"label_smoothing": 0.1}],
-)  # fmt: skip
+    [
+        {"seed": 1},
+        {"lr": 0.04},
+        {"epochs": 2},
+        {"batch_size": 128},
+        {"optimizer": "adamw"},
+        {"arch": "res56s"},
+        {"prune_type": "rewind_lt", "rewind_epoch": 0},
+        {"image_size": 16},
+        {"label_smoothing": 0.1},
+    ],
+)
 def test_flags_that_round_0_reads_have_another_address(change):
     assert identity_of_round_0(parse_args(tiny("x"))) != identity_of_round_0(parse_args(tiny("x", **change)))
 
 
-@pytest.mark.parametrize("settings", [
-    {"struct": "rsst"}, {"struct": "refill", "criteria": "magnitude"}, {"struct": "imp", "rate": 0.2},
-    {"struct": "rsst", "prune_type": "rewind_lt", "rewind_epoch": 1},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"struct": "rsst"},
+        {"struct": "refill", "criteria": "magnitude"},
+        {"struct": "imp", "rate": 0.2},
+        {"struct": "rsst", "prune_type": "rewind_lt", "rewind_epoch": 1},
+    ],
+)
 def test_a_shared_round_0_gives_the_same_run(settings, tmp_path, capsys):
     store, settings = tmp_path / "store", {"epochs": 2, "pruning_times": 3, **settings}
     giver = {

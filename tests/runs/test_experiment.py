@@ -67,8 +67,14 @@ def watched_sizes(monkeypatch) -> list[int]:
 def test_training_at_real_size_changes_nothing_for_the_user(struct, tmp_path, monkeypatch):
     """But the time. In float32 a fresh network follows its rounding errors, so the learning rate is small here."""
     sizes = watched_sizes(monkeypatch)
-    words = {"struct": struct, "pruning_times": 3, "precision": "fp32", "criteria": "magnitude", "lr": 1e-4,
-             "rate": 0.4 if struct == "refill" else 0.95}  # fmt: skip
+    words = {
+        "struct": struct,
+        "pruning_times": 3,
+        "precision": "fp32",
+        "criteria": "magnitude",
+        "lr": 1e-4,
+        "rate": 0.4 if struct == "refill" else 0.95,
+    }
     runs = []
     for compact in ("true", "false"):
         assert run(*tiny(tmp_path / compact, compact_training=compact, **words)) == 0
@@ -86,8 +92,14 @@ def test_training_at_real_size_changes_nothing_for_the_user(struct, tmp_path, mo
 
 def test_training_at_real_size_can_begin_in_the_middle(tmp_path, monkeypatch):
     """Checkpoints are the same with and without it."""
-    words = {"struct": "rsst", "pruning_times": 3, "precision": "fp32", "criteria": "magnitude", "lr": 1e-4,
-             "rate": 0.95}  # fmt: skip
+    words = {
+        "struct": "rsst",
+        "pruning_times": 3,
+        "precision": "fp32",
+        "criteria": "magnitude",
+        "lr": 1e-4,
+        "rate": 0.95,
+    }
     assert run(*tiny(tmp_path / "whole", compact_training="false", batch_size=128, **words)) == 0
     kinds = ["true", "false"] * 10
     command = lambda turn: tiny(tmp_path / "mixed", compact_training=kinds[turn], batch_size=128, **words)  # noqa: E731
@@ -100,9 +112,16 @@ def test_training_at_real_size_can_begin_in_the_middle(tmp_path, monkeypatch):
 
 
 FADING = {
-    "epochs": 5, "decreasing_lr": 9, "penalty": "decoupled", "RST_schedule": "x", "reg_granularity_prune": 0.05,
-    "reg_upper_limit": 0.5, "criteria": "magnitude", "precision": "fp32", "rate": 0.5,
-}  # fmt: skip
+    "epochs": 5,
+    "decreasing_lr": 9,
+    "penalty": "decoupled",
+    "RST_schedule": "x",
+    "reg_granularity_prune": 0.05,
+    "reg_upper_limit": 0.5,
+    "criteria": "magnitude",
+    "precision": "fp32",
+    "rate": 0.5,
+}
 
 
 @pytest.fixture(params=["micro_cnn", pytest.param("res20s", marks=pytest.mark.slow)])
@@ -143,8 +162,18 @@ def test_a_run_goes_on_after_units_have_faded_out_bit_for_bit(fading, tmp_path, 
 def test_what_a_run_leaves_on_disk(tmp_path, capsys):
     assert run(*tiny(tmp_path / "run", pruning_times=3, epochs=2)) == 0
     names = {p.name for p in (tmp_path / "run").iterdir()}
-    assert names >= {"args.yaml", "env.json", "metrics.jsonl", "summary.csv", "log.txt", "ticket.pth.tar", "init.pth.tar",
-                     "0checkpoint.pth.tar", "2checkpoint.pth.tar", "0model_SA_best.pth.tar"}  # fmt: skip
+    assert names >= {
+        "args.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "summary.csv",
+        "log.txt",
+        "ticket.pth.tar",
+        "init.pth.tar",
+        "0checkpoint.pth.tar",
+        "2checkpoint.pth.tar",
+        "0model_SA_best.pth.tar",
+    }
     assert not [n for n in names if n.endswith(".tmp")]
     assert {p.name for p in (tmp_path / "run" / "masks").iterdir()} == {f"round_{k}.pt" for k in range(3)}
     settings = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
@@ -161,8 +190,9 @@ def test_what_a_run_leaves_on_disk(tmp_path, capsys):
     raw = torch.load(tmp_path / "run" / "2checkpoint.pth.tar", weights_only=True)
     assert "layer1.0.conv1.weight_orig" in raw["state_dict"] and "layer1.0.conv1.weight_mask" in raw["state_dict"]
     ticket = torch.load(tmp_path / "run" / "ticket.pth.tar", weights_only=True)
-    structure = experiment.MaskPair(*(RunFolder.load(tmp_path / "run" / "2checkpoint.pth.tar").__dict__[k]
-                                             for k in ("current_mask", "refill_mask"))).structure  # fmt: skip
+    structure = experiment.MaskPair(
+        *(RunFolder.load(tmp_path / "run" / "2checkpoint.pth.tar").__dict__[k] for k in ("current_mask", "refill_mask"))
+    ).structure
     hard = effective_state(ticket["state_dict"])
     assert all(not hard[n][m == 0].any() for n, m in structure.items())
     table = capsys.readouterr().out
@@ -291,13 +321,19 @@ def test_other_peoples_files_are_left_alone_and_a_refused_run_makes_none(tmp_pat
     assert "error" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [
-    {"struct": "refill", "epochs": 2},
-    {"struct": "rsst", **VIT, "rate_mode": "round", "optimizer": "adamw", "lr": 0.001},
-    pytest.param({"struct": "refill", "epochs": 2, "arch": "res20s"}, marks=pytest.mark.slow),
-    pytest.param({"struct": "rsst", **VIT, "arch": "vit_tiny", "rate_mode": "round", "optimizer": "adamw", "lr": 0.001},
-                 marks=pytest.mark.slow),
-], ids=["refill", "rsst", "refill-res20s", "rsst-vit_tiny"])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"struct": "refill", "epochs": 2},
+        {"struct": "rsst", **VIT, "rate_mode": "round", "optimizer": "adamw", "lr": 0.001},
+        pytest.param({"struct": "refill", "epochs": 2, "arch": "res20s"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"struct": "rsst", **VIT, "arch": "vit_tiny", "rate_mode": "round", "optimizer": "adamw", "lr": 0.001},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["refill", "rsst", "refill-res20s", "rsst-vit_tiny"],
+)
 def test_resumed_after_any_epoch_or_step_it_ends_bit_for_bit_the_same(words, tmp_path, monkeypatch):
     few_images(monkeypatch)
     words = {"pruning_times": 3, "batch_size": 6, **words}
@@ -391,14 +427,32 @@ def test_init_is_written_once_and_then_read(tmp_path, capsys):
 PLAIN = {"criteria": "magnitude", "precision": "fp32", "batch_size": 6}
 
 
-@pytest.mark.parametrize("words", [
-    {"struct": "refill", "fillback_rate": 0.5}, {"min_units": 14}, {"rank_weights": "initial"}, {"rsst_dead": "free"},
-    {"conv1": True}, {"label_smoothing": 0.1}, {"lr_schedule": "cosine"}, {"block_loss_grad": "true"},
-    {"optimizer": "adamw", "lr": 0.001}, {"penalty": "decoupled"}, {"weight_decay": 0.01},
-    {"precision": "bf16"}, {"momentum": 0.5}, {"warmup": 1}, {"criteria": "l1"},
-    {"reg_upper_limit": 0.01}, {"reg_granularity_prune": 0.1}, {"exponents": 1}, {"reg_guard": True}, {"seed": 3},
-    {"rate_mode": "target", "pruning_times": 3},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"struct": "refill", "fillback_rate": 0.5},
+        {"min_units": 14},
+        {"rank_weights": "initial"},
+        {"rsst_dead": "free"},
+        {"conv1": True},
+        {"label_smoothing": 0.1},
+        {"lr_schedule": "cosine"},
+        {"block_loss_grad": "true"},
+        {"optimizer": "adamw", "lr": 0.001},
+        {"penalty": "decoupled"},
+        {"weight_decay": 0.01},
+        {"precision": "bf16"},
+        {"momentum": 0.5},
+        {"warmup": 1},
+        {"criteria": "l1"},
+        {"reg_upper_limit": 0.01},
+        {"reg_granularity_prune": 0.1},
+        {"exponents": 1},
+        {"reg_guard": True},
+        {"seed": 3},
+        {"rate_mode": "target", "pruning_times": 3},
+    ],
+)
 def test_no_flag_is_parsed_and_ignored(words, tmp_path, baseline, monkeypatch):
     """Each of these changes the weights or the masks of the last round."""
     few_images(monkeypatch)
@@ -442,8 +496,9 @@ def test_vit_without_structure_is_pruned_weight_by_weight(tmp_path, monkeypatch)
 
 
 def test_the_readme_command_without_data_says_what_to_put_where(tmp_path):
-    process = start(["--arch", "vit_tiny", "--struct", "rsst", "--vit_structured", "--data", str(tmp_path / "data")],
-                    cwd=tmp_path)  # fmt: skip
+    process = start(
+        ["--arch", "vit_tiny", "--struct", "rsst", "--vit_structured", "--data", str(tmp_path / "data")], cwd=tmp_path
+    )
     _, errors = process.communicate(timeout=120)
     if process.returncode != 0:  # where a network is, this would download
         assert process.returncode == 3

@@ -61,9 +61,13 @@ def save_logits(folder, file):
     torch.save(small(torch.rand(3, 3, 8, 8)), file)
 
 
-@pytest.mark.parametrize("arch", [
-    "micro_vit", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("micro_cnn", "res20s", "vit_tiny")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arch",
+    [
+        "micro_vit",
+        *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("micro_cnn", "res20s", "vit_tiny")),
+    ],
+)
 def test_it_reloads_in_a_new_process_with_the_accuracy_of_the_run(arch, runs, tmp_path, capsys):
     assert export.main([str(runs[arch]), "--out", str(tmp_path)]) == 0
     table = capsys.readouterr().out
@@ -87,8 +91,12 @@ def test_it_reloads_in_a_new_process_with_the_accuracy_of_the_run(arch, runs, tm
             "torch.save(small(torch.rand(3, 3, 8, 8)), sys.argv[2])"
         )
         path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-        subprocess.run([sys.executable, "-c", code, str(tmp_path), str(tmp_path / "logits.pt")], cwd=ROOT, check=True,
-                       env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path})  # fmt: skip
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path), str(tmp_path / "logits.pt")],
+            cwd=ROOT,
+            check=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        )
     torch.manual_seed(0)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), small(torch.rand(3, 3, 8, 8)), rtol=1e-5, atol=1e-6)
 

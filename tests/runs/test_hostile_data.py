@@ -72,8 +72,12 @@ def run_on(photos, store="memory", **more) -> int:
 def test_sixteen_bits_become_eight():
     values = np.array([[0, 257, 257 * 100, 65535]], np.uint16)
     wanted = np.array([0, 1, 100, 255])[None, :, None].repeat(3, 2)
-    for data in (content(Image.fromarray(values)), content(Image.fromarray(values), "TIFF"),
-                 b"P5 4 1 65535\n" + values.astype(">u2").tobytes(), big_endian_tiff(values)):  # fmt: skip
+    for data in (
+        content(Image.fromarray(values)),
+        content(Image.fromarray(values), "TIFF"),
+        b"P5 4 1 65535\n" + values.astype(">u2").tobytes(),
+        big_endian_tiff(values),
+    ):
         assert (seen(data) == wanted).all()
 
 

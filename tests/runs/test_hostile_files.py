@@ -78,10 +78,13 @@ FEW = ("torch's zip", "torch's older format", "a script", "four terabytes of one
 
 
 # A file that is named goes the same way as `--init`, whatever flag names it.
-@pytest.mark.parametrize("place", [
-    p if p in ("--init", "safetensors", "newest checkpoint") else pytest.param(p, marks=pytest.mark.slow)
-    for p in TO_BE_NAMED
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "place",
+    [
+        p if p in ("--init", "safetensors", "newest checkpoint") else pytest.param(p, marks=pytest.mark.slow)
+        for p in TO_BE_NAMED
+    ],
+)
 def test_no_file_of_tensors_runs_code_or_fills_the_memory(place, tmp_path, monkeypatch, ends):
     name, settings = TO_BE_NAMED[place]
     monkeypatch.chdir(tmp_path)
@@ -102,8 +105,12 @@ def test_no_file_of_tensors_runs_code_or_fills_the_memory(place, tmp_path, monke
 
 def test_the_message_says_what_would_have_run(tmp_path, ends):
     (tmp_path / "init.pth").write_bytes(CODE["torch's zip"](tmp_path / "ran"))
-    ends(main_imp_fillback, tiny(tmp_path / "new", init=tmp_path / "init.pth"), 3,
-         "posix.mkdir, which could run code; nothing of it is loaded")  # fmt: skip
+    ends(
+        main_imp_fillback,
+        tiny(tmp_path / "new", init=tmp_path / "init.pth"),
+        3,
+        "posix.mkdir, which could run code; nothing of it is loaded",
+    )
 
 
 @pytest.mark.parametrize("name, status", [("1checkpoint.pth.tar", 0), ("0checkpoint.pth.tar", 3)])
@@ -130,9 +137,14 @@ def test_what_a_control_takes_from_a_run_is_not_run(file, run_folder, tmp_path, 
     if "masks" in file:
         masks = RunFolder.load(run_folder / "1checkpoint.pth.tar").following
         one = next(iter(masks["refill"]))
-        for wrong in ({}, {"current": masks["current"]}, {**masks, "refill": 3}, {**masks, "refill": {"a": torch.ones(1)}},
-                      {**masks, "refill": {**masks["refill"], one: torch.full_like(masks["refill"][one], 2)}},
-                      {k: {n: torch.ones(1) for n in v} for k, v in masks.items()}):  # fmt: skip
+        for wrong in (
+            {},
+            {"current": masks["current"]},
+            {**masks, "refill": 3},
+            {**masks, "refill": {"a": torch.ones(1)}},
+            {**masks, "refill": {**masks["refill"], one: torch.full_like(masks["refill"][one], 2)}},
+            {k: {n: torch.ones(1) for n in v} for k, v in masks.items()},
+        ):
             torch.save(wrong, run_folder / file)
             ends(main_imp_fillback, words, 3, "does not hold the masks of a round")
     (run_folder / file).write_bytes(good)
@@ -182,8 +194,16 @@ def test_export_runs_nothing_of_a_run_folder(words, run_folder, tmp_path, ends):
 
 ROW = dict.fromkeys(("round", "epoch", "step", "loss", "accuracy", "val_accuracy", "test_accuracy"), 0)
 WRONG = {
-    "args": ["rsst", {1: 2}, None, {"arch": ["res20s", {}]}, {}, {"arch": 3, "image_size": 8},
-             {"arch": "res20s", "image_size": 10**9}, {"arch": "res20s", "image_size": "8"}],
+    "args": [
+        "rsst",
+        {1: 2},
+        None,
+        {"arch": ["res20s", {}]},
+        {},
+        {"arch": 3, "image_size": 8},
+        {"arch": "res20s", "image_size": 10**9},
+        {"arch": "res20s", "image_size": "8"},
+    ],
     "data": [3, None],
     "state": ["1", -1, 1.5, True, 2**80],
     "epoch": [None, "x"],
@@ -210,7 +230,7 @@ WRONG = {
     "classes": ["digits", [1, 2], None],
     "round_0": [[], {"address": "../../elsewhere"}, {"address": 3}],
     "version": [2, "1", None],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("field", WRONG)
@@ -236,10 +256,12 @@ def test_the_weights_of_another_network_fit_no_other(base):
     momentum = {**run.optimizer, "state": {0: {"momentum_buffer": torch.ones(2, 2)}}}
     many = {**run.optimizer, "state": {10**6: {}}}
     for state, optimizer, said in (
-        (grown, {}, "first difference: more"), (other, {}, "first difference: conv1.weight"),
-        (run.state_dict, momentum, "another network's optimizer state"), (run.state_dict, many, "at 1000000"),
+        (grown, {}, "first difference: more"),
+        (other, {}, "first difference: conv1.weight"),
+        (run.state_dict, momentum, "another network's optimizer state"),
+        (run.state_dict, many, "at 1000000"),
         (run.state_dict, {"param_groups": [{"params": [0, 1]}]}, "has 2 parameters"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(DataError, match=said):
             check_fits(state, optimizer, model, sgd)
 
@@ -282,11 +304,28 @@ def test_a_description_of_a_network_is_not_believed(network, tmp_path):
     good = json.loads((network / "config.json").read_text())
     name = next(iter(good["kept"]))
     for wrong in (
-        {"arch": f"{tmp_path / 'evil.py'}:build"}, {"arch": 3}, {"arch": ["res20s"]}, {"arch": None}, {"arch": "timm/nonesuch"},
-        {"arch": "../evil.py:build"}, {"classes": 10**12}, {"classes": [1]}, {"image_size": 10**7}, {"image_size": "8"},
-        {"image_size": 0}, {"image_size": -8}, {"image_size": 1e3}, {"kept": []}, {"kept": {name: 3}}, {"kept": {name: ["0"]}},
-        {"kept": {name: [0.5]}}, {"kept": {name: [10**30]}}, {"kept": {name: [True]}}, {"kept": {name: [-1]}}, {"format": [1]},
-    ):  # fmt: skip
+        {"arch": f"{tmp_path / 'evil.py'}:build"},
+        {"arch": 3},
+        {"arch": ["res20s"]},
+        {"arch": None},
+        {"arch": "timm/nonesuch"},
+        {"arch": "../evil.py:build"},
+        {"classes": 10**12},
+        {"classes": [1]},
+        {"image_size": 10**7},
+        {"image_size": "8"},
+        {"image_size": 0},
+        {"image_size": -8},
+        {"image_size": 1e3},
+        {"kept": []},
+        {"kept": {name: 3}},
+        {"kept": {name: ["0"]}},
+        {"kept": {name: [0.5]}},
+        {"kept": {name: [10**30]}},
+        {"kept": {name: [True]}},
+        {"kept": {name: [-1]}},
+        {"format": [1]},
+    ):
         (network / "config.json").write_text(json.dumps({**good, **wrong}))
         refused(network, tmp_path / "ran")
 
@@ -340,13 +379,24 @@ EPOCH = epoch_row("rsst", 0, 0, 50.0)
 JOB = {"name": "a", "folder": "runs/a", "settings": {}, "rounds": 3, "dense": False}
 LIES = {
     "env.json": [{"command": 3}, {"command": [["a"]]}, {"packages": 3}, {"time": 3}],
-    "result.json": [{"rounds": 3}, *({**RESULT, k: "x"} for k in RESULT), {**RESULT, "round_0_address": "../../elsewhere"}],
-    "metrics.jsonl": [{"round": 0}, *({**EPOCH, k: v} for k in ("round", "loss", "seconds") for v in ("x", [1], 1e300, float("nan")))],
-    "sweep.json": [{"jobs": 3}, {"jobs": [3], "axes": [], "command": []}, {"jobs": [], "axes": [1], "command": []},
-                   {"jobs": [], "axes": [], "command": [{}]}, *({"jobs": [{**JOB, k: None}], "axes": [], "command": []}
-                                                                for k in JOB)],
+    "result.json": [
+        {"rounds": 3},
+        *({**RESULT, k: "x"} for k in RESULT),
+        {**RESULT, "round_0_address": "../../elsewhere"},
+    ],
+    "metrics.jsonl": [
+        {"round": 0},
+        *({**EPOCH, k: v} for k in ("round", "loss", "seconds") for v in ("x", [1], 1e300, float("nan"))),
+    ],
+    "sweep.json": [
+        {"jobs": 3},
+        {"jobs": [3], "axes": [], "command": []},
+        {"jobs": [], "axes": [1], "command": []},
+        {"jobs": [], "axes": [], "command": [{}]},
+        *({"jobs": [{**JOB, k: None}], "axes": [], "command": []} for k in JOB),
+    ],
     "outcomes.json": [{"a": 3}, {"a": {"reason": 3}}],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("file", LIES)
@@ -365,8 +415,17 @@ def test_no_cell_of_a_report_is_believed(tmp_path, ends):
     write_run(tmp_path / "run", "rsst", "l1", 0)
     file = tmp_path / "run" / "summary.csv"
     head, line, *_ = file.read_text().splitlines()
-    lines = [f"{line},1,2", "1,2", line.replace("100.0", "NaN"), line.replace("100.0", "\'x\'"), line.replace("100.0", "1" * 300),
-             "[" * 100_000, f'"{"a" * 200_000}"', line.replace('{""blocks', '{""a"": ""b"", ""blocks'), line.replace(",", "\0,")]  # fmt: skip
+    lines = [
+        f"{line},1,2",
+        "1,2",
+        line.replace("100.0", "NaN"),
+        line.replace("100.0", "'x'"),
+        line.replace("100.0", "1" * 300),
+        "[" * 100_000,
+        f'"{"a" * 200_000}"',
+        line.replace('{""blocks', '{""a"": ""b"", ""blocks'),
+        line.replace(",", "\0,"),
+    ]
     for text in [*(f"{head}\n{wrong}\n" for wrong in lines), "round\n1\n", "\0\n1\n"]:
         file.write_text(text)
         ends(report, [tmp_path / "run", "--latency", "false"], 3, "summary.csv")
@@ -580,13 +639,17 @@ def test_names_are_no_markup_in_a_report(tmp_path, monkeypatch):
     record["command"] += [MARKUP]
     record["axes"] = ["struct", MARKUP, "seed"]
     for job in record["jobs"]:
-        job["settings"] = {"struct": job["settings"]["struct"], MARKUP: f"{job['settings']['criteria']} {MARKUP}",
-                           "seed": job["settings"]["seed"]}  # fmt: skip
+        job["settings"] = {
+            "struct": job["settings"]["struct"],
+            MARKUP: f"{job['settings']['criteria']} {MARKUP}",
+            "seed": job["settings"]["seed"],
+        }
         folder = path / job["folder"]
         args, env = yaml.safe_load((folder / "args.yaml").read_text()), json.loads((folder / "env.json").read_text())
         (folder / "args.yaml").write_text(yaml.safe_dump({**args, MARKUP: MARKUP, "arch": MARKUP}))
-        (folder / "env.json").write_text(json.dumps({**env, "command": [MARKUP], "packages": {MARKUP: MARKUP}, MARKUP: MARKUP,
-                                                     "time": MARKUP}))  # fmt: skip
+        (folder / "env.json").write_text(
+            json.dumps({**env, "command": [MARKUP], "packages": {MARKUP: MARKUP}, MARKUP: MARKUP, "time": MARKUP})
+        )
         summary = (folder / "summary.csv").read_text()
         (folder / "summary.csv").write_text(
             summary.replace("blocks.0.attn.qkv", json.dumps(MARKUP)[1:-1].replace('"', '""'))

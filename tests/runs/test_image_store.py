@@ -143,10 +143,13 @@ def test_a_run_with_dropout_goes_on_bit_for_bit_wherever_the_images_are(photos, 
     assert_same_runs(tmp_path / "memory", tmp_path / "broken")
 
 
-@pytest.mark.parametrize("number, status, times", [
-    (signal.SIGTERM, 143, 1), *(pytest.param(*case, 3, marks=pytest.mark.slow)
-                                for case in ((signal.SIGINT, 130), (signal.SIGTERM, 143))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "number, status, times",
+    [
+        (signal.SIGTERM, 143, 1),
+        *(pytest.param(*case, 3, marks=pytest.mark.slow) for case in ((signal.SIGINT, 130), (signal.SIGTERM, 143))),
+    ],
+)
 def test_a_signal_to_all_processes_ends_a_run_that_decodes_in_several(number, status, times, photos, tmp_path):
     """As torchrun, batch systems and `timeout` send it."""
     words = tiny(

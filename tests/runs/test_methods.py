@@ -31,8 +31,11 @@ from structured_tickets.unit_groups.unit import ranked_names
 RATE, ROUNDS = 0.4, 3
 TRANSFORMER = {"optimizer": "adamw", "lr": 0.001, "rate_mode": "round", "batch_size": 16, "precision": "fp32"}
 NETWORKS = {
-    "micro_cnn": {"batch_size": 16}, "micro_vit": TRANSFORMER, "res20s": {"batch_size": 256}, "vit_tiny": TRANSFORMER,
-}  # fmt: skip
+    "micro_cnn": {"batch_size": 16},
+    "micro_vit": TRANSFORMER,
+    "res20s": {"batch_size": 256},
+    "vit_tiny": TRANSFORMER,
+}
 TRANSFORMERS = ("micro_vit", "vit_tiny")
 ARCHS = [a if a in MICRO else pytest.param(a, marks=pytest.mark.slow) for a in NETWORKS]
 BEFORE_TRAINING = [m for m, row in METHODS.items() if row.ranks == "initial"]
@@ -48,8 +51,15 @@ def _quick(monkeypatch, request):
 
 
 def words(folder, struct, arch="micro_cnn", regroup=False, **more):
-    settings = {"struct": struct, "arch": arch, "rate": RATE, "pruning_times": ROUNDS, "admm_epochs": 1,
-                "regroup": regroup, **NETWORKS[arch]}  # fmt: skip
+    settings = {
+        "struct": struct,
+        "arch": arch,
+        "rate": RATE,
+        "pruning_times": ROUNDS,
+        "admm_epochs": 1,
+        "regroup": regroup,
+        **NETWORKS[arch],
+    }
     regroups = regroup or METHODS[struct].regroups
     if arch in TRANSFORMERS and regroups:
         settings |= {"vit_prune_target": "both", "vit_structured": METHODS[struct].regroups}
@@ -126,8 +136,10 @@ def test_three_rounds_start_from_the_ticket_and_have_the_density_of_the_rate(
 
 # At every change each method with one of the two networks of the tests, in turn.
 TAKEN_IN_TURN = [
-    pytest.param(a, s, marks=[pytest.mark.slow] * (a != MICRO[k % 2])) for k, s in enumerate(BEFORE_TRAINING) for a in NETWORKS
-]  # fmt: skip
+    pytest.param(a, s, marks=[pytest.mark.slow] * (a != MICRO[k % 2]))
+    for k, s in enumerate(BEFORE_TRAINING)
+    for a in NETWORKS
+]
 
 
 @pytest.mark.parametrize("arch, struct", TAKEN_IN_TURN)
@@ -215,12 +227,24 @@ def test_stopped_while_admm_trains_it_goes_on_and_ends_the_same(after, tmp_path,
     assert not (tmp_path / "broken" / "progress.pth.tar").exists()
 
 
-@pytest.mark.parametrize("arch, struct, regroup", [
-    ("micro_cnn", "imp", False), ("micro_cnn", "snip", True), ("micro_vit", "omp", False), ("micro_vit", "random", True),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("res20s", "imp", False), ("res20s", "snip", True), ("vit_tiny", "omp", False), ("vit_tiny", "random", True),
-    )),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arch, struct, regroup",
+    [
+        ("micro_cnn", "imp", False),
+        ("micro_cnn", "snip", True),
+        ("micro_vit", "omp", False),
+        ("micro_vit", "random", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("res20s", "imp", False),
+                ("res20s", "snip", True),
+                ("vit_tiny", "omp", False),
+                ("vit_tiny", "random", True),
+            )
+        ),
+    ],
+)
 def test_the_exported_network_is_the_masked_one(arch, struct, regroup, tmp_path, capsys):
     assert run(*words(tmp_path / "run", struct, arch, regroup, pruning_times=2, rate=0.8)) == 0
     assert export.main([str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--quiet"]) == 0
@@ -249,10 +273,16 @@ def test_a_dry_run_prints_the_density_of_every_round(arch, struct, tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("struct, given, criterion", [
-    *((s, {"regroup": True}, "remain") for s in UNREGROUPED), ("imp", {}, "l1"), ("refill", {}, "l1"), ("rsst", {}, "l1"),
-    ("snip", {"regroup": True, "criteria": "l2"}, "l2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "struct, given, criterion",
+    [
+        *((s, {"regroup": True}, "remain") for s in UNREGROUPED),
+        ("imp", {}, "l1"),
+        ("refill", {}, "l1"),
+        ("rsst", {}, "l1"),
+        ("snip", {"regroup": True, "criteria": "l2"}, "l2"),
+    ],
+)
 def test_regrouping_asks_the_pruner_unless_told_otherwise(struct, given, criterion, tmp_path):
     assert run(*words(tmp_path, struct, pruning_times=1, **given)) == 0
     assert yaml.safe_load((tmp_path / "args.yaml").read_text())["criteria"] == criterion

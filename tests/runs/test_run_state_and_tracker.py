@@ -81,9 +81,19 @@ def test_a_run_state_survives_the_disk(tmp_path):
     folder = RunFolder(tmp_path)
     mask = torch.tensor([1.0, 0.0])
     row = dict.fromkeys(("round", "epoch", "step", "loss", "accuracy", "val_accuracy", "test_accuracy"), 0)
-    run = RunState(args={"rate": 0.2, "decreasing_lr": [1]}, data="x", state=3, epoch=2, step=1, partial={"loss": 0.5},
-                   state_dict={"a.weight": torch.tensor([5.0, 0.0])}, current_mask={"a.weight_mask": mask},
-                   refill_mask={"a": mask}, history=[row], best_sa=[1.0, 2.0, 3.0])  # fmt: skip
+    run = RunState(
+        args={"rate": 0.2, "decreasing_lr": [1]},
+        data="x",
+        state=3,
+        epoch=2,
+        step=1,
+        partial={"loss": 0.5},
+        state_dict={"a.weight": torch.tensor([5.0, 0.0])},
+        current_mask={"a.weight_mask": mask},
+        refill_mask={"a": mask},
+        history=[row],
+        best_sa=[1.0, 2.0, 3.0],
+    )
     folder.save(run, masked={"a.weight": mask})
     assert folder.checkpoints() == [tmp_path / "3checkpoint.pth.tar"]
     raw = load_safely(folder.checkpoint(3))
@@ -173,14 +183,52 @@ def test_auto_goes_online_only_with_a_key(tmp_path, monkeypatch, caplog):
 
 
 def test_the_table_of_rounds():
-    row = {"round": 1, "density": 66.6, "kept_units": {"head": [18, 27], "neuron": [10, 20]}, "parameters": 1234567,
-           "macs": 2_500_000, "accuracy": 90.0, "val_accuracy": 80.0, "test_accuracy": 70.0,
-           "hardened_val_accuracy": None, "hardened_test_accuracy": 69.5, "squeeze_ratio": 0.0123}  # fmt: skip
+    row = {
+        "round": 1,
+        "density": 66.6,
+        "kept_units": {"head": [18, 27], "neuron": [10, 20]},
+        "parameters": 1234567,
+        "macs": 2_500_000,
+        "accuracy": 90.0,
+        "val_accuracy": 80.0,
+        "test_accuracy": 70.0,
+        "hardened_val_accuracy": None,
+        "hardened_test_accuracy": 69.5,
+        "squeeze_ratio": 0.0123,
+    }
     head, line = rounds_table([row]).splitlines()
-    assert head.split() == ["round", "density", "%", "heads", "neurons", "params", "MACs", "train", "val", "test", "hard", "val",
-                            "hard", "test", "squeeze"]  # fmt: skip
-    assert line.split() == ["1", "66.60", "18/27", "10/20", "1,234,567", "2.5", "M", "90.00", "80.00", "70.00", "-",
-                            "69.50", "0.012"]  # fmt: skip
+    assert head.split() == [
+        "round",
+        "density",
+        "%",
+        "heads",
+        "neurons",
+        "params",
+        "MACs",
+        "train",
+        "val",
+        "test",
+        "hard",
+        "val",
+        "hard",
+        "test",
+        "squeeze",
+    ]
+    assert line.split() == [
+        "1",
+        "66.60",
+        "18/27",
+        "10/20",
+        "1,234,567",
+        "2.5",
+        "M",
+        "90.00",
+        "80.00",
+        "70.00",
+        "-",
+        "69.50",
+        "0.012",
+    ]
 
 
 def test_groups_and_tags_reach_wandb(tmp_path, monkeypatch):

@@ -21,10 +21,12 @@ from structured_tickets.programs import export, report, sweep
 from structured_tickets.sweeps import job_process
 
 PLANTED = {
-    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567", "HF_TOKEN": "hf_plantedTokenValue123456",
-    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYPLANTED", "DB_PASSWORD": "correcthorsebattery",
+    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+    "HF_TOKEN": "hf_plantedTokenValue123456",
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYPLANTED",
+    "DB_PASSWORD": "correcthorsebattery",
     "WANDB_BASE_URL": "http://somebody:planted4url@127.0.0.1:9",
-}  # fmt: skip
+}
 NETRC = "planted8netrc1234567890abcdef1234567890ab"
 VALUES = [*PLANTED.values(), NETRC, "planted4url"]
 IMPATIENT = """
@@ -135,11 +137,16 @@ def test_a_command_that_holds_a_secret_is_refused(value, planted, tmp_path, monk
     (tmp_path / "list.yaml").write_text(json.dumps({"list": [{"dataset": "digits", "init": value}]}))
     commands = [
         *((main_imp_fillback, tiny("run", **{name: value})) for name in ("data", "init", "exp_name", "wandb_tags")),
-        (main_imp_fillback, [*tiny("run"), f"--data={value}"]), (main_imp_fillback, [*tiny("run"), f"--daat={value}"]),
-        (sweep, [*base, "--grid", "seed=0,1", "--data", value, "--out", "s"]), (sweep, [*base, "--grid", f"data={value}"]),
-        (sweep, ["--file", "sweep.yaml", "--out", "s"]), (sweep, ["--file", "list.yaml"]),
-        (sweep, ["--file", "sweep.yaml", "--executor", "slurm", "--out", "s"]), (report, [value]), (export, ["run", "--out", value]),
-    ]  # fmt: skip
+        (main_imp_fillback, [*tiny("run"), f"--data={value}"]),
+        (main_imp_fillback, [*tiny("run"), f"--daat={value}"]),
+        (sweep, [*base, "--grid", "seed=0,1", "--data", value, "--out", "s"]),
+        (sweep, [*base, "--grid", f"data={value}"]),
+        (sweep, ["--file", "sweep.yaml", "--out", "s"]),
+        (sweep, ["--file", "list.yaml"]),
+        (sweep, ["--file", "sweep.yaml", "--executor", "slurm", "--out", "s"]),
+        (report, [value]),
+        (export, ["run", "--out", value]),
+    ]
     for program, words in commands:
         assert program.main(words) == 2
         out, err = capsys.readouterr()
@@ -150,10 +157,20 @@ def test_a_command_that_holds_a_secret_is_refused(value, planted, tmp_path, monk
 def test_ordinary_values_are_no_secrets(tmp_path):
     nothing = {"NETRC": str(tmp_path / "none")}
     ordinary = {
-        "TOKENIZERS_PARALLELISM": "parallel1", "KEYBOARD": "qwertz-12345", "SORT_KEY": "accuracy", "SECRET_BACKEND": "kubernetes",
-        "SSH_KEY": "/home/somebody/.ssh/id_rsa", "API_TOKEN_FILE": "./token-12345", "CACHE_KEY": "2024.10.01", "KEY": "a1b2c3",
-        "PASSWORD": "short", "MONKEY": "a1b2c3d4e5", "LC_CREDENTIALS": str(tmp_path), "TOKEN_TYPE": "Bearer", "X_KEY": "key-value-store",
-    }  # fmt: skip
+        "TOKENIZERS_PARALLELISM": "parallel1",
+        "KEYBOARD": "qwertz-12345",
+        "SORT_KEY": "accuracy",
+        "SECRET_BACKEND": "kubernetes",
+        "SSH_KEY": "/home/somebody/.ssh/id_rsa",
+        "API_TOKEN_FILE": "./token-12345",
+        "CACHE_KEY": "2024.10.01",
+        "KEY": "a1b2c3",
+        "PASSWORD": "short",
+        "MONKEY": "a1b2c3d4e5",
+        "LC_CREDENTIALS": str(tmp_path),
+        "TOKEN_TYPE": "Bearer",
+        "X_KEY": "key-value-store",
+    }
     assert secrets_of(ordinary | nothing) == []
     secret = {
         "openai_api_key": "sk-abcDEF123",

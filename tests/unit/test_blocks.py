@@ -128,10 +128,16 @@ def test_the_largest_share_leaves_one_block():
     assert kept_per_kind(groups, pair)["block"] == [1, 6]
 
 
-@pytest.mark.parametrize("text, canonical, kinds", [
-    ("both", "both", ("head", "neuron")), ("mlp,head", "both", ("head", "neuron")), ("block", "block", ("block",)),
-    ("block,head", "head,block", ("head", "block")), ("block,both", "head,mlp,block", ("head", "neuron", "block")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, canonical, kinds",
+    [
+        ("both", "both", ("head", "neuron")),
+        ("mlp,head", "both", ("head", "neuron")),
+        ("block", "block", ("block",)),
+        ("block,head", "head,block", ("head", "block")),
+        ("block,both", "head,mlp,block", ("head", "neuron", "block")),
+    ],
+)
 def test_targets_can_be_listed(text, canonical, kinds):
     words = ["--arch", "vit_tiny", "--vit_structured", "--vit_prune_target", text, "--rate", "0.3"]
     args = parse_args(words)
@@ -140,11 +146,15 @@ def test_targets_can_be_listed(text, canonical, kinds):
     assert "block_prune_ratio" not in identity_of(settings_of(parse_args(["--rate", "0.3"])))
 
 
-@pytest.mark.parametrize("words, flag", [
-    (["--vit_prune_target", "block", "--min_units", "2"], "min_units"), (["--fade_out", "0"], "fade_out"),
-    (["--vit_prune_target", "block", "--sorting_mode", "global"], "sorting_mode"),
-    (["--block_prune_ratio", "0.2"], "block_prune_ratio"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, flag",
+    [
+        (["--vit_prune_target", "block", "--min_units", "2"], "min_units"),
+        (["--fade_out", "0"], "fade_out"),
+        (["--vit_prune_target", "block", "--sorting_mode", "global"], "sorting_mode"),
+        (["--block_prune_ratio", "0.2"], "block_prune_ratio"),
+    ],
+)
 def test_flags_that_blocks_do_not_read_are_named(words, flag):
     plain = ["--arch", "vit_tiny", *words] if flag == "fade_out" else ["--arch", "vit_tiny", "--vit_structured", *words]
     assert any(w.startswith(f"--{flag} is only read") for w in parse_args(plain).warnings)
@@ -155,13 +165,25 @@ def test_a_misspelt_target_is_named(capsys):
     assert "'blok' is not one of head, mlp, both, block (did you mean block?)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arch, kept", [
-    ("micro_vit", (4, 2, 1)), pytest.param("vit_tiny", (18, 12, 8), marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arch, kept",
+    [
+        ("micro_vit", (4, 2, 1)),
+        pytest.param("vit_tiny", (18, 12, 8), marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("struct", ["refill", "rsst"])
 def test_a_run_drops_blocks_round_by_round(struct, arch, kept, tmp_path, capsys):
-    words = {"arch": arch, "vit_structured": True, "vit_prune_target": "head,mlp,block", "rate": 0.3,
-             "rate_mode": "round", "criteria": "l1", "pruning_times": 3, "struct": struct}  # fmt: skip
+    words = {
+        "arch": arch,
+        "vit_structured": True,
+        "vit_prune_target": "head,mlp,block",
+        "rate": 0.3,
+        "rate_mode": "round",
+        "criteria": "l1",
+        "pruning_times": 3,
+        "struct": struct,
+    }
     assert main_imp_fillback.main([*tiny(tmp_path, **words), "--verbose"]) == 0
     run = RunFolder.load(tmp_path / "2checkpoint.pth.tar")
     assert [row["kept_units"]["block"] for row in run.rounds] == [[k, kept[0]] for k in kept]

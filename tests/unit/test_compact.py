@@ -90,8 +90,12 @@ def test_the_shrunk_network_is_the_masked_one_at_every_share(arch, share, stem, 
 
 @pytest.mark.parametrize("arch", [*MICRO, *(pytest.param(a, marks=pytest.mark.slow) for a in SMALL)])
 @settings(max_examples=12, deadline=None)
-@given(seed=st.integers(0, 2**31), share=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), stem=st.booleans(),
-       lanes=st.sampled_from([1, 8, 16]))  # fmt: skip
+@given(
+    seed=st.integers(0, 2**31),
+    share=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    stem=st.booleans(),
+    lanes=st.sampled_from([1, 8, 16]),
+)
 def test_the_shrunk_network_is_the_masked_one(arch, seed, share, stem, lanes):
     check_shrunk(arch, seed, share, stem, lanes)
 
@@ -155,10 +159,18 @@ def test_shrinking_leaves_the_model_alone_and_empty_branches_give_their_bias():
     assert kinds(groups) == ["head", "neuron"]
 
 
-@pytest.mark.parametrize("name, classifier", [
-    ("resnet18", None), ("mobilenet_v2", None), pytest.param("densenet121", None, marks=pytest.mark.slow), ("shufflenet_v2_x0_5", None), ("googlenet", None),
-    ("vgg11_bn", 32), pytest.param("vgg11_bn", None, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, classifier",
+    [
+        ("resnet18", None),
+        ("mobilenet_v2", None),
+        pytest.param("densenet121", None, marks=pytest.mark.slow),
+        ("shufflenet_v2_x0_5", None),
+        ("googlenet", None),
+        ("vgg11_bn", 32),
+        pytest.param("vgg11_bn", None, marks=pytest.mark.slow),
+    ],
+)
 @torch.no_grad()
 def test_channels_are_followed_through_every_kind_of_layer(name, classifier):
     """Depth-wise and grouped convolutions, concatenations, shuffled channels, normalisations in front.

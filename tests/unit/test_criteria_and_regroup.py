@@ -205,14 +205,31 @@ def test_a_kind_without_a_budget_keeps_its_elementwise_mask():
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_deciders_change_nothing_that_they_are_given(criterion, images_and_labels):
     cases = (
-        (MiniVGG(), lambda m, k: pruning_utils.prune_model_custom_fillback(
-            m, k, criteria=criterion, train_loader=[images_and_labels], trained_weight=trained, init_weight=initial,
-            return_mask_only=True)),
-        (micro_vit(), lambda m, k: prune_model_custom_fillback_vit_head_and_mlp(
-            m, k, [images_and_labels], trained, initial, criterion, 0.3, 0.3, return_mask_only=True)),
-        (micro_vit(), lambda m, k: prune_model_custom_fillback_vit(
-            m, k, [images_and_labels], trained, initial, criterion, 0.5, return_mask_only=True)),
-    )  # fmt: skip
+        (
+            MiniVGG(),
+            lambda m, k: pruning_utils.prune_model_custom_fillback(
+                m,
+                k,
+                criteria=criterion,
+                train_loader=[images_and_labels],
+                trained_weight=trained,
+                init_weight=initial,
+                return_mask_only=True,
+            ),
+        ),
+        (
+            micro_vit(),
+            lambda m, k: prune_model_custom_fillback_vit_head_and_mlp(
+                m, k, [images_and_labels], trained, initial, criterion, 0.3, 0.3, return_mask_only=True
+            ),
+        ),
+        (
+            micro_vit(),
+            lambda m, k: prune_model_custom_fillback_vit(
+                m, k, [images_and_labels], trained, initial, criterion, 0.5, return_mask_only=True
+            ),
+        ),
+    )
     for model, call in cases:
         trained = {k: v.clone() for k, v in model.state_dict().items()}
         initial = {k: v.clone() for k, v in model.state_dict().items()}

@@ -320,19 +320,23 @@ def plain_arrays(classes=10) -> dict[str, np.ndarray]:
     """The arrays of a small set: two training images of each class, one to test."""
     n = classes
     return {
-        "x_train": noise(2 * n, 32, 32, 3), "y_train": labels_of(2 * n, n).reshape(-1, 1),
-        "x_test": noise(n, 32, 32, 3), "y_test": labels_of(n, n).astype(np.uint8),
-    }  # fmt: skip
+        "x_train": noise(2 * n, 32, 32, 3),
+        "y_train": labels_of(2 * n, n).reshape(-1, 1),
+        "x_test": noise(n, 32, 32, 3),
+        "y_test": labels_of(n, n).astype(np.uint8),
+    }
 
 
 def packed_arrays() -> dict[str, np.ndarray]:
     """The same as files in one array of bytes; training and test images take turns."""
     files = [encoded(noise(32, 32, 3), "JPEG") for _ in range(40)]
     return {
-        "jpeg": np.frombuffer(b"".join(files), np.uint8), "offsets": np.cumsum([0, *map(len, files)]),
-        "labels": (np.arange(40) // 2 % 10).astype(np.uint8), "split": (np.arange(40) % 2).astype(np.uint8),
+        "jpeg": np.frombuffer(b"".join(files), np.uint8),
+        "offsets": np.cumsum([0, *map(len, files)]),
+        "labels": (np.arange(40) // 2 % 10).astype(np.uint8),
+        "split": (np.arange(40) % 2).astype(np.uint8),
         "classes": np.array([f"class {k}" for k in range(10)]),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name, classes", [("cifar10", 10), ("cifar100", 100)])
@@ -378,22 +382,37 @@ class Trap:
         return Path.touch, (Path("trapped"),)
 
 
-@pytest.mark.parametrize("changes, sentence", [
-    ({"y_test": None}, r"cifar10\.npz has no y_test; expected are x_train, y_train, x_test, y_test, or jpeg, offsets"),
-    ({"x_train": np.zeros((20, 3, 32, 32), np.uint8)}, r"x_train is uint8 \[20, 3, 32, 32\]; uint8 \[n, 32, 32, 3\] is"),
-    ({"x_test": np.zeros((10, 32, 32, 3))}, r"x_test is float64 \[10, 32, 32, 3\]; uint8"),
-    ({"y_train": labels_of(19)}, r"y_train is int64 \[19\]; 20 whole numbers are expected, one per image"),
-    ({"y_train": labels_of(20) / 2}, r"y_train is float64 \[20\]; 20 whole numbers"),
-    ({"y_train": np.eye(10)[labels_of(20)]}, r"y_train is float64 \[20, 10\]; 20 whole numbers"),
-    ({"y_train": labels_of(20) + 1}, r"y_train has values from 1 to 10; 0 to 9 are expected"),
-    ({"y_test": labels_of(10) - 1}, r"y_test has values from -1 to 8; 0 to 9"),
-    ({"y_test": labels_of(10, 9)}, r"the test set of .*cifar10\.npz has no image of truck; some of each of 10 classes"),
-    ({"y_train": labels_of(20, 4)}, r"training set .* has no image of deer, dog, frog, horse, ship and 1 more"),
-    ({"x_train": np.zeros((0, 32, 32, 3), np.uint8), "y_train": labels_of(0)}, r"training set .* has no image of airplane"),
-    ({"classes": np.array(["cat", "dog"])}, r"cifar10\.npz names 2 classes; cifar10 has 10"),
-    ({"classes": np.arange(10)}, r"classes is int64 \[10\]; 10 names are expected"),
-    ({"classes": np.array([Trap()] * 10)}, r"cannot read .*cifar10\.npz as npz: Object arrays cannot be loaded"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (
+            {"y_test": None},
+            r"cifar10\.npz has no y_test; expected are x_train, y_train, x_test, y_test, or jpeg, offsets",
+        ),
+        (
+            {"x_train": np.zeros((20, 3, 32, 32), np.uint8)},
+            r"x_train is uint8 \[20, 3, 32, 32\]; uint8 \[n, 32, 32, 3\] is",
+        ),
+        ({"x_test": np.zeros((10, 32, 32, 3))}, r"x_test is float64 \[10, 32, 32, 3\]; uint8"),
+        ({"y_train": labels_of(19)}, r"y_train is int64 \[19\]; 20 whole numbers are expected, one per image"),
+        ({"y_train": labels_of(20) / 2}, r"y_train is float64 \[20\]; 20 whole numbers"),
+        ({"y_train": np.eye(10)[labels_of(20)]}, r"y_train is float64 \[20, 10\]; 20 whole numbers"),
+        ({"y_train": labels_of(20) + 1}, r"y_train has values from 1 to 10; 0 to 9 are expected"),
+        ({"y_test": labels_of(10) - 1}, r"y_test has values from -1 to 8; 0 to 9"),
+        (
+            {"y_test": labels_of(10, 9)},
+            r"the test set of .*cifar10\.npz has no image of truck; some of each of 10 classes",
+        ),
+        ({"y_train": labels_of(20, 4)}, r"training set .* has no image of deer, dog, frog, horse, ship and 1 more"),
+        (
+            {"x_train": np.zeros((0, 32, 32, 3), np.uint8), "y_train": labels_of(0)},
+            r"training set .* has no image of airplane",
+        ),
+        ({"classes": np.array(["cat", "dog"])}, r"cifar10\.npz names 2 classes; cifar10 has 10"),
+        ({"classes": np.arange(10)}, r"classes is int64 \[10\]; 10 names are expected"),
+        ({"classes": np.array([Trap()] * 10)}, r"cannot read .*cifar10\.npz as npz: Object arrays cannot be loaded"),
+    ],
+)
 def test_faults_of_arrays_are_named(changes, sentence, tmp_path, monkeypatch, offline):
     monkeypatch.chdir(tmp_path)
     arrays = {name: array for name, array in {**plain_arrays(), **changes}.items() if array is not None}
@@ -402,28 +421,40 @@ def test_faults_of_arrays_are_named(changes, sentence, tmp_path, monkeypatch, of
     assert offline == [] and not Path("trapped").exists()
 
 
-@pytest.mark.parametrize("changes, sentence", [
-    ({"split": None}, r"has no split; expected are x_train"),
-    ({"jpeg": np.zeros(9)}, r"jpeg is float64 \[9\]; uint8 \[bytes\] is expected"),
-    ({"jpeg": np.zeros(9, np.uint8)}, r"offsets is int64 \[41\]; n \+ 1 ascending positions in the 9 bytes of jpeg"),
-    ({"offsets": np.array([0, 9, 8])}, r"offsets is int64 \[3\]; n \+ 1 ascending"),
-    ({"offsets": np.array([], int)}, r"offsets is int64 \[0\]"),
-    ({"offsets": np.array([0.0, 8.0])}, r"offsets is float64 \[2\]"),
-    ({"labels": labels_of(39)}, r"labels is int64 \[39\]; 40 whole numbers are expected"),
-    ({"split": np.full(40, 2)}, r"split has values from 2 to 2; 0 to 1 are expected"),
-    ({"split": np.zeros(40, int)}, r"test set .* has no image of class 0, class 1, class 2, class 3, class 4 and 5 more"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"split": None}, r"has no split; expected are x_train"),
+        ({"jpeg": np.zeros(9)}, r"jpeg is float64 \[9\]; uint8 \[bytes\] is expected"),
+        (
+            {"jpeg": np.zeros(9, np.uint8)},
+            r"offsets is int64 \[41\]; n \+ 1 ascending positions in the 9 bytes of jpeg",
+        ),
+        ({"offsets": np.array([0, 9, 8])}, r"offsets is int64 \[3\]; n \+ 1 ascending"),
+        ({"offsets": np.array([], int)}, r"offsets is int64 \[0\]"),
+        ({"offsets": np.array([0.0, 8.0])}, r"offsets is float64 \[2\]"),
+        ({"labels": labels_of(39)}, r"labels is int64 \[39\]; 40 whole numbers are expected"),
+        ({"split": np.full(40, 2)}, r"split has values from 2 to 2; 0 to 1 are expected"),
+        (
+            {"split": np.zeros(40, int)},
+            r"test set .* has no image of class 0, class 1, class 2, class 3, class 4 and 5 more",
+        ),
+    ],
+)
 def test_faults_of_packed_files_are_named(changes, sentence, tmp_path):
     arrays = {name: array for name, array in {**packed_arrays(), **changes}.items() if array is not None}
     np.savez(tmp_path / "cifar10.npz", **arrays)
     refused("cifar10", tmp_path, sentence)
 
 
-@pytest.mark.parametrize("content, sentence", [
-    (b"nothing", r"cannot read the image 3 of .*cifar10\.npz: no known format$"),
-    (encoded(noise(32, 32, 3), "JPEG")[:-400], r"cannot read the image 3 of .*cifar10\.npz: .*truncated"),
-    (encoded(noise(32, 48, 3), "PNG"), r"image 3 of .*cifar10\.npz has 48x32 pixels; 32x32 are expected"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        (b"nothing", r"cannot read the image 3 of .*cifar10\.npz: no known format$"),
+        (encoded(noise(32, 32, 3), "JPEG")[:-400], r"cannot read the image 3 of .*cifar10\.npz: .*truncated"),
+        (encoded(noise(32, 48, 3), "PNG"), r"image 3 of .*cifar10\.npz has 48x32 pixels; 32x32 are expected"),
+    ],
+)
 def test_a_bad_image_in_a_packed_file_is_named(content, sentence, tmp_path):
     arrays = packed_arrays()
     bounds = arrays["offsets"].tolist()
@@ -472,8 +503,11 @@ def test_the_shared_file_has_the_layout_that_is_read():
         pytest.skip(f"{file} is not there")
     arrays = image_tables._arrays(file)
     assert {name: len(arrays[name]) for name in ("offsets", "labels", "split", "classes")} == {
-        "offsets": 60_001, "labels": 60_000, "split": 60_000, "classes": 10,
-    }  # fmt: skip
+        "offsets": 60_001,
+        "labels": 60_000,
+        "split": 60_000,
+        "classes": 10,
+    }
     first = {**arrays, **{name: arrays[name][:200] for name in ("labels", "split")}, "offsets": arrays["offsets"][:201]}
     train, test = image_tables._packed_parts(file, first, 10)
     assert len(train[0]) + len(test[0]) == 200 and train[0].shape[1:] == (3, 32, 32)
@@ -483,11 +517,14 @@ def test_the_shared_file_has_the_layout_that_is_read():
 # ---- cifar as parquet
 
 
-@pytest.mark.parametrize("folder, train, test", [
-    ("plain_text", ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"], "test-00000-of-00001.parquet"),
-    ("", ["train-0.parquet", "train-1.parquet"], "test-0.parquet"),
-    ("data", ["train.parquet"], "test.parquet"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "folder, train, test",
+    [
+        ("plain_text", ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"], "test-00000-of-00001.parquet"),
+        ("", ["train-0.parquet", "train-1.parquet"], "test-0.parquet"),
+        ("data", ["train.parquet"], "test.parquet"),
+    ],
+)
 def test_cifar10_from_parquet(folder, train, test, tmp_path, offline):
     for file in train:
         parquet_shard(tmp_path / folder / file, labels_of(20))
@@ -540,10 +577,19 @@ def test_faults_of_parquet_files_are_named(parquet, offline):
         ({"labels": labels_of(10), "label": "y"}, r"test-.*parquet has no column label, only img, y"),
         ({"labels": labels_of(10, 9)}, r"the test set of .* has no image of truck"),
         ({"labels": labels_of(10), "names": ["cat", "dog"]}, r"test-.*parquet names 2 classes; cifar10 has 10"),
-        ({"labels": labels_of(10), "images": [*good[:9], {"bytes": None, "path": "a.png"}]}, r"img of row 9 has no bytes"),
-        ({"labels": labels_of(10), "images": list(range(10))}, r"img of row 0 has no bytes; \{bytes, path\} is expected"),
-        ({"labels": labels_of(10), "images": [*good[:9], {"bytes": b"?"}]}, r"cannot read the image 9 of .*test-.*parquet"),
-    ]  # fmt: skip
+        (
+            {"labels": labels_of(10), "images": [*good[:9], {"bytes": None, "path": "a.png"}]},
+            r"img of row 9 has no bytes",
+        ),
+        (
+            {"labels": labels_of(10), "images": list(range(10))},
+            r"img of row 0 has no bytes; \{bytes, path\} is expected",
+        ),
+        (
+            {"labels": labels_of(10), "images": [*good[:9], {"bytes": b"?"}]},
+            r"cannot read the image 9 of .*test-.*parquet",
+        ),
+    ]
     for contents, sentence in faults:
         parquet_shard(file, **contents)
         refused("cifar10", parquet, sentence)

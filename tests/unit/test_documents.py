@@ -93,12 +93,22 @@ def test_console_blocks_are_the_documents(pruned_vit, caplog, monkeypatch):
         )
     text = "\n".join(r.getMessage() for r in caplog.records)
     for line in (
-        "Part 1: Attention Head Pruning", "Part 2: MLP Neuron Pruning", "Layer: blocks.0.attn.qkv",
-        "  Shape: torch.Size([576, 192])", "  Num heads: 3, Head dim: 64, Embed dim: 192", "  Keeping 268/384 neurons",
-        "  New sparsity: 33.33% (head-level)", "  New sparsity: 30.21% (neuron-level)", "  Total masks generated: 36",
-        "  Attention layers: 18", "  MLP layers: 18", "  Overall sparsity: 31.77%", "  Mode: RSST (mask only)",
-        "[ViT Head-level Quasi-Structured Pruning]", "  Criteria: magnitude",
-    ):  # fmt: skip
+        "Part 1: Attention Head Pruning",
+        "Part 2: MLP Neuron Pruning",
+        "Layer: blocks.0.attn.qkv",
+        "  Shape: torch.Size([576, 192])",
+        "  Num heads: 3, Head dim: 64, Embed dim: 192",
+        "  Keeping 268/384 neurons",
+        "  New sparsity: 33.33% (head-level)",
+        "  New sparsity: 30.21% (neuron-level)",
+        "  Total masks generated: 36",
+        "  Attention layers: 18",
+        "  MLP layers: 18",
+        "  Overall sparsity: 31.77%",
+        "  Mode: RSST (mask only)",
+        "[ViT Head-level Quasi-Structured Pruning]",
+        "  Criteria: magnitude",
+    ):
         assert line in text, line
     assert re.search(
         r"  Head importance: \[\d+\.\d+ \d+\.\d+ \d+\.\d+\]\n  Keeping 2/3 heads: \[\d \d\]\n  Original", text

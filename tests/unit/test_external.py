@@ -178,14 +178,22 @@ def test_a_network_that_decides_by_its_input_is_refused():
 
 FILES = {
     "list": ("def net(num_classes):\n    return [1]\n", "gives a list, not a torch.nn.Module"),
-    "raises": ("def net(num_classes):\n    raise ValueError('no weights')\n", "cannot be built: ValueError: no weights"),
+    "raises": (
+        "def net(num_classes):\n    raise ValueError('no weights')\n",
+        "cannot be built: ValueError: no weights",
+    ),
     "syntax": ("def net(:\n", "cannot be built: SyntaxError"),
     "other": ("def nett(num_classes):\n    return 1\n", "(did you mean "),
-    "shape": ("from torch import nn\ndef net(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.LazyLinear(3))\n",
-              "gives (2, 3) for two images, not logits (2, 10)"),
-    "size": ("from torch import nn\ndef net(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(7, 10))\n",
-             "cannot take images of 8 pixels"),
-    "twice": ("""from torch import nn
+    "shape": (
+        "from torch import nn\ndef net(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.LazyLinear(3))\n",
+        "gives (2, 3) for two images, not logits (2, 10)",
+    ),
+    "size": (
+        "from torch import nn\ndef net(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(7, 10))\n",
+        "cannot take images of 8 pixels",
+    ),
+    "twice": (
+        """from torch import nn
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
@@ -195,10 +203,14 @@ class Net(nn.Module):
         return self.fc(self.normalize(self.normalize(x)).flatten(1))
 def net(num_classes):
     return Net()
-""", "calls its `normalize` 2 times"),
-    "dense": ("from torch import nn\ndef net(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(192, 10))\n",
-              "has no layers that can be pruned here"),
-}  # fmt: skip
+""",
+        "calls its `normalize` 2 times",
+    ),
+    "dense": (
+        "from torch import nn\ndef net(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(192, 10))\n",
+        "has no layers that can be pruned here",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -211,15 +223,19 @@ def test_what_is_wrong_with_a_users_file_is_said_in_a_line(name, tmp_path, capsy
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("arch, message", [
-    ("timm/vit_tiny_patch16_225", "did you mean timm/vit_tiny_patch16_224"),
-    ("torchvision/resnet19", "did you mean torchvision/resnet1"),
-    ("torchvision/deeplabv3_resnet50", "there is no torchvision/deeplabv3_resnet50"),
-    ("res20", "did you mean res20s"), ("resnet18", "timm/resnet18 or torchvision/resnet18?"),
-    ("net.py", "does not say which function of it makes the network: net.py:NAME"),
-    ("nowhere.py:net", "no such file: nowhere.py"),
-    ("timm/vit_tiny_patch16_224", "try another --image_size"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arch, message",
+    [
+        ("timm/vit_tiny_patch16_225", "did you mean timm/vit_tiny_patch16_224"),
+        ("torchvision/resnet19", "did you mean torchvision/resnet1"),
+        ("torchvision/deeplabv3_resnet50", "there is no torchvision/deeplabv3_resnet50"),
+        ("res20", "did you mean res20s"),
+        ("resnet18", "timm/resnet18 or torchvision/resnet18?"),
+        ("net.py", "does not say which function of it makes the network: net.py:NAME"),
+        ("nowhere.py:net", "no such file: nowhere.py"),
+        ("timm/vit_tiny_patch16_224", "try another --image_size"),
+    ],
+)
 def test_unknown_names_are_refused_with_a_hint(arch, message, tmp_path, capsys):
     assert run(*tiny(tmp_path / "run", arch=arch)) == 2
     assert message in capsys.readouterr().err
@@ -255,11 +271,15 @@ def test_the_worked_example_trains_prunes_resumes_and_exports(struct, more, tmp_
 HEADS_AND_NEURONS = {"vit_structured": True, "vit_prune_target": "both"}
 
 
-@pytest.mark.parametrize("arch, size, more", [
-    ("timm/test_vit", 16, HEADS_AND_NEURONS), pytest.param("torchvision/squeezenet1_1", 32, {}, marks=pytest.mark.slow),
-    pytest.param("timm/vit_tiny_patch16_224", 16, HEADS_AND_NEURONS, marks=pytest.mark.slow),
-    pytest.param("torchvision/mobilenet_v3_small", 32, {}, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arch, size, more",
+    [
+        ("timm/test_vit", 16, HEADS_AND_NEURONS),
+        pytest.param("torchvision/squeezenet1_1", 32, {}, marks=pytest.mark.slow),
+        pytest.param("timm/vit_tiny_patch16_224", 16, HEADS_AND_NEURONS, marks=pytest.mark.slow),
+        pytest.param("torchvision/mobilenet_v3_small", 32, {}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_librarys_network_goes_through_a_whole_run(arch, size, more, tmp_path, capsys):
     words = tiny(tmp_path, arch=arch, image_size=size, struct="refill", optimizer="adamw", lr=1e-3, **more)
     assert run(*words) == 0
@@ -378,8 +398,10 @@ class Floats(layers()):
         x = self.b(self.a(self.stem(x)).relu().float())
         return self.fc(F.relu6(x * self.c(x).mean((2, 3), keepdim=True).sigmoid()).mean((2, 3)))
 """
-REFUSED = {"Shared": "the channels of Shared cannot be followed: its forward pass calls",
-           "Tied": "Tied's b shares its weights with another layer"}  # fmt: skip
+REFUSED = {
+    "Shared": "the channels of Shared cannot be followed: its forward pass calls",
+    "Tied": "Tied's b shares its weights with another layer",
+}
 REFUSED_OR_RIGHT = ("Keywords", "Normed")
 RIGHT = ("Unused", "Functional", "TwoHeads", "Upwards", "Floats")
 
@@ -387,8 +409,9 @@ RIGHT = ("Unused", "Functional", "TwoHeads", "Upwards", "Floats")
 # Of those that are pruned one, with a gate and a clipped activation, goes through SynFlow at every change.
 ODD_CASES = [
     pytest.param(n, s, marks=[pytest.mark.slow] * (s == "synflow" and n in RIGHT and n != "Floats"))
-    for n in (*REFUSED, *REFUSED_OR_RIGHT, *RIGHT) for s in ("refill", "synflow")
-]  # fmt: skip
+    for n in (*REFUSED, *REFUSED_OR_RIGHT, *RIGHT)
+    for s in ("refill", "synflow")
+]
 
 
 @pytest.mark.parametrize("name, struct", ODD_CASES)
@@ -420,8 +443,14 @@ def test_macs_of_transposed_convolutions_and_of_layers_that_are_called_again():
     assert cost_of(model, [], {}, 8).macs == 2 * (64 * 4 * 3 * 9 + 64 * 4 * 2 * 4 + 256 * 2)
 
 
-ATTENTION = ["timm/mobilevit_xxs", "timm/twins_svt_small", "timm/nest_tiny", "timm/vit_tiny_patch16_224",
-             f"{SISTERS}:twins", f"{SISTERS}:nest"]  # fmt: skip
+ATTENTION = [
+    "timm/mobilevit_xxs",
+    "timm/twins_svt_small",
+    "timm/nest_tiny",
+    "timm/vit_tiny_patch16_224",
+    f"{SISTERS}:twins",
+    f"{SISTERS}:nest",
+]
 
 
 class Products(TorchFunctionMode):
@@ -487,10 +516,15 @@ def test_features_of_a_linear_layer_are_on_the_last_axis_of_images_too(criterion
     assert scores.shape == (8,) and int(scores.argmax()) == 5
 
 
-@pytest.mark.parametrize("arch, branch", [
-    ("torchvision", "encoder_layer_0"), (f"{SISTERS}:twins", "blocks.0.0"),
-    pytest.param("timm/twins_svt_small", "blocks.0.0", marks=pytest.mark.slow),
-], ids=["torchvision", "small_sisters.py:twins", "twins_svt_small"])  # fmt: skip
+@pytest.mark.parametrize(
+    "arch, branch",
+    [
+        ("torchvision", "encoder_layer_0"),
+        (f"{SISTERS}:twins", "blocks.0.0"),
+        pytest.param("timm/twins_svt_small", "blocks.0.0", marks=pytest.mark.slow),
+    ],
+    ids=["torchvision", "small_sisters.py:twins", "twins_svt_small"],
+)
 @torch.no_grad()
 def test_a_branch_without_heads_is_cut_whatever_it_is_called_with(arch, branch):
     """torchvision's blocks pass on three tensors and take a pair; Twins' pass on the image's size."""
@@ -691,9 +725,13 @@ def test_an_mlp_without_units_gives_its_bias_whatever_its_width():
         assert torch.equal(constant(torch.rand(2, 5, 6)), wanted)
 
 
-@pytest.mark.parametrize("arch", [
-    "file", *(pytest.param(a, marks=pytest.mark.slow) for a in ("timm/test_vit", "timm/vit_tiny_patch16_224")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arch",
+    [
+        "file",
+        *(pytest.param(a, marks=pytest.mark.slow) for a in ("timm/test_vit", "timm/vit_tiny_patch16_224")),
+    ],
+)
 def test_unstructured_rsst_is_said_to_squeeze_nothing_whoevers_the_vit_is(arch, tmp_path, capsys):
     (tmp_path / "net.py").write_text(
         "from timm.models.vision_transformer import VisionTransformer\n"
@@ -712,11 +750,16 @@ def test_unstructured_rsst_is_said_to_squeeze_nothing_whoevers_the_vit_is(arch, 
         assert both == 0 and ("as they will be" in capsys.readouterr().out) is known
 
 
-@pytest.mark.parametrize("arch, percent", [
-    (f"{SISTERS}:convnext", 27), (f"{OWN}:net", None),
-    pytest.param("torchvision/convnext_tiny", 7, marks=pytest.mark.slow),
-    pytest.param("torchvision/resnet18", None, marks=pytest.mark.slow),
-], ids=["small_sisters.py:convnext", "my_model.py:net", "convnext_tiny", "resnet18"])  # fmt: skip
+@pytest.mark.parametrize(
+    "arch, percent",
+    [
+        (f"{SISTERS}:convnext", 27),
+        (f"{OWN}:net", None),
+        pytest.param("torchvision/convnext_tiny", 7, marks=pytest.mark.slow),
+        pytest.param("torchvision/resnet18", None, marks=pytest.mark.slow),
+    ],
+    ids=["small_sisters.py:convnext", "my_model.py:net", "convnext_tiny", "resnet18"],
+)
 def test_a_network_of_which_little_can_be_pruned_is_warned_of(arch, percent, tmp_path, capsys):
     assert main_imp_fillback.main([*tiny(tmp_path / "run", arch=arch, image_size=32), "--dry_run"]) == 0
     error = capsys.readouterr().err

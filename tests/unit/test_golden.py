@@ -21,7 +21,7 @@ from helpers.golden_data import (
     prunes_stem,
     table,
     uniform,
-)  # fmt: skip
+)
 from helpers.networks import LARGE
 
 import pruning_utils
@@ -43,9 +43,19 @@ from vit_pruning_utils_head_mlp import prune_model_custom_fillback_vit_head_and_
 pytestmark = needs_golden
 
 OURS = (
-    "res20s", "res56s", "res18", "res50", "vgg16_bn", "mobilenet", "densenet161",
-    "vit_tiny", "vit_small", "vit_base", "vit_micro", "minivgg",
-)  # fmt: skip
+    "res20s",
+    "res56s",
+    "res18",
+    "res50",
+    "vgg16_bn",
+    "mobilenet",
+    "densenet161",
+    "vit_tiny",
+    "vit_small",
+    "vit_base",
+    "vit_micro",
+    "minivgg",
+)
 VITS = ("vit_micro", "vit_tiny")
 
 
@@ -89,10 +99,13 @@ def prune_by_l1(model, arch, px):
         pruning_utils.pruning_model(model, px, conv1=prunes_stem(arch))
 
 
-@pytest.mark.parametrize("case", [
-    pytest.param(case, marks=slow_if_large(case))
-    for case in (sorted(table("l1_masks")) if needs_golden.args[0] is False else [])
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=slow_if_large(case))
+        for case in (sorted(table("l1_masks")) if needs_golden.args[0] is False else [])
+    ],
+)
 def test_global_l1_over_three_rounds(case):
     arch, rate, kind = case.split("__")
     model = golden_model(arch)
@@ -138,9 +151,14 @@ def test_cnn_fillback_keeps_the_best_and_one_less_than_the_reference(case, k):
     arch, px = case.split("__px")
     model, trained, masks = pruned_once(arch, float(px))
     refill = pruning_utils.prune_model_custom_fillback(
-        model, masks, criteria=result["criteria"], trained_weight=trained, return_mask_only=True,
-        fillback_rate=result["fillback_rate"], conv1=prunes_stem(arch),
-    )  # fmt: skip
+        model,
+        masks,
+        criteria=result["criteria"],
+        trained_weight=trained,
+        return_mask_only=True,
+        fillback_rate=result["fillback_rate"],
+        conv1=prunes_stem(arch),
+    )
     for i, layer in enumerate(content["layers"]):
         kept = refill[layer].flatten(1).all(1)
         assert torch.equal(kept, refill[layer].flatten(1).any(1)), "a channel is all or nothing"
@@ -149,10 +167,13 @@ def test_cnn_fillback_keeps_the_best_and_one_less_than_the_reference(case, k):
         assert all(marked[c] in "1p" for c in kept.nonzero().flatten().tolist())
 
 
-@pytest.mark.parametrize("case", [
-    pytest.param(case, marks=slow_if_large(case))
-    for case in (table("cnn_fillback") if needs_golden.args[0] is False else ())
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=slow_if_large(case))
+        for case in (table("cnn_fillback") if needs_golden.args[0] is False else ())
+    ],
+)
 def test_cnn_evidence_counts_and_magnitudes(case):
     content = table("cnn_fillback")[case]
     arch, px = case.split("__px")
@@ -247,9 +268,13 @@ def test_vit_masks(arch, k, vit_inputs):
         )
     else:
         refill = prune_model_custom_fillback_vit_head_and_mlp(
-            *arguments, criteria=criterion, head_prune_ratio=case["ratio"], mlp_prune_ratio=case["ratio"],
-            return_mask_only=True, sorting_mode=case["sorting"],
-        )  # fmt: skip
+            *arguments,
+            criteria=criterion,
+            head_prune_ratio=case["ratio"],
+            mlp_prune_ratio=case["ratio"],
+            return_mask_only=True,
+            sorting_mode=case["sorting"],
+        )
     assert len(refill) == case["n_masks"]
     heads = model.blocks[0].attn.num_heads
     kept = []
@@ -377,8 +402,16 @@ def test_apply_reg_gradient(block):
     weight = np.sqrt(3 / 6) * (2 * uniform(6, 108) - 1)
     attention.qkv.weight.data = torch.from_numpy(weight.astype(np.float32)).reshape(18, 6)
     model.attn = attention
-    args = SimpleNamespace(RST_schedule="x", reg_granularity_prune=1.0, exponents=4, epochs=1, reg_horizon="epoch",
-                           reg_guard=False, reg_upper_limit=1.0, block_loss_grad=bool(block))  # fmt: skip
+    args = SimpleNamespace(
+        RST_schedule="x",
+        reg_granularity_prune=1.0,
+        exponents=4,
+        epochs=1,
+        reg_horizon="epoch",
+        reg_guard=False,
+        reg_upper_limit=1.0,
+        block_loss_grad=bool(block),
+    )
     passer = SimpleNamespace(
         args=args,
         epoch=0,

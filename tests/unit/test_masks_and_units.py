@@ -20,7 +20,7 @@ from structured_tickets.pruning.masks import (
     pruning_state,
     remove_masks,
     top_mask,
-)  # fmt: skip
+)
 from structured_tickets.unit_groups.channels import channel_groups
 from structured_tickets.unit_groups.find import unit_groups
 from structured_tickets.unit_groups.unit import Slice, UnitGroup, kept_units, ranked_names
@@ -45,8 +45,10 @@ def test_no_position_belongs_to_two_units_and_a_groups_own_layer_is_all_its(arch
 def test_a_channel_is_its_filter_and_the_batchnorm_behind_it():
     groups = {g.name: g for g in channel_groups(build_model("res20s", 10, 32))}
     assert [s.name for s in groups["layer2.0.conv1"].slices] == [
-        "layer2.0.conv1.weight", "layer2.0.bn1.weight", "layer2.0.bn1.bias",
-    ]  # fmt: skip
+        "layer2.0.conv1.weight",
+        "layer2.0.bn1.weight",
+        "layer2.0.bn1.bias",
+    ]
     assert "conv1" not in groups
     assert "conv1" in {g.name for g in channel_groups(build_model("res20s", 10, 32), conv1=True)}
 

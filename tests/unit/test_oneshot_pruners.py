@@ -166,8 +166,12 @@ def micro_vit():
     return VisionTransformer(10, 16, 8, 24, 2, 3, 2)
 
 
-NETWORKS = {"minivgg": MiniVGG, "micro_cnn": lambda: build_model("micro_cnn", 10, 16),
-            "res20s": lambda: build_model("res20s", 10, 16), "vit": micro_vit}  # fmt: skip
+NETWORKS = {
+    "minivgg": MiniVGG,
+    "micro_cnn": lambda: build_model("micro_cnn", 10, 16),
+    "res20s": lambda: build_model("res20s", 10, 16),
+    "vit": micro_vit,
+}
 
 
 @pytest.mark.parametrize("pruner", PRUNERS)
@@ -376,8 +380,14 @@ def test_admm_trains_in_training_mode_and_goes_on_from_where_it_was_broken_off()
     task = task_of(start)
 
     def admm(epochs, load):
-        return Admm(lambda m: torch.optim.SGD(m.parameters(), 0.1, 0.9), lambda _: task.batches, epochs, 0.1, load,
-                    lambda v: saved.append(copy.deepcopy(v)))  # fmt: skip
+        return Admm(
+            lambda m: torch.optim.SGD(m.parameters(), 0.1, 0.9),
+            lambda _: task.batches,
+            epochs,
+            0.1,
+            load,
+            lambda v: saved.append(copy.deepcopy(v)),
+        )
 
     whole = copy.deepcopy(start).eval()
     expected = train_by_admm(whole, task, admm(4, dict))
@@ -409,10 +419,15 @@ def test_snip_sums_the_gradient_over_the_batches():
     assert mask["stage.weight_mask"].flatten().tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("arch", [
-    "timm/mobilenetv2_050", "timm/efficientnet_lite0", "timm/mobilenetv3_small_050",
-    pytest.param("torchvision/efficientnet_b0", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arch",
+    [
+        "timm/mobilenetv2_050",
+        "timm/efficientnet_lite0",
+        "timm/mobilenetv3_small_050",
+        pytest.param("torchvision/efficientnet_b0", marks=pytest.mark.slow),
+    ],
+)
 def test_synflow_sees_through_clipped_activations_and_gates(arch, monkeypatch):
     monkeypatch.setattr("structured_tickets.pruning.oneshot.SYNFLOW_ROUNDS", 5)
     torch.manual_seed(0)

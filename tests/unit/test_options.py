@@ -16,14 +16,41 @@ from structured_tickets.settings.identity import (
 )
 
 DOCUMENTED = {
-    "data": "data", "dataset": "cifar100", "arch": "res20s", "exp_name": None, "gpu": 0, "resume": False,
-    "checkpoint": None, "batch_size": 128, "workers": 4, "lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4,
-    "epochs": 120, "warmup": 20, "print_freq": 200, "decreasing_lr": (91, 136), "pruning_times": 20, "rate": 0.2,
-    "prune_type": "lt", "pretrained": None, "conv1": False, "fc": False, "rewind_epoch": 24, "struct": "rsst",
-    "fillback_rate": 0.0, "block_loss_grad": False, "RST_schedule": "exp_custom_exponents", "reg_granularity_prune": 1.0,
-    "criteria": "l1", "exponents": 4, "vit_structured": False, "vit_prune_target": "head", "sorting_mode": "layer-wise",
+    "data": "data",
+    "dataset": "cifar100",
+    "arch": "res20s",
+    "exp_name": None,
+    "gpu": 0,
+    "resume": False,
+    "checkpoint": None,
+    "batch_size": 128,
+    "workers": 4,
+    "lr": 0.01,
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+    "epochs": 120,
+    "warmup": 20,
+    "print_freq": 200,
+    "decreasing_lr": (91, 136),
+    "pruning_times": 20,
+    "rate": 0.2,
+    "prune_type": "lt",
+    "pretrained": None,
+    "conv1": False,
+    "fc": False,
+    "rewind_epoch": 24,
+    "struct": "rsst",
+    "fillback_rate": 0.0,
+    "block_loss_grad": False,
+    "RST_schedule": "exp_custom_exponents",
+    "reg_granularity_prune": 1.0,
+    "criteria": "l1",
+    "exponents": 4,
+    "vit_structured": False,
+    "vit_prune_target": "head",
+    "sorting_mode": "layer-wise",
     "vit_pretrained": False,
-}  # fmt: skip
+}
 
 
 def test_documented_flags_have_their_documented_defaults():
@@ -36,8 +63,17 @@ def test_every_flag_has_a_help_text_and_a_group():
     for action in parser._actions:
         assert action.help, action.option_strings
     titles = [g.title for g in parser._action_groups if g._group_actions]
-    assert titles[1:] == ["data", "model", "training (of each round)", "pruning", "one-shot pruners and controls", "ViT",
-                          "RSST", "output", "tracking"]  # fmt: skip
+    assert titles[1:] == [
+        "data",
+        "model",
+        "training (of each round)",
+        "pruning",
+        "one-shot pruners and controls",
+        "ViT",
+        "RSST",
+        "output",
+        "tracking",
+    ]
     text = " ".join(parser.format_help().split())
     assert "(default: 0.01)" in text and "(default: the data set's own)" in text
     assert "None" not in text and "()" not in text
@@ -53,35 +89,38 @@ def test_hyphens_stand_for_underscores():
     assert (args.vit_structured, args.vit_prune_target, args.mlp_prune_ratio) == (True, "both", 0.4)
 
 
-@pytest.mark.parametrize("words, parts", [
-    (["--criteria", "magnitud"], ["--criteria", "'magnitud'", "remain, magnitude", "did you mean magnitude?"]),
-    (["--critera", "l1"], ["--critera", "did you mean --criteria?"]),
-    (["--arch", "resnet20"], ["--arch", "'resnet20'", "res20s"]),
-    (["--rate", "1"], ["--rate", "'1'", "[0, 1)"]),
-    (["--rate", "-0.1"], ["--rate", "[0, 1)"]),
-    (["--rate", "nan"], ["--rate", "[0, 1)"]),
-    (["--mlp_prune_ratio", "2"], ["--mlp_prune_ratio", "[0, 1)"]),
-    (["--epochs", "0"], ["--epochs", "'0'", "at least 1"]),
-    (["--epochs", "ten"], ["--epochs", "'ten'"]),
-    (["--lr", "0"], ["--lr", "above 0"]),
-    (["--lr", "inf"], ["--lr", "above 0"]),
-    (["--decreasing_lr", "9;13"], ["--decreasing_lr", "such as 91,136"]),
-    (["--image_size", "30"], ["--image_size", "multiple of 4"]),
-    (["--seed", "-1"], ["--seed"]),
-    (["--block_loss_grad", "perhaps"], ["--block_loss_grad", "not true or false"]),
-    (["--vit_structured"], ["--vit_structured", "res20s", "no heads"]),
-    (["--vit_pretrained"], ["--vit_pretrained", "not a ViT"]),
-    (["--vit_pretrained", "--arch", "vit_tiny"], ["--vit_pretrained", "vit_tiny"]),
-    (["--prune_type", "pt"], ["--prune_type", "--pretrained FILE"]),
-    (["--pretrained", "x.pth"], ["--pretrained"]),
-    (["--pretrained", "nowhere.pth", "--prune_type", "pt"], ["--pretrained", "no such file", "nowhere.pth"]),
-    (["--prune_type", "rewind_lt", "--epochs", "10"], ["--rewind_epoch", "24", "--epochs 10"]),
-    (["--quiet", "--verbose"], ["--quiet"]),
-    (["--preset", "as_documente"], ["--preset", "did you mean as_documented?"]),
-    (["--checkpoint", "none.tar"], ["--checkpoint", "no such file"]),
-    (["--init", "x", "--vit_pretrained", "--arch", "vit_small"], ["--init", "pretrained"]),
-    (["stray"], ["unrecognized arguments: stray"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        (["--criteria", "magnitud"], ["--criteria", "'magnitud'", "remain, magnitude", "did you mean magnitude?"]),
+        (["--critera", "l1"], ["--critera", "did you mean --criteria?"]),
+        (["--arch", "resnet20"], ["--arch", "'resnet20'", "res20s"]),
+        (["--rate", "1"], ["--rate", "'1'", "[0, 1)"]),
+        (["--rate", "-0.1"], ["--rate", "[0, 1)"]),
+        (["--rate", "nan"], ["--rate", "[0, 1)"]),
+        (["--mlp_prune_ratio", "2"], ["--mlp_prune_ratio", "[0, 1)"]),
+        (["--epochs", "0"], ["--epochs", "'0'", "at least 1"]),
+        (["--epochs", "ten"], ["--epochs", "'ten'"]),
+        (["--lr", "0"], ["--lr", "above 0"]),
+        (["--lr", "inf"], ["--lr", "above 0"]),
+        (["--decreasing_lr", "9;13"], ["--decreasing_lr", "such as 91,136"]),
+        (["--image_size", "30"], ["--image_size", "multiple of 4"]),
+        (["--seed", "-1"], ["--seed"]),
+        (["--block_loss_grad", "perhaps"], ["--block_loss_grad", "not true or false"]),
+        (["--vit_structured"], ["--vit_structured", "res20s", "no heads"]),
+        (["--vit_pretrained"], ["--vit_pretrained", "not a ViT"]),
+        (["--vit_pretrained", "--arch", "vit_tiny"], ["--vit_pretrained", "vit_tiny"]),
+        (["--prune_type", "pt"], ["--prune_type", "--pretrained FILE"]),
+        (["--pretrained", "x.pth"], ["--pretrained"]),
+        (["--pretrained", "nowhere.pth", "--prune_type", "pt"], ["--pretrained", "no such file", "nowhere.pth"]),
+        (["--prune_type", "rewind_lt", "--epochs", "10"], ["--rewind_epoch", "24", "--epochs 10"]),
+        (["--quiet", "--verbose"], ["--quiet"]),
+        (["--preset", "as_documente"], ["--preset", "did you mean as_documented?"]),
+        (["--checkpoint", "none.tar"], ["--checkpoint", "no such file"]),
+        (["--init", "x", "--vit_pretrained", "--arch", "vit_small"], ["--init", "pretrained"]),
+        (["stray"], ["unrecognized arguments: stray"]),
+    ],
+)
 def test_a_mistake_gets_one_line_and_status_2(words, parts, capsys):
     assert main_imp_fillback.main(words) == 2
     message = capsys.readouterr().err
@@ -89,21 +128,24 @@ def test_a_mistake_gets_one_line_and_status_2(words, parts, capsys):
     assert all(part in message for part in parts), message
 
 
-@pytest.mark.parametrize("words, part", [
-    (["--epochs", "100"], "epoch 136 is not reached in --epochs 100"),
-    ([], "epoch 136 is not reached in --epochs 120"),
-    (["--decreasing_lr", "5"], "epoch 5 lies inside the warm-up"),
-    (["--epochs", "5", "--decreasing_lr", "3"], "--warmup 20 is not over"),
-    (["--lr", "0.5"], "may be unstable"),
-    (["--penalty", "decoupled", "--reg_upper_limit", "2", "--RST_schedule", "x"], "may be unstable"),
-    (["--fillback_rate", "0.1"], "--fillback_rate is only read with --struct refill"),
-    (["--fc"], "--fc is only read"),
-    (["--sorting_mode", "global"], "--sorting_mode is only read with --vit_structured"),
-    (["--arch", "vit_tiny", "--vit_structured", "--mlp_prune_ratio", "0.3"], "--mlp_prune_ratio is only read"),
-    (["--struct", "refill", "--exponents", "2"], "--exponents is only read"),
-    (["--criteria", "magnitude", "--criteria_batches", "2"], "--criteria_batches is only read"),
-    (["--preset", "as_documented"], "hardly acts"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (["--epochs", "100"], "epoch 136 is not reached in --epochs 100"),
+        ([], "epoch 136 is not reached in --epochs 120"),
+        (["--decreasing_lr", "5"], "epoch 5 lies inside the warm-up"),
+        (["--epochs", "5", "--decreasing_lr", "3"], "--warmup 20 is not over"),
+        (["--lr", "0.5"], "may be unstable"),
+        (["--penalty", "decoupled", "--reg_upper_limit", "2", "--RST_schedule", "x"], "may be unstable"),
+        (["--fillback_rate", "0.1"], "--fillback_rate is only read with --struct refill"),
+        (["--fc"], "--fc is only read"),
+        (["--sorting_mode", "global"], "--sorting_mode is only read with --vit_structured"),
+        (["--arch", "vit_tiny", "--vit_structured", "--mlp_prune_ratio", "0.3"], "--mlp_prune_ratio is only read"),
+        (["--struct", "refill", "--exponents", "2"], "--exponents is only read"),
+        (["--criteria", "magnitude", "--criteria_batches", "2"], "--criteria_batches is only read"),
+        (["--preset", "as_documented"], "hardly acts"),
+    ],
+)
 def test_what_is_doubtful_gets_a_warning(words, part):
     assert any(part in w for w in parse_args(words).warnings)
 

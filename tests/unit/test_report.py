@@ -87,8 +87,10 @@ def test_a_paired_test_by_hand():
     t = 2 * math.sqrt(3)
     found = with_test(made_up(1.0, 2.0, 3.0))
     assert found.p == pytest.approx(1 - t / math.sqrt(t * t + 2))
-    assert (found.low, found.high) == (pytest.approx(2 - 4.30265 / math.sqrt(3), abs=1e-4),
-                                       pytest.approx(2 + 4.30265 / math.sqrt(3), abs=1e-4))  # fmt: skip
+    assert (found.low, found.high) == (
+        pytest.approx(2 - 4.30265 / math.sqrt(3), abs=1e-4),
+        pytest.approx(2 + 4.30265 / math.sqrt(3), abs=1e-4),
+    )
 
 
 def test_holms_method_by_hand(monkeypatch):
@@ -99,18 +101,30 @@ def test_holms_method_by_hand(monkeypatch):
     assert [c.adjusted for c in adjusted([made_up(1.0, 2.0)] * 3)] == [0.03, 0.06, 0.06]
 
 
-@pytest.mark.parametrize("comparison, said", [
-    (made_up(1.0, 2.0, 3.0, adjusted=0.01),
-     "one is better than other with 3 seeds: by +2.00 points (95 % interval +0.00 to +4.00, adjusted p = 0.01); last round."),
-    (made_up(-1.0, -2.0, -3.0, adjusted=0.0001),
-     "other is better than one with 3 seeds: by +2.00 points (95 % interval +0.00 to +4.00, adjusted p < 0.001); last round."),
-    (made_up(1.0, -1.0, 3.0, adjusted=0.4),
-     "No difference can be seen between one and other with 3 seeds: +1.00 points (95 % interval −2.00 to +4.00, adjusted p = 0.4); "
-     "last round."),
-    (made_up(1.5), "One seed says nothing about the difference between one and other: +1.50 points; last round."),
-    (made_up(1.5, densities=(50.0, 30.0)), "One seed says nothing about the difference between one and other: +1.50 points; "
-     "last round; at 50.0 and 30.0 % density."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "comparison, said",
+    [
+        (
+            made_up(1.0, 2.0, 3.0, adjusted=0.01),
+            "one is better than other with 3 seeds: by +2.00 points (95 % interval +0.00 to +4.00, adjusted p = 0.01); last round.",
+        ),
+        (
+            made_up(-1.0, -2.0, -3.0, adjusted=0.0001),
+            "other is better than one with 3 seeds: by +2.00 points (95 % interval +0.00 to +4.00, adjusted p < 0.001); last round.",
+        ),
+        (
+            made_up(1.0, -1.0, 3.0, adjusted=0.4),
+            "No difference can be seen between one and other with 3 seeds: +1.00 points (95 % interval −2.00 to +4.00, adjusted p = 0.4); "
+            "last round.",
+        ),
+        (made_up(1.5), "One seed says nothing about the difference between one and other: +1.50 points; last round."),
+        (
+            made_up(1.5, densities=(50.0, 30.0)),
+            "One seed says nothing about the difference between one and other: +1.50 points; "
+            "last round; at 50.0 and 30.0 % density.",
+        ),
+    ],
+)
 def test_plain_sentences(comparison, said):
     assert comparison.sentence == said
 
@@ -128,13 +142,17 @@ def test_effects_are_paired_over_seeds_and_averaged_over_the_rest(tmp_path):
     collection = collect(write_sweep(tmp_path / "s"))
     effects = {(c.first, c.second): c for c in main_effects(collection)}
     found = effects["struct=rsst", "struct=refill"]
-    mean = {s: [statistics.fmean(accuracy(s, c, seed, 2) for c in ("l1", "remain")) for seed in SEEDS]
-            for s in ("rsst", "refill")}  # fmt: skip
+    mean = {
+        s: [statistics.fmean(accuracy(s, c, seed, 2) for c in ("l1", "remain")) for seed in SEEDS]
+        for s in ("rsst", "refill")
+    }
     assert found.differences == pytest.approx([a - b for a, b in zip(mean["rsst"], mean["refill"], strict=True)])
     assert set(effects) == {("struct=rsst", "struct=refill"), ("criteria=l1", "criteria=remain")}
     cells = cell_by_cell(collection, "struct")
-    assert [(c.first, c.second, c.where) for c in cells] == [("rsst", "refill", "criteria=l1"),
-                                                             ("rsst", "refill", "criteria=remain")]  # fmt: skip
+    assert [(c.first, c.second, c.where) for c in cells] == [
+        ("rsst", "refill", "criteria=l1"),
+        ("rsst", "refill", "criteria=remain"),
+    ]
     dense = against_dense(collection)
     wanted = [accuracy("rsst", "l1", s, 2) - accuracy("rsst", "l1", s, 0) for s in SEEDS]
     assert dense[0].differences == pytest.approx(wanted) and dense[0].densities == (DENSITIES[2], 100.0)
@@ -167,8 +185,10 @@ def test_a_flag_that_one_side_does_not_read_is_averaged(tmp_path):
     record["jobs"] = [j for j in record["jobs"] if j["name"].startswith("rsst") or "l1" in j["name"]]
     (path / "sweep.json").write_text(json.dumps(record))
     found = {(c.first, c.second): c for c in main_effects(collect(path))}
-    wanted = [statistics.fmean(accuracy("rsst", c, s, 2) for c in ("l1", "remain")) - accuracy("refill", "l1", s, 2)
-              for s in SEEDS]  # fmt: skip
+    wanted = [
+        statistics.fmean(accuracy("rsst", c, s, 2) for c in ("l1", "remain")) - accuracy("refill", "l1", s, 2)
+        for s in SEEDS
+    ]
     assert found["struct=rsst", "struct=refill"].differences == pytest.approx(wanted)
     assert ("RST_schedule=x", "RST_schedule=x^2") in found
 
@@ -203,9 +223,13 @@ def test_settings_that_no_command_names_are_told_apart(tmp_path):
 
 
 @pytest.mark.usefixtures("without_png")
-@pytest.mark.parametrize("key, name", [
-    ("data", "images"), pytest.param("network", "network", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, name",
+    [
+        ("data", "images"),
+        pytest.param("network", "network", marks=pytest.mark.slow),
+    ],
+)
 def test_runs_that_saw_other_images_or_trained_another_network_are_told_apart(key, name, tmp_path):
     path = write_sweep(tmp_path / "s")
     for folder in path.glob("runs/*"):
@@ -293,7 +317,8 @@ def test_values_that_are_never_alone_different_are_said(tmp_path):
     (path / "sweep.json").write_text(json.dumps(record))
     assert not_compared(collect(path)) == [
         "Not compared, since no two settings differ in it alone: struct rsst and refill.",
-        "Not compared, since no two settings differ in it alone: criteria l1 and remain."]  # fmt: skip
+        "Not compared, since no two settings differ in it alone: criteria l1 and remain.",
+    ]
     assert not_compared(collect(write_sweep(tmp_path / "t"))) == []
 
 
@@ -374,8 +399,14 @@ def test_tables_as_files(made):
     assert {line.count("|") for line in markdown} == {markdown[0].count("|")}
     table = Table("x", "A table", ["a_b", "n"], [["50 % & more", 1.5], ["x|y", 2.0]])
     assert table.latex().splitlines()[1:-1] == [
-        "\\begin{tabular}{lr}", "\\toprule", "a\\_b & n \\\\", "\\midrule", "50 \\% \\& more & 1.50 \\\\", "x|y & 2.00 \\\\",
-        "\\bottomrule"]  # fmt: skip
+        "\\begin{tabular}{lr}",
+        "\\toprule",
+        "a\\_b & n \\\\",
+        "\\midrule",
+        "50 \\% \\& more & 1.50 \\\\",
+        "x|y & 2.00 \\\\",
+        "\\bottomrule",
+    ]
     assert "| x\\|y | 2.00 |" in table.markdown()
 
 
@@ -384,8 +415,16 @@ def test_tables_as_files(made):
 
 def test_figures_are_pictures(made):
     pictures = sorted((made / "figures").glob("*.svg"))
-    assert {p.stem for p in pictures} >= {"accuracy_density_0", "accuracy_density_1", "accuracy_macs_0", "lambda", "squeeze",
-                                          "cost", "kept_0", "training_3"}  # fmt: skip
+    assert {p.stem for p in pictures} >= {
+        "accuracy_density_0",
+        "accuracy_density_1",
+        "accuracy_macs_0",
+        "lambda",
+        "squeeze",
+        "cost",
+        "kept_0",
+        "training_3",
+    }
     for path in pictures:
         assert ET.fromstring(path.read_text()).tag.endswith("svg")
 
@@ -472,11 +511,18 @@ def test_seeds_of_one_setting(tmp_path):
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in drawn["png"])
 
 
-@pytest.mark.parametrize("file, content, said", [
-    ("args.yaml", "a: [\n", "cannot read"), ("summary.csv", "round\nx\n", "cannot read"),
-    ("metrics.jsonl", "{\n", "cannot read"), ("result.json", "{", "cannot read"), ("sweep.json", "{", "cannot read"),
-    ("summary.csv", "", "has finished a round"), ("args.yaml", None, "holds neither a run nor a sweep"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "file, content, said",
+    [
+        ("args.yaml", "a: [\n", "cannot read"),
+        ("summary.csv", "round\nx\n", "cannot read"),
+        ("metrics.jsonl", "{\n", "cannot read"),
+        ("result.json", "{", "cannot read"),
+        ("sweep.json", "{", "cannot read"),
+        ("summary.csv", "", "has finished a round"),
+        ("args.yaml", None, "holds neither a run nor a sweep"),
+    ],
+)
 def test_what_cannot_be_reported_is_named(file, content, said, tmp_path, capsys):
     write_run(tmp_path / "run", "rsst", "l1", 0)
     path = tmp_path / "run" / file

@@ -247,8 +247,9 @@ def tiny_rounds():
 LONG = ("res18", "resnet12")
 EVERY_MODEL = [
     pytest.param(a, c, marks=[pytest.mark.slow] * (a not in MICRO and (a in LONG or i % len(CRITERIA) != k)))
-    for i, a in enumerate((*MICRO, *SMALL)) for k, c in enumerate(CRITERIA)
-]  # fmt: skip
+    for i, a in enumerate((*MICRO, *SMALL))
+    for k, c in enumerate(CRITERIA)
+]
 
 
 @pytest.mark.parametrize("arch, criterion", EVERY_MODEL)

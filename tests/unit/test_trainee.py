@@ -21,15 +21,24 @@ from structured_tickets.training.trainee import IDLE, Trainee
 
 STEPS = 20
 SETTINGS = SimpleNamespace(
-    print_freq=10**6, block_loss_grad=False, epochs=1, RST_schedule="x", reg_granularity_prune=0.02, exponents=4,
-    reg_horizon="state", reg_guard=False, reg_upper_limit=1.0,
-)  # fmt: skip
+    print_freq=10**6,
+    block_loss_grad=False,
+    epochs=1,
+    RST_schedule="x",
+    reg_granularity_prune=0.02,
+    exponents=4,
+    reg_horizon="state",
+    reg_guard=False,
+    reg_upper_limit=1.0,
+)
 
 
 def batches(dtype, size=4, count=STEPS):
     draw = torch.Generator().manual_seed(0)
-    return [(torch.rand(size, 3, 16, 16, generator=draw).to(dtype), torch.randint(0, 10, (size,), generator=draw))
-            for _ in range(count)]  # fmt: skip
+    return [
+        (torch.rand(size, 3, 16, 16, generator=draw).to(dtype), torch.randint(0, 10, (size,), generator=draw))
+        for _ in range(count)
+    ]
 
 
 def network(arch, dtype=torch.float64):
@@ -61,8 +70,12 @@ def trained(model, pair, struct, optimizer, compact, data, took_up=None, lr=0.01
     if took_up:
         trainee.load_optimizer_state(took_up)
     current, refill = (trainee.cut(m) for m in ({n: pair.current[current_key(n)] for n in held}, pair.structure))
-    passer = Passer(SETTINGS, {current_key(n): m for n, m in current.items()},
-                    {refill_key(n): m for n, m in refill.items()}, held=trainee.held)  # fmt: skip
+    passer = Passer(
+        SETTINGS,
+        {current_key(n): m for n, m in current.items()},
+        {refill_key(n): m for n, m in refill.items()},
+        held=trainee.held,
+    )
     pruner = Pruner(trainee.model, SETTINGS, passer) if struct == "rsst" else None
     train(1, data, trainee.model, nn.CrossEntropyLoss(), trainee.optimizer, 0, passer, pruner)
     trainee.write_back()
@@ -92,8 +105,10 @@ STEADY = (*MICRO, "res20s", "res56s", "vit_tiny")
 LONG = ("res56s", "res18", "resnet12")
 TWENTY_STEPS = [
     pytest.param(a, o, s, marks=[pytest.mark.slow] * (a not in MICRO and (a in LONG or i % 4 != 2 * k + j)))
-    for i, a in enumerate((*MICRO, *SMALL)) for j, o in enumerate(OPTIMIZERS) for k, s in enumerate(("refill", "rsst"))
-]  # fmt: skip
+    for i, a in enumerate((*MICRO, *SMALL))
+    for j, o in enumerate(OPTIMIZERS)
+    for k, s in enumerate(("refill", "rsst"))
+]
 
 
 @pytest.mark.parametrize("arch, optimizer, struct", TWENTY_STEPS)

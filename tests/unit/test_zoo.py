@@ -19,8 +19,10 @@ from structured_tickets.networks.pretrained import load_pretrained_weights
 BIG = ("vit_base", "vit_base_imagenet", "vit_large_imagenet")
 VITS = [a for a in REGISTERED if MODELS[a].spec.family == "vit"]
 CNNS = [a for a in REGISTERED if a not in VITS]
-SMALL_NETWORKS = [pytest.param(a, size, marks=[pytest.mark.slow] * (a in LARGE))
-                  for a, size in [(a, 32) for a in REGISTERED if a not in BIG] + [(a, 64) for a in CNNS]]  # fmt: skip
+SMALL_NETWORKS = [
+    pytest.param(a, size, marks=[pytest.mark.slow] * (a in LARGE))
+    for a, size in [(a, 32) for a in REGISTERED if a not in BIG] + [(a, 64) for a in CNNS]
+]
 CONSTANTS = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
 MILLIONS_AT_224 = {
@@ -134,10 +136,16 @@ def last_resolution(model, size):
 @pytest.mark.parametrize(
     "arch, at_32, at_64, at_224",
     [
-        ("res18", 4, 8, 7), ("res50", 4, 8, 7), ("vgg16_bn", 2, 4, 14), ("mobilenet", 2, 4, 7),
-        ("densenet161", 4, 8, 7), ("shufflenet_v2_x1_0", 4, 8, 7), ("resnet12", 4, 8, 28), ("wrn32", 8, 16, 56),
+        ("res18", 4, 8, 7),
+        ("res50", 4, 8, 7),
+        ("vgg16_bn", 2, 4, 14),
+        ("mobilenet", 2, 4, 7),
+        ("densenet161", 4, 8, 7),
+        ("shufflenet_v2_x1_0", 4, 8, 7),
+        ("resnet12", 4, 8, 28),
+        ("wrn32", 8, 16, 56),
     ],
-)  # fmt: skip
+)
 def test_how_often_the_resolution_is_halved(arch, at_32, at_64, at_224):
     found = [last_resolution(on_paper(arch, size=size).eval(), size) for size in (32, 64, 224)]
     assert found == [at_32, at_64, at_224]

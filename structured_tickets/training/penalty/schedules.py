@@ -102,6 +102,11 @@ class Clock:
 def clock_from(args: Any) -> Clock:
     """Lambda's clock as the arguments set it."""
     return Clock(
-        schedule=args.RST_schedule, delta=args.reg_granularity_prune, exponents=args.exponents,
-        epochs=args.epochs, horizon=args.reg_horizon, guard=args.reg_guard, upper_limit=args.reg_upper_limit,
-    )  # fmt: skip
+        schedule=args.RST_schedule,
+        delta=args.reg_granularity_prune,
+        exponents=args.exponents,
+        epochs=args.epochs,
+        horizon=args.reg_horizon,
+        guard=args.reg_guard,
+        upper_limit=args.reg_upper_limit,
+    )
