@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the command line reads this table, and must not wait for torch
-    from structured_tickets.data.loader import Loaders
-    from structured_tickets.data.image_sets import Splits
     from structured_tickets.data.decoded_images import Decoding
+    from structured_tickets.data.image_sets import Splits
+    from structured_tickets.data.loader import Loaders
 
 
 @dataclass(frozen=True)

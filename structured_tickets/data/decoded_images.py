@@ -28,8 +28,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from structured_tickets.base.errors import DataError, UsageError
 from structured_tickets.base.atomic_files import lock, note_names
+from structured_tickets.base.errors import DataError, UsageError
 
 log = logging.getLogger("rsst.data")
 
@@ -41,8 +41,12 @@ MEMORY_SHARE = 0.25  # of the free memory, for one part of a data set
 
 # EXIF's orientation -> what turns the picture upright; 1 is upright.
 UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
 
@@ -149,8 +153,10 @@ def require_memory(count: int, size: int) -> None:
     """
     needed, there = count * 3 * size * size, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
-        raise UsageError(f"argument --image_size: {count:,} images of {size} pixels a side take {needed / 1e9:,.0f} GB "
-                         f"of memory; this machine has {there / 1e9:,.0f} GB")
+        raise UsageError(
+            f"argument --image_size: {count:,} images of {size} pixels a side take {needed / 1e9:,.0f} GB "
+            f"of memory; this machine has {there / 1e9:,.0f} GB"
+        )
 
 
 def _cached(paths: Sequence[str], size: int, folder: Path, part: str, workers: int) -> Tensor:

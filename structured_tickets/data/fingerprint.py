@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from structured_tickets.data.loader import BatchLoader
-from structured_tickets.data.image_sets import ImageSet
 from structured_tickets.data.decoded_images import LazyImages
+from structured_tickets.data.image_sets import ImageSet
+from structured_tickets.data.loader import BatchLoader
 
 PARTS = ("training", "validation", "test")
 # Bytes of images of which every pixel is hashed; of larger sets a sample is, and the files' names and sizes.

@@ -14,8 +14,15 @@ from typing import Any
 import torch
 
 from structured_tickets.base.errors import DataError
-from structured_tickets.data.image_sets import ImageSet, Splits, empty_classes, few, require_every_class, with_validation
 from structured_tickets.data.decoded_images import Decoding, one_line, open_images
+from structured_tickets.data.image_sets import (
+    ImageSet,
+    Splits,
+    empty_classes,
+    few,
+    require_every_class,
+    with_validation,
+)
 
 log = logging.getLogger("rsst.data")
 

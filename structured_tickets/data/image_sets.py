@@ -114,8 +114,10 @@ def with_validation(train: ImageSet, test: ImageSet, classes: Sequence[str], sta
     training = train.subset(rest)
     kept, before = (set(labels.unique().tolist()) for labels in (training.labels, train.labels))
     if lost := sorted(before - kept):
-        log.warning("no training image is left of %s: all are among those held out for validation",
-                    few([classes[label] for label in lost]))
+        log.warning(
+            "no training image is left of %s: all are among those held out for validation",
+            few([classes[label] for label in lost]),
+        )
     mean, std = statistics or channel_statistics(training.sample(STATISTICS_SAMPLE))
     return Splits(training, train.subset(held_out), test, mean, std, tuple(classes))
 

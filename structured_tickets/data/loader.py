@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from structured_tickets.base.errors import DataError, MachineError, first_line
-from structured_tickets.data.image_sets import SPLIT_SEED, ImageSet, Splits
 from structured_tickets.data.decoded_images import LazyImages
+from structured_tickets.data.image_sets import SPLIT_SEED, ImageSet, Splits
 
 WORKER_DIED = "DataLoader worker"  # torch's words; there is no class for it
 DEVICE_SHARE = 0.25  # of the memory that is free on the device, for one image set
@@ -63,7 +63,13 @@ class BatchLoader:
     """
 
     def __init__(
-        self, data: ImageSet, batch_size: int, device: torch.device, *, augment: bool = False, flip: bool = False,
+        self,
+        data: ImageSet,
+        batch_size: int,
+        device: torch.device,
+        *,
+        augment: bool = False,
+        flip: bool = False,
         seed: int = 0,
     ) -> None:
         images = data.images.to(device) if isinstance(data.images, Tensor) and _fits(data.images, device) else None
@@ -161,8 +167,12 @@ def _read(images: LazyImages, parts: Sequence[Tensor], device: torch.device) -> 
     """
     workers = min(images.workers, len(parts), os.cpu_count() or 1)
     loader: DataLoader[Tensor] = DataLoader(
-        images, batch_sampler=[part.tolist() for part in parts], num_workers=workers, collate_fn=_as_it_is,
-        pin_memory=device.type == "cuda", worker_init_fn=_leave_stopping_to_the_first,
+        images,
+        batch_sampler=[part.tolist() for part in parts],
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_stopping_to_the_first,
         generator=torch.Generator(),  # it draws, even without need: from the network's dropout, if nothing is given
     )
     batches: Iterator[Tensor] | None = None
@@ -178,8 +188,10 @@ def _read(images: LazyImages, parts: Sequence[Tensor], device: torch.device) -> 
     except RuntimeError as error:
         if WORKER_DIED not in str(error):
             raise
-        failure = MachineError(f"argument --workers: a process that decodes images has died ({first_line(error)}); "
-                               "fewer workers need less memory")
+        failure = MachineError(
+            f"argument --workers: a process that decodes images has died ({first_line(error)}); "
+            "fewer workers need less memory"
+        )
         error.__traceback__ = None
     # The workers end when nothing refers to their iterator any more. A caller may keep the error, so neither its
     # frames nor those of torch's error, which are a cycle, may hold the iterator.

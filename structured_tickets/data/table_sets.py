@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from structured_tickets.base.errors import DataError
-from structured_tickets.data.decoded_images import one_line, read_image
 from structured_tickets.base.untrusted_text import parse_json
+from structured_tickets.data.decoded_images import one_line, read_image
 
 SIDE = 32
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
