@@ -31,15 +31,17 @@ class DataSource:
     summary: str
 
 
-def _reader(name: str, module: str = "image_sets") -> Callable[[Path, int, Decoding], Splits]:
+def _reader(name: str, module: str = f"{__package__}.image_sets") -> Callable[[Path, int, Decoding], Splits]:
     """`<module>.read_<name>`, imported when it is called."""
 
     def read(root: Path, size: int, decoding: Decoding) -> Splits:
-        reader = getattr(importlib.import_module(f"structured_tickets.data.{module}"), f"read_{name}")
+        reader = getattr(importlib.import_module(module), f"read_{name}")
         return reader(root, size, decoding)
 
     return read
 
+
+FOLDER_SETS = f"{__package__}.folder_sets"
 
 DATASETS: dict[str, DataSource] = {
     "cifar10": DataSource(_reader("cifar10"), 32, True, "60,000 photographs, 10 classes (torchvision, npz, parquet)"),
@@ -50,13 +52,13 @@ DATASETS: dict[str, DataSource] = {
         _reader("fashionmnist"), 32, True, "70,000 grey pictures of clothes, 10 classes (torchvision)"
     ),
     "tiny-imagenet": DataSource(
-        _reader("tiny_imagenet", "folder_sets"), 64, True, "110,000 photographs, 200 classes (official archive)"
+        _reader("tiny_imagenet", FOLDER_SETS), 64, True, "110,000 photographs, 200 classes (official archive)"
     ),
     "imagenet": DataSource(
-        _reader("imagenet", "folder_sets"), 224, True, "1.3 million photographs: train/<class>/* and val/<class>/*"
+        _reader("imagenet", FOLDER_SETS), 224, True, "1.3 million photographs: train/<class>/* and val/<class>/*"
     ),
     "imagefolder": DataSource(
-        _reader("imagefolder", "folder_sets"), 32, True, "your own train/<class>/* and test/<class>/*"
+        _reader("imagefolder", FOLDER_SETS), 32, True, "your own train/<class>/* and test/<class>/*"
     ),
     "digits": DataSource(_reader("digits"), 16, False, "1,797 handwritten digits that come with scikit-learn"),
 }
