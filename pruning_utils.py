@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from structured_tickets.pruning.budgets import BUDGETS, Budget, budget, kept_count
 from structured_tickets.pruning.collect_evidence import collect_evidence
 from structured_tickets.pruning.criteria import CRITERIA, CRITERIA_BATCHES
+from structured_tickets.pruning.elementwise import complete_mask, masks_of_groups
 from structured_tickets.pruning.evidence import Evidence
 from structured_tickets.pruning.masks import (
     Mask,
     MaskPair,
     apply_masks,
     by_parameter,
-    check_mask,
     count_ones,
-    current_key,
     effective_state,
     l1_mask,
     own_mask,
@@ -133,27 +132,7 @@ def prune_model_custom(model: nn.Module, mask_dict: Mapping[str, Tensor], conv1:
     Raises:
         KeyError: A convolution has no mask.
     """
-    apply_masks(model, _masks_of_groups(channel_groups(model, conv1), mask_dict))
-
-
-def _masks_of_groups(groups: Sequence[UnitGroup], mask_dict: Mapping[str, Tensor]) -> Mask:
-    check_mask(mask_dict, "mask_dict")
-    names = {s.name: s.ranked for g in groups for s in g.slices}
-    masks = by_parameter(mask_dict)
-    missing = [n for n, ranked in names.items() if ranked and n not in masks]
-    if missing:
-        raise KeyError(f"mask_dict has no entry {missing[0]}_mask")
-    return {n: masks[n] for n in names if n in masks}
-
-
-def complete_mask(model: nn.Module, groups: Sequence[UnitGroup], mask_dict: Mapping[str, Tensor]) -> Mask:
-    """A current mask for every parameter of the groups: ones where `mask_dict` is silent (normalisation, biases)."""
-    given = _masks_of_groups(groups, mask_dict)
-    names = dict.fromkeys(s.name for g in groups for s in g.slices)
-    ones = (n for n in names if n not in given)
-    return {current_key(n): m for n, m in given.items()} | {
-        current_key(n): torch.ones_like(parameter_of(model, n)).detach() for n in ones
-    }
+    apply_masks(model, masks_of_groups(channel_groups(model, conv1), mask_dict))
 
 
 def refill_masks(

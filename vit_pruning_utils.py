@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
 
-from pruning_utils import (
-    complete_mask,
-    extract_mask,
-    prune_by_magnitude,
-    refill_masks,
-    remaining_percent,
-    restart_under_masks,
-)
+from pruning_utils import extract_mask, prune_by_magnitude, refill_masks, remaining_percent, restart_under_masks
 from structured_tickets.networks.registry import spec_of
 from structured_tickets.pruning.budgets import budget
-from structured_tickets.pruning.collect_evidence import collect_evidence
-from structured_tickets.pruning.criteria import CRITERIA, CRITERIA_BATCHES
+from structured_tickets.pruning.criteria import CRITERIA
+from structured_tickets.pruning.elementwise import complete_mask, refill_rows
 from structured_tickets.pruning.masks import (
     Mask,
     apply_masks,
-    current_key,
     effective_state,
     own_mask,
-    refill_key,
     remove_masks,
 )
-from structured_tickets.pruning.regroup import best_units, score_units
 from structured_tickets.pruning.regroup_text import banner, summary
 from structured_tickets.unit_groups.find import block_groups, head_groups, is_vit_model, neuron_groups, vit_groups
-from structured_tickets.unit_groups.unit import UnitGroup, parameter_of, ranked_names, rows
+from structured_tickets.unit_groups.unit import parameter_of, ranked_names
 
 __all__ = [
     "block_groups",
@@ -98,47 +87,6 @@ def check_sparsity_vit(model: nn.Module, prune_patch_embed: bool = False) -> flo
     log.info("%s\nTotal zeros: %d / %d", "-" * 80, zeros, total)
     log.info("Overall sparsity: %.2f%%\nRemaining weights: %.2f%%\n%s", 100 - remaining, remaining, "=" * 80)
     return remaining
-
-
-def refill_rows(
-    model: nn.Module,
-    groups: Sequence[UnitGroup],
-    mask_dict: Mapping[str, Tensor],
-    trained_weight: Mapping[str, Tensor],
-    criteria: str,
-    fillback_rate: float,
-    train_loader: Iterable[tuple[Tensor, Tensor]] | None,
-    batches: int = CRITERIA_BATCHES,
-) -> Mask:
-    """The element-wise fillback: per layer, bring back whole dead rows worth `fillback_rate` of its pruned weights.
-
-    Only rows without a single kept weight come back, the most important first. `remain` has nothing to say about
-    such rows (all count zero) and brings none back.
-
-    Returns:
-        A new refill mask: the current one with those rows filled.
-    """
-    current = complete_mask(model, groups, mask_dict)
-    names = ranked_names(model, groups)
-    refill = {refill_key(n): current[current_key(n)].clone() for n in names}
-    budgets = {n: _rows_to_refill(current[current_key(n)], fillback_rate) for n in names}
-    if criteria == "remain" or not any(budgets.values()):
-        return refill
-    lines = [UnitGroup(n, "row", (rows(refill_key(n), refill[refill_key(n)].shape[0]),)) for n in names]
-    evidence = collect_evidence(model, lines, trained_weight, current, criteria, train_loader, batches)
-    scores = score_units(lines, evidence, criteria)
-    for name, count in budgets.items():
-        mask = refill[refill_key(name)]
-        dead = ~mask.flatten(1).bool().any(dim=1)
-        mask[best_units(torch.where(dead, scores[name].to(mask.device), -1.0), count)] = 1
-    return refill
-
-
-def _rows_to_refill(mask: Tensor, fillback_rate: float) -> int:
-    lines = mask.flatten(1)
-    dead = int((~lines.bool().any(dim=1)).sum())
-    weights = int((lines.numel() - int(lines.sum())) * fillback_rate + 1e-9)
-    return min(dead, weights // lines.shape[1])
 
 
 def prune_model_custom_fillback_vit(

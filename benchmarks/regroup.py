@@ -16,7 +16,8 @@ from structured_tickets.networks import MODELS, build_model
 from structured_tickets.pruning.regroup import regroup
 from structured_tickets.unit_groups.find import unit_groups
 from structured_tickets.unit_groups.unit import ranked_names
-from structured_tickets.runs.setup import choose_device, cloned_state
+from structured_tickets.runs.setup import choose_device
+from structured_tickets.base.weights import cloned_state
 
 GOAL = 0.3
 

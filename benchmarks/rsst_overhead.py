@@ -23,7 +23,8 @@ from structured_tickets.pruning.decide import decide, held_masks
 from structured_tickets.unit_groups.find import unit_groups
 from structured_tickets.training.epoch import Passer, apply_reg, train, update_reg
 from structured_tickets.networks.precision import choose_precision
-from structured_tickets.runs.setup import choose_device, choose_kernels, cloned_state, prepare_for_speed
+from structured_tickets.runs.setup import choose_device, choose_kernels, prepare_for_speed
+from structured_tickets.base.weights import cloned_state
 
 GOAL = 1.02
 

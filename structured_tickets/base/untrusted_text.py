@@ -1,9 +1,11 @@
-"""JSON and YAML that may be anybody's: plain values only, and no more of them than the text is long."""
+"""Parse JSON and YAML from untrusted sources: plain values only, with limits on nesting and on expansion by aliases."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -12,6 +14,7 @@ ASKS_FOR = re.compile(r"tag:yaml\.org,2002:(python/\S+?)'")
 MOST_VALUES = 100_000  # of a YAML file, with what its aliases repeat
 MOST_ENTRIES = 10**4  # of a mapping with what it merges: older PyYAMLs double them at each level of `<<: [*a, *a]`
 DEEPEST = 50
+LARGEST = 1e18  # figures and sums can do with it
 
 
 class _Loader(yaml.SafeLoader):
@@ -97,3 +100,22 @@ def _unfolded(node: yaml.Node, known: dict[int, int]) -> int:
             parts = [part for pair in node.value for part in pair]
         known[id(node)] = 1 + sum(_unfolded(part, known) for part in parts)
     return known[id(node)]
+
+
+def check(holds: bool, wanted: str) -> None:
+    """Raises: ValueError, unless it holds."""
+    if not holds:
+        raise ValueError(f"{wanted} should be there")
+
+
+def is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping) and is_words(list(value))
+
+
+def is_words(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is finite, and not absurd."""
+    return isinstance(value, int | float) and math.isfinite(value) and abs(value) <= LARGEST

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from structured_tickets.base.errors import DataError, MachineError, first_line
+from structured_tickets.base.randomness import mixed_seed
 from structured_tickets.data.decoded_images import LazyImages
 from structured_tickets.data.image_sets import SPLIT_SEED, ImageSet, Splits
 
@@ -42,11 +42,6 @@ def crop_and_flip(images: Tensor, offsets: Tensor, mirrored: Tensor, padding: in
     column = offsets[:, 1:] + torch.where(mirrored.unsqueeze(1), line.flip(0), line)
     which = torch.arange(len(images), device=images.device)[:, None, None]
     return padded[which, :, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
-
-
-def mixed_seed(*parts: int) -> int:
-    """One 32-bit seed (all that torch's CPU generator takes) out of several whole numbers, each of which matters."""
-    return int(numpy.random.SeedSequence(parts).generate_state(1)[0])
 
 
 class BatchLoader:

@@ -22,7 +22,8 @@ from structured_tickets.base.text_tables import text_table
 from structured_tickets.networks import build_model, runs_a_file
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.pruning.masks import MaskPair
-from structured_tickets.runs.state import RunFolder, RunState
+from structured_tickets.runs.folder import RunFolder
+from structured_tickets.runs.state import RunState
 from structured_tickets.shrinking import shrink as compact
 from structured_tickets.shrinking.cost import cost_of
 from structured_tickets.unit_groups.find import unit_groups

@@ -16,8 +16,8 @@ from timm.models import vision_transformer
 from torch import Tensor, nn
 
 from structured_tickets.base.errors import DataError, first_line
+from structured_tickets.base.untrusted_tensors import as_state_dict, load_tensors
 from structured_tickets.networks.registry import ModelSpec
-from structured_tickets.runs.checkpoint_schema import as_state_dict, load_tensors
 
 log = logging.getLogger("rsst.models")
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import prune
 
+from structured_tickets.base.modes import in_mode
 from structured_tickets.pruning.criteria import CRITERIA, CRITERIA_BATCHES
 from structured_tickets.pruning.evidence import Evidence, FeatureStatistics
 from structured_tickets.pruning.masks import effective_state, in_place_of
@@ -56,15 +57,12 @@ def collect_evidence(
 @contextmanager
 def _evaluating(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Eval mode, and a state to run the model with; afterwards every module's mode and masked weight are as before."""
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
+    plain = torch.compiler.set_stance("force_eager")  # compiled code would pass the hooks by
     try:
-        plain = torch.compiler.set_stance("force_eager")  # compiled code would pass the hooks by
-        with plain, torch.autocast(next(model.parameters()).device.type, enabled=False):
+        with in_mode(model, False), plain, torch.autocast(next(model.parameters()).device.type, enabled=False):
             yield in_place_of(model, {n: w.detach() for n, w in effective_state(weights).items()})
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module in model.modules():
             for hook in module._forward_pre_hooks.values():
                 if isinstance(hook, prune.BasePruningMethod):
                     hook(module, None)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from structured_tickets.data.loader import mixed_seed
+from structured_tickets.base.randomness import mixed_seed
 from structured_tickets.pruning.decide import follow_units
 from structured_tickets.pruning.masks import Mask, MaskPair, by_parameter
 from structured_tickets.pruning.methods import CONTROLS

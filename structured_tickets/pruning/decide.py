@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from structured_tickets.pruning.collect_evidence import collect_evidence
+from structured_tickets.pruning.elementwise import refill_rows
 from structured_tickets.pruning.masks import Mask, MaskPair, by_parameter, count_ones, current_key, l1_mask, refill_key
 from structured_tickets.pruning.oneshot import PRUNERS, Admm, Task
 from structured_tickets.pruning.regroup import regroup
 from structured_tickets.pruning.rules import RoundRules
 from structured_tickets.unit_groups.unit import Slice, UnitGroup, kept_units, kinds, masks_of_units, ranked_names
-from vit_pruning_utils import refill_rows
 
 
 def held_masks(

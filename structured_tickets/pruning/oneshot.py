@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from structured_tickets.base.errors import UsageError
+from structured_tickets.base.modes import in_mode
 from structured_tickets.networks.precision import computing
 from structured_tickets.networks.vision_transformer import fused_attention
 from structured_tickets.pruning.masks import (
@@ -294,15 +295,9 @@ PRUNERS: dict[str, Callable[[Task], Mask]] = {
 
 @contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """For a while, all modules in one mode; buffers are not the model's own, since `functional_call` is used."""
-    modes = {m: m.training for m in model.modules()}
-    model.train(training)
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    """All layers in one mode, uncompiled; buffers are not the model's own, since `functional_call` is used."""
+    with in_mode(model, training), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 class _Linear(TorchFunctionMode):

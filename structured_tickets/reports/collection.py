@@ -9,20 +9,9 @@ from typing import Any
 
 from structured_tickets.base.atomic_files import lock
 from structured_tickets.base.errors import DataError
-from structured_tickets.base.untrusted_text import parse_json
+from structured_tickets.base.untrusted_text import check, is_mapping, is_number, is_words, parse_json
 from structured_tickets.reports.runs import Collection, Group, Limits, Run, in_words, worded
-from structured_tickets.runs.read import (
-    check,
-    is_mapping,
-    is_number,
-    is_run,
-    is_words,
-    read_environment,
-    read_metrics,
-    read_result,
-    read_rounds,
-    read_settings,
-)
+from structured_tickets.runs.read import is_run, read_environment, read_metrics, read_result, read_rounds, read_settings
 
 # Settings that say where a run was and how it was watched, not what it was.
 PLUMBING = frozenset(

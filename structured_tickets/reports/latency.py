@@ -11,9 +11,8 @@ from typing import Any
 from structured_tickets.base.atomic_files import write_atomically
 from structured_tickets.base.errors import DataError, RunError
 from structured_tickets.base.text_tables import counted
-from structured_tickets.base.untrusted_text import parse_json
+from structured_tickets.base.untrusted_text import is_mapping, is_number, parse_json
 from structured_tickets.reports.runs import Collection, Run
-from structured_tickets.runs.read import is_mapping, is_number
 
 log = logging.getLogger("rsst")
 
@@ -75,7 +74,7 @@ def _measure(places: dict[str, tuple[Run, int]], arch: str | None) -> dict[str, 
     """Milliseconds of each network. All are measured in turns, so that a busy moment slows down every one."""
     from structured_tickets.export.ticket import latencies, read_ticket
     from structured_tickets.networks.layers import channels_side_by_side
-    from structured_tickets.runs.state import RunFolder
+    from structured_tickets.runs.folder import RunFolder
     from structured_tickets.shrinking import shrink as compact
 
     networks: dict[str, tuple[Any, int]] = {}

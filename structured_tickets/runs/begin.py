@@ -13,9 +13,13 @@ from torch import nn
 
 from structured_tickets.base.atomic_files import link
 from structured_tickets.base.errors import UsageError
+from structured_tickets.base.untrusted_tensors import save_atomically
+from structured_tickets.base.weights import cloned_state
 from structured_tickets.data.fingerprint import completed
-from structured_tickets.runs.setup import cloned_state, load_initial_weights
-from structured_tickets.runs.state import RunFolder, RunState, check_same_run, save_atomically
+from structured_tickets.runs.folder import RunFolder
+from structured_tickets.runs.same_run import check_same_run
+from structured_tickets.runs.setup import load_initial_weights
+from structured_tickets.runs.state import RunState
 from structured_tickets.settings.identity import identity_of
 
 log = logging.getLogger("rsst")

@@ -1,118 +1,24 @@
-"""Files of tensors that may be anybody's: no code of theirs is run, and what they claim is checked before use."""
+"""What a checkpoint holds, field by field, and whether it is of this network. Checkpoints are untrusted."""
 
 from __future__ import annotations
 
 import math
-import pickle
-import random
 import re
-import warnings
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn, optim
 
-from structured_tickets.base.errors import DataError, first_line
+from structured_tickets.base.errors import DataError
+from structured_tickets.base.randomness import are_random_states
+from structured_tickets.base.untrusted_tensors import is_state
 from structured_tickets.data.fingerprint import is_record
 from structured_tickets.pruning.masks import MaskPair, by_parameter, check_mask
 
-CODE = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)")
-CODE_BY_FORMAT = {"TorchScript": "a TorchScript archive", "legacy .tar format": "of a format that torch 0.4 gave up"}
 LARGEST = 2**53  # up to here, numbers of JSON and of tables are exact
 
 Check = Callable[[Any], bool]
-
-
-def load_tensors(path: Path, failure: str, also: Sequence[type] = ()) -> Any:
-    """`torch.load` without unpickling code.
-
-    Args:
-        failure: What a message begins with, such as "cannot read the checkpoint run/0checkpoint.pth.tar".
-        also: Classes that are taken for plain values, besides torch's own list.
-
-    Raises:
-        DataError: The file is not one of tensors and plain values, or claims more values than it holds.
-    """
-    try:
-        _check_archive(path)
-        with torch.serialization.safe_globals(list(also)), warnings.catch_warnings(action="ignore"):
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        _refuse_false_claims(found)
-    except Exception as error:  # torch raises a wide family for damaged files
-        raise DataError(f"{failure}: {_reason(error)}") from error
-    return found
-
-
-def _reason(error: Exception) -> str:
-    said = str(error)
-    if code := CODE.search(said):
-        return f"it holds more than tensors and plain values, {code[1]}, which could run code; nothing of it is loaded"
-    if kind := next((kind for words, kind in CODE_BY_FORMAT.items() if words in said), None):
-        return f"it is {kind}, which could run code; nothing of it is loaded"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if isinstance(error, pickle.UnpicklingError | EOFError):
-        return "it is not a file of tensors and plain values; nothing of it is loaded"
-    return first_line(error)
-
-
-def _check_archive(path: Path) -> None:
-    """Compare check sums, which torch does not; and a few megabytes can unpack to terabytes, where torch packs nothing.
-
-    Raises:
-        ValueError: A check sum is wrong, or something is packed.
-    """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            content = sum(entry.file_size for entry in archive.infolist())
-            if content > path.stat().st_size:
-                raise ValueError(f"it has {path.stat().st_size} bytes, but would unpack to {content}; it is not loaded")
-            if damaged := archive.testzip():
-                raise ValueError(f"it is damaged (at {damaged})")
-
-
-def _refuse_false_claims(found: Any) -> None:
-    """A view of a few bytes can claim to be terabytes: harmless until it is copied.
-
-    Raises:
-        ValueError: A tensor has fewer values than it claims, or is of a kind that no network's weights are.
-    """
-    seen, left = set(), [found]
-    while left:  # no recursion: containers may be nested without end, or hold themselves
-        value = left.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, Mapping):
-            left += value.values()
-        elif isinstance(value, list | tuple | set):
-            left += value
-        elif isinstance(value, Tensor):
-            _check_plain(value)
-
-
-def _check_plain(value: Tensor) -> None:
-    kind = value.device.type if value.device.type != "cpu" else str(value.layout).removeprefix("torch.")
-    if kind != "strided" or value.is_quantized or value.is_nested or type(value) not in (Tensor, nn.Parameter):
-        raise ValueError(f"it holds a tensor that is not a plain one ({kind}); it is not loaded")
-    claimed, held = value.numel() * value.element_size(), value.untyped_storage().nbytes()
-    if claimed > held:
-        raise ValueError(f"a tensor claims {claimed} bytes, of which the file holds {held}; it is not loaded")
-
-
-def as_state_dict(found: Any, failure: str) -> dict[str, Tensor]:
-    """What was found, if it is a state dict: tensors by name.
-
-    Raises:
-        DataError: It is not.
-    """
-    if not isinstance(found, dict) or not _is_state(found):
-        raise DataError(f"{failure}: it holds no state dict")
-    return found
 
 
 def check_fields(fields: Mapping[str, Any]) -> None:
@@ -239,29 +145,14 @@ def _is_optimizer(value: Any) -> bool:
     )
 
 
-def are_random_states(value: Any) -> bool:
-    """Whether generators take them: tried out on some that nobody draws from."""
-    try:
-        torch.Generator().set_state(value["torch"])
-        name, keys, *rest = value["numpy"]
-        numpy.random.RandomState().set_state((name, keys.numpy().astype("uint32"), *rest))
-        version, internal, gauss = value["python"]
-        random.Random().setstate((version, tuple(internal), gauss))
-    except Exception:  # of many kinds; each means no
-        return False
-    cuda = value.get("cuda")
-    return cuda is None or (isinstance(cuda, Tensor) and cuda.dtype == torch.uint8)
-
-
 def _is_about_round_0(value: Any) -> bool:
     """Its address becomes a folder's name."""
     address = value.get("address", "") if isinstance(value, dict) else None
     return isinstance(address, str) and bool(re.fullmatch(r"[0-9a-f]*", address))
 
 
-_is_state = _is_dict_of(lambda value: isinstance(value, Tensor))
 _are_masks = _is_dict_of(_is_mask)
-_WEIGHTS = (_is_state, "tensors by name")
+_WEIGHTS = (is_state, "tensors by name")
 _MASKS = (_are_masks, "masks by name")
 _COUNT = (_is_count, "a whole number")
 _WORD = (lambda value: isinstance(value, str), "a word")

@@ -11,21 +11,17 @@ import torch
 from torch import Tensor
 
 from structured_tickets.base.errors import DataError, UsageError
-from structured_tickets.data.loader import mixed_seed
+from structured_tickets.base.randomness import mixed_seed, random_states, restore_random_states, seed_everything
+from structured_tickets.base.untrusted_tensors import as_state_dict, load_tensors
+from structured_tickets.base.weights import is_of_the_data
 from structured_tickets.networks import build_model
 from structured_tickets.pruning.controls import CONTROL_STREAM
 from structured_tickets.pruning.masks import MaskPair
 from structured_tickets.pruning.methods import CONTROLS
-from structured_tickets.runs.checkpoint_schema import as_state_dict, check_shapes, load_tensors
-from structured_tickets.runs.setup import is_of_the_data, seed_everything
-from structured_tickets.runs.state import (
-    RunFolder,
-    RunState,
-    check_same_data,
-    random_states,
-    restore_random_states,
-    unpacked,
-)
+from structured_tickets.runs.checkpoint_schema import check_shapes
+from structured_tickets.runs.folder import RunFolder
+from structured_tickets.runs.same_run import check_same_data
+from structured_tickets.runs.state import RunState, unpacked
 from structured_tickets.settings.identity import default_run_folder, identity_of, settings_of
 
 

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from structured_tickets.base.atomic_files import replacing, write_atomically
 from structured_tickets.base.errors import DataError, StorageError
-from structured_tickets.runs.setup import digest_of
-from structured_tickets.runs.state import RunFolder, RunState, restore_random_states, seconds_of
+from structured_tickets.base.randomness import restore_random_states
+from structured_tickets.base.weights import digest_of
+from structured_tickets.runs.folder import RunFolder
+from structured_tickets.runs.state import RunState, seconds_of
 
 log = logging.getLogger("rsst")
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 from torch import nn
 
+from structured_tickets.base.weights import cloned_state
 from structured_tickets.data.loader import BatchLoader
 from structured_tickets.pruning.decide import decide, kept_per_kind
 from structured_tickets.pruning.masks import MaskPair
 from structured_tickets.pruning.rules import RoundRules
-from structured_tickets.runs.setup import cloned_state
 from structured_tickets.shrinking.cost import Cost, cost_of
 from structured_tickets.training.optimization import LearningRate
 from structured_tickets.training.penalty.schedules import Clock

@@ -19,8 +19,10 @@ from structured_tickets.base.console import log_to_file, log_warnings
 from structured_tickets.base.distributed import ALONE, World, has_batchnorm
 from structured_tickets.base.environment import describe_environment, numerics
 from structured_tickets.base.errors import DivergedError, Interrupted
+from structured_tickets.base.randomness import mixed_seed, random_states, restore_random_states, seed_everything
+from structured_tickets.base.weights import cloned_state, digest_of, network_digest
 from structured_tickets.data.fingerprint import describe_data, fingerprint, without_pixels
-from structured_tickets.data.loader import Loaders, mixed_seed
+from structured_tickets.data.loader import Loaders
 from structured_tickets.networks import runs_a_file
 from structured_tickets.networks.precision import name_of
 from structured_tickets.pruning.controls import controlled
@@ -42,27 +44,21 @@ from structured_tickets.runs.checkpoint_schema import check_fits
 from structured_tickets.runs.compared_run import ControlSource
 from structured_tickets.runs.dense_store import DenseStore
 from structured_tickets.runs.dry_run import expected_squeeze
+from structured_tickets.runs.folder import Progress, RunFolder
 from structured_tickets.runs.pictures import draw_kept_units
 from structured_tickets.runs.reporter import Reporter, SilentReporter, rounds_table
-from structured_tickets.runs.setup import cloned_state, digest_of, network_digest, prepare_for_speed, seed_everything
-from structured_tickets.runs.state import (
-    Progress,
-    Row,
-    RunFolder,
-    RunState,
-    packed,
-    random_states,
-    restore_random_states,
-    seconds_of,
-)
+from structured_tickets.runs.setup import prepare_for_speed
+from structured_tickets.runs.state import Row, RunState, packed, seconds_of
 from structured_tickets.runs.trackers import Sink, TensorBoard, Tracker, Trackers
 from structured_tickets.settings.identity import identity_of_round_0, settings_of, tracker_name
 from structured_tickets.settings.interpret import learning_rate_from, loss_from, optimizer_from, rules_from
 from structured_tickets.shrinking.cost import cost_of
-from structured_tickets.training.epoch import Meter, Passer, StopRequest, hardened, train, validate_together
+from structured_tickets.training.epoch import Passer, hardened, train, validate_together
+from structured_tickets.training.meter import Meter
 from structured_tickets.training.optimization import OPTIMIZERS
 from structured_tickets.training.penalty.reg_pruner import Pruner
 from structured_tickets.training.penalty.schedules import clock_from
+from structured_tickets.training.stop import StopRequest
 from structured_tickets.training.trainee import Trainee
 from structured_tickets.unit_groups.unit import UnitGroup, ranked_names
 
@@ -333,7 +329,7 @@ class Experiment:
             held=self.trainee.held,
             rate=self.rate,
             stop=self.stop,
-            reporter=self.reporter,
+            progress=self.reporter.progress,
             decoupled=args.penalty == "decoupled",
             world=self.world,
             network=self.world.parallel(self.trainee.model, self.train_loader.fixed_batches(1)[0][0][:PROBES]),

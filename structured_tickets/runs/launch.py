@@ -18,8 +18,8 @@ from structured_tickets.data.loader import BatchLoader
 from structured_tickets.runs.compared_run import ControlSource
 from structured_tickets.runs.dry_run import describe_plan
 from structured_tickets.runs.experiment import Experiment
+from structured_tickets.runs.folder import RunFolder
 from structured_tickets.runs.setup import setup_model_dataset
-from structured_tickets.runs.state import RunFolder
 from structured_tickets.settings.identity import default_run_folder
 from structured_tickets.settings.interpret import groups_from, loss_from, optimizer_from, rules_from, warnings_for
 from structured_tickets.training.epoch import Passer, train

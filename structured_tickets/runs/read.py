@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import csv
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from structured_tickets.base.errors import DataError, first_line
-from structured_tickets.base.untrusted_text import parse_json, parse_yaml
+from structured_tickets.base.untrusted_text import check, is_mapping, is_number, is_words, parse_json, parse_yaml
 
 Row = dict[str, Any]
 
-LARGEST = 1e18  # figures and sums can do with it
 EPOCH = ("round", "epoch", "loss", "val_accuracy", "reg_lambd")
 ROUND = ("round", "density", "parameters", "macs", "val_accuracy", "test_accuracy")
 MAY_LACK = ("hardened_val_accuracy", "hardened_test_accuracy", "squeeze_ratio", "seconds")
@@ -118,25 +116,6 @@ def _check_numbers(row: Any, names: Sequence[str]) -> None:
         check(is_number(row.get(name)), f"a number as {name}")
     for name in MAY_LACK:
         check(row.get(name) is None or is_number(row[name]), f"a number as {name}")
-
-
-def check(holds: bool, wanted: str) -> None:
-    """Raises: ValueError, unless it holds."""
-    if not holds:
-        raise ValueError(f"{wanted} should be there")
-
-
-def is_mapping(value: Any) -> bool:
-    return isinstance(value, Mapping) and is_words(list(value))
-
-
-def is_words(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(word, str) for word in value)
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is finite, and not absurd."""
-    return isinstance(value, int | float) and math.isfinite(value) and abs(value) <= LARGEST
 
 
 def _is_setting(value: Any) -> bool:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import os
-import random
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from structured_tickets.base.errors import DataError, MachineError, UsageError
+from structured_tickets.base.randomness import seed_everything
+from structured_tickets.base.untrusted_tensors import as_state_dict, load_tensors
+from structured_tickets.base.weights import is_of_the_data
 from structured_tickets.data.catalog import DATASETS, load_splits
 from structured_tickets.data.loader import Loaders, make_loaders
 from structured_tickets.networks import build_model
@@ -24,14 +22,6 @@ from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.networks.precision import choose_precision
 from structured_tickets.networks.pretrained import load_pretrained_weights
 from structured_tickets.networks.vision_transformer import set_fused_attention
-from structured_tickets.runs.checkpoint_schema import as_state_dict, load_tensors
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch. 0 is a seed."""
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def choose_device(gpu: int) -> torch.device:
@@ -143,11 +133,6 @@ def prepare_for_speed(model: nn.Module, precision: torch.dtype, compiled: bool =
         model.compile()
 
 
-def is_of_the_data(name: str) -> bool:
-    """Whether an entry of a state dict is the data set's mean or standard deviation, and no weight."""
-    return name.startswith("normalize.")
-
-
 def load_initial_weights(model: nn.Module, file: Path) -> None:
     """Load a state dict that `--init` names; normalisation constants stay the data set's own.
 
@@ -165,23 +150,3 @@ def load_initial_weights(model: nn.Module, file: Path) -> None:
     if wrong:
         raise DataError(f"--init {file}: another network's weights (first difference: {wrong[0]})")
     model.load_state_dict(state, strict=False)
-
-
-def cloned_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict as copies on the CPU: a value, not a view of a network that goes on training."""
-    return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-
-
-def network_digest(model: nn.Module) -> str:
-    """A hash of the names and shapes of a network's tensors: two that differ in it are not the same network."""
-    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
-    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
-
-
-def digest_of(values: Mapping[str, Tensor]) -> str:
-    """A hash of named tensors, in whatever order and on whatever device."""
-    digest = hashlib.sha256()
-    for name, value in sorted(values.items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from structured_tickets.base.atomic_files import write_atomically
 from structured_tickets.base.errors import DataError, UsageError, first_line
-from structured_tickets.base.untrusted_text import parse_json
+from structured_tickets.base.untrusted_text import check, is_mapping, is_words, parse_json
 from structured_tickets.networks import build_model, runs_a_file, spec_of
 from structured_tickets.networks.attention import SelfAttention
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
-from structured_tickets.runs.read import check, is_mapping, is_words
 from structured_tickets.shrinking.channels import Cuts, Follower
 from structured_tickets.unit_groups.find import is_transformer, unit_groups
 from structured_tickets.unit_groups.unit import UnitGroup, masks_of_units

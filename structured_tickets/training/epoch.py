@@ -4,121 +4,29 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
 
 from structured_tickets.base.distributed import ALONE, World
-from structured_tickets.base.errors import DivergedError, Interrupted
+from structured_tickets.base.errors import DivergedError
 from structured_tickets.networks.precision import computing
 from structured_tickets.pruning.masks import HeldMask, Mask
-from structured_tickets.runs.reporter import Reporter
+from structured_tickets.training.meter import Meter
 from structured_tickets.training.optimization import LearningRate, set_learning_rate
 from structured_tickets.training.penalty.reg_pruner import Pruner
+from structured_tickets.training.stop import StopRequest
 from structured_tickets.unit_groups.unit import parameter_of
 
 log = logging.getLogger("rsst")
 
 
-class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a wish that the training loop grants after the step; the second kills.
-
-    Args:
-        world: Processes that stop together, whichever of them has got the signal.
-    """
-
-    def __init__(self, world: World = ALONE) -> None:
-        self.world = world
-        self.signal: int | None = None
-        self._before = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        # torchrun hands on what its workers may have got already; it kills them itself if they take too long.
-        for each in (signal.SIGINT,) if self.world.size > 1 else self._before:
-            signal.signal(each, signal.SIG_DFL)
-
-    def restore(self) -> None:
-        """Hand the signals back to whoever had them."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        if self.signal is not None and self.world.size > 1:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, again: what has stopped may still say so
-
-    def obey(self, where: str) -> None:
-        """Raise `Interrupted` if a signal has come, to any process."""
-        number = int(self.world.highest(torch.tensor(self.signal or 0)))
-        if number:
-            raise Interrupted(f"stopped {where}; the same command continues", number)
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """While it lasts, the other processes are not asked: they wait."""
-        world, self.world = self.world, ALONE
-        try:
-            yield
-        finally:
-            self.world = world
-
-
-@dataclass
-class Meter:
-    """Sums over the batches of one epoch; they stay on the device until they are read.
-
-    Attributes:
-        sums: float64 [3]: loss, correct answers, images.
-    """
-
-    sums: Tensor
-    steps: int = 0
-
-    @staticmethod
-    def start(device: torch.device, partial: Mapping[str, float] | None = None) -> Meter:
-        """From nothing, or from what an epoch had reached that was broken off."""
-        reached = partial or {}
-        sums = [reached.get(name, 0.0) for name in ("loss", "correct", "seen")]
-        return Meter(torch.tensor(sums, dtype=torch.float64, device=device), int(reached.get("steps", 0)))
-
-    def add(self, loss: Tensor, output: Tensor, target: Tensor) -> None:
-        correct = (output.detach().argmax(1) == target).sum()
-        images = correct.new_tensor(len(target))
-        self.sums += torch.stack([loss.detach().double() * len(target), correct.double(), images.double()])
-        self.steps += 1
-
-    def over(self, world: World) -> Meter:
-        """The same steps, with the images of all processes."""
-        return Meter(world.total(self.sums), self.steps)
-
-    def join(self, other: Meter) -> None:
-        """Add what another has counted."""
-        self.sums += other.sums
-        self.steps += other.steps
-
-    def reached(self) -> dict[str, float]:
-        """What `start` goes on from."""
-        loss, correct, seen = self.sums.tolist()
-        return {"loss": loss, "correct": correct, "seen": int(seen), "steps": self.steps}
-
-    @property
-    def seen(self) -> int:
-        """Images."""
-        return int(self.sums[2])
-
-    @property
-    def mean_loss(self) -> float:
-        return float(self.sums[0]) / max(1, self.seen)
-
-    @property
-    def accuracy(self) -> float:
-        """In percent."""
-        return 100 * float(self.sums[1]) / max(1, self.seen)
+ShowProgress = Callable[[Iterable, int, int, str], Iterable]
 
 
 @dataclass
@@ -133,7 +41,7 @@ class Passer:
         rate: Learning rate by step; None leaves the optimizer's own.
         meter: Sums of an epoch taken up in the middle.
         stop: Asked after every step.
-        reporter: Shows a progress bar.
+        progress: Shows how far an epoch is: (batches, how many, how many are done, label) -> the batches.
         world: The processes that train together, each on its share of every batch.
         network: What forward passes go through; None: the model itself.
         decoupled: Whether the penalty shrinks weights directly instead of entering the gradient.
@@ -148,7 +56,7 @@ class Passer:
     rate: LearningRate | None = None
     meter: Meter | None = None
     stop: StopRequest | None = None
-    reporter: Reporter | None = None
+    progress: ShowProgress | None = None
     world: World = ALONE
     network: nn.Module | None = None
     decoupled: bool = False
@@ -244,9 +152,9 @@ def _zero_where_unreached(model: nn.Module) -> None:
 
 
 def _shown(batches: Iterable, passer: Any, state: int, epoch: int) -> Iterable:
-    if passer.reporter is None:
+    if passer.progress is None:
         return batches
-    return passer.reporter.progress(batches, len(batches), passer.meter.steps, f"round {state} epoch {epoch}")  # type: ignore[arg-type]
+    return passer.progress(batches, len(batches), passer.meter.steps, f"round {state} epoch {epoch}")  # type: ignore[arg-type]
 
 
 def update_reg(passer: Any, pruner: Pruner, model: nn.Module, state: int, i: int, j: int) -> None:

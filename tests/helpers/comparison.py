@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from structured_tickets.runs.state import RunFolder
+from structured_tickets.runs.folder import RunFolder
 
 COMPARED = ("state_dict", "init_weight", "current_mask", "refill_mask", "following", "optimizer")
 

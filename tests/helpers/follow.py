@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from structured_tickets.base.distributed import World
+from structured_tickets.base.weights import digest_of
 from structured_tickets.networks import build_model
 from structured_tickets.networks.layers import Normalize
-from structured_tickets.runs.setup import digest_of
 from structured_tickets.training.epoch import Passer, train
 
 STEPS = 50

@@ -34,11 +34,11 @@ import main_imp_fillback as program
 from structured_tickets.base import console
 from structured_tickets.base.distributed import World
 from structured_tickets.base.errors import Interrupted, RunError, UsageError
+from structured_tickets.base.weights import digest_of
 from structured_tickets.data.image_sets import ImageSet
 from structured_tickets.data.loader import BatchLoader
-from structured_tickets.runs.setup import digest_of
-from structured_tickets.runs.state import RunFolder
-from structured_tickets.training.epoch import StopRequest
+from structured_tickets.runs.folder import RunFolder
+from structured_tickets.training.stop import StopRequest
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -23,10 +23,11 @@ from PIL import Image
 
 import main_imp_fillback as program
 from structured_tickets.base.errors import DataError, StorageError
+from structured_tickets.base.untrusted_tensors import save_atomically
 from structured_tickets.data.fingerprint import describe_data, is_record
 from structured_tickets.data.image_sets import ImageSet
 from structured_tickets.data.loader import BatchLoader
-from structured_tickets.runs.state import RunFolder, load_safely, save_atomically
+from structured_tickets.runs.folder import RunFolder, load_safely
 
 # kill -9
 
@@ -145,7 +146,7 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one_before(broke
         raise StorageError(f"cannot write {path}")
 
     with monkeypatch.context() as patch:
-        patch.setattr("structured_tickets.runs.state.save_atomically", full)
+        patch.setattr("structured_tickets.base.untrusted_tensors.save_atomically", full)
         assert program.main(tiny(tmp_path / "run", **words)) == 5
     assert (tmp_path / "run" / "previous.pth.tar").read_bytes() == good
     assert program.main(tiny(tmp_path / "run", **words)) == 0

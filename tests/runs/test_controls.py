@@ -17,7 +17,7 @@ from structured_tickets.pruning.decide import decide, kept_per_group
 from structured_tickets.pruning.masks import MaskPair
 from structured_tickets.pruning.methods import CONTROLS
 from structured_tickets.pruning.rules import RoundRules
-from structured_tickets.runs.state import RunFolder
+from structured_tickets.runs.folder import RunFolder
 from structured_tickets.shrinking.cost import cost_of
 from structured_tickets.unit_groups.find import unit_groups
 from structured_tickets.unit_groups.unit import kept_units

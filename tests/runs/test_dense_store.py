@@ -12,7 +12,7 @@ from helpers.comparison import assert_same_runs, equal
 from helpers.images import few_images
 from helpers.interruptions import stopped_again_and_again
 
-from structured_tickets.runs.state import RunFolder
+from structured_tickets.runs.folder import RunFolder
 from structured_tickets.settings.flags import parse_args
 from structured_tickets.settings.identity import AFTER_ROUND_0, identity_of_round_0
 from structured_tickets.training import epoch as training

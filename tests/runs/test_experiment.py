@@ -21,7 +21,7 @@ from helpers.programs import start
 
 from structured_tickets.pruning.masks import effective_state
 from structured_tickets.runs import experiment
-from structured_tickets.runs.state import RunFolder
+from structured_tickets.runs.folder import RunFolder
 from structured_tickets.training.epoch import train
 
 

@@ -21,7 +21,7 @@ from structured_tickets.data.catalog import load_splits
 from structured_tickets.data.loader import BatchLoader
 from structured_tickets.export import ticket as ticket_files
 from structured_tickets.programs import export
-from structured_tickets.runs.state import RunFolder
+from structured_tickets.runs.folder import RunFolder
 from structured_tickets.shrinking import shrink as compact
 
 HEADS = {"vit_structured": True, "vit_prune_target": "both", "rate_mode": "round"}

@@ -28,7 +28,7 @@ from structured_tickets.programs import export, report, sweep
 from structured_tickets.reports import latency
 from structured_tickets.reports.sweep_tables import Table
 from structured_tickets.runs.checkpoint_schema import LATER_FIELDS, check_fits
-from structured_tickets.runs.state import RunFolder
+from structured_tickets.runs.folder import RunFolder
 from structured_tickets.shrinking import shrink as compact
 
 

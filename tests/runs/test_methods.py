@@ -22,7 +22,7 @@ from structured_tickets.pruning.decide import kept_per_kind
 from structured_tickets.pruning.masks import MaskPair, by_parameter, count_ones
 from structured_tickets.pruning.methods import METHODS
 from structured_tickets.runs import experiment
-from structured_tickets.runs.state import RunFolder
+from structured_tickets.runs.folder import RunFolder
 from structured_tickets.shrinking import shrink as compact
 from structured_tickets.training.epoch import train
 from structured_tickets.unit_groups.find import unit_groups

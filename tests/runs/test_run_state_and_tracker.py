@@ -18,16 +18,12 @@ from helpers.programs import start
 
 import main_imp_fillback
 from structured_tickets.base.errors import DataError, StorageError
+from structured_tickets.base.randomness import random_states, restore_random_states
+from structured_tickets.base.untrusted_tensors import save_atomically
 from structured_tickets.runs import trackers as tracker
+from structured_tickets.runs.folder import RunFolder, load_safely
 from structured_tickets.runs.reporter import rounds_table
-from structured_tickets.runs.state import (
-    RunFolder,
-    RunState,
-    load_safely,
-    random_states,
-    restore_random_states,
-    save_atomically,
-)
+from structured_tickets.runs.state import RunState
 
 
 def test_a_write_that_fails_leaves_the_file_before(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from structured_tickets.pruning.decide import decide, kept_per_group, kept_per_k
 from structured_tickets.pruning.masks import MaskPair
 from structured_tickets.pruning.regroup import score_units
 from structured_tickets.pruning.rules import RoundRules, kinds_of
-from structured_tickets.runs.state import RunFolder
+from structured_tickets.runs.folder import RunFolder
 from structured_tickets.settings.flags import parse_args
 from structured_tickets.settings.identity import identity_of, settings_of
 from structured_tickets.shrinking.cost import cost_of

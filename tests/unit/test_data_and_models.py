@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import main_imp_fillback
 from structured_tickets.base.errors import DataError, UsageError
+from structured_tickets.base.randomness import mixed_seed
 from structured_tickets.data.image_sets import ImageSet
-from structured_tickets.data.loader import BatchLoader, crop_and_flip, mixed_seed
+from structured_tickets.data.loader import BatchLoader, crop_and_flip
 from structured_tickets.networks import MODELS, build_model, register_model
 from structured_tickets.networks.layers import Normalize
 from structured_tickets.networks.precision import choose_precision

@@ -7,8 +7,8 @@ from helpers.commands import VIT, tiny
 from PIL import Image
 
 import main_imp_fillback
+from structured_tickets.runs.folder import RunFolder
 from structured_tickets.runs.pictures import kept_units_figure
-from structured_tickets.runs.state import RunFolder
 
 pytestmark = pytest.mark.pictures
 

@@ -10,7 +10,7 @@ from helpers.structures import RULES, settings
 
 from structured_tickets.pruning.decide import decide, doomed_whole
 from structured_tickets.pruning.masks import MaskPair
-from structured_tickets.runs.state import RunFolder
+from structured_tickets.runs.folder import RunFolder
 from structured_tickets.training.epoch import Passer
 from structured_tickets.training.penalty.reg_pruner import Pruner
 from structured_tickets.unit_groups.find import unit_groups

@@ -1,0 +1,35 @@
+"""State dicts as values: copies, and digests that tell two networks apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def is_of_the_data(name: str) -> bool:
+    """Whether an entry of a state dict is the data set's mean or standard deviation, and no weight."""
+    return name.startswith("normalize.")
+
+
+def cloned_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as copies on the CPU: a value, not a view of a network that goes on training."""
+    return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+
+
+def network_digest(model: nn.Module) -> str:
+    """A hash of the names and shapes of a network's tensors: two that differ in it are not the same network."""
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
+
+
+def digest_of(values: Mapping[str, Tensor]) -> str:
+    """A hash of named tensors, in whatever order and on whatever device."""
+    digest = hashlib.sha256()
+    for name, value in sorted(values.items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

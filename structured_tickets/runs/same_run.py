@@ -1,0 +1,38 @@
+"""Check that a run continues with the settings and the data that it began with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from structured_tickets.base.errors import UsageError
+from structured_tickets.data.fingerprint import difference
+from structured_tickets.runs.state import RunState
+
+
+def check_same_run(
+    run: RunState,
+    identity: Mapping[str, Any],
+    saved_identity: Mapping[str, Any],
+    data: str,
+    contents: Mapping[str, Any],
+) -> None:
+    """Refuse to continue a run whose settings or data were others.
+
+    Raises:
+        UsageError: The message names the first difference.
+    """
+    for key in dict.fromkeys([*identity, *saved_identity]):
+        ours, theirs = (d.get(key, "its default") for d in (identity, saved_identity))
+        if ours != theirs:
+            raise UsageError(
+                f"argument --{key}: the run folder holds a run with {theirs}, not {ours}; choose another --save_dir"
+            )
+    check_same_data(run, data, contents, "the images or labels are not those that the run began with")
+
+
+def check_same_data(run: RunState, data: str, contents: Mapping[str, Any], otherwise: str) -> None:
+    """Raises: UsageError, that begins with `otherwise` and names what is different, unless the run had these data."""
+    different = difference(run.contents, contents)
+    if different or run.data != data:
+        raise UsageError(f"argument --data: {otherwise}" + (f": {different}" if different else ""))
