@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from structured_tickets.pruning import regroup as package
 from structured_tickets.pruning.budgets import BUDGETS, Budget, budget, kept_count
 from structured_tickets.pruning.collect_evidence import collect_evidence
 from structured_tickets.pruning.criteria import CRITERIA, CRITERIA_BATCHES
@@ -20,6 +21,7 @@ from structured_tickets.pruning.masks import (
     Mask,
     MaskPair,
     apply_masks,
+    as_refill,
     by_parameter,
     count_ones,
     effective_state,
@@ -28,7 +30,6 @@ from structured_tickets.pruning.masks import (
     remove_masks,
 )
 from structured_tickets.pruning.oneshot import prune_admm, prune_grasp, prune_omp, prune_rp, prune_snip, prune_synflow
-from structured_tickets.pruning.regroup import regroup
 from structured_tickets.unit_groups.channels import channel_groups
 from structured_tickets.unit_groups.unit import Slice, UnitGroup, parameter_of, ranked_names
 
@@ -135,6 +136,24 @@ def prune_model_custom(model: nn.Module, mask_dict: Mapping[str, Tensor], conv1:
     apply_masks(model, masks_of_groups(channel_groups(model, conv1), mask_dict))
 
 
+def regroup(
+    groups: Sequence[UnitGroup],
+    current_mask: Mapping[str, Tensor],
+    evidence: Evidence,
+    criterion: str,
+    budgets: Mapping[str, Budget],
+) -> Mask:
+    """Turn an element-wise mask into a structure, under the documents' keys: see the package's function of that name.
+
+    Args:
+        current_mask: `"<layer>.weight_mask"` -> 0/1, for every parameter of the groups.
+
+    Returns:
+        `"<layer>"` -> 0/1.
+    """
+    return as_refill(package.regroup(groups, by_parameter(current_mask), evidence, criterion, budgets))
+
+
 def refill_masks(
     model: nn.Module,
     groups: Sequence[UnitGroup],
@@ -155,7 +174,7 @@ def refill_masks(
     current = complete_mask(model, groups, mask_dict)
     scored = [g for g in groups if g.kind in budgets]
     evidence = collect_evidence(model, scored, trained_weight, current, criteria, train_loader, batches)
-    return regroup(groups, current, evidence, criteria, budgets)
+    return as_refill(package.regroup(groups, current, evidence, criteria, budgets))
 
 
 def restart_under_masks(model: nn.Module, init_weight: Mapping[str, Tensor], refill_mask: Mask) -> nn.Module:

@@ -15,6 +15,8 @@ from structured_tickets.pruning.elementwise import complete_mask, refill_rows
 from structured_tickets.pruning.masks import (
     Mask,
     apply_masks,
+    as_refill,
+    by_parameter,
     effective_state,
     own_mask,
     remove_masks,
@@ -59,7 +61,7 @@ def prune_model_custom_vit(model: nn.Module, mask_dict: Mapping[str, Tensor]) ->
         KeyError: A prunable layer has no mask.
     """
     groups = vit_groups(model, prune_patch_embed=f"{spec_of(model).stem}.weight_mask" in mask_dict)
-    apply_masks(model, {k.removesuffix("_mask"): m for k, m in complete_mask(model, groups, mask_dict).items()})
+    apply_masks(model, complete_mask(model, groups, mask_dict))
 
 
 def extract_mask_vit(state_dict: Mapping[str, Tensor]) -> Mask:
@@ -103,7 +105,7 @@ def prune_model_custom_fillback_vit(
     if criteria not in CRITERIA:
         raise ValueError(f"criteria {criteria!r}: choose from {', '.join(CRITERIA)}")
     trained = effective_state(trained_weight)
-    refill = refill_rows(model, vit_groups(model), mask_dict, trained, criteria, fillback_rate, train_loader)
+    refill = as_refill(refill_rows(model, vit_groups(model), mask_dict, trained, criteria, fillback_rate, train_loader))
     return refill if return_mask_only else restart_under_masks(model, init_weight, refill)
 
 
@@ -131,5 +133,5 @@ def prune_model_custom_fillback_vit_by_head(
     groups = vit_groups(model)
     log.debug("%s", banner(["head"], criteria, {"Prune Ratio": prune_ratio}, refill=not return_mask_only))
     refill = refill_masks(model, groups, mask_dict, trained, criteria, rule, train_loader)
-    log.debug("%s", summary(groups, refill))
+    log.debug("%s", summary(groups, by_parameter(refill)))
     return refill if return_mask_only else restart_under_masks(model, init_weight, refill)

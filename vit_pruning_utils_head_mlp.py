@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pruning_utils import refill_masks, restart_under_masks
 from structured_tickets.pruning.budgets import budget
-from structured_tickets.pruning.masks import Mask, effective_state
+from structured_tickets.pruning.masks import Mask, by_parameter, effective_state
 from structured_tickets.pruning.regroup_text import banner, summary
 from vit_pruning_utils import vit_groups
 
@@ -51,5 +51,5 @@ def prune_model_custom_fillback_vit_head_and_mlp(
     groups = vit_groups(model)
     log.debug("%s", banner(["head", "neuron"], criteria, ratios, refill=not return_mask_only))
     refill = refill_masks(model, groups, mask_dict, effective_state(trained_weight), criteria, rules, train_loader)
-    log.debug("%s", summary(groups, refill))
+    log.debug("%s", summary(groups, by_parameter(refill)))
     return refill if return_mask_only else restart_under_masks(model, init_weight, refill)

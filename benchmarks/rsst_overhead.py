@@ -19,7 +19,8 @@ from structured_tickets.networks.layers import Normalize
 from structured_tickets.training.optimization import OPTIMIZERS
 from structured_tickets.settings.flags import parse_args
 from structured_tickets.training.penalty.reg_pruner import Pruner
-from structured_tickets.pruning.decide import decide, held_masks
+from structured_tickets.pruning.decide import decide
+from structured_tickets.pruning.held import held_masks
 from structured_tickets.unit_groups.find import unit_groups
 from structured_tickets.training.epoch import Passer, apply_reg, train, update_reg
 from structured_tickets.networks.precision import choose_precision

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 
 def counted(number: int, noun: str) -> str:
-    """A number and what it counts: 1 run, 2 runs."""
-    return f"{number} {noun}{'s' * (number != 1)}"
+    """Return a number and what it counts: 1 run, 2,000 runs."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: bool = False) -> str:

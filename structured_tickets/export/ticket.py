@@ -21,7 +21,6 @@ from structured_tickets.base.errors import DataError, RunError, StorageError, Us
 from structured_tickets.base.text_tables import text_table
 from structured_tickets.networks import build_model, runs_a_file
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
-from structured_tickets.pruning.masks import MaskPair
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.runs.state import RunState
 from structured_tickets.shrinking import shrink as compact
@@ -72,7 +71,7 @@ def read_ticket(folder: Path, state: int | None = None, best: bool = False, arch
     run = RunFolder.load(path)
     model = _network(run, arch, path)
     model.normalize = Normalize((0.0,) * 3, (1.0,) * 3)
-    structure = MaskPair(run.current_mask, run.refill_mask).structure if run.current_mask else {}
+    structure = run.structure
     weights = {n: v * structure[n] if n in structure else v for n, v in run.state_dict.items()}
     try:
         model.load_state_dict(weights)

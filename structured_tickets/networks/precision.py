@@ -30,9 +30,8 @@ def _cpu_has_bf16() -> bool:
 
 
 @contextmanager
-def computing(model: nn.Module) -> Iterator[None]:
-    """Autocast to the model's `.precision`, if it has one other than float32, and skip what the logits do not need."""
-    precision = getattr(model, "precision", torch.float32)
+def computing(model: nn.Module, precision: torch.dtype = torch.float32) -> Iterator[None]:
+    """Autocast to a number type, unless it is float32, and skip what the logits do not need."""
     device = next(model.parameters()).device.type
     with frugal(model), torch.autocast(device, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
         yield

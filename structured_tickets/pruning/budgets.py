@@ -63,7 +63,7 @@ def density_budget(
 
     counts = {}
     for group in groups:
-        mask = current_mask[f"{group.root.name}_mask"]
+        mask = current_mask[group.root.name]
         filled = mask.sum(dtype=torch.float64).item() / (mask.numel() / group.units)
         kept = math.floor(filled + (group.units - filled) * fillback_rate + 1e-9)
         counts[group.name] = min(group.units, max(1, min_units, kept))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from structured_tickets.base.randomness import mixed_seed
 from structured_tickets.pruning.decide import follow_units
-from structured_tickets.pruning.masks import Mask, MaskPair, by_parameter
+from structured_tickets.pruning.masks import Mask, MaskPair
 from structured_tickets.pruning.methods import CONTROLS
 from structured_tickets.shrinking.cost import OVERLAPPING, cost_of
 from structured_tickets.unit_groups.unit import UnitGroup, kinds, masks_of_units, parameter_of
@@ -63,7 +63,7 @@ def permuted_pair(
         targets: Kinds of unit that are permuted; none: everything goes weight by weight.
         draw: Where the orders come from.
     """
-    current, refill = by_parameter(pair.current), by_parameter(pair.refill)
+    current, refill = pair.current, pair.refill
     chosen = [g for g in groups if g.kind in targets]
     in_units = {part.name for g in chosen for part in g.slices}
     loose = {part.name for g in groups for part in g.slices if part.ranked} - in_units
@@ -76,7 +76,7 @@ def permuted_pair(
         both = _units_permuted(both, group, draw)
     if not chosen:
         both = [_following(m, groups) for m in both]
-    return MaskPair.of(*both)
+    return MaskPair(*both)
 
 
 def _shuffled(both: Sequence[Mask], name: str, draw: torch.Generator) -> list[Tensor]:
@@ -142,7 +142,7 @@ def narrow_pair(model: nn.Module, groups: Sequence[UnitGroup], macs: int, size: 
             low, high = (middle, high) if found < macs else (low, middle)
         shares[kind] = best[1]
     outcome = structure(1.0)
-    return MaskPair.of(outcome, outcome)
+    return MaskPair(outcome, outcome)
 
 
 def _first_units(group: UnitGroup, share: float) -> Tensor:

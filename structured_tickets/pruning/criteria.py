@@ -56,7 +56,7 @@ def _per_unit(positions: Tensor, part: Slice) -> Tensor:
 
 @_criterion("remain", "weights", "how many weights of the unit L1 kept")
 def _remain(evidence: Evidence, part: Slice) -> Tensor:
-    return _per_unit(_along_axis(evidence.current_mask[f"{part.name}_mask"], part), part).sum(dim=1)
+    return _per_unit(_along_axis(evidence.current_mask[part.name], part), part).sum(dim=1)
 
 
 @_criterion("magnitude", "weights", "sum of the unit's absolute trained weights")

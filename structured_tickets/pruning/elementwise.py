@@ -13,8 +13,6 @@ from structured_tickets.pruning.masks import (
     Mask,
     by_parameter,
     check_mask,
-    current_key,
-    refill_key,
 )
 from structured_tickets.pruning.regroup import best_units, score_units
 from structured_tickets.unit_groups.unit import UnitGroup, parameter_of, ranked_names, rows
@@ -40,15 +38,15 @@ def refill_rows(
     """
     current = complete_mask(model, groups, mask_dict)
     names = ranked_names(model, groups)
-    refill = {refill_key(n): current[current_key(n)].clone() for n in names}
-    budgets = {n: _rows_to_refill(current[current_key(n)], fillback_rate) for n in names}
+    refill = {n: current[n].clone() for n in names}
+    budgets = {n: _rows_to_refill(current[n], fillback_rate) for n in names}
     if criteria == "remain" or not any(budgets.values()):
         return refill
-    lines = [UnitGroup(n, "row", (rows(refill_key(n), refill[refill_key(n)].shape[0]),)) for n in names]
+    lines = [UnitGroup(n, "row", (rows(n.removesuffix(".weight"), refill[n].shape[0]),)) for n in names]
     evidence = collect_evidence(model, lines, trained_weight, current, criteria, train_loader, batches)
     scores = score_units(lines, evidence, criteria)
     for name, count in budgets.items():
-        mask = refill[refill_key(name)]
+        mask = refill[name]
         dead = ~mask.flatten(1).bool().any(dim=1)
         mask[best_units(torch.where(dead, scores[name].to(mask.device), -1.0), count)] = 1
     return refill
@@ -76,6 +74,4 @@ def complete_mask(model: nn.Module, groups: Sequence[UnitGroup], mask_dict: Mapp
     given = masks_of_groups(groups, mask_dict)
     names = dict.fromkeys(s.name for g in groups for s in g.slices)
     ones = (n for n in names if n not in given)
-    return {current_key(n): m for n, m in given.items()} | {
-        current_key(n): torch.ones_like(parameter_of(model, n)).detach() for n in ones
-    }
+    return given | {n: torch.ones_like(parameter_of(model, n)).detach() for n in ones}

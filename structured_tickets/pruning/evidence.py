@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from structured_tickets.pruning.masks import effective_weight
+from structured_tickets.pruning.masks import by_parameter, effective_weight
 from structured_tickets.unit_groups.unit import Slice
 
 
@@ -33,13 +33,16 @@ class Evidence:
 
     Attributes:
         weights: The trained state dict (plain or pruning keys).
-        current_mask: `"<layer>.weight_mask"` -> 0/1.
+        current_mask: What global L1 kept, by parameter name; keys of the documents are taken, too.
         features: Layer -> statistics of its output; empty unless the criterion reads them.
     """
 
     weights: Mapping[str, Tensor]
     current_mask: Mapping[str, Tensor]
     features: Mapping[str, FeatureStatistics] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "current_mask", by_parameter(self.current_mask))
 
     def weight(self, name: str) -> Tensor:
         """The trained parameter of that name, masked if the state is."""

@@ -1,7 +1,8 @@
 """Masks: which weights global L1 kept (`current_mask`) and which the structure keeps (`refill_mask`).
 
-Both are plain dicts of float 0/1 tensors. Keys follow the documents: `"<layer>.weight_mask"` in a current mask,
-`"<layer>"` in a refill mask; the rare bias is `"<layer>.bias_mask"` and `"<layer>.bias"`.
+Both are plain dicts of float 0/1 tensors by parameter name (`"<layer>.weight"`, `"<layer>.bias"`). The documents' keys,
+`"<layer>.weight_mask"` in a current mask and `"<layer>"` in a refill mask, are for files and for the documents'
+functions: `by_parameter` reads them, `as_current` and `as_refill` write them.
 """
 
 from __future__ import annotations
@@ -32,8 +33,18 @@ def refill_key(name: str) -> str:
 
 
 def by_parameter(mask: Mapping[str, Tensor]) -> Mask:
-    """The same tensors under the names of the parameters that they mask, whichever kind of mask it is."""
+    """Return the same tensors under the names of the parameters that they mask, whatever keys the mask has."""
     return {_parameter_name(key): value for key, value in mask.items()}
+
+
+def as_current(mask: Mapping[str, Tensor]) -> Mask:
+    """Return a mask by parameter name under the keys of the documents' current mask."""
+    return {current_key(name): value for name, value in mask.items()}
+
+
+def as_refill(mask: Mapping[str, Tensor]) -> Mask:
+    """Return a mask by parameter name under the keys of the documents' refill mask."""
+    return {refill_key(name): value for name, value in mask.items()}
 
 
 def _parameter_name(key: str) -> str:
@@ -58,7 +69,7 @@ def check_mask(mask: Mapping[str, Tensor], what: str = "mask") -> None:
 
 @dataclass(frozen=True)
 class MaskPair:
-    """The two masks that one round hands to the next.
+    """The two masks that one round hands to the next, by parameter name; keys of the documents are taken, too.
 
     Attributes:
         current: What global L1 kept.
@@ -80,15 +91,11 @@ class MaskPair:
         wrong = [n for n in current if current[n].shape != refill[n].shape]
         if wrong:
             raise ValueError(f"the masks of {wrong[0]} have different shapes")
-
-    @classmethod
-    def of(cls, current: Mask, refill: Mask) -> MaskPair:
-        """The pair of two masks by parameter name."""
-        return cls({current_key(n): m for n, m in current.items()}, {refill_key(n): m for n, m in refill.items()})
+        object.__setattr__(self, "current", current)
+        object.__setattr__(self, "refill", refill)
 
     def _where(self, current: int, refill: int) -> Mask:
-        ours, theirs = by_parameter(self.current), by_parameter(self.refill)
-        return {n: (ours[n] == current) & (theirs[n] == refill) for n in ours}
+        return {n: (m == current) & (self.refill[n] == refill) for n, m in self.current.items()}
 
     @property
     def doomed(self) -> Mask:
@@ -107,8 +114,8 @@ class MaskPair:
 
     @property
     def structure(self) -> Mask:
-        """The refill mask by parameter name."""
-        return by_parameter(self.refill)
+        """The refill mask."""
+        return self.refill
 
     @property
     def alive(self) -> Mask:

@@ -25,8 +25,8 @@ from structured_tickets.networks.precision import computing
 from structured_tickets.networks.vision_transformer import fused_attention
 from structured_tickets.pruning.masks import (
     Mask,
+    as_current,
     count_ones,
-    current_key,
     effective_state,
     in_place_of,
     own_mask,
@@ -58,6 +58,7 @@ class Admm:
         batches: Epoch, from 0 -> the training batches.
         load: What the last call of `save` was given, or nothing; a training that was broken off goes on from there.
         save: Called after every epoch.
+        precision: Number type of matrix products.
     """
 
     optimizer: Callable[[nn.Module], optim.Optimizer]
@@ -66,6 +67,7 @@ class Admm:
     rho: float = ADMM_RHO
     load: Callable[[], dict[str, Any]] = dict
     save: Callable[[dict[str, Any]], None] = lambda _: None
+    precision: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,7 @@ def train_by_admm(model: nn.Module, task: Task, admm: Admm) -> Mask:
     for epoch in range(done.get("epochs", 0), admm.epochs):
         loss = torch.zeros(())
         for images, labels in admm.batches(epoch):
-            with computing(model):
+            with computing(model, admm.precision):
                 output = model(images.to(task.device))
             distance = sum((w - target[n] + dual[n]).square().sum() for n, w in weights.items())
             loss = task.loss(output.float(), labels.to(task.device))
@@ -365,7 +367,7 @@ def _by_rate(
     weights = effective_state(model.state_dict())
     task = Task(model, weights, names, left - round(left * rate), batches, loss or nn.CrossEntropyLoss(), alive, seed)
     device = next(model.parameters()).device
-    return {current_key(n): m.to(device) for n, m in make(task).items()}
+    return as_current({n: m.to(device) for n, m in make(task).items()})
 
 
 def prune_snip(model: nn.Module, train_loader: Batches, loss: Loss, rate: float) -> Mask:

@@ -11,7 +11,7 @@ from torch import Tensor
 from structured_tickets.pruning.budgets import Budget, Scores
 from structured_tickets.pruning.criteria import CRITERIA
 from structured_tickets.pruning.evidence import Evidence
-from structured_tickets.pruning.masks import Mask, current_key, refill_key
+from structured_tickets.pruning.masks import Mask
 from structured_tickets.pruning.regroup_text import group_block, part_heading
 from structured_tickets.unit_groups.unit import UnitGroup, kept_units, masks_of_units
 
@@ -57,19 +57,19 @@ def regroup(
 
     Args:
         groups: Unit groups of the network.
-        current_mask: `"<layer>.weight_mask"` -> 0/1, for every parameter of the groups.
+        current_mask: Parameter name -> 0/1, for every parameter of the groups.
         evidence: What `criterion` reads.
         budgets: Kind of unit -> rule for how many stay. Parameters of kinds without a rule keep their element-wise
             mask, unless units of another kind own them too.
 
     Returns:
-        The refill mask, new tensors: `"<layer>"` -> 0/1 of the same shapes, in the order of the groups. Where groups
+        The refill mask, new tensors: parameter name -> 0/1 of the same shapes, in the order of the groups. Where groups
         overlap (a block and its heads), what any of them drops is gone.
     """
     scored = [g for g in groups if g.kind in budgets]
     scores = score_units(scored, evidence, criterion)
     for group in scored:
-        alive = kept_units(group, current_mask[current_key(group.root.name)])
+        alive = kept_units(group, current_mask[group.root.name])
         scores[group.name] = _removed_last(scores[group.name], alive, evidence.cut_units(group.root))
     counts: dict[str, int] = {}
     for kind, rule in budgets.items():
@@ -78,10 +78,10 @@ def regroup(
     if log.isEnabledFor(logging.DEBUG):
         _describe(scored, scores, kept, current_mask)
     structured = {part.name for g in scored for part in g.slices}
-    current = {part.name: current_mask[current_key(part.name)] for g in groups for part in g.slices}
+    current = {part.name: current_mask[part.name] for g in groups for part in g.slices}
     refill = {n: torch.ones_like(m) if n in structured else m.clone() for n, m in current.items()}
     refill |= masks_of_units(scored, kept, current)
-    return {refill_key(n): m for n, m in refill.items()}
+    return refill
 
 
 def _describe(groups: Sequence[UnitGroup], scores: Scores, kept: Scores, current_mask: Mapping[str, Tensor]) -> None:

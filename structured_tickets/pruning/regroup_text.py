@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from structured_tickets.pruning.masks import Mask, by_parameter, current_key
+from structured_tickets.pruning.masks import Mask
 from structured_tickets.unit_groups.unit import UnitGroup, kinds
 
 PARTS = {
@@ -51,7 +51,7 @@ def part_heading(number: int, kind: str) -> str:
 def group_block(group: UnitGroup, scores: Tensor, kept: Tensor, current_mask: Mapping[str, Tensor]) -> str:
     """One unit group: what it is, how its units score, which of them stay."""
     root = group.root
-    mask = current_mask[current_key(root.name)]
+    mask = current_mask[root.name]
     after = root.spread(kept, mask)
     lines = [f"\nLayer: {root.layer}", f"  Shape: {mask.shape}"]
     best = scores.argsort(descending=True, stable=True)[: int(kept.sum())].tolist()
@@ -72,9 +72,8 @@ def summary(groups: Sequence[UnitGroup], refill: Mask) -> str:
         for k in kinds(groups)
         if k != "block"  # made of the others' layers
     }
-    masks = by_parameter(refill)
     names = [n for of_kind in ranked.values() for n in of_kind]
     lines = ["=" * 80, "Summary:", f"  Total masks generated: {len(names)}"]
     lines += [f"  {LAYERS.get(kind, kind)}: {len(of_kind)}" for kind, of_kind in ranked.items()]
-    lines.append(f"  Overall sparsity: {sparsity_percent({n: masks[n] for n in names}):.2f}%")
+    lines.append(f"  Overall sparsity: {sparsity_percent({n: refill[n] for n in names}):.2f}%")
     return "\n".join([*lines, "=" * 80])

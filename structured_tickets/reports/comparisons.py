@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from structured_tickets.base.text_tables import counted
 from structured_tickets.reports.runs import Collection, Group, in_words, judged, worded
-from structured_tickets.runs.read import Row
+from structured_tickets.runs.rows import Row
 
 LEVEL = 0.05
 FEW_PAIRS = 3

@@ -12,7 +12,7 @@ from structured_tickets.pruning.methods import SQUEEZE_GOAL
 from structured_tickets.reports.runs import Collection, Group, Run, in_words, judged, soft, worded
 from structured_tickets.reports.style import DASHES, FAINT, INK, colour_of
 from structured_tickets.runs.pictures import panels_of
-from structured_tickets.runs.read import Row
+from structured_tickets.runs.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

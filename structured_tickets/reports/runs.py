@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from structured_tickets.runs.read import Row
+from structured_tickets.runs.rows import Row
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,130 @@ from typing import Any
 from torch import nn
 
 from structured_tickets.base.atomic_files import link
+from structured_tickets.base.console import log_to_file, log_warnings
+from structured_tickets.base.distributed import has_batchnorm
+from structured_tickets.base.environment import describe_environment
 from structured_tickets.base.errors import UsageError
+from structured_tickets.base.text_tables import counted
 from structured_tickets.base.untrusted_tensors import save_atomically
-from structured_tickets.base.weights import cloned_state
-from structured_tickets.data.fingerprint import completed
+from structured_tickets.base.weights import cloned_state, network_digest
+from structured_tickets.data.fingerprint import completed, describe_data, fingerprint
+from structured_tickets.networks.precision import name_of
+from structured_tickets.pruning.methods import CONTROLS, SQUEEZE_GOAL
+from structured_tickets.runs.compared_run import ControlSource
+from structured_tickets.runs.dense_store import DenseStore
+from structured_tickets.runs.dry_run import expected_squeeze
 from structured_tickets.runs.folder import RunFolder
+from structured_tickets.runs.next_masks import control_masks
+from structured_tickets.runs.reporter import Reporter
 from structured_tickets.runs.same_run import check_same_run
-from structured_tickets.runs.setup import load_initial_weights
+from structured_tickets.runs.setup import Setup, load_initial_weights
 from structured_tickets.runs.state import RunState
-from structured_tickets.settings.identity import identity_of
+from structured_tickets.runs.trackers import Trackers, trackers_of
+from structured_tickets.settings.identity import identity_of, identity_of_round_0, settings_of
+from structured_tickets.training.optimization import OPTIMIZERS
+from structured_tickets.training.penalty.schedules import clock_from
 
 log = logging.getLogger("rsst")
+
+
+def new_run(setup: Setup) -> RunState:
+    """Return the state of a run that has not begun."""
+    return RunState(
+        settings_of(setup.args),
+        fingerprint(*setup.loaders),
+        classes=list(setup.classes),
+        processes=setup.world.size,
+        contents=describe_data(setup.loaders, list(setup.classes)),
+        precision=name_of(setup.precision),
+    )
+
+
+def take_up(
+    setup: Setup, run: RunState, folder: RunFolder, source: ControlSource | None, store: DenseStore | None
+) -> tuple[RunState, Reporter]:
+    """Continue the run that the folder holds, or begin `run` there; return its state, and what reports on it.
+
+    Args:
+        source: For a control, the run that it is compared with.
+        store: Where round 0 may be, trained by another run.
+
+    Raises:
+        DataError, StorageError, UsageError: See `find_run`.
+    """
+    args, found = setup.args, find_run(setup.args, folder, run)
+    log_to_file(folder.path / "log.txt")
+    log_warnings(args.warnings)
+    if found is None:
+        run = _begun(setup, run, folder, source, store)
+    else:
+        run = continued(run, found, setup.numerics)
+        where = folder.path, found.state, found.epoch, args.epochs
+        log.info("continuing the run in %s: round %d, %d of %d epochs done", *where)
+    trackers = Trackers()
+    if len(run.rounds) < args.pruning_times:
+        _warn_if_the_penalty_is_weak(setup)
+        _describe(setup, run, folder)
+        trackers = trackers_of(args, run, folder.path)
+    reporter = Reporter(folder.path, trackers, args.quiet)
+    try:
+        reporter.restore(run.history, run.rounds)
+    except BaseException:
+        reporter.close()
+        raise
+    if found is None:
+        reporter.track(run.history)  # another run's round 0
+    _introduce(setup, folder)
+    return run, reporter
+
+
+def _begun(
+    setup: Setup, run: RunState, folder: RunFolder, source: ControlSource | None, store: DenseStore | None
+) -> RunState:
+    """Start a new run. A control, or a run whose round 0 is in the dense store, starts after round 0."""
+    choose_initial_weights(setup.model, setup.args.init, folder)
+    run.init_weight = cloned_state(setup.model)
+    if source is not None:
+        run = source.begin(run, setup.names, setup.image_size)
+        run.following = control_masks(setup, source, 0)
+        log.info("control %s: round 0 is that of %s", setup.args.control, source.folder.path)
+        folder.save(run)
+    elif store is not None:
+        run = store.take(run, folder, identity_of_round_0(setup.args), setup.numerics)
+    return run
+
+
+def _describe(setup: Setup, run: RunState, folder: RunFolder) -> None:
+    """Write the settings of the run, and what it runs on."""
+    folder.write_settings(run.args)
+    environment = describe_environment(setup.args.words, setup.device, name_of(setup.precision))
+    folder.write_environment(environment | {"data": run.data, "network": network_digest(setup.model)})
+
+
+def _introduce(setup: Setup, folder: RunFolder) -> None:
+    args, weights = setup.args, sum(setup.model.get_parameter(n).numel() for n in setup.names)
+    layers = counted(len(setup.names), "prunable layer")
+    about = args.arch, setup.device, name_of(setup.precision), layers, f"{weights:,}", folder.path
+    log.info("%s on %s (%s): %s, %s prunable weights. Run folder: %s", *about)
+    if setup.world.size > 1:
+        whole = "; BatchNorm sees whole batches" * has_batchnorm(setup.model)
+        log.info("%d processes share batches of %d images%s", setup.world.size, args.batch_size, whole)
+
+
+def _warn_if_the_penalty_is_weak(setup: Setup) -> None:
+    args, rules = setup.args, setup.rules
+    decoupled = args.penalty == "decoupled"
+    squeezes = rules.method.squeezes and rules.structured and CONTROLS[args.control].masks != "narrow"
+    if not squeezes or (OPTIMIZERS[args.optimizer].adaptive and not decoupled):
+        return
+    left = expected_squeeze(clock_from(args), setup.rate, args.momentum, decoupled)
+    if left > SQUEEZE_GOAL:
+        log.warning(
+            "the penalty is too weak for rounds this short: by itself it leaves each doomed weight at about %.0f%% of "
+            "its size. Use more --epochs%s",
+            100 * left,
+            " or a higher --reg_granularity_prune" if decoupled else ", a higher --lr, or --penalty decoupled",
+        )
 
 
 def find_run(args: argparse.Namespace, folder: RunFolder, run: RunState) -> RunState | None:
@@ -42,7 +155,10 @@ def find_run(args: argparse.Namespace, folder: RunFolder, run: RunState) -> RunS
             the first difference.
     """
     if args.resume and not args.checkpoint and not folder.candidates():
-        raise UsageError(f"argument --resume: {folder.path} holds no run to continue")
+        raise UsageError(
+            f"argument --resume: no run to continue in {folder.path}. Check --save_dir, or omit --resume to start "
+            "a new run"
+        )
     wanted = args.checkpoint if not folder.candidates() else None
     given = RunFolder.load(Path(wanted)) if wanted else None
     if given is not None:
@@ -65,7 +181,7 @@ def find_run(args: argparse.Namespace, folder: RunFolder, run: RunState) -> RunS
             link(Path(wanted).resolve(), folder.checkpoint(given.state))
         return given
     if args.checkpoint:
-        log.warning("--checkpoint is not read: %s holds a run, which continues", folder.path)
+        log.warning("--checkpoint is ignored: %s already holds a run, which is continued", folder.path)
     return found
 
 
@@ -80,10 +196,10 @@ def continued(run: RunState, found: RunState, numerics: Mapping[str, Any]) -> Ru
         numerics: What the last digits depend on here.
     """
     if found.precision != run.precision:
-        log.warning("the run began in %s and goes on in %s", found.precision, run.precision)
+        log.warning("precision changed: the run began in %s and continues in %s", found.precision, run.precision)
     if found.processes != run.processes:
         log.warning(
-            "the run began with %d processes and goes on with %d: the last digits will differ",
+            "the run began with %d processes and continues with %d. Results can differ in the last digits",
             found.processes,
             run.processes,
         )
@@ -101,7 +217,7 @@ def choose_initial_weights(model: nn.Module, file: str | None, folder: RunFolder
     path = Path(file) if file else folder.path / "init.pth.tar"
     if file and path.exists():
         load_initial_weights(model, path)
-        log.info("initial weights from %s", path)
+        log.info("loaded initial weights from %s", path)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_atomically(cloned_state(model), path)

@@ -14,7 +14,8 @@ from structured_tickets.base.errors import DataError
 from structured_tickets.base.randomness import are_random_states
 from structured_tickets.base.untrusted_tensors import is_state
 from structured_tickets.data.fingerprint import is_record
-from structured_tickets.pruning.masks import MaskPair, by_parameter, check_mask
+from structured_tickets.pruning.masks import MaskPair
+from structured_tickets.runs.rows import EPOCH_NUMBERS, ROUND_NUMBERS
 
 LARGEST = 2**53  # up to here, numbers of JSON and of tables are exact
 
@@ -36,23 +37,22 @@ def check_fields(fields: Mapping[str, Any]) -> None:
             raise ValueError(f"its {name} is not {wanted}")
 
 
-def check_shapes(state: Mapping[str, Tensor], others: Mapping[str, Mapping[str, Tensor]], pairs: Sequence[Any]) -> None:
+def check_shapes(
+    state: Mapping[str, Tensor], others: Mapping[str, Mapping[str, Tensor]], pairs: Sequence[MaskPair | None]
+) -> None:
     """Refuse weights and masks of a checkpoint that are not of one network.
 
     Args:
         state: Weights by name; nothing is compared with none.
         others: Further weights, by the field's name; empty ones are fine.
-        pairs: Current and refill mask of each pair.
+        pairs: Masks of the network; None for none.
 
     Raises:
         ValueError: The message names a weight.
     """
-    for current, refill in pairs:
-        check_mask(current)
-        if refill:
-            MaskPair(current, refill)
     wanted = {name: value.shape for name, value in state.items()}
-    named = {**others, **{f"masks ({k})": by_parameter(m) for k, pair in enumerate(pairs) for m in pair}}
+    masks = {f"masks ({k})": pair.current for k, pair in enumerate(pairs) if pair is not None}
+    named = {**others, **masks}
     for field, values in named.items():
         is_mask = field not in others
         found = {name: value.shape for name, value in values.items()}
@@ -156,8 +156,6 @@ _WEIGHTS = (is_state, "tensors by name")
 _MASKS = (_are_masks, "masks by name")
 _COUNT = (_is_count, "a whole number")
 _WORD = (lambda value: isinstance(value, str), "a word")
-_EPOCH = ("round", "epoch", "step", "loss", "accuracy", "val_accuracy", "test_accuracy")
-_ROUND = ("round", "step", "density", "parameters", "macs", "accuracy", "val_accuracy", "test_accuracy")
 
 # Field of a checkpoint -> whether a value can be one, and what it should be.
 FIELDS: dict[str, tuple[Check, str]] = {
@@ -179,8 +177,8 @@ FIELDS: dict[str, tuple[Check, str]] = {
     "faded": (_is_dict_of(_is_list_of(_is_count)), "units by group"),
     "following": (lambda v: v == {} or (_is_dict_of(_are_masks)(v) and {*v} == {"current", "refill"}), "two masks"),
     "rng": (are_random_states, "states of random generators"),
-    "history": (_is_list_of(_is_row(_EPOCH)), "a list of epochs, each with its numbers"),
-    "rounds": (_is_list_of(_is_row(_ROUND)), "a list of rounds, each with its numbers"),
+    "history": (_is_list_of(_is_row(EPOCH_NUMBERS)), "a list of epochs, each with its numbers"),
+    "rounds": (_is_list_of(_is_row(ROUND_NUMBERS)), "a list of rounds, each with its numbers"),
     "precision": _WORD,
     "tracker_id": (lambda v: isinstance(v, str) and bool(re.fullmatch(r"[\w-]{1,64}", v)), "a short word"),
     "classes": (_is_list_of(_WORD[0]), "a list of names"),

@@ -94,8 +94,8 @@ class ControlSource:
         found = load_tensors(file, f"argument --control: cannot read the masks {file}")
         try:
             current, refill = (as_state_dict(found[name], "") for name in ("current", "refill"))
-            pair = MaskPair(**unpacked({"current": current, "refill": refill}))
-            check_shapes(self.dense.state_dict, {}, [(pair.current, pair.refill)])
+            pair = MaskPair(unpacked(current), unpacked(refill))
+            check_shapes(self.dense.state_dict, {}, [pair])
         except (DataError, LookupError, TypeError, ValueError) as error:
             raise DataError(f"argument --control: {file} does not hold the masks of a round ({error})") from error
         return pair

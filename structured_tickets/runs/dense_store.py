@@ -19,7 +19,8 @@ from structured_tickets.base.errors import DataError, StorageError
 from structured_tickets.base.randomness import restore_random_states
 from structured_tickets.base.weights import digest_of
 from structured_tickets.runs.folder import RunFolder
-from structured_tickets.runs.state import RunState, seconds_of
+from structured_tickets.runs.rows import seconds_of
+from structured_tickets.runs.state import RunState
 
 log = logging.getLogger("rsst")
 

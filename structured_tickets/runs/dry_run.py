@@ -8,15 +8,17 @@ from dataclasses import replace
 
 from torch import nn
 
+from structured_tickets.base.text_tables import counted
 from structured_tickets.base.weights import cloned_state
-from structured_tickets.data.loader import BatchLoader
-from structured_tickets.pruning.decide import decide, kept_per_kind
+from structured_tickets.pruning.decide import decide
 from structured_tickets.pruning.masks import MaskPair
 from structured_tickets.pruning.rules import RoundRules
+from structured_tickets.pruning.shares import kept_per_kind, shares
+from structured_tickets.runs.setup import Setup
 from structured_tickets.shrinking.cost import Cost, cost_of
 from structured_tickets.training.optimization import LearningRate
 from structured_tickets.training.penalty.schedules import Clock
-from structured_tickets.unit_groups.unit import UnitGroup, parameter_of, ranked_names
+from structured_tickets.unit_groups.unit import UnitGroup, parameter_of
 
 TIMED_STEPS = 3
 
@@ -59,48 +61,45 @@ def simulate_rounds(
     return pairs
 
 
-def describe_plan(
-    model: nn.Module,
-    groups: Sequence[UnitGroup],
-    rules: RoundRules,
-    train_loader: BatchLoader,
-    rounds: int,
-    epochs: int,
-    step: Callable[[], None],
-) -> str:
-    """The plan as text. `step` makes one training step of a copy of the model."""
-    size = train_loader.image_size
-    names = ranked_names(model, groups)
-    lines = ["prunable layers"]
-    owner = {s.name: g for g in reversed(groups) for s in g.slices}  # of a block's layers, the heads and neurons
-    for name in names:
-        shape = tuple(parameter_of(model, name).shape)
-        group = owner[name]
-        lines.append(
-            f"  {name:40s} {shape!s:20s} {parameter_of(model, name).numel():>10,}  {group.units} {group.kind}s"
-        )
-    total = sum(parameter_of(model, n).numel() for n in names)
-    lines.append(f"  {len(names)} layers, {total:,} weights")
-    lines.append("")
-    known = (
-        rules.structured
-        and rules.sorting_mode == "layer-wise"
-        and all(g.kind in ("head", "neuron") and g.kind in rules.targets for g in groups)
-    )
-    lines.append(f"rounds ({'as they will be' if known else 'estimated from the initial weights'})")
-    for state, pair in enumerate(simulate_rounds(model, groups, rules, rounds)):
-        structure = {} if pair is None else pair.structure
-        cost: Cost = cost_of(model, groups, structure, size)
+def describe_plan(setup: Setup, step: Callable[[], None]) -> str:
+    """Return the plan as text.
+
+    Args:
+        step: Makes one training step of a copy of the network.
+    """
+    parts = [_layers(setup), _rounds(setup), _time(setup, step)]
+    return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def _layers(setup: Setup) -> list[str]:
+    owner = {s.name: g for g in reversed(setup.groups) for s in g.slices}  # of a block's layers, the heads and neurons
+    lines, total = ["prunable layers"], 0
+    for name in setup.names:
+        weight, group = parameter_of(setup.model, name), owner[name]
+        total += weight.numel()
+        shape = str(tuple(weight.shape))
+        lines.append(f"  {name:40s} {shape:20s} {weight.numel():>10,}  {counted(group.units, group.kind)}")
+    return [*lines, f"  {counted(len(setup.names), 'layer')}, {total:,} weights"]
+
+
+def _rounds(setup: Setup) -> list[str]:
+    rules, groups, model = setup.rules, setup.groups, setup.model
+    layer_wise = rules.structured and rules.sorting_mode == "layer-wise"
+    exact = layer_wise and all(g.kind in ("head", "neuron") and g.kind in rules.targets for g in groups)
+    lines = [f"rounds ({'exact' if exact else 'estimated from the initial weights'})"]
+    for state, pair in enumerate(simulate_rounds(model, groups, rules, setup.args.pruning_times)):
+        cost: Cost = cost_of(model, groups, {} if pair is None else pair.structure, setup.image_size)
         units = ", ".join(f"{kept}/{of} {kind}s" for kind, (kept, of) in kept_per_kind(groups, pair).items())
-        density = 100 if pair is None else 100 * sum(float(structure[n].sum()) for n in names) / total
-        lines.append(
-            f"  {state:3d}  {density:6.2f} %  {units}  {cost.parameters:,} parameters  {cost.macs / 1e6:.1f} M MACs"
-        )
-    each = seconds_per_step(step)
-    minutes = each * len(train_loader) * epochs / 60
-    lines.append("")
-    lines.append(
-        f"time: {each:.3f} s a step, {len(train_loader)} steps an epoch, {epochs} epochs: about {minutes:.1f} min a "
-        f"round without evaluation, {minutes * rounds:.1f} min in all"
-    )
-    return "\n".join(lines)
+        density = shares(pair, setup.names, rules).kept
+        macs = f"{cost.macs / 1e6:.1f} M MACs"
+        lines.append(f"  {state:3d}  {density:6.2f}%  {units}  {cost.parameters:,} parameters  {macs}")
+    return lines
+
+
+def _time(setup: Setup, step: Callable[[], None]) -> list[str]:
+    args, steps, each = setup.args, len(setup.train_loader), seconds_per_step(step)
+    minutes = each * steps * args.epochs / 60
+    return [
+        f"time: {each:.3f} s per step, {counted(steps, 'step')} per epoch, {counted(args.epochs, 'epoch')} per round: "
+        f"about {minutes:.1f} min per round, {minutes * args.pruning_times:.1f} min in total, without evaluation"
+    ]

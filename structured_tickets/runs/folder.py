@@ -18,9 +18,11 @@ from structured_tickets.base.randomness import are_random_states, random_states,
 from structured_tickets.base.untrusted_tensors import load_tensors, save_atomically
 from structured_tickets.pruning.masks import effective_state, pruning_state
 from structured_tickets.runs.checkpoint_schema import check_fields, check_shapes
-from structured_tickets.runs.state import MASKS, VERSION, RunState, packed, unpacked
+from structured_tickets.runs.state import VERSION, RunState, fields_of, packed, state_from
 
 log = logging.getLogger("rsst")
+
+MASKS = ("current_mask", "refill_mask", "following")
 
 OWN_FILE = re.compile(
     r"(\d+(checkpoint|model_SA_best)|previous|init|ticket|progress|diverged)\.pth\.tar|args\.yaml|(env|result)\.json|"
@@ -193,7 +195,7 @@ class RunFolder:
         """
         if not self.writes:
             return
-        fields = {k: getattr(run, k) for k in RunState.__dataclass_fields__}
+        fields = fields_of(run)
         fields["state_dict"] = pruning_state(run.state_dict, masked or {})
         fields |= {k: packed(fields[k]) for k in MASKS}
         fields["rng"] = random_states()
@@ -238,12 +240,10 @@ class RunFolder:
     def _checked(fields: dict[str, Any]) -> RunState:
         """The state that the fields of a checkpoint describe. Checkpoints may be anybody's."""
         check_fields(fields)
-        fields |= {k: unpacked(fields[k]) for k in MASKS}
-        run = RunState(**{k: v for k, v in fields.items() if k in RunState.__dataclass_fields__})
+        run = state_from(fields)
         run.state_dict = effective_state(run.state_dict)
         others = {"initial weights": run.init_weight, "dense weights": run.dense_weight}
-        following = (run.following.get("current", {}), run.following.get("refill", {}))
-        check_shapes(run.state_dict, others, [(run.current_mask, run.refill_mask), following])
+        check_shapes(run.state_dict, others, [run.masks, run.following])
         return run
 
     def write_result(self, result: Mapping[str, Any]) -> None:

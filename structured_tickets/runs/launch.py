@@ -9,21 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from structured_tickets.base.console import log_warnings
 from structured_tickets.base.distributed import World, is_about_peers, lost
 from structured_tickets.base.errors import MachineError, RunError, UsageError, first_line
-from structured_tickets.data.loader import BatchLoader
 from structured_tickets.runs.compared_run import ControlSource
 from structured_tickets.runs.dry_run import describe_plan
 from structured_tickets.runs.experiment import Experiment
 from structured_tickets.runs.folder import RunFolder
-from structured_tickets.runs.setup import setup_model_dataset
+from structured_tickets.runs.setup import Setup, set_up
 from structured_tickets.settings.identity import default_run_folder
-from structured_tickets.settings.interpret import groups_from, loss_from, optimizer_from, rules_from, warnings_for
 from structured_tickets.training.epoch import Passer, train
-from structured_tickets.unit_groups.unit import UnitGroup
 
 log = logging.getLogger("rsst")
 
@@ -60,17 +56,12 @@ def is_about_memory(error: Exception) -> bool:
 
 def _run_in(world: World, args: argparse.Namespace) -> str:
     settle_in(args, world)
-    model, *loaders = setup_model_dataset(args)
-    for loader in loaders:
-        loader.share = (world.rank, world.size)
-    groups = groups_from(args, model, loaders[0].image_size)
-    args.warnings += warnings_for(rules_from(args, groups), model, groups)
+    setup = set_up(args, world)
     source = None if args.control == "none" or not world.is_first else ControlSource(args)
     if args.dry_run:
-        return _plan(args, model, groups, loaders[0]) if world.is_first else ""
+        return _plan(setup) if world.is_first else ""
     path = args.save_dir or (Path(args.checkpoint).parent if args.checkpoint else default_run_folder(args))
-    folder = RunFolder(path, writes=world.is_first)
-    experiment = Experiment(args, model, (loaders[0], loaders[1], loaders[2]), groups, folder, source, world)
+    experiment = Experiment(setup, RunFolder(path, writes=world.is_first), source)
     try:
         return experiment.carry_out()
     finally:
@@ -95,20 +86,18 @@ def settle_in(args: argparse.Namespace, world: World) -> None:
         args.gpu = world.local_rank
 
 
-def _plan(args: argparse.Namespace, model: nn.Module, groups: list[UnitGroup], train_loader: BatchLoader) -> str:
-    log_warnings(args.warnings)
-    step = one_step(copy.deepcopy(model), train_loader.whole(), args)
-    rules = rules_from(args, groups)
-    return describe_plan(model, groups, rules, train_loader, args.pruning_times, args.epochs, step)
+def _plan(setup: Setup) -> str:
+    log_warnings(setup.args.warnings)
+    return describe_plan(setup, one_step(setup))
 
 
-def one_step(model: nn.Module, loader: object, args: argparse.Namespace) -> Callable[[], None]:
-    """A function that makes one training step, the way a round makes them."""
-    optimizer = optimizer_from(args, model)
-    passer, criterion = Passer(args), loss_from(args)
-    batch = next(iter(loader))  # type: ignore[call-overload]
+def one_step(setup: Setup) -> Callable[[], None]:
+    """Return a function that makes one training step of a copy of the network, the way a round makes them."""
+    model = copy.deepcopy(setup.model)
+    optimizer, passer = setup.optimizer(model), Passer(setup.args, precision=setup.precision)
+    batch = next(iter(setup.train_loader.whole()))
 
     def step() -> None:
-        train(0, [batch], model, criterion, optimizer, 0, passer, None)
+        train(0, [batch], model, setup.criterion, optimizer, 0, passer, None)
 
     return step

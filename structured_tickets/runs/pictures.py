@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from structured_tickets.base.atomic_files import write_atomically
-from structured_tickets.runs.read import Row
+from structured_tickets.runs.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

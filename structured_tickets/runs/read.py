@@ -9,12 +9,8 @@ from typing import Any
 
 from structured_tickets.base.errors import DataError, first_line
 from structured_tickets.base.untrusted_text import check, is_mapping, is_number, is_words, parse_json, parse_yaml
+from structured_tickets.runs.rows import EPOCH_NUMBERS, MAY_LACK, ROUND_NUMBERS, Row
 
-Row = dict[str, Any]
-
-EPOCH = ("round", "epoch", "loss", "val_accuracy", "reg_lambd")
-ROUND = ("round", "density", "parameters", "macs", "val_accuracy", "test_accuracy")
-MAY_LACK = ("hardened_val_accuracy", "hardened_test_accuracy", "squeeze_ratio", "seconds")
 RESULT = ("rounds", "seconds", "seconds_of_round_0", "round_0_is_shared")
 
 
@@ -91,14 +87,14 @@ def _json_lines(text: str) -> list[Row]:
     whole = text[: text.rfind("\n") + 1]
     rows = [parse_json(line) for line in whole.splitlines() if line]
     for row in rows:
-        _check_numbers(row, EPOCH)
+        _check_numbers(row, EPOCH_NUMBERS)
     return rows
 
 
 def _csv_rows(text: str) -> list[Row]:
     rows = [{k: _cell(v) for k, v in row.items()} for row in csv.DictReader(text.splitlines())]
     for row in rows:
-        _check_numbers(row, ROUND)
+        _check_numbers(row, ROUND_NUMBERS)
         kept = row.get("kept_per_layer") or {}
         check(is_mapping(kept) and all(map(is_number, kept.values())), "numbers as kept_per_layer")
     return rows

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from structured_tickets.base.atomic_files import append, write_atomically
 from structured_tickets.base.text_tables import text_table
-from structured_tickets.runs.state import Row
+from structured_tickets.pruning.shares import Shares
+from structured_tickets.runs.rows import Row
 from structured_tickets.runs.trackers import Trackers
 
 log = logging.getLogger("rsst")
@@ -47,6 +48,19 @@ class Reporter:
         """Make the files say exactly what the checkpoint says."""
         write_atomically("".join(_json_line(row) for row in history), self.folder / "metrics.jsonl")
         self.write_summary(rounds)
+
+    def round_starts(self, state: int, part: Shares, size: str, step: int) -> None:
+        """A round that begins, or continues: a line on the console, and what is left at the tracker.
+
+        Args:
+            size: What is said of a network that trains at a smaller size.
+            step: Epochs before the round.
+        """
+        words = (
+            "round %d starts: %.2f%% of the prunable weights are zero, %.2f%% doomed (under the penalty), %.2f%% kept%s"
+        )
+        log.info(words, state, part.zero, part.squeezed, part.kept, size)
+        self.tracker.log({"remain_weight": 100 - part.zero, "prune_times": state, "step": step})
 
     def epoch(self, row: Row) -> None:
         """One epoch: a line in metrics.jsonl, on the console and at the tracker."""
@@ -81,12 +95,19 @@ class Reporter:
         """A bar on a terminal, nothing elsewhere."""
         return tqdm(batches, label, total, initial=start, leave=False, disable=not self.bars, unit="batch")
 
+    def close(self) -> None:
+        """Let trackers send what they still have."""
+        self.tracker.finish()
+
 
 class SilentReporter(Reporter):
-    """Of a process that leaves telling to another."""
+    """Reporter of ranks other than 0. Writes nothing."""
 
     def __init__(self) -> None:
-        self.bars = False
+        self.bars, self.tracker = False, Trackers()
+
+    def round_starts(self, state: int, part: Shares, size: str, step: int) -> None:
+        """Nothing."""
 
     def restore(self, history: Sequence[Row], rounds: Sequence[Row]) -> None:
         """Nothing."""
@@ -120,7 +141,7 @@ def rounds_table(rounds: Sequence[Row]) -> str:
         "test",
         "hard val",
         "hard test",
-        "squeeze",
+        "doomed left",
     ]
     lines = []
     for row in rounds:

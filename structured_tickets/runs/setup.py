@@ -1,27 +1,44 @@
-"""From settings to a model, loaders and a device."""
+"""From settings to what a run works with: a model, loaders, units and a device."""
 
 from __future__ import annotations
 
+import argparse
 import copy
 import os
 import shutil
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import nn, optim
 
+from structured_tickets.base.distributed import ALONE, World
+from structured_tickets.base.environment import numerics
 from structured_tickets.base.errors import DataError, MachineError, UsageError
 from structured_tickets.base.randomness import seed_everything
 from structured_tickets.base.untrusted_tensors import as_state_dict, load_tensors
 from structured_tickets.base.weights import is_of_the_data
 from structured_tickets.data.catalog import DATASETS, load_splits
-from structured_tickets.data.loader import Loaders, make_loaders
+from structured_tickets.data.loader import BatchLoader, Loaders, make_loaders
 from structured_tickets.networks import build_model
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.networks.precision import choose_precision
 from structured_tickets.networks.pretrained import load_pretrained_weights
 from structured_tickets.networks.vision_transformer import set_fused_attention
+from structured_tickets.pruning.rules import RoundRules
+from structured_tickets.settings.interpret import (
+    groups_from,
+    learning_rate_from,
+    loss_from,
+    optimizer_from,
+    rules_from,
+    warnings_for,
+)
+from structured_tickets.training.epoch import validate_together
+from structured_tickets.training.optimization import LearningRate
+from structured_tickets.unit_groups.unit import UnitGroup, ranked_names
 
 
 def choose_device(gpu: int) -> torch.device:
@@ -39,8 +56,97 @@ def choose_device(gpu: int) -> torch.device:
     return torch.device("cuda", gpu)
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What a run works with, from its first round to its last.
+
+    Attributes:
+        args: The settings.
+        model: The whole network, `normalize` in place, on its device.
+        loaders: Of the training, validation and test images.
+        classes: Names of the classes, in the order of the logits.
+        precision: Number type of matrix products.
+        groups: Units of the network.
+        world: The processes that train together.
+    """
+
+    args: argparse.Namespace
+    model: nn.Module
+    loaders: Loaders
+    classes: tuple[str, ...]
+    precision: torch.dtype
+    groups: list[UnitGroup]
+    world: World = ALONE
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The prunable weights, by parameter name."""
+        return ranked_names(self.model, self.groups)
+
+    @cached_property
+    def rules(self) -> RoundRules:
+        """How the run prunes."""
+        return rules_from(self.args, self.groups)
+
+    @cached_property
+    def rate(self) -> LearningRate:
+        """The learning rate of a round, by step."""
+        return learning_rate_from(self.args, len(self.train_loader))
+
+    @cached_property
+    def criterion(self) -> nn.Module:
+        """The loss."""
+        return loss_from(self.args)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def train_loader(self) -> BatchLoader:
+        return self.loaders[0]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images, in pixels."""
+        return self.train_loader.image_size
+
+    @property
+    def numerics(self) -> dict[str, Any]:
+        """What the last digits of results depend on here."""
+        others = {"processes": self.world.size} if self.world.size > 1 else {}
+        return numerics(self.device) | {"precision": str(self.precision), "compiled": self.args.compile} | others
+
+    def optimizer(self, model: nn.Module) -> optim.Optimizer:
+        """Return a new optimizer of a network."""
+        return optimizer_from(self.args, model)
+
+    def accuracies(self, model: nn.Module) -> tuple[float, float]:
+        """Return a network's validation and test accuracy, in percent, over the images of all processes."""
+        val, test = (
+            validate_together(loader, model, self.criterion, self.world, self.precision) for loader in self.loaders[1:]
+        )
+        return val, test
+
+
+def set_up(args: argparse.Namespace, world: World = ALONE) -> Setup:
+    """Load the network, the images and the units that the arguments ask for; add warnings about them to the arguments.
+
+    Raises:
+        DataError: Data or weights are missing or unreadable.
+        UsageError: The device, the network, its units, the images' size and the batches do not go together.
+    """
+    model, loaders, classes, precision = _loaded(args)
+    for loader in loaders:
+        loader.share = (world.rank, world.size)
+    groups = groups_from(args, model, loaders[0].image_size)
+    setup = Setup(args, model, loaders, classes, precision, groups, world)
+    args.warnings += warnings_for(setup.rules, model, groups)
+    return setup
+
+
 def setup_model_dataset(args: Any) -> tuple[nn.Module, Any, Any, Any]:
-    """Build the model (`model.normalize` and `model.classes` set) and the train, validation and test loaders.
+    """Build the model (`model.normalize` set) and the train, validation and test loaders.
 
     Reads `arch`, `dataset`, `data`, `batch_size` and, where given, `image_size`, `seed`, `gpu`, `workers`,
     `image_store`, `precision`, `compile`, `deterministic`, `vit_pretrained` and `pretrained`.
@@ -49,6 +155,11 @@ def setup_model_dataset(args: Any) -> tuple[nn.Module, Any, Any, Any]:
         DataError: Data or weights are missing or unreadable.
         UsageError: The device, the network, the images' size and the batches do not go together.
     """
+    model, loaders, _, _ = _loaded(args)
+    return model, *loaders
+
+
+def _loaded(args: Any) -> tuple[nn.Module, Loaders, tuple[str, ...], torch.dtype]:
     settings = vars(args)
     choose_kernels(settings.get("deterministic", False))
     device = choose_device(settings.get("gpu", 0))
@@ -62,14 +173,11 @@ def setup_model_dataset(args: Any) -> tuple[nn.Module, Any, Any, Any]:
     model = build_model(args.arch, len(splits.classes), size)
     load_start_weights(model, settings)
     model.normalize = Normalize(splits.mean, splits.std)
-    model.classes = splits.classes  # type: ignore[assignment]
     _check_last_batch(model, len(splits.train), args.batch_size, size)
     model.to(device)
-    prepare_for_speed(
-        model, choose_precision(settings.get("precision", "auto"), device), settings.get("compile", False)
-    )
-    loaders: Loaders = make_loaders(splits, args.batch_size, device, source.flip, seed)
-    return model, *loaders
+    precision = choose_precision(settings.get("precision", "auto"), device)
+    prepare_for_speed(model, precision, settings.get("compile", False))
+    return model, make_loaders(splits, args.batch_size, device, source.flip, seed), tuple(splits.classes), precision
 
 
 def _check_last_batch(model: nn.Module, images: int, batch_size: int, image_size: int) -> None:
@@ -113,17 +221,17 @@ def choose_kernels(deterministic: bool) -> None:
 
 
 def prepare_for_speed(model: nn.Module, precision: torch.dtype, compiled: bool = False) -> None:
-    """Set `model.precision`, and layouts and kernels that do not change what is computed.
+    """Choose memory layouts and kernels that do not change what is computed.
 
     On CPUs the fused attention kernel is the faster one in float32 only; its backward is slow in bfloat16.
 
     Args:
+        precision: Number type of matrix products.
         compiled: Let torch.compile make one kernel out of many, when the model is first called.
 
     Raises:
         UsageError: `compiled`, on a CPU, without a C++ compiler.
     """
-    model.precision = precision  # type: ignore[assignment]
     on_cpu = next(model.parameters()).device.type == "cpu"
     set_fused_attention(model, fused=not (on_cpu and precision == torch.bfloat16))
     channels_side_by_side(model)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from structured_tickets.pruning.masks import Mask
-from structured_tickets.runs.read import Row
+from structured_tickets.pruning.masks import Mask, MaskPair, as_current, as_refill
+from structured_tickets.runs.rows import Row
 
 VERSION = 1
-
-MASKS = ("current_mask", "refill_mask", "following")
 
 
 @dataclass
@@ -27,14 +25,14 @@ class RunState:
         epoch: Epochs of it that are done.
         step: Batches of the next epoch that are done (0 but after an interruption), with their `partial` sums.
         state_dict: The model, masked parameters under torch's pruning keys.
-        init_weight: The ticket: what every round rewinds to.
+        init_weight: Initial weights; every round rewinds to them.
         dense_weight: Weights at the end of round 0, kept for methods that rank them again; else empty.
-        current_mask, refill_mask: What the round trains under; empty in round 0.
+        masks: What the round trains under; None in round 0.
         reg_lambda: The penalty strength last applied.
         best_sa: Best validation accuracy of the round, in percent, and the test accuracy of that epoch.
         doomed_norm: Norm of the doomed weights when the round began.
         faded: Unit group -> its doomed units that have faded out in this round and are held at zero since.
-        following: The masks ("current", "refill") that the finished round decided for the next.
+        following: The masks that the finished round decided for the next; None before.
         history: A row per epoch; `rounds`: a row per finished round.
         args: The settings of the run.
         data: Fingerprint of the images and labels; `contents`: what is known of them, see `describe_data`.
@@ -56,13 +54,12 @@ class RunState:
     optimizer: dict[str, Any] = field(default_factory=dict)
     init_weight: dict[str, Tensor] = field(default_factory=dict)
     dense_weight: dict[str, Tensor] = field(default_factory=dict)
-    current_mask: Mask = field(default_factory=dict)
-    refill_mask: Mask = field(default_factory=dict)
+    masks: MaskPair | None = None
     reg_lambda: float = 0.0
     best_sa: list[float] = field(default_factory=lambda: [-1.0, -1.0, -1.0])
     doomed_norm: float = 0.0
     faded: dict[str, list[int]] = field(default_factory=dict)
-    following: dict[str, Mask] = field(default_factory=dict)
+    following: MaskPair | None = None
     rng: dict[str, Any] = field(default_factory=dict)
     history: list[Row] = field(default_factory=list)
     rounds: list[Row] = field(default_factory=list)
@@ -75,14 +72,57 @@ class RunState:
     contents: dict[str, Any] = field(default_factory=dict)
     version: int = VERSION
 
+    @property
+    def structure(self) -> Mask:
+        """The structure that the round trains under, by parameter name; empty in round 0."""
+        return self.masks.structure if self.masks else {}
 
-def seconds_of(history: Iterable[Row]) -> float:
-    """What epochs took, evaluation included; epochs written before this was measured count as nothing."""
-    return sum(row.get("seconds", 0.0) for row in history)
+
+def fields_of(run: RunState) -> dict[str, Any]:
+    """Return the state as plain values, under the field names of a checkpoint, masks under the documents' keys."""
+    fields = {name: getattr(run, name) for name in RunState.__dataclass_fields__ if name != "masks"}
+    masks = _keyed(run.masks)
+    return fields | {
+        "current_mask": masks.get("current", {}),
+        "refill_mask": masks.get("refill", {}),
+        "following": _keyed(run.following),
+    }
+
+
+def state_from(fields: Mapping[str, Any]) -> RunState:
+    """Return the state that `fields_of` gave; fields that are not known are left out.
+
+    Raises:
+        TypeError, ValueError: The masks are none.
+    """
+    known = {k: v for k, v in fields.items() if k in RunState.__dataclass_fields__}
+    current, refill = fields.get("current_mask", {}), fields.get("refill_mask", {})
+    known["masks"] = pair_from({"current": current, "refill": refill})
+    known["following"] = pair_from(fields.get("following", {}))
+    return RunState(**known)
+
+
+def _keyed(pair: MaskPair | None) -> dict[str, Mask]:
+    return {} if pair is None else {"current": as_current(pair.current), "refill": as_refill(pair.refill)}
+
+
+def packed_pair(pair: MaskPair) -> dict[str, Any]:
+    """Return two masks as bytes, under the documents' keys: what `masks/round_<k>.pt` holds."""
+    return packed(_keyed(pair))
+
+
+def pair_from(masks: Mapping[str, Any]) -> MaskPair | None:
+    """Return the pair of the masks `current` and `refill`, packed or not; None where both are empty.
+
+    Raises:
+        TypeError, ValueError: They are no masks, or not of the same parameters.
+    """
+    current, refill = (unpacked(masks.get(name, {})) for name in ("current", "refill"))
+    return MaskPair(current, refill) if current or refill else None
 
 
 def packed(masks: Mapping[str, Any]) -> dict[str, Any]:
-    """Masks, nested or not, as bytes: a quarter of the space on disk."""
+    """Return masks, nested or not, as bytes: a quarter of the space on disk."""
     return {k: v.to(torch.uint8) if isinstance(v, Tensor) else packed(v) for k, v in masks.items()}
 
 

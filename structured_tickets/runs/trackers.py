@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import contextlib
 import logging
@@ -11,10 +12,13 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from structured_tickets.base.errors import first_line
+from structured_tickets.runs.state import RunState
+from structured_tickets.settings.identity import tracker_name
 
 log = logging.getLogger("rsst")
 
@@ -102,7 +106,10 @@ class Tracker:
         if mode == "auto":
             mode = "online" if key_is_configured() else "disabled"
             if mode == "disabled":
-                log.info("WandB: no key is configured; results go to local files only")
+                log.info(
+                    "WandB: no API key found, so results are saved locally only. To upload them, run "
+                    '"wandb login" first'
+                )
         self.mode = mode
         self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(PENDING_ROWS)
         self._thread: threading.Thread | None = None
@@ -143,7 +150,7 @@ class Tracker:
         except Exception as error:  # a tracker may fail in any way; the run goes on
             reason = first_line(error)
             if not self._given_up:  # else that has been said, and this only follows from it
-                log.warning("WandB failed (%s); the run goes on without it", reason)
+                log.warning("WandB failed (%s). The run continues; results are saved locally", reason)
             self.mode = "disabled"
 
     def log(self, row: dict[str, Any]) -> None:
@@ -153,7 +160,10 @@ class Tracker:
                 self._rows.put_nowait(row)
             except queue.Full:
                 if not self._dropped:
-                    log.warning("WandB is too slow; rows are not sent any more until it has caught up")
+                    log.warning(
+                        "WandB cannot keep up, so some rows will be missing there. The files in the run folder are "
+                        "complete"
+                    )
                 self._dropped += 1
 
     def finish(self) -> None:
@@ -166,9 +176,11 @@ class Tracker:
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
             self._given_up = True
-            log.warning("WandB did not finish in %g s; `wandb sync` sends the rest", FINISH_SECONDS)
+            log.warning('WandB did not finish within %g s. Run "wandb sync" to upload the rest', FINISH_SECONDS)
         elif self._dropped:
-            log.warning("WandB was too slow: it lacks %d rows, which are in the run's own files", self._dropped)
+            log.warning(
+                "WandB was too slow and misses %d rows. They are in metrics.jsonl and summary.csv", self._dropped
+            )
         self._leave()
 
     def _leave(self) -> None:
@@ -192,3 +204,13 @@ class _HookOfWandB:
 
     def __eq__(self, other: object) -> bool:
         return str(getattr(other, "__module__", "")).partition(".")[0] in ("wandb", "opentelemetry")
+
+
+def trackers_of(args: argparse.Namespace, run: RunState, folder: Path) -> Trackers:
+    """Return the trackers that the arguments ask for, which continue where the run is."""
+    name = tracker_name(args, datetime.now().strftime("%m%d_%H%M"))
+    sinks: list[Sink] = [Tracker(args.wandb, folder, name, run.args, run.tracker_id, args.wandb_group, args.wandb_tags)]
+    if args.tensorboard:
+        step = run.state * args.epochs + run.epoch if run.history else 0
+        sinks.append(TensorBoard(folder / "tensorboard", step))
+    return Trackers(sinks)

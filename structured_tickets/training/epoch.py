@@ -46,6 +46,7 @@ class Passer:
         network: What forward passes go through; None: the model itself.
         decoupled: Whether the penalty shrinks weights directly instead of entering the gradient.
         lr_share: Learning rate of the step over its peak.
+        precision: Number type of matrix products.
     """
 
     args: Any
@@ -61,6 +62,7 @@ class Passer:
     network: nn.Module | None = None
     decoupled: bool = False
     lr_share: float = 1.0
+    precision: torch.dtype = torch.float32
 
 
 def train(
@@ -88,13 +90,14 @@ def train(
     passer.epoch, passer.meter = epoch, passer.meter or Meter.start(device)
     meter, began = passer.meter, time.perf_counter()
     world, network = getattr(passer, "world", ALONE), getattr(passer, "network", None) or model
+    precision = getattr(passer, "precision", torch.float32)
     model.train()
     for i, (image, target) in enumerate(_shown(train_loader, passer, state, epoch), meter.steps):
         if passer.rate is not None:
             lr = passer.rate.at(epoch, i)
             set_learning_rate(optimizer, lr)
             passer.lr_share = lr / passer.rate.base
-        output, loss = _forward(model, network, world, criterion, image, target)
+        output, loss = _forward(model, network, world, criterion, image, target, precision)
         optimizer.zero_grad()
         world.backward(loss, len(target))
         _zero_where_unreached(model)
@@ -132,14 +135,20 @@ def train(
 
 
 def _forward(
-    model: nn.Module, network: nn.Module, world: World, criterion: nn.Module, image: Tensor, target: Tensor
+    model: nn.Module,
+    network: nn.Module,
+    world: World,
+    criterion: nn.Module,
+    image: Tensor,
+    target: Tensor,
+    precision: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Logits and mean loss of this process's images.
 
     Of a batch of fewer images than processes some have none: they compute something that does not count, to keep step.
     """
     has_share = len(target) > 0
-    with computing(model), world.over_whole_batches(model, has_share):
+    with computing(model, precision), world.over_whole_batches(model, has_share):
         output = network(image if has_share else image.new_zeros(1, *image.shape[1:]))[: len(target)]
     return output, criterion(output.float(), target) if has_share else output.sum()
 
@@ -183,13 +192,17 @@ def validate(val_loader: Iterable[tuple[Tensor, Tensor]], model: nn.Module, crit
 
 @torch.no_grad()
 def validate_together(
-    val_loader: Iterable[tuple[Tensor, Tensor]], model: nn.Module, criterion: nn.Module, world: World
+    val_loader: Iterable[tuple[Tensor, Tensor]],
+    model: nn.Module,
+    criterion: nn.Module,
+    world: World,
+    precision: torch.dtype = torch.float32,
 ) -> float:
     """Accuracy in percent, in eval mode, over the images of all processes."""
     model.eval()
     meter = Meter.start(next(model.parameters()).device)
     for image, target in val_loader:
-        output, loss = _forward(model, model, world, criterion, image, target)
+        output, loss = _forward(model, model, world, criterion, image, target, precision)
         meter.add(loss, output, target)
     return meter.over(world).accuracy
 

@@ -27,7 +27,8 @@ from structured_tickets.pruning import decide as rounds
 from structured_tickets.pruning import oneshot as oneshot_pruners
 from structured_tickets.pruning.budgets import kept_count
 from structured_tickets.pruning.criteria import CRITERIA
-from structured_tickets.pruning.decide import decide, held_masks
+from structured_tickets.pruning.decide import decide
+from structured_tickets.pruning.held import held_masks
 from structured_tickets.pruning.masks import by_parameter, count_ones, current_key, refill_key
 from structured_tickets.pruning.methods import METHODS
 from structured_tickets.pruning.oneshot import Admm

@@ -6,14 +6,17 @@ import json
 
 import torch
 
+from structured_tickets.pruning.masks import MaskPair
 from structured_tickets.runs.folder import RunFolder
 
-COMPARED = ("state_dict", "init_weight", "current_mask", "refill_mask", "following", "optimizer")
+COMPARED = ("state_dict", "init_weight", "masks", "following", "optimizer")
 
 
 def equal(a, b) -> bool:
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
+    if isinstance(a, MaskPair):
+        return isinstance(b, MaskPair) and equal(vars(a), vars(b))
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple):

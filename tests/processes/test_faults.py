@@ -131,7 +131,8 @@ def test_after_a_damaged_newest_checkpoint_the_one_before_is_used(damage, broken
     assert program.main(tiny(tmp_path / "run", **words)) == 0
     said = capsys.readouterr().err
     assert (
-        said.count("going back to the checkpoint before") == 1 and f"continuing {tmp_path / 'run'}: round 1, " in said
+        said.count("going back to the checkpoint before") == 1
+        and f"continuing the run in {tmp_path / 'run'}: round 1, " in said
     )
     assert_same_runs(home / "whole", tmp_path / "run")
 

@@ -13,10 +13,10 @@ from helpers.interruptions import stopped_again_and_again
 
 from structured_tickets.networks import build_model
 from structured_tickets.pruning.controls import controlled
-from structured_tickets.pruning.decide import decide, kept_per_group
-from structured_tickets.pruning.masks import MaskPair
+from structured_tickets.pruning.decide import decide
 from structured_tickets.pruning.methods import CONTROLS
 from structured_tickets.pruning.rules import RoundRules
+from structured_tickets.pruning.shares import kept_per_group
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.shrinking.cost import cost_of
 from structured_tickets.unit_groups.find import unit_groups
@@ -81,7 +81,7 @@ def test_one_order_for_all_rounds_or_a_new_one_each_time(kind, nested):
 def test_without_units_weights_are_shuffled_within_their_layers(kind):
     model, groups, (pair,) = found("vit_tiny", (), "imp", structured=False)
     other = control(kind, pair, model, groups, ())
-    assert equal(other.structure, {n: other.current[f"{n}_mask"] for n in other.structure})
+    assert equal(other.structure, {n: other.current[n] for n in other.structure})
     for part in {p.name: p for g in groups for p in g.slices if p.ranked}.values():
         ours, theirs = other.structure[part.name], pair.structure[part.name]
         assert int(ours.sum()) == int(theirs.sum()) and not torch.equal(ours, theirs)
@@ -105,7 +105,7 @@ def test_the_small_dense_network_has_the_macs_of_the_ticket_and_is_narrowed_alik
     dense = control("small_dense", pair, model, groups, MATCHED[arch])
     macs, wanted = (cost_of(model, groups, p.structure, 16).macs for p in (dense, pair))
     assert abs(macs - wanted) < 0.03 * wanted
-    assert equal(dense.structure, {n: dense.current[f"{n}_mask"] for n in dense.structure}), "nothing is doomed"
+    assert equal(dense.structure, {n: dense.current[n] for n in dense.structure}), "nothing is doomed"
     for kind in MATCHED[arch]:
         counts = [kept_per_group(groups, dense)[g.name] for g in groups if g.kind == kind]
         assert all(len({kept for kept, units in counts if units == size}) == 1 for size in {u for _, u in counts})
@@ -142,9 +142,9 @@ def test_a_control_run_begins_after_the_dense_round_of_its_ticket(kind, struct, 
     ours, its = ([state(folder, k) for k in range(3)] for folder in (tmp_path, source))
     assert equal(ours[1].init_weight, its[1].init_weight) is not CONTROLS[kind].fresh
     assert not equal(ours[1].state_dict, its[1].state_dict)
-    assert equal(ours[1].current_mask, its[1].current_mask) is (kind == "reinit")
+    assert equal(ours[1].masks.current, its[1].masks.current) is (kind == "reinit")
     for k in (1, 2):
-        pair = MaskPair(ours[k].current_mask, ours[k].refill_mask)
+        pair = ours[k].masks
         if kind != "small_dense":
             assert rows[k]["density"] == theirs[k]["density"]
         elif struct != "imp":
@@ -235,9 +235,9 @@ def test_a_control_without_its_ticket_is_refused_and_nothing_is_written(more, tm
 def test_a_small_dense_network_is_not_warned_of_a_weak_penalty(tickets, tmp_path, capsys):
     words = {"struct": "rsst", "pruning_times": 3, "control_of": tickets["rsst"]}
     assert run(*tiny(tmp_path / "dense", control="small_dense", **words)) == 0
-    assert "the penalty is weak" not in capsys.readouterr().err
+    assert "the penalty is too weak" not in capsys.readouterr().err
     assert run(*tiny(tmp_path / "other", control="permute", **words)) == 0
-    assert "the penalty is weak" in capsys.readouterr().err
+    assert "the penalty is too weak" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["reinit", "small_dense"])

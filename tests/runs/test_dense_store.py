@@ -255,6 +255,6 @@ def test_training_is_really_skipped(tmp_path, monkeypatch):
         seen.append(state)
         return real(state, *rest)
 
-    monkeypatch.setattr("structured_tickets.runs.experiment.train", watching)
+    monkeypatch.setattr("structured_tickets.runs.epochs.train", watching)
     assert run(*tiny(tmp_path / "two", dense_store=store)) == 0
     assert seen == [1]

@@ -20,7 +20,7 @@ from helpers.interruptions import stopped_again_and_again
 from helpers.programs import start
 
 from structured_tickets.pruning.masks import effective_state
-from structured_tickets.runs import experiment
+from structured_tickets.runs import epochs, experiment
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.training.epoch import train
 
@@ -34,7 +34,7 @@ def test_three_rounds_start_from_the_ticket_under_the_mask(struct, tmp_path, mon
             starts.append(({k: v.clone() for k, v in model.state_dict().items()}, pruner is not None))
         return train(state, loader, model, criterion, optimizer, epoch, passer, pruner)
 
-    monkeypatch.setattr(experiment, "train", watching)
+    monkeypatch.setattr(epochs, "train", watching)
     assert run(*tiny(tmp_path, struct=struct, pruning_times=3, epochs=2, criteria="l2", compact_training="false")) == 0
     ticket = torch.load(tmp_path / "init.pth.tar", weights_only=True)
     assert [penalised for _, penalised in starts] == [False, struct == "rsst", struct == "rsst"]
@@ -43,7 +43,7 @@ def test_three_rounds_start_from_the_ticket_under_the_mask(struct, tmp_path, mon
         assert equal(saved.init_weight, ticket), "the ticket is bit for bit that of round 0"
         masks = {}
         if state:
-            pair = experiment.MaskPair(saved.current_mask, saved.refill_mask)
+            pair = saved.masks
             masks = pair.structure if struct == "refill" else pair.alive
             assert any(bool(d.any()) for d in pair.doomed.values())
             assert any(bool(d.any()) for d in pair.dead.values())
@@ -59,7 +59,7 @@ def watched_sizes(monkeypatch) -> list[int]:
         sizes.append(sum(p.numel() for n, p in model.named_parameters() if not n.startswith("idle.")))
         return train(state, loader, model, *rest)
 
-    monkeypatch.setattr(experiment, "train", watching)
+    monkeypatch.setattr(epochs, "train", watching)
     return sizes
 
 
@@ -82,7 +82,7 @@ def test_training_at_real_size_changes_nothing_for_the_user(struct, tmp_path, mo
     for name, value in runs[0].state_dict.items():
         if "running" not in name:
             assert (value - runs[1].state_dict[name]).abs().max() <= 1e-4, name
-    for field in ("current_mask", "refill_mask", "following", "init_weight"):
+    for field in ("masks", "following", "init_weight"):
         assert equal(getattr(runs[0], field), getattr(runs[1], field)), field
     assert runs[0].optimizer["state"].keys() == runs[1].optimizer["state"].keys()
     assert [r.keys() for r in runs[0].rounds] == [r.keys() for r in runs[1].rounds]
@@ -136,10 +136,13 @@ def fading(request, monkeypatch):
 def test_units_that_have_faded_out_are_left_out(fading, tmp_path, monkeypatch, capsys):
     sizes = watched_sizes(monkeypatch)
     assert run(*tiny(tmp_path / "on", **fading)) == 0
-    assert "units have faded out; the network trains at its real size" in capsys.readouterr().err
+    said = (
+        r"faded out and held at zero from now on: \d+ units\. Training a smaller network with [\d.]+% of the parameters"
+    )
+    assert re.search(said, capsys.readouterr().err)
     assert sizes[:5] == sizes[:1] * 5 and sizes[9] < sizes[5] <= sizes[0]
     saved = RunFolder.load(tmp_path / "on" / "1checkpoint.pth.tar")
-    pair = experiment.MaskPair(saved.current_mask, saved.refill_mask)
+    pair = saved.masks
     assert saved.faded and saved.rounds[1]["squeeze_ratio"] < 0.05
     for name, units in saved.faded.items():
         for unit in units:
@@ -190,9 +193,7 @@ def test_what_a_run_leaves_on_disk(tmp_path, capsys):
     raw = torch.load(tmp_path / "run" / "2checkpoint.pth.tar", weights_only=True)
     assert "layer1.0.conv1.weight_orig" in raw["state_dict"] and "layer1.0.conv1.weight_mask" in raw["state_dict"]
     ticket = torch.load(tmp_path / "run" / "ticket.pth.tar", weights_only=True)
-    structure = experiment.MaskPair(
-        *(RunFolder.load(tmp_path / "run" / "2checkpoint.pth.tar").__dict__[k] for k in ("current_mask", "refill_mask"))
-    ).structure
+    structure = RunFolder.load(tmp_path / "run" / "2checkpoint.pth.tar").structure
     hard = effective_state(ticket["state_dict"])
     assert all(not hard[n][m == 0].any() for n, m in structure.items())
     table = capsys.readouterr().out
@@ -236,7 +237,7 @@ def test_with_the_two_newest_checkpoints_damaged_it_goes_back_to_the_round_befor
         (tmp_path / "b" / name).write_bytes(b"half a file")
     assert run(*tiny(tmp_path / "b", pruning_times=3)) == 0
     said = capsys.readouterr().err
-    assert said.count("going back to the checkpoint before") == 2 and ": round 1, 1 epochs done" in said
+    assert said.count("going back to the checkpoint before") == 2 and ": round 1, 1 of 1 epochs done" in said
     assert_same_runs(tmp_path / "a", tmp_path / "b")
 
 
@@ -265,7 +266,7 @@ def test_another_run_is_never_overwritten(tmp_path, finished_run, capsys):
 
 def test_resume_insists_and_a_checkpoint_can_be_chosen(tmp_path, finished_run, capsys):
     assert run(*tiny(tmp_path / "a"), "--resume") == 2
-    assert "holds no run to continue" in capsys.readouterr().err
+    assert "no run to continue in" in capsys.readouterr().err
     finished_run(tmp_path / "b", pruning_times=3)
     words = [w for w in tiny("", pruning_times=3) if w not in ("--save_dir", "")]
     assert (
@@ -372,7 +373,7 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on(number, status, tmp_pa
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status
-    assert re.search(r"stopped in round 0, epoch \d+, after step|stopped after round 0, epoch", errors)
+    assert re.search(r"stopped in round 0, epoch \d+, after step|stopped in round 0, after epoch", errors)
     assert "Traceback" not in errors
     saved = RunFolder.load(tmp_path / "0checkpoint.pth.tar")
     assert saved.epoch >= 2
@@ -391,7 +392,7 @@ def test_rewind_lt_returns_to_the_weights_of_its_epoch(tmp_path, monkeypatch):
         starts[state, epoch] = {k: v.clone() for k, v in model.state_dict().items()}
         return train(state, loader, model, criterion, optimizer, epoch, passer, pruner)
 
-    monkeypatch.setattr(experiment, "train", watching)
+    monkeypatch.setattr(epochs, "train", watching)
     assert (
         run(*tiny(tmp_path, prune_type="rewind_lt", rewind_epoch=1, epochs=3, struct="refill", compact_training="no"))
         == 0
@@ -513,7 +514,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     plan = capsys.readouterr().out
     assert "36 layers, 2,654,208 weights" in plan
     assert "18/27 heads, 2412/3456 neurons" in plan
-    assert re.search(r"time: [\d.]+ s a step", plan)
+    assert re.search(r"time: [\d.]+ s per step", plan)
     assert not (tmp_path / "run").exists()
 
 

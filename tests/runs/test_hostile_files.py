@@ -29,6 +29,7 @@ from structured_tickets.reports import latency
 from structured_tickets.reports.sweep_tables import Table
 from structured_tickets.runs.checkpoint_schema import LATER_FIELDS, check_fits
 from structured_tickets.runs.folder import RunFolder
+from structured_tickets.runs.state import fields_of
 from structured_tickets.shrinking import shrink as compact
 
 
@@ -135,7 +136,7 @@ def test_what_a_control_takes_from_a_run_is_not_run(file, run_folder, tmp_path, 
         ends(main_imp_fillback, words, 3, file)
         assert not list(tmp_path.glob("control/*checkpoint*"))
     if "masks" in file:
-        masks = RunFolder.load(run_folder / "1checkpoint.pth.tar").following
+        masks = fields_of(RunFolder.load(run_folder / "1checkpoint.pth.tar"))["following"]
         one = next(iter(masks["refill"]))
         for wrong in (
             {},

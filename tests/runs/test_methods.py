@@ -18,9 +18,10 @@ from structured_tickets.export import ticket as ticket_files
 from structured_tickets.networks import build_model
 from structured_tickets.programs import export
 from structured_tickets.pruning import oneshot as oneshot_pruners
-from structured_tickets.pruning.decide import kept_per_kind
-from structured_tickets.pruning.masks import MaskPair, by_parameter, count_ones
+from structured_tickets.pruning.masks import by_parameter, count_ones
 from structured_tickets.pruning.methods import METHODS
+from structured_tickets.pruning.shares import kept_per_kind
+from structured_tickets.runs import epochs as epochs_of_runs
 from structured_tickets.runs import experiment
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.shrinking import shrink as compact
@@ -73,7 +74,7 @@ def state(folder, k):
 def masks_decided(folder, k):
     """What the run decided when round k had ended: current, refill, by parameter name."""
     following = state(folder, k).following
-    return tuple(by_parameter(following[m]) for m in ("current", "refill"))
+    return following.current, following.refill
 
 
 def network(arch):
@@ -103,7 +104,7 @@ def test_three_rounds_start_from_the_ticket_and_have_the_density_of_the_rate(
         starts.append({n: v.clone() for n, v in model.state_dict().items()})
         return train(k, loader, model, *rest)
 
-    monkeypatch.setattr(experiment, "train", watching)
+    monkeypatch.setattr(epochs_of_runs, "train", watching)
     assert run(*words(tmp_path, struct, arch, regroup, compact_training="false")) == 0
     model, groups = network(arch)
     names = ranked_names(model, groups)
@@ -116,7 +117,7 @@ def test_three_rounds_start_from_the_ticket_and_have_the_density_of_the_rate(
         assert equal(saved.init_weight, ticket)
         held = {}
         if k:
-            pair = MaskPair(saved.current_mask, saved.refill_mask)
+            pair = saved.masks
             held = pair.alive if struct == "rsst" else pair.structure
             assert count_ones(by_parameter(pair.current), names) == left
             if regroup or METHODS[struct].regroups:
@@ -164,7 +165,7 @@ def test_masks_made_after_the_dense_round_depend_on_it_alone(struct, tmp_path, m
                 parameter.add_(torch.randn_like(parameter))
         return meter
 
-    monkeypatch.setattr(experiment, "train", spoilt)
+    monkeypatch.setattr(epochs_of_runs, "train", spoilt)
     monkeypatch.setattr("structured_tickets.pruning.masks.HeldMask.broken", lambda self: [])
     assert run(*words(tmp_path / "b", struct, compact_training="false")) == 0
     for k in range(ROUNDS):
@@ -265,7 +266,9 @@ def test_the_exported_network_is_the_masked_one(arch, struct, regroup, tmp_path,
 def test_a_dry_run_prints_the_density_of_every_round(arch, struct, tmp_path, capsys):
     assert run(*words(tmp_path / "run", struct, arch, dry_run=True)) == 0
     plan = capsys.readouterr().out
-    densities = [float(line.split()[1]) for line in plan.splitlines() if line[:5].strip().isdigit() and " % " in line]
+    densities = [
+        float(line.split()[1].rstrip("%")) for line in plan.splitlines() if line[:5].strip().isdigit() and "% " in line
+    ]
     assert len(densities) == ROUNDS and densities[0] == 100
     if not METHODS[struct].regroups:
         assert densities == [100.0, 60.0, 36.0]

@@ -20,9 +20,11 @@ import main_imp_fillback
 from structured_tickets.base.errors import DataError, StorageError
 from structured_tickets.base.randomness import random_states, restore_random_states
 from structured_tickets.base.untrusted_tensors import save_atomically
+from structured_tickets.pruning.masks import MaskPair
 from structured_tickets.runs import trackers as tracker
 from structured_tickets.runs.folder import RunFolder, load_safely
 from structured_tickets.runs.reporter import rounds_table
+from structured_tickets.runs.rows import EPOCH_NUMBERS
 from structured_tickets.runs.state import RunState
 
 
@@ -76,7 +78,7 @@ def test_checkpoints_run_no_code_and_damage_is_named(content, tmp_path, monkeypa
 def test_a_run_state_survives_the_disk(tmp_path):
     folder = RunFolder(tmp_path)
     mask = torch.tensor([1.0, 0.0])
-    row = dict.fromkeys(("round", "epoch", "step", "loss", "accuracy", "val_accuracy", "test_accuracy"), 0)
+    row = dict.fromkeys(EPOCH_NUMBERS, 0)
     run = RunState(
         args={"rate": 0.2, "decreasing_lr": [1]},
         data="x",
@@ -85,8 +87,7 @@ def test_a_run_state_survives_the_disk(tmp_path):
         step=1,
         partial={"loss": 0.5},
         state_dict={"a.weight": torch.tensor([5.0, 0.0])},
-        current_mask={"a.weight_mask": mask},
-        refill_mask={"a": mask},
+        masks=MaskPair({"a.weight": mask}, {"a.weight": mask}),
         history=[row],
         best_sa=[1.0, 2.0, 3.0],
     )
@@ -97,7 +98,8 @@ def test_a_run_state_survives_the_disk(tmp_path):
     assert raw["current_mask"]["a.weight_mask"].dtype == torch.uint8
     back = RunFolder.load(folder.checkpoint(3))
     assert torch.equal(back.state_dict["a.weight"], run.state_dict["a.weight"])
-    assert back.refill_mask["a"].dtype == torch.float32
+    assert raw["refill_mask"]["a"].dtype == torch.uint8
+    assert back.masks.refill["a.weight"].dtype == torch.float32
     assert (back.epoch, back.step, back.partial, back.history) == (2, 1, {"loss": 0.5}, [row])
     folder.save(RunState(args={}, data="", state=10))
     assert folder.checkpoints()[0] == tmp_path / "10checkpoint.pth.tar"
@@ -169,7 +171,7 @@ def test_auto_goes_online_only_with_a_key(tmp_path, monkeypatch, caplog):
     logging.getLogger("rsst").propagate = True
     with caplog.at_level(logging.INFO, logger="rsst"):
         assert tracker.Tracker("auto", tmp_path).mode == "disabled"
-    assert "no key is configured" in caplog.text
+    assert "no API key found" in caplog.text
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password " + "x" * 40)
     (tmp_path / ".netrc").chmod(0o600)
     assert tracker.key_is_configured()
@@ -208,7 +210,8 @@ def test_the_table_of_rounds():
         "val",
         "hard",
         "test",
-        "squeeze",
+        "doomed",
+        "left",
     ]
     assert line.split() == [
         "1",

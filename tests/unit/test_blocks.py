@@ -11,10 +11,10 @@ from structured_tickets.export.ticket import export
 from structured_tickets.networks.vision_transformer import VisionTransformer
 from structured_tickets.pruning.collect_evidence import collect_evidence
 from structured_tickets.pruning.criteria import CRITERIA
-from structured_tickets.pruning.decide import decide, kept_per_group, kept_per_kind
-from structured_tickets.pruning.masks import MaskPair
+from structured_tickets.pruning.decide import decide
 from structured_tickets.pruning.regroup import score_units
 from structured_tickets.pruning.rules import RoundRules, kinds_of
+from structured_tickets.pruning.shares import kept_per_group, kept_per_kind
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.settings.flags import parse_args
 from structured_tickets.settings.identity import identity_of, settings_of
@@ -191,7 +191,7 @@ def test_a_run_drops_blocks_round_by_round(struct, arch, kept, tmp_path, capsys)
     said = capsys.readouterr()
     assert "Part 3: Block Pruning (Block-level Structured)" in said.err
     assert f" {kept[2]}/{kept[0]} " in said.out
-    structure = MaskPair(run.current_mask, run.refill_mask).structure
+    structure = run.masks.structure
     assert (
         sum(not structure[n].any() for n in structure if n.endswith(("proj.weight", "fc2.weight"))) == kept[0] - kept[2]
     )

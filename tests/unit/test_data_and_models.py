@@ -19,8 +19,9 @@ from structured_tickets.networks.precision import choose_precision
 from structured_tickets.networks.pretrained import load_pretrained_weights
 from structured_tickets.networks.vision_transformer import set_fused_attention
 from structured_tickets.networks.vit import vit_small
-from structured_tickets.pruning.decide import decide, kept_per_kind
+from structured_tickets.pruning.decide import decide
 from structured_tickets.pruning.rules import RoundRules
+from structured_tickets.pruning.shares import kept_per_kind
 from structured_tickets.runs.setup import choose_device, setup_model_dataset
 from structured_tickets.settings.flags import parse_args
 from structured_tickets.shrinking.cost import cost_of

@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 
+from pruning_utils import regroup
 from structured_tickets.networks import build_model
 from structured_tickets.pruning.budgets import budget
 from structured_tickets.pruning.evidence import Evidence
 from structured_tickets.pruning.masks import MaskPair, l1_mask
-from structured_tickets.pruning.regroup import regroup
 from structured_tickets.unit_groups.unit import Slice, UnitGroup
 from vit_pruning_utils import extract_mask_vit, prune_model_custom_fillback_vit_by_head, pruning_model_vit
 from vit_pruning_utils_head_mlp import prune_model_custom_fillback_vit_head_and_mlp

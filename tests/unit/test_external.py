@@ -745,9 +745,9 @@ def test_unstructured_rsst_is_said_to_squeeze_nothing_whoevers_the_vit_is(arch, 
         printed = capsys.readouterr()
         assert printed.err.count("RSST has nothing to squeeze") == count
         known = bool(more.get("vit_structured"))
-        assert ("as they will be" in printed.out) is False, "only heads are targets: MLPs keep their element-wise masks"
+        assert ("rounds (exact)" in printed.out) is False, "only heads are targets: MLPs keep their element-wise masks"
         both = main_imp_fillback.main([*words, "--dry_run", "--vit_prune_target", "both"])
-        assert both == 0 and ("as they will be" in capsys.readouterr().out) is known
+        assert both == 0 and ("rounds (exact)" in capsys.readouterr().out) is known
 
 
 @pytest.mark.parametrize(

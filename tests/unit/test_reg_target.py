@@ -8,7 +8,8 @@ from helpers.commands import run, tiny
 from helpers.networks import MiniVGG
 from helpers.structures import RULES, settings
 
-from structured_tickets.pruning.decide import decide, doomed_whole
+from structured_tickets.pruning.decide import decide
+from structured_tickets.pruning.held import doomed_whole
 from structured_tickets.pruning.masks import MaskPair
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.training.epoch import Passer
@@ -30,7 +31,7 @@ def small_pair():
         "conv.weight": torch.tensor([[1.0, 1], [0, 0], [0, 0], [0, 0]]),
         "norm.bias": torch.tensor([1.0, 0, 0, 0]),
     }
-    return [group], MaskPair.of(current, refill)
+    return [group], MaskPair(current, refill)
 
 
 def test_by_hand():
@@ -46,9 +47,7 @@ def test_by_hand():
 
 def test_kinds_that_are_not_pruned_are_left_alone():
     groups, pair = small_pair()
-    assert torch.equal(
-        doomed_whole(groups, pair, ("head",)).current["conv.weight_mask"], pair.current["conv.weight_mask"]
-    )
+    assert torch.equal(doomed_whole(groups, pair, ("head",)).current["conv.weight"], pair.current["conv.weight"])
 
 
 def test_in_a_network_doomed_units_are_doomed_in_every_weight_and_follow_one_lambda():
@@ -62,7 +61,7 @@ def test_in_a_network_doomed_units_are_doomed_in_every_weight_and_follow_one_lam
         inside = kept_units(group, pair.structure[group.root.name])
         for part in group.slices:
             doomed = whole.doomed[part.name].movedim(part.axis, 0)[part.index].flatten(1)
-            gone = (~inside) & kept_units(group, pair.current[f"{group.root.name}_mask"])
+            gone = (~inside) & kept_units(group, pair.current[group.root.name])
             assert bool(doomed[gone].all()) and not bool(doomed[~gone].any()), part.name
             seen += int(gone.sum()) * (part.param == "bias")
     assert seen > 4, "BatchNorm's and the convolutions' biases too"
@@ -91,7 +90,7 @@ def test_a_run_lets_them_live_and_fade(tmp_path):
     for target in ("weight", "unit"):
         assert run(*tiny(tmp_path / target, reg_target=target, **words)) == 0
     states = {t: RunFolder.load(tmp_path / t / "1checkpoint.pth.tar") for t in ("weight", "unit")}
-    masks = [MaskPair(s.current_mask, s.refill_mask) for s in states.values()]
+    masks = [s.masks for s in states.values()]
     assert all(torch.equal(m, masks[1].structure[n]) for n, m in masks[0].structure.items()), "one decision"
     alive = {t: sum(int((s.state_dict[n] != 0).sum()) for n in masks[0].structure) for t, s in states.items()}
     assert alive["unit"] > alive["weight"], "weights that L1 removed from doomed units live again"
@@ -110,7 +109,7 @@ def test_slices_across_the_second_axis_come_along():
     group = UnitGroup("fc1", "neuron", (rows("fc1", 2), Slice("fc2", 1, torch.tensor([[0], [1]]))))
     current = {"fc1.weight": torch.tensor([[1.0], [1.0]]), "fc2.weight": torch.tensor([[1.0, 0.0], [1.0, 1.0]])}
     refill = {"fc1.weight": torch.tensor([[1.0], [0.0]]), "fc2.weight": torch.tensor([[1.0, 0.0], [1.0, 0.0]])}
-    whole = doomed_whole([group], MaskPair.of(current, refill), ("neuron",))
+    whole = doomed_whole([group], MaskPair(current, refill), ("neuron",))
     assert whole.doomed["fc2.weight"].int().tolist() == [[0, 1], [0, 1]]
 
 

@@ -11,9 +11,11 @@ from helpers.structures import RULES, settings
 
 from structured_tickets.networks import MODELS, build_model
 from structured_tickets.pruning.criteria import CRITERIA
-from structured_tickets.pruning.decide import decide, faded_units, held_masks, rank_and_prune, shares
+from structured_tickets.pruning.decide import decide, rank_and_prune
+from structured_tickets.pruning.held import faded_units, held_masks
 from structured_tickets.pruning.masks import HeldMask, MaskPair, current_key, refill_key
 from structured_tickets.pruning.rules import RoundRules
+from structured_tickets.pruning.shares import shares
 from structured_tickets.runs.dry_run import expected_squeeze
 from structured_tickets.training.epoch import Passer, apply_reg, hardened, train, update_reg, validate
 from structured_tickets.training.optimization import LearningRate
@@ -39,7 +41,7 @@ def test_the_doomed_are_the_alive_outside_the_structure_and_there_are_some(doome
     _, pair, _, pruner = doomed_model
     assert set(pruner.doomed) >= {"features.4.weight", "features.5.weight", "features.5.bias"}
     for name, doomed in pruner.doomed.items():
-        expected = (pair.structure[name] == 0) & (pair.current[f"{name}_mask"] == 1)
+        expected = (pair.structure[name] == 0) & (pair.current[name] == 1)
         assert torch.equal(doomed.bool(), expected)
 
 
@@ -196,7 +198,7 @@ def test_the_shares_of_rate_over_rounds():
 @pytest.mark.parametrize("sorting", ["layer-wise", "global"])
 def test_vit_rounds_keep_what_the_rules_say(struct, target, kinds, sorting):
     from structured_tickets.networks.vision_transformer import VisionTransformer
-    from structured_tickets.pruning.decide import kept_per_kind
+    from structured_tickets.pruning.shares import kept_per_kind
 
     model = VisionTransformer(10, 32, 8, 24, 2, 3, 2)
     groups = unit_groups(model)
@@ -270,7 +272,7 @@ def test_every_model_criterion_and_schedule_runs_a_tiny_round(arch, criterion, t
 def test_dead_weights_do_not_come_back_whatever_is_ranked():
     """Initial weights (`--rank_weights initial`) are not zero where the trained ones are."""
     ranked = {"a.weight": torch.tensor([9.0, 1.0, 2.0, 3.0])}
-    pair = MaskPair.of({"a.weight": torch.tensor([0.0, 1, 1, 1])}, {"a.weight": torch.tensor([0.0, 0, 1, 1])})
+    pair = MaskPair({"a.weight": torch.tensor([0.0, 1, 1, 1])}, {"a.weight": torch.tensor([0.0, 0, 1, 1])})
     assert rank_and_prune(ranked, ["a.weight"], RULES, pair)["a.weight"].tolist() == [0, 0, 1, 1]
 
 

@@ -69,7 +69,7 @@ def trained(model, pair, struct, optimizer, compact, data, took_up=None, lr=0.01
     trainee = Trainee(model, held, build, lambda m: None, compact)
     if took_up:
         trainee.load_optimizer_state(took_up)
-    current, refill = (trainee.cut(m) for m in ({n: pair.current[current_key(n)] for n in held}, pair.structure))
+    current, refill = (trainee.cut(m) for m in ({n: pair.current[n] for n in held}, pair.structure))
     passer = Passer(
         SETTINGS,
         {current_key(n): m for n, m in current.items()},

@@ -1,0 +1,87 @@
+"""One epoch of a round: training it, and what is kept of an epoch that ends early."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from structured_tickets.base.errors import DivergedError, Interrupted
+from structured_tickets.base.weights import cloned_state
+from structured_tickets.runs.folder import RunFolder
+from structured_tickets.runs.round import Round
+from structured_tickets.runs.rows import EpochRow
+from structured_tickets.runs.state import RunState
+from structured_tickets.training.epoch import train
+from structured_tickets.training.meter import Meter
+
+
+@dataclass(frozen=True)
+class TrainedEpoch:
+    """What came of an epoch.
+
+    Attributes:
+        meter: Loss and accuracy over its images.
+        seconds: What training took, parts before an interruption included.
+        seconds_per_step: Of the steps since then.
+    """
+
+    meter: Meter
+    seconds: float
+    seconds_per_step: float
+
+
+def train_epoch(current: Round, run: RunState, folder: RunFolder, epoch: int) -> TrainedEpoch:
+    """Train an epoch, or what is left of it, and write the weights back to the whole network.
+
+    Raises:
+        DivergedError: The loss or a weight is not finite; the weights are in the run folder.
+        Interrupted: A signal came; `run` says how far the epoch is.
+    """
+    setup, passer, began = current.setup, current.passer, time.perf_counter()
+    before, first = run.partial.get("seconds", 0.0), run.step
+    setup.train_loader.seek(current.number, epoch, first)
+    passer.meter = Meter.start(setup.device, run.partial) if first else None
+    arguments = (current.model, setup.criterion, current.trainee.optimizer, epoch, passer, current.pruner)
+    try:
+        meter = train(current.number, setup.train_loader, *arguments)
+    except Interrupted:
+        assert passer.meter is not None
+        seconds = before + time.perf_counter() - began
+        run.epoch, run.step, run.partial = epoch, passer.meter.steps, passer.meter.reached() | {"seconds": seconds}
+        current.trainee.write_back()
+        raise
+    except DivergedError as error:
+        current.trainee.write_back()
+        folder.save_value({"state_dict": cloned_state(setup.model)}, folder.diverged)
+        raise DivergedError(f"{error}. The weights are in {folder.diverged}") from error
+    if broken := current.trainee.held.broken():
+        raise AssertionError(f"weights held at zero have moved: {broken[:3]}")
+    current.trainee.write_back()
+    took = time.perf_counter() - began
+    return TrainedEpoch(meter, before + took, took / (meter.steps - first))
+
+
+def epoch_row(
+    current: Round, epoch: int, trained: TrainedEpoch, accuracies: tuple[float, float], evaluation: float
+) -> EpochRow:
+    """Return the row of an epoch.
+
+    Args:
+        accuracies: On the validation and test images, in percent.
+        evaluation: Seconds that this took.
+    """
+    setup, meter = current.setup, trained.meter
+    return EpochRow(
+        round=current.number,
+        epoch=epoch,
+        step=current.number * setup.args.epochs + epoch,
+        loss=meter.mean_loss,
+        accuracy=meter.accuracy,
+        val_accuracy=accuracies[0],
+        test_accuracy=accuracies[1],
+        lr=setup.rate.at(epoch, len(setup.train_loader) - 1),
+        reg_lambd=current.strength,
+        train_batch_time=trained.seconds_per_step,
+        images_per_second=meter.seen / meter.steps / trained.seconds_per_step,
+        seconds=trained.seconds + evaluation,
+    )

@@ -1,0 +1,174 @@
+"""One round: the network under its masks, and what trains it."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structured_tickets.base.randomness import mixed_seed, restore_random_states, seed_everything
+from structured_tickets.base.weights import digest_of
+from structured_tickets.pruning.held import doomed_whole, faded_units, held_masks
+from structured_tickets.pruning.masks import MaskPair, as_current, as_refill
+from structured_tickets.pruning.shares import Shares, shares
+from structured_tickets.runs.setup import Setup, prepare_for_speed
+from structured_tickets.runs.state import RunState
+from structured_tickets.training.epoch import Passer, ShowProgress, hardened
+from structured_tickets.training.penalty.reg_pruner import Pruner
+from structured_tickets.training.stop import StopRequest
+from structured_tickets.training.trainee import Trainee
+
+PROBES = 2  # images that show which parameters the logits depend on
+
+
+class Round:
+    """What trains the network in one round. It is made when the round begins, and dies with it.
+
+    Attributes:
+        number: From 0.
+        pair: The masks of the round; None in round 0.
+        held: What stays at zero, by parameter name.
+        trainee: The network at its real size, with its optimizer.
+        passer: What every training step is passed.
+        pruner: RSST's penalty; None without one.
+    """
+
+    def __init__(
+        self, setup: Setup, run: RunState, stop: StopRequest, progress: ShowProgress, optimizer: dict[str, Any]
+    ) -> None:
+        """Put the network, which has its weights, under the masks of the round.
+
+        Args:
+            optimizer: The optimizer's state to continue from; empty for a new one.
+        """
+        self.setup, self.number, self.pair = setup, run.state, _masks_of(setup, run)
+        self._stop, self._progress = stop, progress
+        self._equip(run.faded, optimizer)
+
+    def _equip(self, faded: dict[str, list[int]], optimizer: dict[str, Any]) -> None:
+        setup, args = self.setup, self.setup.args
+        for old in ("trainee", "passer", "pruner"):  # before their successors need memory; networks are cycles
+            vars(self).pop(old, None)
+        gc.collect()
+        if args.compile:
+            torch.compiler.reset()  # it refuses to compile more than a few networks of one class
+        self.held = held_masks(self.pair, setup.rules, setup.groups, faded)
+        self.trainee = Trainee(
+            setup.model,
+            self.held,
+            setup.optimizer,
+            lambda model: prepare_for_speed(model, setup.precision, args.compile),
+            args.compact_training,
+        )
+        if optimizer:
+            self.trainee.load_optimizer_state(optimizer)
+        self.passer = self._passer()
+        squeezing = self.pair is not None and setup.rules.method.squeezes
+        self.pruner = Pruner(self.trainee.model, args, self.passer) if squeezing else None
+
+    def _passer(self) -> Passer:
+        setup, masks = self.setup, (self.pair.current, self.pair.refill) if self.pair else ({}, {})
+        current, refill = map(self.trainee.cut, masks)
+        probes = setup.train_loader.fixed_batches(1)[0][0][:PROBES]
+        return Passer(
+            setup.args,
+            as_current(current),
+            as_refill(refill),
+            held=self.trainee.held,
+            rate=setup.rate,
+            stop=self._stop,
+            progress=self._progress,
+            decoupled=setup.args.penalty == "decoupled",
+            world=setup.world,
+            network=setup.world.parallel(self.trainee.model, probes),
+            precision=setup.precision,
+        )
+
+    @property
+    def model(self) -> nn.Module:
+        """The network that trains, without what can be left out of it."""
+        return self.trainee.model
+
+    @property
+    def strength(self) -> float:
+        """Lambda at the last step; 0 without a penalty."""
+        return self.pruner.strength if self.pruner else 0.0
+
+    @property
+    def shares(self) -> Shares:
+        """Where the prunable weights stand."""
+        return shares(self.pair, self.setup.names, self.setup.rules)
+
+    @property
+    def size_in_words(self) -> str:
+        """What a message says of a network that trains at a smaller size; empty where nothing is left out."""
+        share = self.trainee.share
+        return "" if share == 1 else f". Training a smaller network with {100 * share:.1f}% of the parameters"
+
+    def doomed_norm(self) -> float:
+        """Return the norm of the doomed weights; 0 without any."""
+        return self.pruner.doomed_norm() if self.pruner else 0.0
+
+    def hold_faded_units(self, faded: dict[str, list[int]]) -> None:
+        """Hold units at zero, and leave them out of the network, for the rest of the round."""
+        strength = self.strength
+        self._equip(faded, self.trainee.optimizer_state())
+        if self.pruner is not None:
+            self.pruner.strength = strength
+
+    def faded_units(self, initial: dict[str, Tensor]) -> dict[str, list[int]]:
+        """Return the doomed units of which next to nothing is left, by unit group.
+
+        Args:
+            initial: The weights that the round began with.
+        """
+        setup, args = self.setup, self.setup.args
+        if self.pruner is None or self.pair is None or args.rsst_dead != "zero" or not args.fade_out:
+            return {}
+        groups = [g for g in setup.groups if g.kind in setup.rules.targets]
+        return setup.world.share(faded_units(groups, self.pair, setup.model.state_dict(), initial, args.fade_out))
+
+    def hardened_accuracies(self) -> tuple[float, float] | tuple[None, None]:
+        """Return validation and test accuracy, in percent, with the structure applied; None without a penalty."""
+        if self.pruner is None or self.pair is None:
+            return None, None
+        with hardened(self.setup.model, self.pair.structure):
+            return self.setup.accuracies(self.setup.model)
+
+    def check_agreement(self, when: str) -> None:
+        """Compare masks, penalty and weights between the processes.
+
+        Raises:
+            RunError: They differ.
+        """
+        if self.setup.world.size == 1:
+            return
+        masks = {**as_current(self.pair.current), **as_refill(self.pair.refill)} if self.pair else {}
+        penalty = torch.tensor([self.pruner.strength] if self.pruner else [], dtype=torch.float64)
+        digest = digest_of({**self.setup.model.state_dict(), **masks, "penalty": penalty})
+        self.setup.world.check_agreement(f"weights, masks or penalty at the {when} of round {self.number}", digest)
+
+
+def _masks_of(setup: Setup, run: RunState) -> MaskPair | None:
+    args = setup.args
+    whole = setup.rules.method.squeezes and args.reg_target == "unit" and args.rsst_dead == "zero"
+    if run.masks is not None and whole:
+        return doomed_whole(setup.groups, run.masks, setup.rules.targets)
+    return run.masks
+
+
+def seed_round(run: RunState, setup: Setup, fresh: bool) -> None:
+    """Restore or seed the random state of this rank. Each rank draws its own dropout masks.
+
+    Args:
+        fresh: The round begins; else it continues from `run`.
+    """
+    states, world = [run.rng, *run.other_rng], setup.world
+    if not fresh and len(states) == world.size:
+        restore_random_states(states[world.rank])
+    else:
+        place = () if fresh else (run.epoch, run.step)
+        own = [world.rank] if world.rank else []
+        seed_everything(mixed_seed(setup.args.seed, run.state, *place, *own))
