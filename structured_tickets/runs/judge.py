@@ -61,7 +61,7 @@ def warn_if_not_squeezed(state: int, ratio: float | None, decoupled: bool) -> No
     if ratio is not None and ratio > SQUEEZE_GOAL:
         log.warning(
             "round %d: the penalty was too weak. The doomed weights still have %.0f%% of their norm (goal: at most "
-            "%.0f%%), so hardening may cost accuracy. Use more --epochs or a higher --reg_granularity_prune%s",
+            "%.0f%%), so hardening may cost accuracy. Use more --epochs, or a higher --reg_granularity_prune%s",
             state,
             100 * ratio,
             100 * SQUEEZE_GOAL,

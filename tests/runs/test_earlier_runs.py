@@ -1,0 +1,70 @@
+"""A run that version 0.1 began (the last commit before the package) is continued by this one.
+
+`tests/data/run_of_0.1` holds two of its rounds, and what that commit came to at the end of the third.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+
+import torch
+from helpers.commands import ROOT, flags, run
+
+from structured_tickets.base.weights import digest_of
+from structured_tickets.runs.folder import RunFolder
+
+BEGUN = ROOT / "tests" / "data" / "run_of_0.1"
+NETWORK = f"{ROOT / 'tests' / 'helpers' / 'small_cnn.py'}:small_cnn"
+SETTINGS = {
+    "arch": NETWORK,
+    "dataset": "digits",
+    "image_size": 8,
+    "struct": "rsst",
+    "rate": 0.4,
+    "criteria": "magnitude",
+    "epochs": 2,
+    "warmup": 0,
+    "decreasing_lr": 1,
+    "lr": 0.05,
+    "batch_size": 256,
+    "wandb": "disabled",
+    "criteria_batches": 1,
+    "precision": "fp32",
+}
+
+
+def begun(folder):
+    """The run folder as that commit left it; the network's file lies elsewhere by now."""
+    folder.mkdir()
+    checkpoint = torch.load(
+        io.BytesIO(gzip.decompress((BEGUN / "1checkpoint.pth.tar.gz").read_bytes())), weights_only=True
+    )
+    checkpoint["args"]["arch"] = NETWORK
+    torch.save(checkpoint, folder / "1checkpoint.pth.tar")
+    for name in ("summary.csv", "metrics.jsonl"):
+        (folder / name).write_bytes((BEGUN / name).read_bytes())
+    return checkpoint
+
+
+def test_a_run_of_the_version_before_continues(tmp_path):
+    before, end = begun(tmp_path / "run"), json.loads((BEGUN / "end.json").read_text())
+    assert run(*flags(**SETTINGS, pruning_times=3, save_dir=tmp_path / "run")) == 0
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "round 1, 2 of 2 epochs done" in log and "round 2 starts" in log and "round 1 epoch" not in log
+    for name in ("summary.csv", "metrics.jsonl"):
+        assert (tmp_path / "run" / name).read_text().startswith((BEGUN / name).read_text())
+    after = RunFolder.load(tmp_path / "run" / "2checkpoint.pth.tar")
+    assert after.tracker_id == before["tracker_id"]
+    assert {n: v.tolist() for n, v in after.masks.current.items()} == {
+        n.removesuffix("_mask"): v.tolist() for n, v in before["following"]["current"].items()
+    }
+    ours = after.rounds[2]
+    assert {k: ours[k] for k in ("density", "kept_units", "parameters", "macs", "kept_per_layer")} == {
+        k: end["round"][k] for k in ("density", "kept_units", "parameters", "macs", "kept_per_layer")
+    }
+    environment = json.loads((tmp_path / "run" / "env.json").read_text())
+    here = environment["packages"]["torch"], environment["device"], torch.backends.cpu.get_cpu_capability()
+    if here == (end["torch"], end["device"], end["capability"]):  # elsewhere the last digits may differ
+        assert digest_of(after.state_dict) == end["weights"] and ours == end["round"]
