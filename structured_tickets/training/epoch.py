@@ -110,26 +110,19 @@ def train(
         step = Meter.start(device)
         step.add(loss, output, target)
         meter.join(step.over(world))
-        last = i + 1 == batches
+        shown, last = (i + 1) % print_freq == 0, i + 1 == batches
+        where = f"in round {state}, epoch {epoch}, step {i + 1} of {batches}"
         # Reading the loss waits for the device: cheap on a CPU, so that divergence is caught at once.
         stopping = world.size == 1 and passer.stop is not None and passer.stop.signal is not None
-        read = device.type == "cpu" or last or stopping or (i + 1) % print_freq == 0
-        if read and not math.isfinite(float(meter.sums[0])):
-            raise DivergedError(f"the loss is not finite in round {state}, epoch {epoch}, step {i + 1} of {batches}")
-        if (i + 1) % print_freq == 0:
-            log.info(
-                "Epoch: [%d][%d/%d]\tLoss %.4f\tAccuracy %.2f\tTime %.1f",
-                epoch,
-                i + 1,
-                batches,
-                meter.mean_loss,
-                meter.accuracy,
-                time.perf_counter() - began,
-            )
+        if (device.type == "cpu" or last or stopping or shown) and not math.isfinite(float(meter.sums[0])):
+            raise DivergedError(f"the loss became NaN or infinite {where}")
+        if shown:
+            place = epoch, i + 1, batches, meter.mean_loss, meter.accuracy, time.perf_counter() - began
+            log.info("Epoch: [%d][%d/%d]\tLoss %.4f\tAccuracy %.2f\tTime %.1f", *place)
         if passer.stop is not None and not last:
             passer.stop.obey(f"in round {state}, epoch {epoch}, after step {i + 1} of {batches}")
     if not all(bool(torch.isfinite(v).all()) for v in model.state_dict().values() if v.is_floating_point()):
-        raise DivergedError(f"a weight is not finite after the last step of round {state}, epoch {epoch}")
+        raise DivergedError(f"a weight became NaN or infinite in the last step of round {state}, epoch {epoch}")
     passer.meter = None
     return meter
 
