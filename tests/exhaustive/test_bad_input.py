@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, currently_in_test_context, event, example, g
 from hypothesis import strategies as st
 
 import main_imp_fillback
-from structured_tickets.base.console import LONGEST_MESSAGE
+from structured_tickets.base.console import LONGEST_MESSAGE, exit_status
 from structured_tickets.base.errors import StorageError
 from structured_tickets.programs import export, report, sweep
 from structured_tickets.settings.flags import build_parser
@@ -624,6 +624,6 @@ def test_a_run_folder_may_have_any_name(tmp_path):
 def test_output_that_the_terminal_cannot_write_does_not_end_a_run(monkeypatch):
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", ascii_only)
-    assert main_imp_fillback.exit_status(lambda: "caf\udce9 – 5 ± 1") == 0
+    assert exit_status(lambda: "caf\udce9 – 5 ± 1") == 0
     ascii_only.flush()
     assert ascii_only.buffer.getvalue() == b"caf\\udce9 \\u2013 5 \\xb1 1\n"

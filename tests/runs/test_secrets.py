@@ -30,7 +30,8 @@ PLANTED = {
 NETRC = "planted8netrc1234567890abcdef1234567890ab"
 VALUES = [*PLANTED.values(), NETRC, "planted4url"]
 IMPATIENT = """
-import sys, tracker
+import sys
+from structured_tickets.runs import trackers as tracker
 tracker.INIT_SECONDS, tracker.FINISH_SECONDS = 2, 4
 import {0}, helpers.networks
 sys.exit({0}.main(sys.argv[1:]))
