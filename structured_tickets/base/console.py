@@ -9,10 +9,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
-
-from tqdm import tqdm
 
 from structured_tickets.base.errors import RunError, StorageError
 from structured_tickets.base.secrets_in_text import redacted
@@ -62,7 +60,8 @@ class _ConsoleHandler(logging.StreamHandler):
     """Writes above a progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with tqdm.external_write_mode(file=self.stream):
+        tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)  # where it was never imported, there is no bar
+        with tqdm.external_write_mode(file=self.stream) if tqdm else nullcontext():
             super().emit(record)
 
 

@@ -1,20 +1,25 @@
-"""What a run ran on: versions, machine, code and data."""
+"""What a run ran on: versions, machine, code and data. Needs no package until torch's own numbers are asked for."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from structured_tickets.base.commands import CHECKOUT, COMMAND, python_words
 from structured_tickets.base.secrets_in_text import redacted
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
 
 def describe_environment(words: Sequence[str], device: torch.device, precision: str) -> dict[str, Any]:
@@ -23,27 +28,30 @@ def describe_environment(words: Sequence[str], device: torch.device, precision: 
     Args:
         words: The command line that the program was given.
     """
-    packages = ("torch", "torchvision", "timm", "numpy", "wandb")
+    import torch
+
     return {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": ["main_imp_fillback.py", *map(redacted, words)],
+        "command": [*python_words("run"), *map(redacted, words)],
         "python": platform.python_version(),
-        "packages": {p: _version(p) for p in packages},
+        "packages": {p: version_of(p) for p in (*PACKAGES, "wandb", COMMAND)},
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "precision": precision,
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
 def numerics(device: torch.device) -> dict[str, Any]:
     """What the last bits of a result depend on besides settings and data: kernels, processor, threads."""
+    import torch
+
     cuda = device.type == "cuda"
     return {
-        "packages": {p: _version(p) for p in ("torch", "torchvision", "timm", "numpy")},
-        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "packages": {p: version_of(p) for p in PACKAGES},
+        "device": torch.cuda.get_device_name(device) if cuda else processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "program": PROGRAM,
@@ -51,18 +59,32 @@ def numerics(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _program_digest() -> str:
-    """A hash of the source code that a run may execute."""
-    package, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
-    for file in sorted(package.rglob("*.py")):
-        digest.update(file.read_bytes())
+def program_digest(package: Path) -> str:
+    """Return a hash of the names and contents of a package's files, wherever the package lies.
+
+    Left out is what Python and editors leave there: bytecode and hidden files.
+    """
+    digest = hashlib.sha256()
+    for name, file in sorted(_files_of(package)):
+        content = file.read_bytes()
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
     return digest.hexdigest()[:16]
 
 
-PROGRAM = _program_digest()  # when it is imported: files that are edited later are not what runs
+def _files_of(package: Path) -> Iterator[tuple[str, Path]]:
+    for file in package.rglob("*"):
+        name = file.relative_to(package)
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+        if file.is_file() and not hidden:
+            yield name.as_posix(), file
 
 
-def _processor() -> str:
+PROGRAM = program_digest(Path(__file__).resolve().parents[1])
+"""Taken when this is imported: files that are edited later are not what runs."""
+
+
+def processor() -> str:
     """The processor's model, as far as the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -72,20 +94,31 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version of a distribution; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _commit() -> str | None:
-    """The checked-out commit, with + where files differ from it; None outside a git checkout."""
-    here = Path(__file__).parent
+def has_cpp_compiler() -> bool:
+    """True if torch.compile can find a compiler for processors: the one that CXX names, g++ or clang++."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+
+
+def commit() -> str | None:
+    """The checked-out commit, with + where files differ from it; None outside a git checkout of this project.
+
+    An installed package can lie in a folder of somebody else's repository, whose commit would mean nothing.
+    """
+    if CHECKOUT is None or not (CHECKOUT / ".git").exists():
+        return None
     try:
         commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
         head, changes = (
-            subprocess.run(c, cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout for c in commands
+            subprocess.run(c, cwd=CHECKOUT, capture_output=True, text=True, timeout=10, check=True).stdout
+            for c in commands
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from structured_tickets.base.commands import name_in_help
 from structured_tickets.base.console import exit_status, start_logging
 from structured_tickets.base.secrets_in_text import refuse_secrets
 from structured_tickets.settings.argument_types import OneLineParser, count, path
@@ -14,7 +15,7 @@ from structured_tickets.settings.argument_types import OneLineParser, count, pat
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Raises: UsageError."""
-    parser = OneLineParser(prog="export.py", description=__doc__, allow_abbrev=False)
+    parser = OneLineParser(prog=name_in_help("export"), description=__doc__, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN_DIR", type=path, help="folder of the run")
     parser.add_argument("--round", type=count(0), help="which round (default: the last that is finished)")
     parser.add_argument("--best", action="store_true", help="its weights of best validation accuracy, not its last")

@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from structured_tickets.base.commands import name_in_help
 from structured_tickets.base.console import exit_status, start_logging
 from structured_tickets.base.secrets_in_text import refuse_secrets
 from structured_tickets.settings.argument_types import OneLineParser, path, truth
@@ -14,7 +15,7 @@ from structured_tickets.settings.argument_types import OneLineParser, path, trut
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Raises: UsageError."""
-    parser = OneLineParser(prog="report.py", description=__doc__, allow_abbrev=False)
+    parser = OneLineParser(prog=name_in_help("report"), description=__doc__, allow_abbrev=False)
     parser.add_argument("path", metavar="DIR", type=path, help="folder of a run, of a sweep, or that holds runs")
     parser.add_argument("--out", type=path, metavar="DIR", help="default: DIR/report")
     parser.add_argument(

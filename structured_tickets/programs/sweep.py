@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from structured_tickets.base.atomic_files import lock, write_atomically
+from structured_tickets.base.commands import name_in_help, python_words, typed
 from structured_tickets.base.console import exit_status, log_to_file, start_logging, started_by_torchrun
 from structured_tickets.base.errors import RunError, StorageError, UsageError
 from structured_tickets.base.secrets_in_text import refuse_secrets
@@ -42,10 +43,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("rsst")
 
 EXAMPLES = """examples:
-  python sweep.py --grid struct=rsst,refill criteria=magnitude,l1 rate=0.2,0.4 seed=0,1,2 \\
+  {sweep} --grid struct=rsst,refill criteria=magnitude,l1 rate=0.2,0.4 seed=0,1,2 \\
       --dataset digits --arch vit_tiny --vit_structured --vit_prune_target both --epochs 25 --pruning_times 3
-  python sweep.py --file sweep.yaml --executor ray --address auto
-  python report.py sweep_output_1a2b3c4d
+  {sweep} --file sweep.yaml --executor ray --address auto
+  {report} sweep_output_1a2b3c4d
 
 A file holds `flags:` (flag: value), `grid:` (flag: [values], or a list of such grids) and `list:` (runs by themselves).
 The same command again continues: what is finished is left alone, what was broken off goes on."""
@@ -54,11 +55,11 @@ The same command again continues: what is finished is left alone, what was broke
 def build_parser() -> argparse.ArgumentParser:
     """The sweep's own flags; all others are the runner's."""
     parser = OneLineParser(
-        prog="sweep.py",
+        prog=name_in_help("sweep"),
         description=__doc__,
         allow_abbrev=False,
-        epilog=EXAMPLES,
-        usage="sweep.py (--grid FLAG=VALUES ... | --file FILE) [options] [flags of main_imp_fillback.py]",
+        epilog=EXAMPLES.format(sweep=typed("sweep"), report=typed("report")),
+        usage=f"%(prog)s (--grid FLAG=VALUES ... | --file FILE) [options] [flags of {name_in_help('run')}]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_argument_group("what to run")
@@ -196,7 +197,7 @@ class SweepFailed(RunError):
 def _run(words: list[str]) -> str:
     refuse_secrets(words)
     if started_by_torchrun():
-        raise UsageError("sweep.py is not started by torchrun: it starts processes of its own")
+        raise UsageError(f"{name_in_help('sweep')} is not started by torchrun: it starts processes of its own")
     args, spec = parse_args(words)
     start_logging(args.quiet, verbose=False)
     if args.search:
@@ -229,7 +230,7 @@ def _search(args: argparse.Namespace, spec: Spec, words: Sequence[str]) -> str:
         log_to_file(args.out / "sweep.log")
         found = search(args, ready)
         write_record(args.out, words, spec, found.jobs, {"density": args.density, "macs": args.macs})
-        text = [found.table, *([f"report: python report.py {_shorter(args.out)}"] if found.jobs else [])]
+        text = [found.table, *([f"report: {typed('report')} {_shorter(args.out)}"] if found.jobs else [])]
         if found.failed:
             print("\n\n".join(text))
             raise SweepFailed(f"{found.failed} settings failed; their output is in {args.out / 'logs'}")
@@ -273,7 +274,7 @@ def write_record(
     """`sweep.json`: the command, every job, and the limits of a search, for reports."""
     (out / "outcomes.json").unlink(missing_ok=True)  # those of an older record
     record = {
-        "command": ["sweep.py", *words],
+        "command": [*python_words("sweep"), *words],
         "axes": list(dict.fromkeys([*spec.axes, *(key for job in jobs for key in job.settings)])),
         "jobs": [{**vars(j), "folder": str(j.folder.relative_to(out))} for j in jobs],
         "limits": limits,
@@ -307,7 +308,7 @@ def conclude(jobs: Sequence[Job], outcomes: Mapping[str, Outcome], out: Path) ->
             f"wandb sync {_shorter(out)}/runs/*/wandb/offline-run-*"
         )
     if any(o.fine for job in jobs if not job.dense for o in [outcomes[job.name]]):
-        text.append(f"report: python report.py {_shorter(out)}")
+        text.append(f"report: {typed('report')} {_shorter(out)}")
     failed = [(job, outcomes[job.name]) for job in jobs if not outcomes[job.name].fine]
     if failed:
         rows = [[title_of(job), "-" if o.status is None else str(o.status), o.reason] for job, o in failed]

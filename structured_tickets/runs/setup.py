@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import nn, optim
 
 from structured_tickets.base.distributed import ALONE, World
-from structured_tickets.base.environment import numerics
+from structured_tickets.base.environment import has_cpp_compiler, numerics
 from structured_tickets.base.errors import DataError, MachineError, UsageError
 from structured_tickets.base.randomness import seed_everything
 from structured_tickets.base.untrusted_tensors import as_state_dict, load_tensors
@@ -236,7 +235,7 @@ def prepare_for_speed(model: nn.Module, precision: torch.dtype, compiled: bool =
     set_fused_attention(model, fused=not (on_cpu and precision == torch.bfloat16))
     channels_side_by_side(model)
     if compiled:
-        if on_cpu and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        if on_cpu and not has_cpp_compiler():
             raise UsageError("argument --compile: needs a C++ compiler; none was found (g++, clang++ or CXX)")
         model.compile()
 

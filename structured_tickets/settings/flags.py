@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from structured_tickets.base.commands import name_in_help, typed
 from structured_tickets.data.catalog import DATASETS, IMAGE_STORES
 from structured_tickets.networks import MODELS
 from structured_tickets.pruning.criteria import CRITERIA, CRITERIA_BATCHES
@@ -49,8 +50,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 EXAMPLES = """examples:
-  python main_imp_fillback.py --dataset digits --arch vit_tiny --struct rsst --vit_structured
-  python main_imp_fillback.py --dataset imagefolder --data photos --arch res20s --struct refill --rate 0.4
+  {command} --dataset digits --arch vit_tiny --struct rsst --vit_structured
+  {command} --dataset imagefolder --data photos --arch res20s --struct refill --rate 0.4
 """
 
 
@@ -61,9 +62,9 @@ def _rows(table: Iterable[tuple[str, str]]) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """The parser, its flags in groups; choices and help come from the tables that implement them."""
     parser = OneLineParser(
-        prog="main_imp_fillback.py",
+        prog=name_in_help("run"),
         allow_abbrev=False,
-        epilog=EXAMPLES,
+        epilog=EXAMPLES.format(command=typed("run")),
         description="Find structured lottery tickets: train, prune globally by L1, regroup into whole units, rewind.",
         formatter_class=_HelpFormatter,
     )

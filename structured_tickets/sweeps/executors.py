@@ -15,9 +15,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from structured_tickets.base.commands import import_path
 from structured_tickets.base.errors import RunError, UsageError, first_line
 from structured_tickets.sweeps.grid import Job
-from structured_tickets.sweeps.job_process import PATIENCE, ROOT, JobProcess, Outcome, Task, run, told_to_stop
+from structured_tickets.sweeps.job_process import PATIENCE, JobProcess, Outcome, Task, run, told_to_stop
 
 log = logging.getLogger("rsst")
 
@@ -203,7 +204,7 @@ class RayExecutor:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
             if not ray.is_initialized():
-                environment = {"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(places.threads)}}
+                environment = {"env_vars": {**import_path(), "OMP_NUM_THREADS": str(places.threads)}}
                 ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = first_line(error)

@@ -9,15 +9,19 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 
 from structured_tickets.base.atomic_files import lock
+from structured_tickets.base.commands import import_path
 
-ROOT = Path(__file__).resolve().parents[2]
 LISTEN = 0.5  # seconds after which a waiting thread notices that Ray wants it to stop
 PATIENCE = 60.0  # seconds to save the state, before a process that was told to stop is killed
+
+SAFE_PATH = "PYTHONSAFEPATH"
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -112,17 +116,33 @@ def start_server(threads: int) -> None:
 
     A Ctrl-C at the terminal is not for the server, which would die while it imports.
     """
-    places = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(places))
-    os.environ |= _environment(threads)
+    os.environ |= import_path() | _environment(threads)
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a server that has touched CUDA cannot be forked
     _CONTEXT.set_forkserver_preload(["structured_tickets.runs.launch"])
     resource_tracker.ensure_running()  # it lets the signal through again when it starts
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
-        forkserver.ensure_running()
+        with _without_the_working_directory():
+            forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+@contextmanager
+def _without_the_working_directory() -> Iterator[None]:
+    """A Python that starts in here does not import from the working directory (3.11 or newer).
+
+    It may be a checkout, whose code is not this one. Where a job finds modules does not depend on the server.
+    """
+    before = os.environ.get(SAFE_PATH)
+    os.environ[SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SAFE_PATH]
+        else:
+            os.environ[SAFE_PATH] = before
 
 
 def _environment(threads: int) -> dict[str, str]:
@@ -132,6 +152,7 @@ def _environment(threads: int) -> dict[str, str]:
 def _child(task: Task) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     os.setsid()  # a Ctrl-C at the terminal is for the sweep, which asks its jobs to stop
+    os.environ.pop(SAFE_PATH, None)
     os.environ |= _environment(task.threads)
     if task.gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = task.gpus

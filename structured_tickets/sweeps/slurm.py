@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from structured_tickets.base.atomic_files import write_atomically
+from structured_tickets.base.commands import python_words
 from structured_tickets.sweeps.grid import Job
-from structured_tickets.sweeps.job_process import ROOT
 
 SCRIPT = """#!/usr/bin/env bash
 #SBATCH --job-name={name}
@@ -44,13 +44,13 @@ def write_scripts(
         at_once: Tasks of an array that may run at the same time; None leaves it to Slurm.
         options: Further options of sbatch.
     """
-    folder, program = out / "slurm", ROOT / "main_imp_fillback.py"
+    folder, program = out / "slurm", [sys.executable, *python_words("run", from_any_folder=True)]
     plain = re.sub(r"[^A-Za-z0-9_.-]", "-", name)
     folder.mkdir(parents=True, exist_ok=True)
     lines, waits = ["#!/usr/bin/env bash", "set -euo pipefail"], ""
     for k, stage in enumerate(stages_of(jobs)):
         script = folder / f"stage_{k}.sbatch"
-        lines_of_stage = "".join(f"{shlex.join([sys.executable, str(program), *job.words])}\n" for job in stage)
+        lines_of_stage = "".join(f"{shlex.join([*program, *job.words])}\n" for job in stage)
         # Tasks that are still queued read their line when they begin: another sweep here must have another list.
         commands = folder / f"stage_{k}.{hashlib.sha256(lines_of_stage.encode()).hexdigest()[:8]}.jobs"
         write_atomically(lines_of_stage, commands)
