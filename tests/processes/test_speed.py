@@ -14,6 +14,7 @@ from helpers.programs import start
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from structured_tickets.__main__ import PROGRAMS
 from structured_tickets.base.errors import UsageError
 from structured_tickets.data import loader as batches
 from structured_tickets.data.image_sets import ImageSet
@@ -59,15 +60,30 @@ def test_training_is_frugal_and_leaves_the_model_whole(arch, images_and_labels):
     assert seen.get("tokens", 65) == 65
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--criterai", "l1"], ["--rate", "2"]])
-def test_the_command_line_answers_without_waiting_for_torch(words):
-    code = (
-        "import sys, main_imp_fillback\n"
-        "try:\n    main_imp_fillback.main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'timm', 'torchvision', 'sklearn', 'wandb', 'numpy'} & sys.modules.keys()\n"
-        "sys.exit(f'imported {heavy}' if heavy else 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+LIGHT = """
+import sys
+from {module} import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+heavy = {{"torch", "timm", "torchvision", "sklearn", "wandb", "numpy", "matplotlib"}} & sys.modules.keys()
+sys.exit(f"imported {{heavy}}" if heavy else 0)
+"""
+SUB_COMMANDS = ([name, word] for name in PROGRAMS for word in ("--help", "--no_such_flag"))
+
+
+@pytest.mark.parametrize(
+    "module, words",
+    [
+        *(("main_imp_fillback", words) for words in (["--help"], ["--criterai", "l1"], ["--rate", "2"])),
+        *(("structured_tickets.__main__", words) for words in ([], ["--help"], ["--version"], ["rnu"], *SUB_COMMANDS)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_command_line_answers_without_waiting_for_torch(module, words):
+    command = [sys.executable, "-c", LIGHT.format(module=module), *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
