@@ -3,7 +3,7 @@
 # Further flags go to the program, e.g.: bash scripts/quickstart.sh --struct refill
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash scripts/install.sh requirements.txt
+bash scripts/install.sh
 echo "RSST on 1,797 handwritten digits, three rounds of 20 epochs: one to three minutes on two CPU cores"
 exec .venv/bin/python main_imp_fillback.py --dataset digits --image_size 8 --arch vit_tiny --struct rsst \
     --vit_structured --vit_prune_target both --rate 0.3 --rate_mode round --criteria magnitude --pruning_times 3 \

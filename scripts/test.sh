@@ -11,7 +11,7 @@ case "${1:-}" in
     --all) tier=all && shift ;;
     --part) tier=${2:?--part needs K/N, such as 0/5} && shift 2 ;;
 esac
-bash scripts/install.sh requirements-dev.txt
+bash scripts/install.sh dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 types=$(mktemp)
