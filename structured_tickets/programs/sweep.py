@@ -62,6 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
         usage=f"%(prog)s (--grid FLAG=VALUES ... | --file FILE) [options] [flags of {name_in_help('run')}]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    for add in (_add_what, _add_where, _add_search):
+        add(parser)
+    parser.add_argument("--quiet", action="store_true", help="only warnings and the final tables")
+    return parser
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to run")
     what.add_argument(
         "--grid",
@@ -82,6 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="train each dense round once, for all runs that begin with it (default: true)",
     )
     what.add_argument("--dry_run", action="store_true", help="list the runs, and start none")
+
+
+def _add_where(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("where to run it")
     where.add_argument(
         "--executor",
@@ -112,6 +122,9 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--address", default="auto", help="ray: of the cluster (default: auto, the one that runs here)")
     where.add_argument("--gpus_per_run", type=NONNEGATIVE, metavar="N", help="ray: GPUs of a run (default: 0)")
     where.add_argument("--slurm_options", default="", metavar="WORDS", help="slurm: e.g. '--partition=gpu --time=60'")
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
     search = parser.add_argument_group("search")
     search.add_argument(
         "--search",
@@ -122,8 +135,6 @@ def build_parser() -> argparse.ArgumentParser:
     search.add_argument("--density", type=POSITIVE, metavar="PERCENT", help="search: at most this share of the weights")
     search.add_argument("--macs", type=POSITIVE, metavar="MILLIONS", help="search: at most so many MACs")
     search.add_argument("--rungs", type=count(1), default=3, help="search: how many budgets of epochs (default: 3)")
-    parser.add_argument("--quiet", action="store_true", help="only warnings and the final tables")
-    return parser
 
 
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, Spec]:
