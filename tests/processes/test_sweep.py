@@ -649,9 +649,11 @@ def made_up_results(monkeypatch, accuracy):
             density = 100 * (1 - run_args.rate)
             row = {
                 "round": 1,
+                "step": 1,
                 "density": density,
                 "parameters": 1,
                 "macs": 1e6,
+                "accuracy": 100.0,
                 "val_accuracy": accuracy(run_args),
                 "test_accuracy": accuracy(run_args) - 1,
                 "kept_per_layer": json.dumps({}),
@@ -660,7 +662,7 @@ def made_up_results(monkeypatch, accuracy):
             text = io.StringIO()
             writer = csv.DictWriter(text, list(row))
             writer.writeheader()
-            writer.writerows([{**row, "round": 0, "density": 100.0}, row])
+            writer.writerows([{**row, "round": 0, "step": 0, "density": 100.0}, row])
             (job.folder / "summary.csv").write_text(text.getvalue())
         return {job.name: Outcome(0) for job in jobs}
 
