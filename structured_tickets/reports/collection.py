@@ -12,31 +12,8 @@ from structured_tickets.base.errors import DataError
 from structured_tickets.base.untrusted_text import check, is_mapping, is_number, is_words, parse_json
 from structured_tickets.reports.runs import Collection, Group, Limits, Run, in_words, worded
 from structured_tickets.runs.read import is_run, read_environment, read_metrics, read_result, read_rounds, read_settings
+from structured_tickets.settings.flag_table import scope_of
 
-# Settings that say where a run was and how it was watched, not what it was.
-PLUMBING = frozenset(
-    {
-        "save_dir",
-        "data",
-        "preset",
-        "checkpoint",
-        "resume",
-        "control_of",
-        "dense_store",
-        "wandb",
-        "wandb_group",
-        "wandb_tags",
-        "tensorboard",
-        "exp_name",
-        "quiet",
-        "verbose",
-        "print_freq",
-        "dry_run",
-        "gpu",
-        "workers",
-        "keep_checkpoints",
-    }
-)
 # What may differ though the settings agree -> the hash of it that runs note, the settings, and what there is to say.
 CONTENTS = (
     ("images", "data", ("dataset", "image_size"), "Some runs saw other images"),
@@ -85,7 +62,7 @@ def _folder(path: Path, folders: Sequence[Path]) -> Collection:
     A setting that no command names, and that only follows others by its default, is no axis of its own.
     """
     every = {folder: read_settings(folder) for folder in folders}
-    keys = dict.fromkeys(key for args in every.values() for key in args if key not in PLUMBING)
+    keys = dict.fromkeys(key for args in every.values() for key in args if scope_of(key).compared)
     commands = [read_environment(folder).get("command", []) for folder in folders]
     named = {word.removeprefix("--").split("=")[0].replace("-", "_") for words in commands for word in words}
     differing = [k for k in keys if k != "seed" and len({worded(args.get(k)) for args in every.values()}) > 1]

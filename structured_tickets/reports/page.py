@@ -11,7 +11,6 @@ from typing import Any
 from structured_tickets.base.atomic_files import write_atomically
 from structured_tickets.base.errors import StorageError
 from structured_tickets.base.text_tables import counted
-from structured_tickets.reports.collection import PLUMBING
 from structured_tickets.reports.comparisons import (
     Comparison,
     against_dense,
@@ -33,6 +32,7 @@ from structured_tickets.reports.sweep_tables import (
     shown,
     spread,
 )
+from structured_tickets.settings.flag_table import scope_of
 
 TEMPLATE = Path(__file__).with_name("page.html")
 # Section of the page -> its heading, its name in the list of sections, and what it shows.
@@ -193,7 +193,7 @@ def _counts(collection: Collection) -> str:
 def _common_settings(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """What all runs share."""
     every = [run.args for run in runs if run.args]
-    shared = {k: v for k, v in every[0].items() if k not in PLUMBING and all(a.get(k) == v for a in every)}
+    shared = {k: v for k, v in every[0].items() if scope_of(k).compared and all(a.get(k) == v for a in every)}
     return [(k, ",".join(map(str, v)) if isinstance(v, list) else str(v)) for k, v in sorted(shared.items())]
 
 

@@ -120,6 +120,11 @@ def path_text(text: str) -> str:
     return text
 
 
+def resolved_path(text: str) -> str:
+    """A parser of the name of a file or folder, which need not exist, as an absolute one."""
+    return str(Path(path_text(text)).resolve())
+
+
 def path(text: str) -> Path:
     """A parser of the name of a file or folder, which need not exist, as a `Path`."""
     return Path(path_text(text))

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
 from structured_tickets.base.errors import UsageError
 from structured_tickets.networks import MODELS, family_of
-from structured_tickets.pruning.criteria import CRITERIA
-from structured_tickets.pruning.methods import METHODS
-from structured_tickets.pruning.rules import kinds_of
+from structured_tickets.settings.flag_table import FLAGS
 from structured_tickets.training.optimization import OPTIMIZERS
-from structured_tickets.training.penalty.schedules import SCHEDULES, clock_from
+from structured_tickets.training.penalty.schedules import clock_from
 
 
 def check(args: argparse.Namespace) -> None:
@@ -73,95 +71,6 @@ def check(args: argparse.Namespace) -> None:
             raise UsageError(message)
 
 
-def prunes_units(args: argparse.Namespace) -> bool:
-    """Whether whole units are dropped."""
-    regroups = METHODS[args.struct].regroups and (args.vit_structured or family_of(args.arch) != "vit")
-    return bool(args.regroup or regroups)
-
-
-def prunes_heads_or_neurons(args: argparse.Namespace) -> bool:
-    """Whether units of a Transformer are dropped."""
-    return prunes_units(args) and family_of(args.arch) != "cnn"
-
-
-# Flags that only some runs read: (flags, whether this run reads them, where they are read).
-_READ_WHERE: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], bool], str], ...] = (
-    (("vit_structured",), lambda a: METHODS[a.struct].regroups, "with --struct refill or rsst (else: --regroup)"),
-    (("regroup",), lambda a: not METHODS[a.struct].regroups, "by methods that do not regroup anyway"),
-    (("vit_prune_target",), prunes_heads_or_neurons, "with --vit_structured or --regroup"),
-    (
-        ("sorting_mode",),
-        lambda a: prunes_heads_or_neurons(a) and a.vit_prune_target != "block",
-        "with --vit_structured or --regroup, for heads and neurons",
-    ),
-    (
-        ("mlp_prune_ratio",),
-        lambda a: prunes_heads_or_neurons(a) and "neuron" in kinds_of(a.vit_prune_target),
-        "with --vit_structured or --regroup, and --vit_prune_target mlp or both",
-    ),
-    (
-        ("block_prune_ratio",),
-        lambda a: prunes_heads_or_neurons(a) and "block" in kinds_of(a.vit_prune_target),
-        "with --vit_structured or --regroup, and --vit_prune_target block",
-    ),
-    (
-        ("min_units",),
-        lambda a: prunes_units(a) and (family_of(a.arch) == "cnn" or a.vit_prune_target != "block"),
-        "where channels, heads or neurons are pruned (--regroup; for a ViT under refill and rsst, --vit_structured)",
-    ),
-    (
-        (
-            "RST_schedule",
-            "reg_granularity_prune",
-            "reg_guard",
-            "reg_upper_limit",
-            "penalty",
-            "block_loss_grad",
-            "rsst_dead",
-        ),
-        lambda a: a.struct == "rsst",
-        "with --struct rsst",
-    ),
-    (
-        ("fade_out",),
-        lambda a: a.struct == "rsst" and a.rsst_dead == "zero" and prunes_units(a),
-        "by --struct rsst with --rsst_dead zero, where whole units are pruned (for a ViT, --vit_structured)",
-    ),
-    (
-        ("reg_target",),
-        lambda a: a.struct == "rsst" and a.rsst_dead == "zero" and prunes_units(a),
-        "by --struct rsst with --rsst_dead zero, where whole units are pruned (for a ViT, --vit_structured)",
-    ),
-    (
-        ("exponents",),
-        lambda a: a.struct == "rsst" and a.RST_schedule == "exp_custom_exponents",
-        "by --struct rsst with --RST_schedule exp_custom_exponents",
-    ),
-    (
-        ("reg_horizon",),
-        lambda a: a.struct == "rsst" and SCHEDULES[a.RST_schedule].cyclic,
-        "by --struct rsst with the exp_custom schedules",
-    ),
-    (
-        ("fillback_rate",),
-        lambda a: a.struct == "refill" or (a.struct != "rsst" and a.regroup),
-        "with --struct refill, or with --regroup",
-    ),
-    (("admm_epochs", "admm_rho"), lambda a: a.struct == "admm", "with --struct admm"),
-    (("rank_weights",), lambda a: METHODS[a.struct].pruner == "l1", "with --struct refill, rsst or imp"),
-    (("criteria",), lambda a: prunes_units(a) or a.struct == "refill", "where whole units are pruned (--regroup)"),
-    (("control_of",), lambda a: a.control != "none", "with --control"),
-    (("rewind_epoch",), lambda a: a.prune_type == "rewind_lt", "with --prune_type rewind_lt"),
-    (("fc",), lambda a: a.prune_type == "pt" or a.vit_pretrained, "with --prune_type pt or --vit_pretrained"),
-    (
-        ("criteria_batches",),
-        lambda a: METHODS[a.struct].reads_batches or (prunes_units(a) and CRITERIA[a.criteria].reads != "weights"),
-        "by criteria l1, l2 and saliency, and by --struct snip and grasp",
-    ),
-    (("decreasing_lr",), lambda a: a.lr_schedule == "multistep", "with --lr_schedule multistep"),
-)
-
-
 def warnings_about(args: argparse.Namespace, explicit: set[str]) -> list[str]:
     """Sentences about what has no effect, or a bad one. `explicit`: names of the flags that were given."""
     multistep, rsst = args.lr_schedule == "multistep", args.struct == "rsst"
@@ -188,9 +97,9 @@ def warnings_about(args: argparse.Namespace, explicit: set[str]) -> list[str]:
 
 
 def unread_flags(args: argparse.Namespace, explicit: Iterable[str]) -> list[tuple[str, str]]:
-    """Those of the explicit flags that this run does not read, and where they are read."""
-    rows = ((flag, where) for flags, reads, where in _READ_WHERE if not reads(args) for flag in flags)
-    return [(flag, where) for flag, where in rows if flag in set(explicit)]
+    """Those of the explicit flags that this run does not read, in the table's order, and where they are read."""
+    given = set(explicit)
+    return [(f.name, f.read.where) for f in FLAGS.values() if f.name in given and f.read and not f.read.holds(args)]
 
 
 def _peak_strength(args: argparse.Namespace) -> float:

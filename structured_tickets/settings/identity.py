@@ -9,79 +9,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-from structured_tickets.settings.flag_rules import prunes_heads_or_neurons, prunes_units
-from structured_tickets.settings.flags import build_parser
-
-# Flags that do not change what a run computes (or, for pruning_times, only how far it goes).
-NOT_IDENTITY = frozenset(
-    {
-        "data",
-        "save_dir",
-        "control_of",
-        "exp_name",
-        "resume",
-        "checkpoint",
-        "print_freq",
-        "workers",
-        "compile",
-        "compact_training",
-        "deterministic",
-        "image_store",
-        "gpu",
-        "pruning_times",
-        "dense_store",
-        "keep_checkpoints",
-        "dry_run",
-        "wandb",
-        "wandb_group",
-        "wandb_tags",
-        "tensorboard",
-        "quiet",
-        "verbose",
-        "preset",
-    }
-)
-
-# Flags that are read only after round 0. A flag that is missing here costs a sweep some time; a wrong one, its truth.
-AFTER_ROUND_0 = frozenset(
-    {
-        "struct",
-        "rate",
-        "rate_mode",
-        "criteria",
-        "criteria_batches",
-        "rank_weights",
-        "fillback_rate",
-        "min_units",
-        "conv1",
-        "regroup",
-        "admm_epochs",
-        "admm_rho",
-        "control",
-        "vit_structured",
-        "vit_prune_target",
-        "mlp_prune_ratio",
-        "block_prune_ratio",
-        "sorting_mode",
-        "RST_schedule",
-        "reg_granularity_prune",
-        "exponents",
-        "reg_horizon",
-        "reg_guard",
-        "reg_upper_limit",
-        "penalty",
-        "block_loss_grad",
-        "rsst_dead",
-        "reg_target",
-        "fade_out",
-    }
-)
+from structured_tickets.settings.conditions import prunes_transformer_units, prunes_units
+from structured_tickets.settings.flag_table import FLAGS, scope_of
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments as plain values, for `args.yaml`, checkpoints and trackers."""
-    plain = {k: v for k, v in vars(args).items() if k not in ("warnings", "explicit", "words")}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+    return {k: plain(v) for k, v in vars(args).items() if k not in ("warnings", "explicit", "words")}
+
+
+def plain(value: Any) -> Any:
+    """A flag's value as JSON and YAML know it: a tuple becomes a list."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def identity_of(settings: dict[str, Any]) -> dict[str, Any]:
@@ -89,8 +28,11 @@ def identity_of(settings: dict[str, Any]) -> dict[str, Any]:
 
     So a flag that is added later does not make strangers of older runs.
     """
-    defaults = settings_of(build_parser().parse_args([]))
-    return {k: v for k, v in settings.items() if k not in NOT_IDENTITY and v != defaults.get(k)}
+    return {k: v for k, v in settings.items() if scope_of(k).run and v != _default_of(k)}
+
+
+def _default_of(name: str) -> Any:
+    return plain(FLAGS[name].parsed_default) if name in FLAGS else None
 
 
 def identity_of_round_0(args: argparse.Namespace) -> dict[str, Any]:
@@ -98,8 +40,7 @@ def identity_of_round_0(args: argparse.Namespace) -> dict[str, Any]:
 
     Files of initial weights are not among them: what they hold counts. Nor are the kernels' flags, see `numerics`.
     """
-    unread = AFTER_ROUND_0 | {"init", "pretrained"}
-    return {k: v for k, v in identity_of(settings_of(args)).items() if k not in unread}
+    return {k: v for k, v in identity_of(settings_of(args)).items() if scope_of(k).round_0}
 
 
 def default_run_folder(args: argparse.Namespace) -> str:
@@ -108,7 +49,7 @@ def default_run_folder(args: argparse.Namespace) -> str:
     if args.dataset == "imagefolder":
         identity["data"] = str(Path(args.data).resolve())
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    tied = (args.vit_structured or args.regroup) and prunes_heads_or_neurons(args)
+    tied = (args.vit_structured or args.regroup) and prunes_transformer_units(args)
     target = [args.vit_prune_target] if tied else []
     target += ["regroup"] if args.regroup else []
     criterion = [args.criteria] if prunes_units(args) or args.struct == "refill" else []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 from torch import nn, optim
 
@@ -45,24 +47,12 @@ def groups_from(args: argparse.Namespace, model: nn.Module, image_size: int) -> 
 
 def rules_from(args: argparse.Namespace, groups: Sequence[UnitGroup]) -> RoundRules:
     """The pruning rules that the arguments ask for."""
-    names = (
-        "struct",
-        "rate",
-        "rate_mode",
-        "criteria",
-        "mlp_prune_ratio",
-        "block_prune_ratio",
-        "sorting_mode",
-        "fillback_rate",
-        "min_units",
-        "rsst_dead",
-        "reg_target",
-        "criteria_batches",
-    )
     is_cnn = "channel" in kinds(groups)
     structured = args.regroup or (METHODS[args.struct].regroups and (args.vit_structured or is_cnn))
     targets = ("channel",) if is_cnn else kinds_of(args.vit_prune_target)
-    return RoundRules(**{n: getattr(args, n) for n in names}, structured=structured, targets=targets)
+    found: dict[str, Any] = {"structured": structured, "targets": targets}
+    named = (field.name for field in fields(RoundRules) if field.name not in found)
+    return RoundRules(**{name: getattr(args, name) for name in named}, **found)
 
 
 def warnings_for(rules: RoundRules, model: nn.Module, groups: Sequence[UnitGroup]) -> list[str]:

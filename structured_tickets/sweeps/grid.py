@@ -18,32 +18,13 @@ from structured_tickets.base.errors import UsageError
 from structured_tickets.base.text_tables import counted
 from structured_tickets.networks import runs_a_file
 from structured_tickets.settings.flag_rules import unread_flags
-from structured_tickets.settings.flags import build_parser, parse_args
-from structured_tickets.settings.identity import (
-    AFTER_ROUND_0,
-    NOT_IDENTITY,
-    default_run_folder,
-    identity_of_round_0,
-    settings_of,
-)
+from structured_tickets.settings.flag_table import FLAGS, scope_of
+from structured_tickets.settings.flags import parse_args
+from structured_tickets.settings.identity import default_run_folder, identity_of_round_0, plain, settings_of
 
 Settings = Mapping[str, Any]
 
-# Flags that a sweep sets itself, or that make no sense for many runs.
-OURS = (
-    "save_dir",
-    "checkpoint",
-    "resume",
-    "control_of",
-    "dense_store",
-    "dry_run",
-    "exp_name",
-    "wandb_group",
-    "quiet",
-    "verbose",
-)
-
-
+HELP = "help"  # the one flag that every parser has
 TAG_LENGTH = 64  # WandB refuses longer ones
 MOST_RUNS = 100_000  # combinations: all are planned before the first begins
 
@@ -81,7 +62,7 @@ class Spec:
 
     def digest(self) -> str:
         """The same sweep has the same, another one another; more rounds, or other cores, make no other sweep."""
-        flags = [w for w in _joined(self.flags) if _key(w) not in NOT_IDENTITY - {"data"}]
+        flags = [w for w in _joined(self.flags) if scope_of(_key(w)).sweep]
         content = [flags, [dict(g) for g in self.grids], [dict(s) for s in self.listed]]
         return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:8]
 
@@ -127,10 +108,10 @@ def words_of(settings: Settings) -> list[str]:
     """
     words: list[str] = []
     for key, value in settings.items():
-        action = _action(key)
+        _require_flag(key)
         if value is None:
             continue
-        if action.nargs == 0:
+        if key == HELP or FLAGS[key].bare:
             words += [f"--{key}"] if _truth(key, value) else []
         else:
             text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
@@ -138,12 +119,11 @@ def words_of(settings: Settings) -> list[str]:
     return words
 
 
-def _action(key: str) -> argparse.Action:
-    actions = {a.dest: a for a in build_parser()._actions}
-    if key not in actions:
-        near = difflib.get_close_matches(key, actions, 1)
+def _require_flag(key: str) -> None:
+    """Raises: UsageError, if the runner has no such flag."""
+    if key not in FLAGS and key != HELP:
+        near = difflib.get_close_matches(key, [*FLAGS, HELP], 1)
         raise UsageError(f"argument --grid: no such flag: {key}" + (f" (did you mean {near[0]}?)" if near else ""))
-    return actions[key]
 
 
 def _truth(key: str, value: Any) -> bool:
@@ -160,11 +140,11 @@ def check_axes(spec: Spec) -> None:
         UsageError: The message names the flag.
     """
     for key in spec.axes:
-        _action(key)
-        if key in (*OURS, "help") or (key in NOT_IDENTITY and key != "pruning_times"):
+        _require_flag(key)
+        if key == HELP or not scope_of(key).axis:
             raise UsageError(f"argument --grid: {key} cannot differ between runs, which are not named by it")
     for word in _joined(spec.flags):
-        if (key := _key(word)) in (*OURS, "help"):
+        if (key := _key(word)) == HELP or scope_of(key).own:
             raise UsageError(f"argument --{key}: not in a sweep, which decides it for each of its runs")
 
 
@@ -238,7 +218,8 @@ def grouped(job: Job, name: str) -> Job:
 def _job(spec: Spec, settings: Settings, out: Path) -> Job:
     args, words = _parsed(spec.flags, settings)
     name = default_run_folder(args)
-    read = {k: getattr(args, k) for k in spec.axes if k in args.explicit or k not in _unread(args, spec.axes)}
+    unread = {flag for flag, _ in unread_flags(args, spec.axes)}
+    read = {k: getattr(args, k) for k in spec.axes if k in args.explicit or k not in unread}
     ticket = argparse.Namespace(**{**vars(args), "control": "none", "control_of": None})
     source = default_run_folder(ticket) if args.control != "none" else None
     extra = [f"--control_of={out / 'runs' / source}"] if source else []
@@ -247,19 +228,11 @@ def _job(spec: Spec, settings: Settings, out: Path) -> Job:
         name,
         (*words, *extra, f"--save_dir={folder}"),
         folder,
-        {k: _plain(v) for k, v in read.items()},
+        {k: plain(v) for k, v in read.items()},
         args.pruning_times,
         args.epochs,
         (source,) if source else (),
     )
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _unread(args: argparse.Namespace, flags: Iterable[str]) -> set[str]:
-    return {flag for flag, _ in unread_flags(args, flags)}
 
 
 def _parsed(flags: Sequence[str], settings: Settings) -> tuple[argparse.Namespace, list[str]]:
@@ -270,7 +243,7 @@ def _parsed(flags: Sequence[str], settings: Settings) -> tuple[argparse.Namespac
     except UsageError as error:
         where = " ".join(f"{k}={v}" for k, v in settings.items())
         raise UsageError(f"{error} (in {where})" if where else str(error)) from error
-    for flag in _unread(args, args.explicit):
+    for flag, _ in unread_flags(args, args.explicit):
         fewer = [w for w in words if _key(w) != flag]
         trial = parse_args(fewer)
         ours, theirs = ({k: v for k, v in settings_of(a).items() if k != flag} for a in (args, trial))
@@ -325,8 +298,7 @@ def _dense_jobs(jobs: Sequence[Job], out: Path) -> dict[str, Job]:
 
 
 def _dense_job(key: str, member: Job, out: Path) -> Job:
-    left_out = AFTER_ROUND_0 | {"save_dir", "preset", "pruning_times", "wandb", "wandb_tags", "tensorboard"}
-    words = [w for w in member.words if _key(w) not in left_out]
+    words = [w for w in member.words if scope_of(_key(w)).dense]
     args = parse_args(words)
     name = f"{args.dataset}_round_0_{Path(args.arch).name}_seed{args.seed}_{key}"
     folder = out / "round_0" / name

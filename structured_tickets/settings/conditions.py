@@ -1,0 +1,65 @@
+"""Which runs read a flag: conditions on the arguments, and the words that tell a user about them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from structured_tickets.networks import family_of
+from structured_tickets.pruning.criteria import CRITERIA
+from structured_tickets.pruning.methods import METHODS
+from structured_tickets.pruning.rules import kinds_of
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Which runs read a flag.
+
+    Attributes:
+        holds: Arguments, all of them settled -> True if this run reads the flag.
+        where: The end of "it is only read ...".
+    """
+
+    holds: Callable[[argparse.Namespace], bool]
+    where: str
+
+
+def prunes_units(args: argparse.Namespace) -> bool:
+    """True if whole units are pruned."""
+    regroups = METHODS[args.struct].regroups and (args.vit_structured or family_of(args.arch) != "vit")
+    return bool(args.regroup or regroups)
+
+
+def prunes_transformer_units(args: argparse.Namespace) -> bool:
+    """True if heads, neurons or blocks are pruned."""
+    return prunes_units(args) and family_of(args.arch) != "cnn"
+
+
+def prunes_kind(args: argparse.Namespace, *kinds: str) -> bool:
+    """True if units of one of these kinds are pruned: head, neuron, block."""
+    return prunes_transformer_units(args) and not set(kinds).isdisjoint(kinds_of(args.vit_prune_target))
+
+
+def counts_units_by_layer(args: argparse.Namespace) -> bool:
+    """True if units are pruned of which a layer has several: channels, heads or neurons."""
+    return prunes_kind(args, "head", "neuron") or (prunes_units(args) and family_of(args.arch) == "cnn")
+
+
+def shrinks_units(args: argparse.Namespace) -> bool:
+    """True if RSST's penalty acts on whole units, beside which weights are held at zero."""
+    return args.struct == "rsst" and args.rsst_dead == "zero" and prunes_units(args)
+
+
+def reads_batches(args: argparse.Namespace) -> bool:
+    """True if the method, or the criterion that ranks its units, looks at images."""
+    ranks_by_images = prunes_units(args) and CRITERIA[args.criteria].reads != "weights"
+    return METHODS[args.struct].reads_batches or ranks_by_images
+
+
+WITH_RSST = Condition(lambda a: a.struct == "rsst", "with --struct rsst")
+WITH_ADMM = Condition(lambda a: a.struct == "admm", "with --struct admm")
+WHERE_UNITS_SHRINK = Condition(
+    shrinks_units,
+    "by --struct rsst with --rsst_dead zero, where whole units are pruned (for a ViT, --vit_structured)",
+)

@@ -1,0 +1,538 @@
+"""Every flag of the runner. A new one is an entry here: parser, checks, identity, sweeps and reports read the table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from structured_tickets.data.catalog import DATASETS, IMAGE_STORES
+from structured_tickets.networks import MODELS
+from structured_tickets.pruning.criteria import CRITERIA, CRITERIA_BATCHES
+from structured_tickets.pruning.methods import CONTROLS, METHODS
+from structured_tickets.pruning.rules import SORTING_MODES, kinds_of
+from structured_tickets.settings.argument_types import (
+    CLOSED_SHARE,
+    COUNT,
+    GPU,
+    LIMIT,
+    NATURAL,
+    NONNEGATIVE,
+    PARALLEL,
+    POSITIVE,
+    ROUNDS,
+    SEED,
+    SHARE,
+    SIZE,
+    architecture,
+    count,
+    milestones,
+    path_text,
+    prune_targets,
+    resolved_path,
+    rounds_to_keep,
+    truth,
+    word_list,
+)
+from structured_tickets.settings.conditions import (
+    WHERE_UNITS_SHRINK,
+    WITH_ADMM,
+    WITH_RSST,
+    Condition,
+    counts_units_by_layer,
+    prunes_kind,
+    prunes_transformer_units,
+    prunes_units,
+    reads_batches,
+)
+from structured_tickets.settings.flag import (
+    AFTER_ROUND_0,
+    EVERY_ROUND,
+    IMAGES,
+    LAST_DIGITS,
+    LENGTH,
+    MACHINE,
+    NOTHING,
+    SWEEPS_OWN,
+    WEIGHTS_FILE,
+    Flag,
+    Scope,
+)
+from structured_tickets.training.optimization import LR_SCHEDULES, OPTIMIZERS
+from structured_tickets.training.penalty.schedules import SCHEDULES
+
+# Name of a preset -> its flags, which must be among those that round 0 does not read.
+PRESETS: dict[str, dict[str, Any]] = {
+    "as_documented": {
+        "rank_weights": "initial",
+        "rsst_dead": "free",
+        "reg_horizon": "epoch",
+        "reg_guard": True,
+    },
+}
+
+
+def _rows(table: Iterable[tuple[str, str]]) -> str:
+    return "; ".join(f"{name}: {summary}" for name, summary in table).replace("%", "%%")
+
+
+DATA = (
+    Flag(
+        "data",
+        "folder of the data set (for CIFAR also an .npz file)",
+        IMAGES,
+        type=path_text,
+        default="data",
+        metavar="DIR",
+    ),
+    Flag(
+        "dataset",
+        _rows((name, source.summary) for name, source in DATASETS.items()),
+        EVERY_ROUND,
+        default="cifar100",
+        choices=DATASETS,
+    ),
+    Flag(
+        "image_size",
+        "side of the images that the model sees (default: the data set's own)",
+        EVERY_ROUND,
+        type=SIZE,
+        metavar="PIXELS",
+        derived=lambda a: DATASETS[a.dataset].image_size,
+    ),
+    Flag(
+        "image_store", "image files: " + _rows(IMAGE_STORES.items()), LAST_DIGITS, default="auto", choices=IMAGE_STORES
+    ),
+    Flag("workers", "threads or processes that decode image files", MACHINE, type=count(0, PARALLEL), default=4),
+)
+
+MODEL = (
+    Flag(
+        "arch",
+        f"network: {', '.join(MODELS)}; timm/NAME or torchvision/NAME; your own: FILE.py:FACTORY, called with "
+        "num_classes (and img_size, if it takes it)",
+        EVERY_ROUND,
+        type=architecture,
+        default="res20s",
+        metavar="NAME",
+    ),
+    Flag(
+        "init",
+        "initial weights: loaded if the file exists, else written there (default: the run folder)",
+        WEIGHTS_FILE,
+        type=resolved_path,
+        metavar="FILE",
+    ),
+    Flag(
+        "pretrained",
+        "weights file for --prune_type pt or --vit_pretrained (.safetensors, .pth)",
+        WEIGHTS_FILE,
+        type=resolved_path,
+        metavar="FILE",
+    ),
+    Flag(
+        "fc",
+        "with --prune_type pt: take the classifier from the file too, instead of a fresh one",
+        EVERY_ROUND,
+        bare=True,
+        read=Condition(lambda a: a.prune_type == "pt" or a.vit_pretrained, "with --prune_type pt or --vit_pretrained"),
+    ),
+)
+
+TRAINING = (
+    Flag("epochs", "epochs of a round", EVERY_ROUND, type=COUNT, default=120),
+    Flag("batch_size", "images in a batch, of all processes together", EVERY_ROUND, type=COUNT, default=128),
+    Flag("optimizer", "adamw suits a ViT trained from nothing", EVERY_ROUND, default="sgd", choices=OPTIMIZERS),
+    Flag("lr", "learning rate after the warm-up", EVERY_ROUND, type=POSITIVE, default=0.01),
+    Flag("momentum", "momentum of SGD, beta 1 of AdamW", EVERY_ROUND, type=SHARE, default=0.9),
+    Flag("weight_decay", "weight decay (AdamW: decoupled)", EVERY_ROUND, type=NONNEGATIVE, default=1e-4),
+    Flag("warmup", "epochs of linear warm-up", EVERY_ROUND, type=NATURAL, default=20),
+    Flag(
+        "lr_schedule",
+        "multistep: times 0.1 at each of --decreasing_lr; cosine: falls to 0",
+        EVERY_ROUND,
+        default="multistep",
+        choices=LR_SCHEDULES,
+    ),
+    Flag(
+        "decreasing_lr",
+        "multistep's epochs",
+        EVERY_ROUND,
+        type=milestones,
+        default="91,136",
+        metavar="EPOCHS",
+        read=Condition(lambda a: a.lr_schedule == "multistep", "with --lr_schedule multistep"),
+    ),
+    Flag("label_smoothing", "share of the label spread over all classes", EVERY_ROUND, type=SHARE, default=0.0),
+    Flag("seed", "everything random comes from it; 0 is a seed like any other", EVERY_ROUND, type=SEED, default=0),
+    Flag(
+        "gpu",
+        "CUDA device; the CPU where there is none, or with -1. Under torchrun each process has its own",
+        MACHINE,
+        type=GPU,
+        default=0,
+    ),
+    Flag(
+        "precision",
+        "of matrix products and convolutions; auto: bf16 where the processor has it, else fp32 (never TF32)",
+        EVERY_ROUND,
+        default="auto",
+        choices=("auto", "fp32", "bf16"),
+    ),
+    Flag(
+        "compact_training",
+        "train without the units that are held at zero: the same numbers up to rounding, in less time and memory",
+        LAST_DIGITS,
+        type=truth,
+        default=True,
+    ),
+    Flag(
+        "compile",
+        "compile the network by torch.compile: a minute or two of waiting, then faster steps; with --compact_training "
+        "again whenever the network becomes another",
+        LAST_DIGITS,
+        bare=True,
+    ),
+    Flag(
+        "deterministic",
+        "only kernels that give the same bits every time (CUDA: slower; CPUs have no others)",
+        LAST_DIGITS,
+        bare=True,
+    ),
+)
+
+PRUNING = (
+    Flag(
+        "struct",
+        _rows((name, method.summary) for name, method in METHODS.items())
+        + ". The first two prune whole units, the others weight by weight unless --regroup",
+        AFTER_ROUND_0,
+        default="rsst",
+        choices=METHODS,
+    ),
+    Flag("pruning_times", "rounds, the dense one included", LENGTH, type=ROUNDS, default=20, metavar="ROUNDS"),
+    Flag("rate", "share pruned by global L1, and share of heads", AFTER_ROUND_0, type=SHARE, default=0.2),
+    Flag(
+        "rate_mode",
+        "rate is a share of what is left, or of the original (default: target with --vit_structured, else round)",
+        AFTER_ROUND_0,
+        choices=("round", "target"),
+        derived=lambda a: "target" if a.vit_structured else "round",
+    ),
+    Flag(
+        "prune_type",
+        "rewind to: initial weights; a pretrained backbone; the weights of --rewind_epoch",
+        EVERY_ROUND,
+        default="lt",
+        choices=("lt", "pt", "rewind_lt"),
+    ),
+    Flag(
+        "rewind_epoch",
+        "epoch of round 0 that rewind_lt returns to",
+        EVERY_ROUND,
+        type=NATURAL,
+        default=24,
+        read=Condition(lambda a: a.prune_type == "rewind_lt", "with --prune_type rewind_lt"),
+    ),
+    Flag(
+        "criteria",
+        _rows((name, criterion.summary) for name, criterion in CRITERIA.items())
+        + ". With --regroup, remain unless another is given",
+        AFTER_ROUND_0,
+        default="l1",
+        choices=CRITERIA,
+        # the pruner's own word: how many weights of a unit it kept
+        derived=lambda a: "remain" if a.regroup and not METHODS[a.struct].regroups else a.criteria,
+        read=Condition(lambda a: prunes_units(a) or a.struct == "refill", "where whole units are pruned (--regroup)"),
+    ),
+    Flag(
+        "criteria_batches",
+        "fixed batches that criteria on feature maps, SNIP and GraSP look at",
+        AFTER_ROUND_0,
+        type=COUNT,
+        default=CRITERIA_BATCHES,
+        read=Condition(reads_batches, "by criteria l1, l2 and saliency, and by --struct snip and grasp"),
+    ),
+    Flag(
+        "rank_weights",
+        "what global L1 ranks",
+        AFTER_ROUND_0,
+        default="trained",
+        choices=("trained", "initial"),
+        read=Condition(lambda a: METHODS[a.struct].pruner == "l1", "with --struct refill, rsst or imp"),
+    ),
+    Flag(
+        "fillback_rate",
+        "share of what would go that is kept (not by rsst)",
+        AFTER_ROUND_0,
+        type=CLOSED_SHARE,
+        default=0.0,
+        read=Condition(
+            lambda a: a.struct == "refill" or (a.struct != "rsst" and a.regroup),
+            "with --struct refill, or with --regroup",
+        ),
+    ),
+    Flag(
+        "min_units",
+        "units that every layer keeps at least",
+        AFTER_ROUND_0,
+        type=NATURAL,
+        default=0,
+        read=Condition(
+            counts_units_by_layer,
+            "where channels, heads or neurons are pruned (--regroup; for a ViT under refill and rsst, "
+            "--vit_structured)",
+        ),
+    ),
+    Flag(
+        "conv1",
+        "prune the stem too (first convolution; of a ViT the patch embedding, weight by weight)",
+        AFTER_ROUND_0,
+        bare=True,
+    ),
+    Flag(
+        "preset",
+        "; ".join(f"{name}: " + " ".join(f"{k}={v}" for k, v in flags.items()) for name, flags in PRESETS.items()),
+        NOTHING,
+        choices=PRESETS,
+    ),
+)
+
+COMPARISONS = (
+    Flag(
+        "regroup",
+        "turn the mask of any method into whole units",
+        AFTER_ROUND_0,
+        bare=True,
+        read=Condition(lambda a: not METHODS[a.struct].regroups, "by methods that do not regroup anyway"),
+    ),
+    Flag("admm_epochs", "epochs of ADMM before each mask", AFTER_ROUND_0, type=COUNT, default=20, read=WITH_ADMM),
+    Flag(
+        "admm_rho",
+        "ADMM's pull towards the sparse network",
+        AFTER_ROUND_0,
+        type=NONNEGATIVE,
+        default=0.01,
+        read=WITH_ADMM,
+    ),
+    Flag(
+        "control",
+        "instead of the ticket: " + _rows((name, control.summary) for name, control in CONTROLS.items()),
+        AFTER_ROUND_0,
+        default="none",
+        choices=CONTROLS,
+    ),
+    Flag(
+        "control_of",
+        "folder of the finished run that --control compares with (default: where the same command without "
+        "--control puts it)",
+        SWEEPS_OWN,
+        type=resolved_path,
+        metavar="DIR",
+        read=Condition(lambda a: a.control != "none", "with --control"),
+    ),
+)
+
+VIT = (
+    Flag(
+        "vit_structured",
+        "prune whole heads and neurons; without it ViTs are pruned weight by weight",
+        AFTER_ROUND_0,
+        bare=True,
+        read=Condition(lambda a: METHODS[a.struct].regroups, "with --struct refill or rsst (else: --regroup)"),
+    ),
+    Flag(
+        "vit_prune_target",
+        "which units: head, mlp, both of them, block (whole attention and MLP branches), or several with commas",
+        AFTER_ROUND_0,
+        type=prune_targets,
+        default="head",
+        metavar="UNITS",
+        read=Condition(prunes_transformer_units, "with --vit_structured or --regroup"),
+    ),
+    Flag(
+        "mlp_prune_ratio",
+        "share of neurons (default: --rate)",
+        AFTER_ROUND_0,
+        type=SHARE,
+        derived=lambda a: a.rate,
+        read=Condition(
+            lambda a: prunes_kind(a, "neuron"), "with --vit_structured or --regroup, and --vit_prune_target mlp or both"
+        ),
+    ),
+    Flag(
+        "block_prune_ratio",
+        "share of blocks (default: --rate)",
+        AFTER_ROUND_0,
+        type=SHARE,
+        # none without blocks: else runs from before this flag would be other runs
+        derived=lambda a: a.rate if "block" in kinds_of(a.vit_prune_target) else None,
+        read=Condition(
+            lambda a: prunes_kind(a, "block"), "with --vit_structured or --regroup, and --vit_prune_target block"
+        ),
+    ),
+    Flag(
+        "sorting_mode",
+        "rank units within each block, or all units of the network together",
+        AFTER_ROUND_0,
+        default="layer-wise",
+        choices=SORTING_MODES,
+        read=Condition(
+            lambda a: prunes_kind(a, "head", "neuron"), "with --vit_structured or --regroup, for heads and neurons"
+        ),
+    ),
+    Flag("vit_pretrained", "start from ImageNet weights (timm, or the file of --pretrained)", EVERY_ROUND, bare=True),
+)
+
+RSST = (
+    Flag(
+        "RST_schedule",
+        "lambda after n updates of K; " + _rows((name, schedule.summary) for name, schedule in SCHEDULES.items()),
+        AFTER_ROUND_0,
+        default="exp_custom_exponents",
+        choices=SCHEDULES,
+        read=WITH_RSST,
+    ),
+    Flag("reg_granularity_prune", "delta in those formulas", AFTER_ROUND_0, type=POSITIVE, default=1.0, read=WITH_RSST),
+    Flag(
+        "exponents",
+        "power in exp_custom_exponents",
+        AFTER_ROUND_0,
+        type=POSITIVE,
+        default=4.0,
+        read=Condition(
+            lambda a: a.struct == "rsst" and a.RST_schedule == "exp_custom_exponents",
+            "by --struct rsst with --RST_schedule exp_custom_exponents",
+        ),
+    ),
+    Flag(
+        "reg_horizon",
+        "what K counts: the updates of a round (state) or of an epoch",
+        AFTER_ROUND_0,
+        default="state",
+        choices=("state", "epoch"),
+        read=Condition(
+            lambda a: a.struct == "rsst" and SCHEDULES[a.RST_schedule].cyclic,
+            "by --struct rsst with the exp_custom schedules",
+        ),
+    ),
+    Flag(
+        "reg_guard",
+        "raise lambda only while delta * batch < 1, as the documents have it",
+        AFTER_ROUND_0,
+        type=truth,
+        default=False,
+        read=WITH_RSST,
+    ),
+    Flag("reg_upper_limit", "cap on lambda; inf for none", AFTER_ROUND_0, type=LIMIT, default=1.0, read=WITH_RSST),
+    Flag(
+        "penalty",
+        "gradient: add lambda * w to it; decoupled: w *= 1 - lambda * lr / peak lr; auto: gradient "
+        "for sgd, decoupled for adamw",
+        AFTER_ROUND_0,
+        default="auto",
+        choices=("auto", "gradient", "decoupled"),
+        derived=lambda a: "decoupled" if OPTIMIZERS[a.optimizer].adaptive else "gradient",
+        read=WITH_RSST,
+    ),
+    Flag(
+        "block_loss_grad",
+        "doomed weights follow the penalty alone, not the loss",
+        AFTER_ROUND_0,
+        type=truth,
+        default=False,
+        read=WITH_RSST,
+    ),
+    Flag(
+        "rsst_dead",
+        "weights outside both masks: held at zero, or trained like the others",
+        AFTER_ROUND_0,
+        default="zero",
+        choices=("zero", "free"),
+        read=WITH_RSST,
+    ),
+    Flag(
+        "reg_target",
+        "penalise the living weights outside the structure, or its units whole: what L1 removed of them lives "
+        "again, and is squeezed with the rest",
+        AFTER_ROUND_0,
+        default="weight",
+        choices=("weight", "unit"),
+        read=WHERE_UNITS_SHRINK,
+    ),
+    Flag(
+        "fade_out",
+        "after an epoch, leave out the doomed units whose weights' norm is at most this share of the layer's when "
+        "the round began (per weight); 0: never",
+        AFTER_ROUND_0,
+        type=SHARE,
+        default=0.01,
+        metavar="SHARE",
+        read=WHERE_UNITS_SHRINK,
+    ),
+)
+
+OUTPUT = (
+    Flag("save_dir", "run folder (default: named after the settings)", SWEEPS_OWN, type=path_text, metavar="DIR"),
+    Flag("resume", "insist on continuing: an error if the run folder holds nothing to continue", SWEEPS_OWN, bare=True),
+    Flag(
+        "checkpoint",
+        "continue from this checkpoint if the run folder holds none",
+        SWEEPS_OWN,
+        type=path_text,
+        metavar="FILE",
+    ),
+    Flag(
+        "dense_store",
+        "take round 0 from this folder if a run with the same model, data, seed and training flags has left it "
+        "there, bit for bit what training it would give; else train it and leave it there (networks from your own file "
+        "always train it)",
+        SWEEPS_OWN,
+        type=resolved_path,
+        metavar="DIR",
+    ),
+    Flag(
+        "keep_checkpoints",
+        "bound the disk space: keep checkpoints of only so many last rounds, and of round 0; masks and metrics "
+        "stay (default: of all rounds)",
+        MACHINE,
+        type=rounds_to_keep,
+        metavar="ROUNDS",
+    ),
+    Flag("print_freq", "batches between lines in the log", MACHINE, type=COUNT, default=200, metavar="BATCHES"),
+    Flag("dry_run", "print the plan and train nothing", SWEEPS_OWN, bare=True),
+    Flag("quiet", "only warnings and the final table", SWEEPS_OWN, bare=True),
+    Flag("verbose", "every layer's decision at every round", SWEEPS_OWN, bare=True),
+)
+
+TRACKING = (
+    Flag(
+        "wandb",
+        "auto: online where a key is configured, else local files only",
+        NOTHING,
+        default="auto",
+        choices=("auto", "online", "offline", "disabled"),
+    ),
+    Flag("exp_name", "name of the run at WandB (default: made from the settings)", SWEEPS_OWN, metavar="NAME"),
+    Flag("wandb_group", "group of the run at WandB; sweeps set it to their name", SWEEPS_OWN, metavar="NAME"),
+    Flag("wandb_tags", "tags of the run at WandB", NOTHING, type=word_list, default=(), metavar="TAG,..."),
+    Flag("tensorboard", "also TensorBoard's event files, in tensorboard/ of the run folder", NOTHING, bare=True),
+)
+
+# Heading of the help text -> its flags.
+GROUPS: dict[str, tuple[Flag, ...]] = {
+    "data": DATA,
+    "model": MODEL,
+    "training (of each round)": TRAINING,
+    "pruning": PRUNING,
+    "one-shot pruners and controls": COMPARISONS,
+    "ViT": VIT,
+    "RSST": RSST,
+    "output": OUTPUT,
+    "tracking": TRACKING,
+}
+FLAGS: dict[str, Flag] = {flag.name: flag for flags in GROUPS.values() for flag in flags}
+
+
+def scope_of(name: str) -> Scope:
+    """What a flag decides. One that is not in the table, as in a checkpoint of another version, may decide anything."""
+    return FLAGS[name].scope if name in FLAGS else EVERY_ROUND
