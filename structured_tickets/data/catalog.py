@@ -65,7 +65,8 @@ DATASETS: dict[str, DataSource] = {
 
 
 IMAGE_STORES = {
-    "auto": "memory if a quarter of what is free is enough, else mapped if the disk has room, else stream",
+    "auto": "memory if the images need at most a quarter of the free memory; else mapped if the disk has room; else "
+    "stream",
     "memory": "decoded once into DIR/.decoded, read from there at every start",
     "mapped": "the same file, read as batches need it",
     "stream": "decoded anew for each batch",

@@ -35,15 +35,15 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "refill": Method("l1", "trained", "the structure as a hard mask", regroups=True),
-    "rsst": Method("l1", "trained", "squeeze what is outside the structure", regroups=True, squeezes=True),
+    "refill": Method("l1", "trained", "prune whole units at once, then train the rest", regroups=True),
+    "rsst": Method("l1", "trained", "shrink whole units to zero by a growing penalty", regroups=True, squeezes=True),
     "imp": Method("l1", "trained", "iterative magnitude pruning, weight by weight"),
-    "omp": Method("omp", "dense", "magnitude, once, after the dense round"),
+    "omp": Method("omp", "dense", "one-shot magnitude pruning after the dense round"),
     "snip": Method("snip", "initial", "|gradient * weight| before training", reads_batches=True),
     "grasp": Method("grasp", "initial", "gradient flow before training", reads_batches=True),
     "synflow": Method("synflow", "initial", "synaptic flow before training, without data"),
     "random": Method("random", "initial", "a random mask before training"),
-    "admm": Method("admm", "dense", "trained towards sparsity after the dense round"),
+    "admm": Method("admm", "dense", "ADMM training towards sparsity after the dense round"),
 }
 
 
@@ -65,8 +65,12 @@ class Control:
 
 CONTROLS: dict[str, Control] = {
     "none": Control("the ticket itself"),
-    "reinit": Control("its masks with new initial weights", fresh=True),
-    "random_structure": Control("random masks with its counts in each layer, drawn anew every round", masks="redrawn"),
-    "permute": Control("its masks permuted within their layers, by one order for all rounds", masks="permuted"),
-    "small_dense": Control("a dense network of its MACs, all layers narrowed alike", fresh=True, masks="narrow"),
+    "reinit": Control("the ticket's masks with new initial weights", fresh=True),
+    "random_structure": Control("random masks with as many kept units per layer, redrawn every round", masks="redrawn"),
+    "permute": Control(
+        "the ticket's masks shuffled within each layer, in the same order in all rounds", masks="permuted"
+    ),
+    "small_dense": Control(
+        "a dense network with the ticket's MACs, all layers narrowed by the same share", fresh=True, masks="narrow"
+    ),
 }

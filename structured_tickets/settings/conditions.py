@@ -18,7 +18,7 @@ class Condition:
 
     Attributes:
         holds: Arguments, all of them settled -> True if this run reads the flag.
-        where: The end of "it is only read ...".
+        where: The end of "it is only used ...".
     """
 
     holds: Callable[[argparse.Namespace], bool]
@@ -61,5 +61,5 @@ WITH_RSST = Condition(lambda a: a.struct == "rsst", "with --struct rsst")
 WITH_ADMM = Condition(lambda a: a.struct == "admm", "with --struct admm")
 WHERE_UNITS_SHRINK = Condition(
     shrinks_units,
-    "by --struct rsst with --rsst_dead zero, where whole units are pruned (for a ViT, --vit_structured)",
+    "with --struct rsst --rsst_dead zero, when whole units are pruned (for a ViT: --vit_structured)",
 )

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from structured_tickets.base.errors import UsageError
+from structured_tickets.base.text_tables import counted
 from structured_tickets.networks import MODELS, family_of
 from structured_tickets.settings.flag_table import FLAGS
 from structured_tickets.training.optimization import OPTIMIZERS
@@ -21,12 +22,12 @@ def check(args: argparse.Namespace) -> None:
     rules = (
         (
             args.vit_structured and family == "cnn",
-            f"argument --vit_structured: {args.arch} has no heads; choose a ViT or leave the flag out",
+            f"argument --vit_structured: {args.arch} has no attention heads. Choose a ViT, or omit this flag",
         ),
         (args.vit_pretrained and family == "cnn", f"argument --vit_pretrained: {args.arch} is not a ViT"),
         (
             args.vit_pretrained and not args.pretrained and (known is None or known.spec.pretrained is None),
-            f"argument --vit_pretrained: no ImageNet weights fit {args.arch}; give a file by --pretrained",
+            f"argument --vit_pretrained: no ImageNet weights fit {args.arch}. Give a file with --pretrained",
         ),
         (
             args.prune_type == "pt" and not (args.pretrained or args.vit_pretrained),
@@ -34,29 +35,31 @@ def check(args: argparse.Namespace) -> None:
         ),
         (
             args.pretrained and args.prune_type != "pt" and not args.vit_pretrained,
-            "argument --pretrained: only read by --prune_type pt or --vit_pretrained",
+            "argument --pretrained: only used with --prune_type pt or --vit_pretrained",
         ),
         (
             args.prune_type == "rewind_lt" and args.rewind_epoch >= args.epochs,
-            f"argument --rewind_epoch: {args.rewind_epoch} is never reached in --epochs {args.epochs}; give less",
+            f"argument --rewind_epoch: a round has only epochs 0 to {args.epochs - 1} (--epochs {args.epochs}). "
+            "Choose one of them",
         ),
         (
             args.init and (args.prune_type == "pt" or args.vit_pretrained),
-            "argument --init: not together with pretrained weights, which it would replace",
+            "argument --init: cannot be combined with pretrained weights. Use one of the two",
         ),
         (
             args.control != "none" and args.pruning_times < 2,
-            "argument --control: needs --pruning_times 2 at least: round 0 is the dense network's",
+            "argument --control: needs at least --pruning_times 2, because round 0 is the dense network",
         ),
         (
             args.control == "small_dense" and args.struct == "rsst" and args.rsst_dead == "free",
-            "argument --control: small_dense has no use for --rsst_dead free, which would train the whole network",
+            "argument --control: small_dense cannot be combined with --rsst_dead free, which would train the whole "
+            "network",
         ),
         (
             args.tensorboard and find_spec("tensorboard") is None,
             "argument --tensorboard: needs the package tensorboard (pip install tensorboard)",
         ),
-        (args.quiet and args.verbose, "argument --quiet: not together with --verbose"),
+        (args.quiet and args.verbose, "argument --quiet: cannot be combined with --verbose"),
         (
             args.pretrained and not Path(args.pretrained).is_file(),
             f"argument --pretrained: no such file: {args.pretrained}",
@@ -79,20 +82,33 @@ def warnings_about(args: argparse.Namespace, explicit: set[str]) -> list[str]:
     peak = _peak_strength(args)
     step = peak if args.penalty == "decoupled" else args.lr * peak / (1 - args.momentum)
     rules = (
-        (late, f"--decreasing_lr: epoch {', '.join(map(str, late))} is not reached in --epochs {args.epochs}"),
-        (early, f"--decreasing_lr: epoch {', '.join(map(str, early))} lies inside the warm-up and has no effect"),
-        (args.warmup >= args.epochs, f"--warmup {args.warmup} is not over within --epochs {args.epochs}"),
+        (
+            late,
+            f"--decreasing_lr: no effect at {', '.join(map(str, late))}: each round ends after "
+            f"{counted(args.epochs, 'epoch')} (--epochs)",
+        ),
+        (
+            early,
+            f"--decreasing_lr: no effect at {', '.join(map(str, early))}: the warm-up ends at epoch {args.warmup}",
+        ),
+        (
+            args.warmup >= args.epochs,
+            f"--warmup {args.warmup} takes up the whole round (--epochs {args.epochs}). Use a shorter warm-up",
+        ),
         (
             rsst and step > 1 and not (args.penalty == "gradient" and OPTIMIZERS[args.optimizer].adaptive),
-            f"the penalty may be unstable: it takes up to {step:.3g} of a weight in a step (above 1; it is lr * lambda "
-            "/ (1 - momentum), or lambda if decoupled); lower --lr or --reg_upper_limit",
+            f"the penalty may be unstable: one step can change a doomed weight by {step:.3g} times its size (stable: "
+            "at most 1). Lower --reg_upper_limit, or --lr unless the penalty is decoupled",
         ),
         (
             args.preset == "as_documented" and rsst,
-            "--preset as_documented is the documents' literal text: its penalty hardly acts (docs/deviations.md)",
+            "--preset as_documented: with these original settings the penalty has almost no effect (see "
+            "docs/deviations.md)",
         ),
     )
-    unread = [f"--{flag} is only read {where}: it has no effect here" for flag, where in unread_flags(args, explicit)]
+    unread = [
+        f"--{flag} has no effect in this run: it is only used {where}" for flag, where in unread_flags(args, explicit)
+    ]
     return [message for holds, message in rules if holds] + unread
 
 

@@ -140,15 +140,21 @@ MODEL = (
 
 TRAINING = (
     Flag("epochs", "epochs of a round", EVERY_ROUND, type=COUNT, default=120),
-    Flag("batch_size", "images in a batch, of all processes together", EVERY_ROUND, type=COUNT, default=128),
-    Flag("optimizer", "adamw suits a ViT trained from nothing", EVERY_ROUND, default="sgd", choices=OPTIMIZERS),
+    Flag("batch_size", "images per batch, summed over all processes", EVERY_ROUND, type=COUNT, default=128),
+    Flag(
+        "optimizer",
+        "optimizer; adamw is recommended for a ViT trained from scratch",
+        EVERY_ROUND,
+        default="sgd",
+        choices=OPTIMIZERS,
+    ),
     Flag("lr", "learning rate after the warm-up", EVERY_ROUND, type=POSITIVE, default=0.01),
     Flag("momentum", "momentum of SGD, beta 1 of AdamW", EVERY_ROUND, type=SHARE, default=0.9),
     Flag("weight_decay", "weight decay (AdamW: decoupled)", EVERY_ROUND, type=NONNEGATIVE, default=1e-4),
     Flag("warmup", "epochs of linear warm-up", EVERY_ROUND, type=NATURAL, default=20),
     Flag(
         "lr_schedule",
-        "multistep: times 0.1 at each of --decreasing_lr; cosine: falls to 0",
+        "multistep: multiply by 0.1 at each epoch of --decreasing_lr; cosine: decay to 0",
         EVERY_ROUND,
         default="multistep",
         choices=LR_SCHEDULES,
@@ -163,24 +169,26 @@ TRAINING = (
         read=Condition(lambda a: a.lr_schedule == "multistep", "with --lr_schedule multistep"),
     ),
     Flag("label_smoothing", "share of the label spread over all classes", EVERY_ROUND, type=SHARE, default=0.0),
-    Flag("seed", "everything random comes from it; 0 is a seed like any other", EVERY_ROUND, type=SEED, default=0),
+    Flag("seed", "seed of all random numbers", EVERY_ROUND, type=SEED, default=0),
     Flag(
         "gpu",
-        "CUDA device; the CPU where there is none, or with -1. Under torchrun each process has its own",
+        "number of the CUDA device; -1: CPU. Without CUDA the CPU is used; under torchrun each process uses its own "
+        "GPU",
         MACHINE,
         type=GPU,
         default=0,
     ),
     Flag(
         "precision",
-        "of matrix products and convolutions; auto: bf16 where the processor has it, else fp32 (never TF32)",
+        "number type of matrix products and convolutions; auto: bf16 if the processor supports it, else fp32 (TF32 is "
+        "never used)",
         EVERY_ROUND,
         default="auto",
         choices=("auto", "fp32", "bf16"),
     ),
     Flag(
         "compact_training",
-        "train without the units that are held at zero: the same numbers up to rounding, in less time and memory",
+        "skip units that are held at zero: less time and memory, same results up to rounding",
         LAST_DIGITS,
         type=truth,
         default=True,
@@ -194,7 +202,7 @@ TRAINING = (
     ),
     Flag(
         "deterministic",
-        "only kernels that give the same bits every time (CUDA: slower; CPUs have no others)",
+        "use only kernels with bit-identical results (slower on CUDA; no effect on a CPU)",
         LAST_DIGITS,
         bare=True,
     ),
@@ -204,23 +212,38 @@ PRUNING = (
     Flag(
         "struct",
         _rows((name, method.summary) for name, method in METHODS.items())
-        + ". The first two prune whole units, the others weight by weight unless --regroup",
+        + ". refill and rsst prune whole units; the others prune single weights unless --regroup is given",
         AFTER_ROUND_0,
         default="rsst",
         choices=METHODS,
     ),
-    Flag("pruning_times", "rounds, the dense one included", LENGTH, type=ROUNDS, default=20, metavar="ROUNDS"),
-    Flag("rate", "share pruned by global L1, and share of heads", AFTER_ROUND_0, type=SHARE, default=0.2),
+    Flag(
+        "pruning_times",
+        "number of rounds, including the dense round 0",
+        LENGTH,
+        type=ROUNDS,
+        default=20,
+        metavar="ROUNDS",
+    ),
+    Flag(
+        "rate",
+        "share to prune: of the weights (global L1) and of the heads; see --rate_mode",
+        AFTER_ROUND_0,
+        type=SHARE,
+        default=0.2,
+    ),
     Flag(
         "rate_mode",
-        "rate is a share of what is left, or of the original (default: target with --vit_structured, else round)",
+        "round: --rate is a share of what is still kept; target: a share of the original network (default: target with "
+        "--vit_structured, else round)",
         AFTER_ROUND_0,
         choices=("round", "target"),
         derived=lambda a: "target" if a.vit_structured else "round",
     ),
     Flag(
         "prune_type",
-        "rewind to: initial weights; a pretrained backbone; the weights of --rewind_epoch",
+        "weights that each round starts from; lt: initial; pt: pretrained; rewind_lt: those of round 0, epoch "
+        "--rewind_epoch",
         EVERY_ROUND,
         default="lt",
         choices=("lt", "pt", "rewind_lt"),
@@ -240,17 +263,17 @@ PRUNING = (
         AFTER_ROUND_0,
         default="l1",
         choices=CRITERIA,
-        # the pruner's own word: how many weights of a unit it kept
+        # rank units by how many of their weights the pruner kept
         derived=lambda a: "remain" if a.regroup and not METHODS[a.struct].regroups else a.criteria,
-        read=Condition(lambda a: prunes_units(a) or a.struct == "refill", "where whole units are pruned (--regroup)"),
+        read=Condition(lambda a: prunes_units(a) or a.struct == "refill", "when whole units are pruned (--regroup)"),
     ),
     Flag(
         "criteria_batches",
-        "fixed batches that criteria on feature maps, SNIP and GraSP look at",
+        "number of training batches read by feature-map criteria, SNIP and GraSP (always the same batches)",
         AFTER_ROUND_0,
         type=COUNT,
         default=CRITERIA_BATCHES,
-        read=Condition(reads_batches, "by criteria l1, l2 and saliency, and by --struct snip and grasp"),
+        read=Condition(reads_batches, "with --criteria l1, l2 or saliency, or with --struct snip or grasp"),
     ),
     Flag(
         "rank_weights",
@@ -262,7 +285,7 @@ PRUNING = (
     ),
     Flag(
         "fillback_rate",
-        "share of what would go that is kept (not by rsst)",
+        "share of the units to be pruned that is kept after all (not used by rsst)",
         AFTER_ROUND_0,
         type=CLOSED_SHARE,
         default=0.0,
@@ -273,14 +296,13 @@ PRUNING = (
     ),
     Flag(
         "min_units",
-        "units that every layer keeps at least",
+        "minimum number of units kept in each layer",
         AFTER_ROUND_0,
         type=NATURAL,
         default=0,
         read=Condition(
             counts_units_by_layer,
-            "where channels, heads or neurons are pruned (--regroup; for a ViT under refill and rsst, "
-            "--vit_structured)",
+            "when channels, heads or neurons are pruned (--regroup; for a ViT with refill or rsst: --vit_structured)",
         ),
     ),
     Flag(
@@ -303,7 +325,9 @@ COMPARISONS = (
         "turn the mask of any method into whole units",
         AFTER_ROUND_0,
         bare=True,
-        read=Condition(lambda a: not METHODS[a.struct].regroups, "by methods that do not regroup anyway"),
+        read=Condition(
+            lambda a: not METHODS[a.struct].regroups, "with element-wise methods (refill and rsst always regroup)"
+        ),
     ),
     Flag("admm_epochs", "epochs of ADMM before each mask", AFTER_ROUND_0, type=COUNT, default=20, read=WITH_ADMM),
     Flag(
@@ -364,7 +388,7 @@ VIT = (
         "share of blocks (default: --rate)",
         AFTER_ROUND_0,
         type=SHARE,
-        # none without blocks: else runs from before this flag would be other runs
+        # set only if blocks are pruned, so that the identity of older runs stays the same
         derived=lambda a: a.rate if "block" in kinds_of(a.vit_prune_target) else None,
         read=Condition(
             lambda a: prunes_kind(a, "block"), "with --vit_structured or --regroup, and --vit_prune_target block"
@@ -392,7 +416,14 @@ RSST = (
         choices=SCHEDULES,
         read=WITH_RSST,
     ),
-    Flag("reg_granularity_prune", "delta in those formulas", AFTER_ROUND_0, type=POSITIVE, default=1.0, read=WITH_RSST),
+    Flag(
+        "reg_granularity_prune",
+        "delta in the formulas of --RST_schedule",
+        AFTER_ROUND_0,
+        type=POSITIVE,
+        default=1.0,
+        read=WITH_RSST,
+    ),
     Flag(
         "exponents",
         "power in exp_custom_exponents",
@@ -401,23 +432,24 @@ RSST = (
         default=4.0,
         read=Condition(
             lambda a: a.struct == "rsst" and a.RST_schedule == "exp_custom_exponents",
-            "by --struct rsst with --RST_schedule exp_custom_exponents",
+            "with --struct rsst --RST_schedule exp_custom_exponents",
         ),
     ),
     Flag(
         "reg_horizon",
-        "what K counts: the updates of a round (state) or of an epoch",
+        "K in the formulas: number of updates per round (state) or per epoch (epoch)",
         AFTER_ROUND_0,
         default="state",
         choices=("state", "epoch"),
         read=Condition(
             lambda a: a.struct == "rsst" and SCHEDULES[a.RST_schedule].cyclic,
-            "by --struct rsst with the exp_custom schedules",
+            "with --struct rsst and an exp_custom schedule",
         ),
     ),
     Flag(
         "reg_guard",
-        "raise lambda only while delta * batch < 1, as the documents have it",
+        "raise lambda only while delta * batch index < 1 (with the default delta: only at the first batch of each "
+        "epoch)",
         AFTER_ROUND_0,
         type=truth,
         default=False,
@@ -426,8 +458,8 @@ RSST = (
     Flag("reg_upper_limit", "cap on lambda; inf for none", AFTER_ROUND_0, type=LIMIT, default=1.0, read=WITH_RSST),
     Flag(
         "penalty",
-        "gradient: add lambda * w to it; decoupled: w *= 1 - lambda * lr / peak lr; auto: gradient "
-        "for sgd, decoupled for adamw",
+        "gradient: add lambda * w to the gradient of doomed weights; decoupled: multiply them by 1 - lambda * lr / "
+        "peak lr; auto: gradient for sgd, decoupled for adamw",
         AFTER_ROUND_0,
         default="auto",
         choices=("auto", "gradient", "decoupled"),
@@ -436,7 +468,7 @@ RSST = (
     ),
     Flag(
         "block_loss_grad",
-        "doomed weights follow the penalty alone, not the loss",
+        "update doomed weights by the penalty only, without the loss gradient",
         AFTER_ROUND_0,
         type=truth,
         default=False,
@@ -444,7 +476,7 @@ RSST = (
     ),
     Flag(
         "rsst_dead",
-        "weights outside both masks: held at zero, or trained like the others",
+        "dead weights (pruned by both masks); zero: held at zero; free: trained like the others",
         AFTER_ROUND_0,
         default="zero",
         choices=("zero", "free"),
@@ -452,8 +484,8 @@ RSST = (
     ),
     Flag(
         "reg_target",
-        "penalise the living weights outside the structure, or its units whole: what L1 removed of them lives "
-        "again, and is squeezed with the rest",
+        "weight: penalise only doomed weights; unit: penalise whole pruned units, including weights in them that L1 "
+        "had pruned, which are restored",
         AFTER_ROUND_0,
         default="weight",
         choices=("weight", "unit"),
@@ -461,8 +493,8 @@ RSST = (
     ),
     Flag(
         "fade_out",
-        "after an epoch, leave out the doomed units whose weights' norm is at most this share of the layer's when "
-        "the round began (per weight); 0: never",
+        "after each epoch, set a doomed unit to zero if the root mean square of its weights is at most this share of "
+        "its layer's at the start of the round; 0: never",
         AFTER_ROUND_0,
         type=SHARE,
         default=0.01,
@@ -473,7 +505,12 @@ RSST = (
 
 OUTPUT = (
     Flag("save_dir", "run folder (default: named after the settings)", SWEEPS_OWN, type=path_text, metavar="DIR"),
-    Flag("resume", "insist on continuing: an error if the run folder holds nothing to continue", SWEEPS_OWN, bare=True),
+    Flag(
+        "resume",
+        "fail if the run folder holds no run to continue (without this flag the same command continues, too)",
+        SWEEPS_OWN,
+        bare=True,
+    ),
     Flag(
         "checkpoint",
         "continue from this checkpoint if the run folder holds none",
@@ -483,22 +520,21 @@ OUTPUT = (
     ),
     Flag(
         "dense_store",
-        "take round 0 from this folder if a run with the same model, data, seed and training flags has left it "
-        "there, bit for bit what training it would give; else train it and leave it there (networks from your own file "
-        "always train it)",
+        "folder that shares round 0 between runs with the same model, data, seed and training flags: reuse it if it is "
+        "there, else train and save it. Results are bit-identical. Not for networks from your own file",
         SWEEPS_OWN,
         type=resolved_path,
         metavar="DIR",
     ),
     Flag(
         "keep_checkpoints",
-        "bound the disk space: keep checkpoints of only so many last rounds, and of round 0; masks and metrics "
-        "stay (default: of all rounds)",
+        "save disk space: keep checkpoints of the last ROUNDS rounds and of round 0 only. Masks and metrics are always "
+        "kept (default: keep all)",
         MACHINE,
         type=rounds_to_keep,
         metavar="ROUNDS",
     ),
-    Flag("print_freq", "batches between lines in the log", MACHINE, type=COUNT, default=200, metavar="BATCHES"),
+    Flag("print_freq", "number of batches between log lines", MACHINE, type=COUNT, default=200, metavar="BATCHES"),
     Flag("dry_run", "print the plan and train nothing", SWEEPS_OWN, bare=True),
     Flag("quiet", "only warnings and the final table", SWEEPS_OWN, bare=True),
     Flag("verbose", "every layer's decision at every round", SWEEPS_OWN, bare=True),

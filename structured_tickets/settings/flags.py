@@ -22,7 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog=name_in_help("run"),
         allow_abbrev=False,
         epilog=EXAMPLES.format(command=typed("run")),
-        description="Find structured lottery tickets: train, prune globally by L1, regroup into whole units, rewind.",
+        description="Find structured lottery tickets. Each round trains the network, prunes weights by global L1, "
+        "regroups the mask into whole units (channels, heads, neurons or blocks) and rewinds to the initial weights.",
         formatter_class=_HelpFormatter,
     )
     for title, flags in GROUPS.items():

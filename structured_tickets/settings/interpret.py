@@ -30,15 +30,17 @@ def groups_from(args: argparse.Namespace, model: nn.Module, image_size: int) -> 
     groups = unit_groups(model, args.conv1, "block" in kinds_of(args.vit_prune_target))
     found, rules = kinds(groups), rules_from(args, groups)
     if not groups:
-        raise UsageError(f"argument --arch: {args.arch} has no layers that can be pruned here")
+        raise UsageError(f"argument --arch: {args.arch} has no layers that can be pruned")
     if args.vit_structured and "channel" in found:
-        raise UsageError(f"argument --vit_structured: {args.arch} has no heads; choose a ViT or leave the flag out")
+        raise UsageError(
+            f"argument --vit_structured: {args.arch} has no attention heads. Choose a ViT, or omit this flag"
+        )
     missing = [kind for kind in rules.targets if rules.structured and kind not in found]
     if missing:
         choices = [target for target, row in TARGET_KINDS.items() if set(row) <= set(found)]
         raise UsageError(
-            f"argument --vit_prune_target: {args.arch} has no {missing[0]}s that are known, only "
-            f"{', '.join(f'{kind}s' for kind in found)}: choose {' or '.join(choices)}"
+            f"argument --vit_prune_target: {args.arch} has no {missing[0]}s that can be pruned, only "
+            f"{', '.join(f'{kind}s' for kind in found)}. Choose {' or '.join(choices)}"
         )
     if args.arch not in MODELS:
         check_units(model, groups, image_size)
@@ -62,10 +64,14 @@ def warnings_for(rules: RoundRules, model: nn.Module, groups: Sequence[UnitGroup
     share = reached / sum(p.numel() for p in model.parameters())
     if share < LITTLE:
         said.append(
-            f"only {share:.0%} of the parameters are in layers that can be pruned here; rates are shares of those"
+            f"only {share:.0%} of the parameters are in layers that can be pruned. Rates and densities refer to these "
+            "parameters only"
         )
     if rules.method.squeezes and not rules.structured:
-        said.append("without --vit_structured RSST has nothing to squeeze: this is unstructured magnitude pruning")
+        said.append(
+            "RSST without --vit_structured prunes single weights by magnitude and penalises nothing. Add "
+            "--vit_structured, or use --struct imp"
+        )
     return said
 
 
@@ -74,7 +80,10 @@ def _warnings_of_few_units(rules: RoundRules, groups: Sequence[UnitGroup]) -> li
     spared = [g for g in ranked if g.units <= rules.min_units]
     if not spared:
         return []
-    return [f"--min_units: {len(spared)} of {len(ranked)} layers have {rules.min_units} units or fewer, and lose none"]
+    return [
+        f"--min_units {rules.min_units}: nothing will be pruned in {len(spared)} of {len(ranked)} layers, because they "
+        "have no more units than that"
+    ]
 
 
 def optimizer_from(args: argparse.Namespace, model: nn.Module) -> optim.Optimizer:

@@ -167,7 +167,7 @@ def test_a_flag_that_a_run_does_not_read_gets_a_warning(name, file):
 @pytest.mark.parametrize("name", [name for name, flag in FLAGS.items() if not flag.read])
 def test_a_flag_that_every_run_reads_gets_none(name, file):
     for _, args in runs_with(FLAGS[name], file):
-        assert not [w for w in args.warnings if w.startswith(f"--{name} is only read")]
+        assert not [w for w in args.warnings if w.startswith(f"--{name} has no effect")]
 
 
 def test_a_preset_sets_flags_that_round_0_does_not_read():
