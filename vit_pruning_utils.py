@@ -22,7 +22,13 @@ from structured_tickets.pruning.masks import (
     remove_masks,
 )
 from structured_tickets.pruning.regroup_text import banner, summary
-from structured_tickets.unit_groups.find import block_groups, head_groups, is_vit_model, neuron_groups, vit_groups
+from structured_tickets.unit_groups.transformer import (
+    block_groups,
+    head_groups,
+    is_vit_model,
+    neuron_groups,
+    vit_groups,
+)
 from structured_tickets.unit_groups.unit import parameter_of, ranked_names
 
 __all__ = [

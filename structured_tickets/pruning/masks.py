@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from structured_tickets.unit_groups.unit import parameter_of
+from structured_tickets.unit_groups.unit import parameter_name, parameter_of
 
 Mask = dict[str, Tensor]
 
@@ -34,7 +34,7 @@ def refill_key(name: str) -> str:
 
 def by_parameter(mask: Mapping[str, Tensor]) -> Mask:
     """Return the same tensors under the names of the parameters that they mask, whatever keys the mask has."""
-    return {_parameter_name(key): value for key, value in mask.items()}
+    return {parameter_name(key): value for key, value in mask.items()}
 
 
 def as_current(mask: Mapping[str, Tensor]) -> Mask:
@@ -45,12 +45,6 @@ def as_current(mask: Mapping[str, Tensor]) -> Mask:
 def as_refill(mask: Mapping[str, Tensor]) -> Mask:
     """Return a mask by parameter name under the keys of the documents' refill mask."""
     return {refill_key(name): value for name, value in mask.items()}
-
-
-def _parameter_name(key: str) -> str:
-    if key.endswith("_mask"):
-        return key.removesuffix("_mask")
-    return key if key.endswith((".weight", ".bias")) else f"{key}.weight"
 
 
 def check_mask(mask: Mapping[str, Tensor], what: str = "mask") -> None:

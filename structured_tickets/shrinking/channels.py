@@ -16,18 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from structured_tickets.unit_groups.channels import ADDITIONS, PRODUCTS
-from structured_tickets.unit_groups.tracing import (
-    OTHER,
+from structured_tickets.unit_groups.operations import (
+    ADDITIONS,
+    PRODUCTS,
+    ZERO_BECOMES_NONZERO,
     ZERO_STAYS_ZERO,
-    ChannelTags,
-    averages_pixels,
     is_depthwise,
+    is_prunable_norm,
     is_rearrangement,
-    is_silent_norm,
-    new_tags,
-    traced,
+    keeps_channel_order,
 )
+from structured_tickets.unit_groups.tracing import OTHER, ChannelTags, new_tags, traced
 
 Cuts = dict[str, dict[int, Tensor]]
 """Name of a parameter or buffer -> axis -> positions that stay (int64)."""
@@ -127,10 +126,6 @@ def _union(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([a, b]).unique()
 
 
-SQUASHING = frozenset({nn.Sigmoid, nn.Hardsigmoid, torch.sigmoid, F.sigmoid, F.hardsigmoid, "sigmoid"})
-"""Works on each number by itself, and does not leave zeros zero."""
-
-
 class Positions(ChannelTags):
     """Where each channel of a rearranged tensor was before; all other operations give fresh tags."""
 
@@ -197,13 +192,13 @@ class Follower:
     def _step(self, node: fx.Node) -> Flow | None:
         called: Any = self.modules[str(node.target)] if node.op == "call_module" else node.target
         kind = type(called) if node.op == "call_module" else called
-        if is_silent_norm(called):
+        if is_prunable_norm(called):
             return _normalisation(self, node, called)
         if kind in HANDLERS:
             return HANDLERS[kind](self, node, called)
-        if kind in ZERO_STAYS_ZERO or _flattens(node, called):
+        if kind in ZERO_STAYS_ZERO or keeps_channel_order(node, called):
             return self._flow(node.args[0])
-        if kind in SQUASHING:
+        if kind in ZERO_BECOMES_NONZERO:
             flow = self._flow(node.args[0])
             self._whole(node)
             return flow and Flow(_all(flow.channels), flow.channels)
@@ -296,18 +291,6 @@ def _laid_out_like(value: Tensor, smaller: Tensor) -> Tensor:
     return smaller.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def _flattens(node: fx.Node, what: Any) -> bool:
-    """Whether pixels are averaged, or laid out channel after channel, so that channels stay in their order."""
-    words = [*node.args[1:], *node.kwargs.values()]
-    if what in ("view", "reshape", torch.reshape):
-        return bool(len(words) == 2 and words[1] == -1)
-    if what in ("flatten", torch.flatten):
-        return words[:1] == [1]
-    if what in ("mean", torch.mean):
-        return averages_pixels(node)
-    return isinstance(what, nn.Flatten) and bool(what.start_dim == 1)
-
-
 def _convolution(self: Follower, node: fx.Node, conv: nn.Conv2d) -> Flow:
     layer, source = str(node.target), node.all_input_nodes[0]
     flow = self.flows[source] = self._flow(source) or Flow(_all(conv.in_channels), conv.in_channels)
@@ -334,7 +317,7 @@ def _convolution(self: Follower, node: fx.Node, conv: nn.Conv2d) -> Flow:
 def _heard(self: Follower, node: fx.Node, own: Tensor) -> Tensor:
     """Channels that a convolution has to make: its own living ones, or those that a norm behind it lets through."""
     users = [self.modules.get(str(u.target)) if u.op == "call_module" else None for u in node.users]
-    if len(users) == 1 and is_silent_norm(users[0]):
+    if len(users) == 1 and is_prunable_norm(users[0]):
         return self._normalised(next(iter(node.users)), users[0])  # type: ignore[arg-type]
     return own if len(own) else _all(1)
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from structured_tickets.networks.vision_transformer import fused_attention
 from structured_tickets.shrinking.channels import Cuts
 from structured_tickets.shrinking.shrink import cut_value, shrink
-from structured_tickets.unit_groups.tracing import is_depthwise
+from structured_tickets.unit_groups.operations import is_depthwise
 from structured_tickets.unit_groups.unit import UnitGroup
 
 # Kinds of unit that own nothing that is not counted with another kind, or weight by weight.

@@ -1,8 +1,7 @@
-"""Channels as units: the filters of each convolution, and all that lives or dies with them."""
+"""Channels as units: the filters of each convolution, and all parameters that are kept or pruned with them."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,62 +9,65 @@ import torch
 from torch import Tensor, fx, nn
 
 from structured_tickets.base.errors import UsageError
-from structured_tickets.networks.registry import spec_of
-from structured_tickets.unit_groups.tracing import (
-    OTHER,
-    ZERO,
-    ChannelTags,
+from structured_tickets.networks.registry import ModelSpec, spec_of
+from structured_tickets.unit_groups.operations import (
+    ADDITIONS,
+    PRODUCTS,
     is_depthwise,
     is_plain_conv,
-    is_silent_norm,
-    new_tags,
-    passes_on,
-    traced,
+    is_prunable_norm,
+    keeps_channels,
 )
+from structured_tickets.unit_groups.tracing import OTHER, ZERO, ChannelTags, new_tags, traced
 from structured_tickets.unit_groups.unit import Slice, UnitGroup, rows
-
-ADDITIONS = (operator.add, operator.iadd, torch.add)
-PRODUCTS = (operator.mul, operator.imul, torch.mul)
 
 
 def channel_groups(model: nn.Module, conv1: bool = False) -> list[UnitGroup]:
-    """One group per convolution: its filters, with what keeps a dropped channel from speaking.
+    """Return one group per convolution: its filters, with all parameters that a pruned channel needs at zero.
 
-    That is the weight and bias of every BatchNorm that normalises the channel (a masked filter alone still emits its
-    shift), right behind the convolution or, where channels are concatenated as in DenseNet, in front of those that read
-    them; and the convolution's own bias where no BatchNorm follows. The filters of a depth-wise convolution belong to
-    the channels that they filter. Where channels are added up, each summand is a unit of its own: it adds zero.
+    These are the weight and bias of every BatchNorm that normalises the channel (after a masked filter alone it still
+    adds its bias), right behind the convolution or, where channels are concatenated as in DenseNet, in front of the
+    layers that read them; and the convolution's own bias where no BatchNorm follows. The filters of a depth-wise
+    convolution belong to the channels that they filter. Where channels are added up, each summand is a unit of its own:
+    pruned, it adds zero.
 
     Args:
         conv1: Include the stem convolution.
 
     Raises:
-        UsageError: The network's forward pass is no fixed graph, or layers share weights.
+        UsageError: The network's forward pass is no fixed graph, or two layers have the same weights.
     """
     spec = spec_of(model)
-    convs = {n: m for n, m in model.named_modules() if is_plain_conv(m) and n != spec.classifier}
-    if not conv1:
-        convs.pop(spec.stem, None)
-    if not convs:
+    candidates = _candidates(model, spec, conv1)
+    if not candidates:
         return []
     graph = traced(model)
+    _refuse_tied_weights(model, candidates)
     called = {str(n.target) for n in graph.graph.nodes if n.op == "call_module"}
-    own = {n.removesuffix("_orig").removesuffix(".weight") for n, _ in model.named_parameters()}
-    if tied := [n for n in convs if n not in own]:
-        raise UsageError(f"argument --arch: {type(model).__name__}'s {tied[0]} shares its weights with another layer")
-    logits = layers_that_speak(graph) if spec.name else set()
-    convs = {n: m for n, m in convs.items() if n in called - logits}
-    sources = ChannelSources(graph, convs)  # type: ignore[arg-type]
+    logits = output_layers(graph) if spec.name else set()
+    convs = {n: m for n, m in candidates.items() if n in called - logits}
+    sources = ChannelSources(graph, convs)
     sources.run_on()
     return [
-        UnitGroup(n, "channel", (rows(n, m.out_channels), *sources.joined[n]))  # type: ignore[arg-type]
+        UnitGroup(n, "channel", (rows(n, m.out_channels), *sources.joined[n]))
         for n, m in convs.items()
         if n not in sources.owned
     ]
 
 
-def layers_that_speak(network: fx.GraphModule) -> set[str]:
-    """Layers whose outputs are the logits, or summands of them."""
+def _candidates(model: nn.Module, spec: ModelSpec, stem: bool) -> dict[str, Any]:
+    left_dense = {spec.classifier} if stem else {spec.classifier, spec.stem}
+    return {n: m for n, m in model.named_modules() if is_plain_conv(m) and n not in left_dense}
+
+
+def _refuse_tied_weights(model: nn.Module, convs: Mapping[str, nn.Module]) -> None:
+    own = {n.removesuffix("_orig").removesuffix(".weight") for n, _ in model.named_parameters()}
+    if tied := [n for n in convs if n not in own]:
+        raise UsageError(f"argument --arch: {type(model).__name__}'s {tied[0]} shares its weights with another layer")
+
+
+def output_layers(network: fx.GraphModule) -> set[str]:
+    """Return the convolutions whose outputs are the logits, or are added into them."""
     layers, found = dict(network.named_modules()), set()
     open_nodes = [n for n in network.graph.nodes if n.op == "output"]
     seen = set(open_nodes)
@@ -74,7 +76,7 @@ def layers_that_speak(network: fx.GraphModule) -> set[str]:
         called = layers.get(str(node.target)) if node.op == "call_module" else node.target
         if isinstance(called, nn.Conv2d):
             found.add(str(node.target))
-        elif node.op == "output" or passes_on(node, called) or called in ADDITIONS:
+        elif node.op == "output" or keeps_channels(node, called) or called in ADDITIONS:
             new = [n for n in node.all_input_nodes if n not in seen]
             seen.update(new)
             open_nodes += new
@@ -82,11 +84,11 @@ def layers_that_speak(network: fx.GraphModule) -> set[str]:
 
 
 class ChannelSources(ChannelTags):
-    """Which convolution, and which of its filters, each channel of each tensor comes from.
+    """Find which convolution, and which of its filters, each channel of each tensor comes from.
 
     Attributes:
         joined: Convolution -> slices of other parameters that belong to its filters.
-        owned: Depth-wise convolutions whose filters belong to others' channels.
+        owned: Depth-wise convolutions whose filters belong to the channels of others.
     """
 
     def __init__(self, network: fx.GraphModule, convs: Mapping[str, nn.Conv2d]) -> None:
@@ -113,35 +115,43 @@ class ChannelSources(ChannelTags):
 
     def _convolved(self, node: fx.Node, conv: nn.Conv2d, tags: Tensor) -> Tensor:
         name = str(node.target)
-        biased = conv.bias is not None and not self._only_normalised(node)
+        biased = conv.bias is not None and not self._is_only_normalised(node)
         owners = self._owners(tags) if is_depthwise(conv) and name in self.first else {}
         if sum(index.numel() for index in owners.values()) == conv.out_channels:
-            self.owned.add(name)
-            for owner, index in owners.items():
-                bias = [Slice(name, 0, index, "bias", ranked=False)] if biased else []
-                self.joined[owner] += [Slice(name, 0, index), *bias]
+            self._give_filters(name, owners, biased)
             return tags
         if name not in self.first:
             return torch.full((1, conv.out_channels, 1, 1), OTHER, dtype=torch.float64)
         self.joined[name] += [rows(name, conv.out_channels, "bias", ranked=False)] if biased else []
         return new_tags(conv.out_channels, self.first[name])
 
-    def _only_normalised(self, node: fx.Node) -> bool:
+    def _give_filters(self, name: str, owners: Mapping[str, Tensor], biased: bool) -> None:
+        """Join the filters of a depth-wise convolution to the units whose channels they filter."""
+        self.owned.add(name)
+        for owner, index in owners.items():
+            bias = [Slice(name, 0, index, "bias", ranked=False)] if biased else []
+            self.joined[owner] += [Slice(name, 0, index), *bias]
+
+    def _is_only_normalised(self, node: fx.Node) -> bool:
         user = next(iter(node.users)) if len(node.users) == 1 else None
-        norm = self.layers.get(str(user.target)) if user is not None and user.op == "call_module" else None
-        return is_silent_norm(norm) and bool(norm.affine)  # type: ignore[union-attr]
+        norm: Any = self.layers.get(str(user.target)) if user is not None and user.op == "call_module" else None
+        return is_prunable_norm(norm) and bool(norm.affine)
 
     def _normalised(self, name: str, norm: nn.BatchNorm2d, tags: Tensor) -> Tensor:
-        """Channels of a unit are silenced with it; what is normalised otherwise speaks even where it is zero."""
+        """Join the normalisation's entries to the units of its channels; other channels may be non-zero after it."""
         after = torch.full_like(tags, OTHER)
-        if norm.affine and is_silent_norm(norm):
+        if norm.affine and is_prunable_norm(norm):
             for owner, index in self._owners(tags).items():
                 self.joined[owner] += [Slice(name, 0, index, param, ranked=False) for param in ("weight", "bias")]
                 after[:, index.flatten()] = tags[:, index.flatten()]
         return after
 
     def _owners(self, tags: Tensor) -> dict[str, Tensor]:
-        """Convolutions of which every filter arrives here, all equally often: positions, int64 [filters, times]."""
+        """Return the convolutions of which every filter is among the tags, all equally often.
+
+        Returns:
+            Convolution -> positions of its filters' channels, int64 [filters, times].
+        """
         line = tags[0, :, 0, 0]
         owners = {}
         for name, first in self.first.items():
@@ -155,13 +165,13 @@ class ChannelSources(ChannelTags):
 
 
 def _sum(a: Any, b: Any) -> Tensor:
-    """A sum is zero where both summands are; it belongs to a unit where it has no other summand."""
+    """Return the tags of a sum: zero where both summands are, a unit's where it has no other summand."""
     a, b = _as_tags(a), _as_tags(b)
     return torch.where(a == b, a, torch.where(a == ZERO, b, torch.where(b == ZERO, a, OTHER)))
 
 
 def _product(a: Any, b: Any) -> Tensor:
-    """A product is zero where either factor is."""
+    """Return the tags of a product: zero where either factor is."""
     a, b = _as_tags(a), _as_tags(b)
     return torch.where((a == ZERO) | (b == ZERO), ZERO, torch.where(a > 0, a, b))
 

@@ -1,4 +1,4 @@
-"""What is pruned: units (channels, heads, neurons) and the slices of parameters that live or die with each."""
+"""Units (channels, heads, neurons, blocks), and the slices of parameters that are kept or pruned with each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Slice:
-    """The positions along one axis of one parameter that belong to each unit.
+    """Positions along one axis of one parameter that belong to each unit.
 
     A convolution of 4 filters, one filter a unit: `Slice("conv", 0, tensor([[0], [1], [2], [3]]))`.
 
@@ -20,8 +20,8 @@ class Slice:
         axis: Axis of the parameter along which the units lie.
         index: int64 [units, width]; row u holds the positions of unit u.
         param: "weight" or "bias".
-        ranked: Whether global L1 ranks the parameter's entries. Normalisation weights and biases are not
-            ranked: they only follow their unit.
+        ranked: True if global L1 ranks the parameter's entries. Normalisation weights and biases are not ranked: they
+            only follow their unit.
     """
 
     layer: str
@@ -32,11 +32,11 @@ class Slice:
 
     @property
     def name(self) -> str:
-        """The parameter's full name, as in `model.named_parameters()`."""
+        """Full name of the parameter, as in `model.named_parameters()`."""
         return f"{self.layer}.{self.param}"
 
     def spread(self, kept: Tensor, like: Tensor) -> Tensor:
-        """Turn one flag per unit (bool [units]) into a 0/1 mask of `like`'s shape; positions in no unit stay 1."""
+        """Turn one flag per unit (bool [units]) into a 0/1 mask of `like`'s shape; positions in no unit are 1."""
         line = torch.ones(like.shape[self.axis], dtype=torch.float32, device=like.device)
         line[self.index.to(like.device).flatten()] = kept.to(line).repeat_interleave(self.index.shape[1])
         shape = [1] * like.ndim
@@ -44,7 +44,7 @@ class Slice:
         return line.view(shape).expand(like.shape).contiguous()
 
     def units_with_weights(self, mask: Tensor) -> Tensor:
-        """Which units have a one in the parameter's mask: bool [units], on the CPU."""
+        """Return which units have a one in the parameter's mask: bool [units], on the CPU."""
         others = [d for d in range(mask.ndim) if d != self.axis]
         ones = mask.sum(dim=others) if others else mask
         return (ones > 0).cpu()[self.index].any(dim=1)
@@ -52,9 +52,9 @@ class Slice:
 
 @dataclass(frozen=True)
 class UnitGroup:
-    """Units of one kind in one place of the network, and every slice that they tie together.
+    """Units of one kind in one place of the network, and all slices that belong to them.
 
-    The first slice is the one that criteria look at: its layer produces the units' outputs.
+    Criteria score the first slice: its layer computes the outputs of the units.
     """
 
     name: str
@@ -63,53 +63,67 @@ class UnitGroup:
 
     @property
     def root(self) -> Slice:
+        """First slice of the group."""
         return self.slices[0]
 
     @property
     def units(self) -> int:
+        """Number of units."""
         return self.root.index.shape[0]
 
 
 def parameter_of(model: nn.Module, name: str) -> Tensor:
-    """The trainable tensor behind a parameter's name, also while torch's pruning holds it as `<name>_orig`."""
+    """Return the trainable tensor behind a parameter's name, `<name>_orig` while torch's pruning masks it."""
     layer, _, param = name.rpartition(".")
     module = model.get_submodule(layer)
     masked = getattr(module, f"{param}_orig", None)
     return getattr(module, param) if masked is None else masked
 
 
+def parameter_name(key: str) -> str:
+    """Return the name of the parameter that a mask's key means.
+
+    Args:
+        key: The name itself (`<layer>.weight`), the layer alone for its weight, as the documented functions return it,
+            or torch's name of the mask (`<layer>.weight_mask`).
+    """
+    if key.endswith("_mask"):
+        return key.removesuffix("_mask")
+    return key if key.endswith((".weight", ".bias")) else f"{key}.weight"
+
+
 def ranked_names(model: nn.Module, groups: Iterable[UnitGroup]) -> list[str]:
-    """Names of the parameters that global L1 ranks (the prunable layers' weights), in module order."""
+    """Return the names of the parameters that global L1 ranks (the prunable layers' weights), in module order."""
     wanted = {s.layer: s.name for g in groups for s in g.slices if s.ranked}
     return [wanted[layer] for layer, _ in model.named_modules() if layer in wanted]
 
 
 def rows(layer: str, units: int, param: str = "weight", ranked: bool = True) -> Slice:
-    """One unit per position of a parameter's first axis."""
+    """Return a slice with one unit per position of a parameter's first axis."""
     return Slice(layer, 0, torch.arange(units).unsqueeze(1), param, ranked)
 
 
 def kinds(groups: Sequence[UnitGroup]) -> list[str]:
-    """The kinds of unit that occur, in order of appearance."""
+    """Return the kinds of unit that occur, in order of appearance."""
     return list(dict.fromkeys(g.kind for g in groups))
 
 
 def kept_units(group: UnitGroup, mask: Tensor) -> Tensor:
-    """Which units have anything left in the mask of the group's first slice: bool [units]."""
+    """Return which units have a one in the mask of the group's first slice: bool [units]."""
     return group.root.units_with_weights(mask)
 
 
 def masks_of_units(
     groups: Iterable[UnitGroup], kept: Mapping[str, Tensor], like: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The masks (by parameter name) that leave just these units.
+    """Return the masks (by parameter name) that keep exactly these units.
 
     Args:
         kept: Group name -> bool [units]; groups that are not named keep all.
         like: Parameter name -> a tensor of its shape.
 
     Returns:
-        0/1 masks of all slices of the groups. Where groups share a parameter, what any of them drops is gone.
+        0/1 masks of all slices of the groups. What one group prunes of a parameter is pruned, whatever others keep.
     """
     masks: dict[str, Tensor] = {}
     for group in groups:

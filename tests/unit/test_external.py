@@ -27,7 +27,8 @@ from structured_tickets.shrinking import shrink as compact
 from structured_tickets.shrinking.cost import cost_of
 from structured_tickets.shrinking.trial import check_units
 from structured_tickets.unit_groups.channels import channel_groups
-from structured_tickets.unit_groups.find import head_groups, neuron_groups, unit_groups
+from structured_tickets.unit_groups.find import unit_groups
+from structured_tickets.unit_groups.transformer import head_groups, neuron_groups
 from structured_tickets.unit_groups.unit import kinds, masks_of_units
 
 OWN = ROOT / "examples" / "my_model.py"

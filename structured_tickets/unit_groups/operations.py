@@ -1,0 +1,200 @@
+"""Operations that tracing and channel removal know. To support another one, add it to the table that describes it.
+
+An entry is a type of module, a function, or the name of a tensor method. An operation that is in no table is allowed:
+it gets all channels, and nothing is assumed of what comes out.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import fx, nn
+from torchvision.ops import StochasticDepth
+
+COPIES = frozenset({"contiguous", "clone"})
+"""Gives the same numbers in the same places."""
+
+ZERO_STAYS_ZERO = COPIES | {
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.SiLU,
+    nn.GELU,
+    nn.Mish,
+    nn.Hardswish,
+    nn.Tanh,
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    StochasticDepth,
+    DropPath,
+    torch.relu,
+    torch.tanh,
+    F.relu,
+    F.relu6,
+    F.leaky_relu,
+    F.elu,
+    F.silu,
+    F.gelu,
+    F.hardswish,
+    F.dropout,
+    F.max_pool2d,
+    F.avg_pool2d,
+    F.adaptive_avg_pool2d,
+    F.adaptive_max_pool2d,
+    "relu",
+    "relu_",
+    "tanh",
+}
+"""Works on each channel by itself, keeps its place, and gives zeros for a channel of zeros."""
+
+ZERO_BECOMES_NONZERO = frozenset({nn.Sigmoid, nn.Hardsigmoid, torch.sigmoid, F.sigmoid, F.hardsigmoid, "sigmoid"})
+"""Works on each number by itself, and gives something else than zero for a zero."""
+
+CONCATENATIONS = frozenset({torch.cat, torch.concat})
+"""Puts the channels of several tensors one after another; channels that are removed before stay removed."""
+
+FLATTENINGS = frozenset({torch.flatten, "flatten"})
+"""Joins axes from the one that its first argument names."""
+
+RESHAPES = frozenset({torch.reshape, "reshape", "view"})
+"""Gives the same numbers in the same order another shape, which its arguments name."""
+
+REARRANGING = (
+    CONCATENATIONS
+    | FLATTENINGS
+    | RESHAPES
+    | {
+        nn.Flatten,
+        nn.Unflatten,
+        nn.ChannelShuffle,
+        operator.getitem,
+        torch.concatenate,
+        torch.stack,
+        torch.chunk,
+        torch.split,
+        torch.tensor_split,
+        torch.unbind,
+        torch.narrow,
+        torch.transpose,
+        torch.permute,
+        torch.swapaxes,
+        torch.movedim,
+        torch.squeeze,
+        torch.unsqueeze,
+        torch.unflatten,
+        torch.channel_shuffle,
+        F.channel_shuffle,
+        "chunk",
+        "split",
+        "tensor_split",
+        "unbind",
+        "narrow",
+        "transpose",
+        "permute",
+        "swapaxes",
+        "movedim",
+        "squeeze",
+        "unsqueeze",
+        "unflatten",
+        "expand",
+    }
+)
+"""Moves channels to other places, or repeats or leaves out some, and computes nothing."""
+
+MEANS = frozenset({torch.mean, "mean"})
+"""Averages over the axes that its arguments name."""
+
+ADDITIONS = frozenset({operator.add, operator.iadd, torch.add})
+"""Adds two tensors: a channel of the sum is zero where both summands are."""
+
+PRODUCTS = frozenset({operator.mul, operator.imul, torch.mul})
+"""Multiplies two tensors: a channel of the product is zero where either factor is."""
+
+SIZES = frozenset({getattr, "size", "dim"})
+"""Reads a tensor's shape or another attribute: what comes out is no feature map."""
+
+CALLED_ONCE = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
+"""Layers, derived ones too, that own channels: called twice, those of the two calls could not be told apart."""
+
+LEAVES = (nn.Conv2d, nn.BatchNorm2d, StochasticDepth, DropPath)
+"""Layers, derived ones too, that the tracer takes as they are, without looking at what they call."""
+
+
+def kind_of(called: Any) -> Any:
+    """The entry under which a module, function or method's name stands in the tables."""
+    return type(called) if isinstance(called, nn.Module) else called
+
+
+def is_rearrangement(node: fx.Node, called: Any) -> bool:
+    """True if a call moves channels to other places and does nothing else to them."""
+    kind = kind_of(called)
+    if kind is F.pad:
+        return pads_with_zeros(node)
+    return kind in REARRANGING or (kind in MEANS and averages_pixels(node))
+
+
+def keeps_channels(node: fx.Node, called: Any) -> bool:
+    """True if a call moves channels to other places, or works on each by itself."""
+    return is_rearrangement(node, called) or kind_of(called) in ZERO_STAYS_ZERO
+
+
+def pads_with_zeros(node: fx.Node) -> bool:
+    """True if a call of `F.pad` adds zeros, and says so in the usual way."""
+    zeros = node.kwargs.get("mode", "constant") == "constant" and not node.kwargs.get("value")
+    return len(node.args) == 2 and zeros
+
+
+def averages_pixels(node: fx.Node) -> bool:
+    """True if a mean is taken over pixels only."""
+    words = _words(node)
+    axes: Any = words[0] if words else None
+    return isinstance(axes, tuple | list) and all(a in (2, 3, -1, -2) for a in axes)
+
+
+def keeps_channel_order(node: fx.Node, called: Any) -> bool:
+    """True if a call averages pixels, or lays them out channel after channel, so that channels stay in their order."""
+    words = _words(node)
+    if called in RESHAPES:
+        return bool(len(words) == 2 and words[1] == -1)
+    if called in FLATTENINGS:
+        return words[:1] == [1]
+    if called in MEANS:
+        return averages_pixels(node)
+    return isinstance(called, nn.Flatten) and called.start_dim == 1
+
+
+def _words(node: fx.Node) -> list[Any]:
+    """What a call is given besides its first argument."""
+    return [*node.args[1:], *node.kwargs.values()]
+
+
+def is_plain_conv(module: object) -> bool:
+    """True for a convolution of torch's own, plain or under torch's pruning: its filters are its weights."""
+    own = module._parameters if type(module) is nn.Conv2d else {}
+    return "weight" in own or ("weight_orig" in own and hasattr(module, "weight_mask"))
+
+
+def is_depthwise(conv: object) -> bool:
+    """True for a convolution with one filter per channel."""
+    return isinstance(conv, nn.Conv2d) and conv.groups == conv.in_channels == conv.out_channels > 1
+
+
+def is_prunable_norm(module: object) -> bool:
+    """True for a batch normalisation that gives zero where weight and bias are zero, an activation in it included."""
+    if type(module) is nn.BatchNorm2d:
+        return True
+    act = getattr(module, "act", None)
+    if not isinstance(module, nn.BatchNorm2d) or not isinstance(act, nn.Module):
+        return False
+    with torch.no_grad():
+        return bool((act(torch.zeros(1, 1, 1, 1)) == 0).all())
