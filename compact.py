@@ -2,7 +2,8 @@
 
 import warnings
 
-from structured_tickets.shrinking.shrink import expand, kept_units_of, load, save, shrink, structure_of
+from structured_tickets.export.deployed import load, save
+from structured_tickets.shrinking.shrink import expand, kept_units_of, shrink, structure_of
 
 __all__ = ["expand", "kept_units_of", "load", "save", "shrink", "structure_of"]
 

@@ -1,4 +1,4 @@
-"""What `export.py` writes: the ticket of a round at its real size, checked against the masked network."""
+"""Export a round's network at its real size, compared with the masked one."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from structured_tickets.base.atomic_files import write_atomically
 from structured_tickets.base.errors import DataError, RunError, StorageError, UsageError
 from structured_tickets.base.text_tables import text_table
+from structured_tickets.export.deployed import LARGEST_IMAGE, load, save
 from structured_tickets.networks import build_model, runs_a_file
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.runs.state import RunState
-from structured_tickets.shrinking import shrink as compact
-from structured_tickets.shrinking.cost import cost_of
+from structured_tickets.shrinking.cost import Cost, cost_of
+from structured_tickets.shrinking.shrink import kept_units_of, shrink, structure_of
 from structured_tickets.unit_groups.find import unit_groups
 
 log = logging.getLogger("rsst")
@@ -35,12 +36,18 @@ REPEATS = 15
 
 
 class ExportError(RunError):
-    """What was to be written does not compute what the masked network does."""
+    """A network that was to be written does not compute what the masked network does."""
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """A round's network: the dense one with its weights hardened, and what its structure keeps."""
+    """A round's final network.
+
+    Attributes:
+        run: State of the run after the round.
+        masked: The network at full size, with everything outside the structure at zero.
+        structure: Parameter name -> 0/1; empty for the dense network.
+    """
 
     run: RunState
     masked: nn.Module
@@ -48,9 +55,11 @@ class Ticket:
 
 
 def read_ticket(folder: Path, state: int | None = None, best: bool = False, arch: str | None = None) -> Ticket:
-    """The ticket of a round of the run in `folder`; by default of the last that is finished.
+    """Return the final network of a round of the run in `folder`.
 
     Args:
+        state: The round; by default the last that is finished.
+        best: Take the weights of the round's best epoch instead of its last.
         arch: The network, `file.py:factory`, of a run whose network comes from a user's file.
 
     Raises:
@@ -59,13 +68,9 @@ def read_ticket(folder: Path, state: int | None = None, best: bool = False, arch
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not the folder of a run")
-    files = RunFolder(folder)
-    if state is None:
-        newest = files.newest_run()
-        if newest is None or not newest.rounds:
-            raise DataError(f"{folder} holds no finished round")
-        state = int(newest.rounds[-1]["round"])
-    path = files.best(state) if best else files.checkpoint(state)
+    run_folder = RunFolder(folder)
+    state = _last_round(run_folder) if state is None else state
+    path = run_folder.best(state) if best else run_folder.checkpoint(state)
     if not path.is_file():
         raise DataError(f"{folder} holds no round {state} ({path.name} is missing)")
     run = RunFolder.load(path)
@@ -82,10 +87,17 @@ def read_ticket(folder: Path, state: int | None = None, best: bool = False, arch
     return Ticket(run, model.eval(), structure)
 
 
+def _last_round(run_folder: RunFolder) -> int:
+    newest = run_folder.newest_run()
+    if newest is None or not newest.rounds:
+        raise DataError(f"{run_folder.path} holds no finished round")
+    return int(newest.rounds[-1]["round"])
+
+
 def _network(run: RunState, arch: str | None, file: Path) -> nn.Module:
-    """The run's network. Code in a user's file is only run when the user says so: a checkpoint may be anybody's."""
+    """Build the run's network. A user's file is only run if `arch` names it: the checkpoint may be from anyone."""
     named, size = run.args.get("arch"), run.args.get("image_size")
-    if not isinstance(named, str) or not isinstance(size, int) or not 0 < size <= compact.LARGEST_IMAGE:
+    if not isinstance(named, str) or not isinstance(size, int) or not 0 < size <= LARGEST_IMAGE:
         raise DataError(f"{file} does not say which network it holds, for images of how many pixels")
     if runs_a_file(named) and arch is None:
         raise UsageError(f"argument --arch: the network comes from {named}: name it again, since its code will be run")
@@ -102,10 +114,13 @@ def export(
     pt2: bool = False,
     arch: str | None = None,
 ) -> str:
-    """Write a round's ticket; returns the table of what became smaller.
+    """Write a round's network at its real size; return the table of what became smaller.
 
     Args:
-        arch: See `read_ticket`.
+        state, best, arch: See `read_ticket`.
+        out: Folder to write to; by default one within `folder`.
+        multiple: Keep extra units so that each layer has a multiple of this.
+        onnx, pt2: Write these forms too.
 
     Raises:
         ExportError: A written form computes something else than the masked network; its file is removed.
@@ -115,29 +130,18 @@ def export(
         _require_onnx()
     ticket = read_ticket(folder, state, best, arch)
     size = ticket.run.args["image_size"]
-    kept = compact.kept_units_of(ticket.masked, ticket.structure, multiple)
-    structure = compact.structure_of(ticket.masked, kept)
-    small = compact.shrink(ticket.masked, structure).eval()
+    kept = kept_units_of(ticket.masked, ticket.structure, multiple)
+    structure = structure_of(ticket.masked, kept)
+    small = shrink(ticket.masked, structure).eval()
     images = torch.rand(5, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = ticket.masked(images)
-        check("the compact network", small(images), wanted)
+        require_same_logits("the compact network", small(images), wanted)
     out = out or _within(folder / "export", f"round_{ticket.run.state}")
     out.mkdir(parents=True, exist_ok=True)
-    normalize: Any = ticket.masked.normalize
-    config = {
-        "arch": ticket.run.args["arch"],
-        "image_size": size,
-        "round": ticket.run.state,
-        "classes": ticket.run.classes or [str(k) for k in range(wanted.shape[1])],
-        "mean": normalize.mean.flatten().tolist(),
-        "std": normalize.std.flatten().tolist(),
-        "kept": kept,
-        "settings": ticket.run.args,
-    }
-    compact.save(small, config, out)
+    save(small, _description(ticket, kept, wanted.shape[1]), out)
     with torch.no_grad():
-        check("model.safetensors, read back", compact.load(out, arch)(images), wanted)
+        require_same_logits("model.safetensors, read back", load(out, arch)(images), wanted)
     if onnx:
         _write(out / "model.onnx", _write_onnx, _run_onnx, small, images, wanted)
     if pt2:
@@ -148,16 +152,35 @@ def export(
     return _table(rows)
 
 
+def _description(ticket: Ticket, kept: dict[str, list[int]], classes: int) -> dict[str, Any]:
+    """Return what `save` writes about a network with so many classes."""
+    normalize: Any = ticket.masked.normalize
+    return {
+        "arch": ticket.run.args["arch"],
+        "image_size": ticket.run.args["image_size"],
+        "round": ticket.run.state,
+        "classes": ticket.run.classes or [str(k) for k in range(classes)],
+        "mean": normalize.mean.flatten().tolist(),
+        "std": normalize.std.flatten().tolist(),
+        "kept": kept,
+        "settings": ticket.run.args,
+    }
+
+
 def _within(folder: Path, name: str) -> Path:
-    """Raises: StorageError, if a link leads out of a run's folder, which may be anybody's."""
+    """Return the path of a folder within a run's folder, which may be from anyone.
+
+    Raises:
+        StorageError: It is a link, which could lead anywhere.
+    """
     for path in (folder, folder / name):
         if path.is_symlink():
             raise StorageError(f"{path} is a link, which is not followed; name a folder by --out")
     return folder / name
 
 
-def check(what: str, found: Tensor, wanted: Tensor) -> None:
-    """Raises: ExportError, unless the logits agree."""
+def require_same_logits(what: str, found: Tensor, wanted: Tensor) -> None:
+    """Raise ExportError if the logits differ by more than rounding."""
     difference = float((found - wanted).abs().max()) / max(1.0, float(wanted.abs().max()))
     if not difference <= TOLERANCE:
         raise ExportError(f"{what} differs from the masked network by {difference:.2g}; nothing of it is kept")
@@ -173,8 +196,8 @@ def _write(
 ) -> None:
     write(copy.deepcopy(small), images, path)
     try:
-        check(path.name, run(path, images), wanted)
-        check(f"{path.name} with one image", run(path, images[:1]), wanted[:1])
+        require_same_logits(path.name, run(path, images), wanted)
+        require_same_logits(f"{path.name} with one image", run(path, images[:1]), wanted[:1])
     except ExportError:
         path.unlink()
         raise
@@ -220,36 +243,34 @@ def _run_pt2(path: Path, images: Tensor) -> Tensor:
 
 
 def _measure(ticket: Ticket, structure: dict[str, Tensor], small: nn.Module, file: Path, size: int) -> list[dict]:
-    """A row each for the dense, the masked and the compact network."""
+    """Return a row each for the dense, the masked and the compact network."""
     groups = unit_groups(ticket.masked)
     dense, cut = (cost_of(ticket.masked, groups, masks, size) for masks in ({}, structure))
     whole = {n: v.contiguous().clone() for n, v in ticket.masked.state_dict().items()}
-    sizes = {"dense": len(safetensors.torch.save(whole)), "compact": file.stat().st_size}
+    dense_bytes, cut_bytes = len(safetensors.torch.save(whole)), file.stat().st_size
     dense_network = copy.deepcopy(ticket.masked)
     dense_network.load_state_dict(ticket.run.state_dict)
-    networks = {"dense": dense_network, "masked": ticket.masked, "compact": small}
-    networks = {name: channels_side_by_side(copy.deepcopy(network)) for name, network in networks.items()}
-    rows: list[dict[str, Any]] = []
-    for name in networks:
-        cost, size_on_disk = (cut, sizes["compact"]) if name == "compact" else (dense, sizes["dense"])
-        rows.append(
-            {
-                "network": name,
-                "parameters": cost.parameters,
-                "macs": cost.macs,
-                "bytes": size_on_disk,
-                "threads": torch.get_num_threads(),
-            }
-        )
-    for batch, seconds in ((b, latencies(list(networks.values()), b, size)) for b in LATENCY_BATCHES):
-        for row, value in zip(rows, seconds, strict=True):
-            row[f"latency_ms_batch_{batch}"] = 1e3 * value
+    networks = [channels_side_by_side(copy.deepcopy(n)) for n in (dense_network, ticket.masked, small)]
+    rows = [_row("dense", dense, dense_bytes), _row("masked", dense, dense_bytes), _row("compact", cut, cut_bytes)]
+    for batch in LATENCY_BATCHES:
+        for row, seconds in zip(rows, latencies(networks, batch, size), strict=True):
+            row[f"latency_ms_batch_{batch}"] = 1e3 * seconds
     return rows
+
+
+def _row(network: str, cost: Cost, size_on_disk: int) -> dict[str, Any]:
+    return {
+        "network": network,
+        "parameters": cost.parameters,
+        "macs": cost.macs,
+        "bytes": size_on_disk,
+        "threads": torch.get_num_threads(),
+    }
 
 
 @torch.no_grad()
 def latencies(networks: list[nn.Module], batch: int, size: int, repeats: int = REPEATS) -> list[float]:
-    """Median seconds of a forward pass of each network, in turns, after two that warm up."""
+    """Return the median seconds of a forward pass of each network, measured in turns after two passes to warm up."""
     images = torch.rand(batch, 3, size, size)
     times: list[list[float]] = [[] for _ in networks]
     for k in range(repeats + 2):

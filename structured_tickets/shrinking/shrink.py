@@ -7,28 +7,18 @@ network loses channels wherever `channel_flow` finds that they are zero.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from structured_tickets.base.atomic_files import write_atomically
-from structured_tickets.base.errors import DataError, UsageError, first_line
-from structured_tickets.base.untrusted_text import check, is_mapping, is_words, parse_json
-from structured_tickets.networks import build_model, runs_a_file, spec_of
+from structured_tickets.base.errors import DataError
+from structured_tickets.networks import spec_of
 from structured_tickets.networks.attention import SelfAttention
-from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.shrinking.channels import Cuts, Follower
 from structured_tickets.unit_groups.find import is_transformer, unit_groups
 from structured_tickets.unit_groups.unit import UnitGroup, masks_of_units
-
-FORMAT = 1
-LARGEST_IMAGE = 4096  # pixels a side: a file must not make a network that fills the memory
 
 
 class Constant(nn.Module):
@@ -189,61 +179,3 @@ def structure_of(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> dict[st
             raise DataError(f"the kept units do not fit the model: {group.name} has {group.units} units")
         left[group.name][list(units)] = True
     return masks_of_units(groups, left, parameters)
-
-
-def save(small: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
-    """Write `model.safetensors` and `config.json` into a folder that exists.
-
-    Args:
-        config: `arch`, `classes`, `image_size`, `kept` (see `kept_units_of`), and whatever else should stand there.
-    """
-    tensors = {n: v.detach().cpu().contiguous().clone() for n, v in small.state_dict().items()}
-    write_atomically(safetensors.torch.save(tensors), folder / "model.safetensors")
-    write_atomically(json.dumps({"format": FORMAT, **config}, indent=1) + "\n", folder / "config.json")
-
-
-def load(folder: str | Path, arch: str | None = None) -> nn.Module:
-    """The network that `save` wrote, in eval mode; runs no code from the files.
-
-    It takes images [batch, 3, size, size] in [0, 1] and gives logits.
-
-    Args:
-        arch: The network, `file.py:factory`, if it comes from a user's file; that file's code is run.
-
-    Raises:
-        DataError: A file is missing, damaged, or of another version or model.
-    """
-    folder = Path(folder)
-    try:
-        config = _config(folder / "config.json")
-        tensors = safetensors.torch.load_file(folder / "model.safetensors")
-        if runs_a_file(config["arch"]) and arch is None:
-            raise DataError(f"the network in {folder} comes from {config['arch']}: give that as `arch` to run its code")
-        with torch.random.fork_rng(devices=[]):
-            model = build_model(arch or config["arch"], len(config["classes"]), config["image_size"])
-        model.normalize = Normalize((0.0,) * 3, (1.0,) * 3)
-        small = shrink(model, structure_of(model, config["kept"]))
-        small.load_state_dict(tensors)
-    except (OSError, ValueError, RuntimeError, UsageError, safetensors.SafetensorError) as error:
-        raise DataError(f"cannot read the network in {folder}: {first_line(error)}") from error
-    return channels_side_by_side(small.eval())
-
-
-def _config(file: Path) -> dict[str, Any]:
-    """What `save` wrote beside the tensors.
-
-    Raises:
-        DataError: Another version of this program wrote it.
-        ValueError: It is not what `save` writes, whoever wrote it.
-    """
-    config = parse_json(file.read_text())
-    check(is_mapping(config), "a network's description")
-    if config.get("format") != FORMAT:
-        raise DataError(f"{file.parent} was written by another version of this program")
-    size, kept = config.get("image_size"), config.get("kept")
-    check(isinstance(config.get("arch"), str), "a network's name as arch")
-    check(is_words(config.get("classes")), "names as classes")
-    check(isinstance(size, int) and 0 < size <= LARGEST_IMAGE, "a number of pixels as image_size")
-    check(is_mapping(kept) and all(isinstance(units, list) for units in kept.values()), "lists of units as kept")
-    check(all(type(unit) is int for units in kept.values() for unit in units), "whole numbers as units")
-    return config

@@ -20,9 +20,9 @@ from structured_tickets.base.errors import DataError
 from structured_tickets.data.catalog import load_splits
 from structured_tickets.data.loader import BatchLoader
 from structured_tickets.export import ticket as ticket_files
+from structured_tickets.export.deployed import load
 from structured_tickets.programs import export
 from structured_tickets.runs.folder import RunFolder
-from structured_tickets.shrinking import shrink as compact
 
 HEADS = {"vit_structured": True, "vit_prune_target": "both", "rate_mode": "round"}
 ARCHS = {"micro_cnn": {}, "micro_vit": HEADS, "res20s": {}, "vit_tiny": HEADS}
@@ -57,7 +57,7 @@ def accuracy(model, arch):
 
 def save_logits(folder, file):
     torch.manual_seed(0)
-    small = compact.load(folder)
+    small = load(folder)
     torch.save(small(torch.rand(3, 3, 8, 8)), file)
 
 
@@ -73,7 +73,7 @@ def test_it_reloads_in_a_new_process_with_the_accuracy_of_the_run(arch, runs, tm
     table = capsys.readouterr().out
     assert [line.split()[0] for line in table.splitlines()[:4]] == ["network", "dense", "masked", "compact"]
     reported = RunFolder(runs[arch]).newest_run().rounds[-1]
-    small = compact.load(tmp_path)
+    small = load(tmp_path)
     found, one_image = accuracy(small, arch)
     assert found == pytest.approx(reported["hardened_test_accuracy"], abs=1.01 * one_image)
     assert sum(p.numel() for p in small.parameters()) == reported["parameters"]
@@ -85,9 +85,10 @@ def test_it_reloads_in_a_new_process_with_the_accuracy_of_the_run(arch, runs, tm
         assert process.exitcode == 0
     else:
         code = (
-            "import sys, torch, compact, helpers.networks\n"
+            "import sys, torch, helpers.networks\n"
+            "from structured_tickets.export.deployed import load\n"
             "torch.manual_seed(0)\n"
-            "small = compact.load(sys.argv[1])\n"
+            "small = load(sys.argv[1])\n"
             "torch.save(small(torch.rand(3, 3, 8, 8)), sys.argv[2])"
         )
         path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
@@ -107,7 +108,7 @@ def test_onnx_and_pt2_are_written_and_compared(arch, runs, tmp_path):
     pytest.importorskip("onnxruntime")
     assert export.main([str(runs[arch]), "--out", str(tmp_path), "--onnx", "--pt2", "--round", "1"]) == 0
     images = torch.rand(3, 3, 8, 8)
-    wanted = compact.load(tmp_path)(images).detach()
+    wanted = load(tmp_path)(images).detach()
     for compute, name in ((ticket_files._run_onnx, "model.onnx"), (ticket_files._run_pt2, "model.pt2")):
         torch.testing.assert_close(compute(tmp_path / name, images), wanted, rtol=1e-4, atol=1e-4)
 
@@ -126,7 +127,7 @@ def test_a_pruned_stem_is_cut_too(arch, tmp_path):
     assert export.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
     row = list(csv.DictReader((tmp_path / "run" / "summary.csv").open()))[-1]
     tensors = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
-    small = compact.load(tmp_path / "out")
+    small = load(tmp_path / "out")
     assert {n: v.shape for n, v in small.state_dict().items()} == {n: v.shape for n, v in tensors.items()}
     if not more:  # a patch embedding is pruned weight by weight
         assert sum(p.numel() for p in small.parameters()) == int(row["parameters"])
@@ -141,7 +142,7 @@ def test_rounding_up_keeps_multiples_and_the_function(arch, runs, tmp_path):
         assert set(plain[name]) <= set(units)
         assert len(units) % 8 == 0 or len(units) - len(plain[name]) < 8
     images = torch.rand(2, 3, 8, 8)
-    one, other = (compact.load(tmp_path / n)(images) for n in ("plain", "rounded"))
+    one, other = (load(tmp_path / n)(images) for n in ("plain", "rounded"))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
@@ -172,7 +173,7 @@ def test_damaged_or_hostile_files_are_refused(runs, tmp_path):
     for content in (b"", good[:-9], pickle.dumps(Bomb())):
         (tmp_path / "model.safetensors").write_bytes(content)
         with pytest.raises(DataError, match="cannot read the network"):
-            compact.load(tmp_path)
+            load(tmp_path)
     assert not (tmp_path / "ran").exists()
     (tmp_path / "model.safetensors").write_bytes(good)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -184,4 +185,4 @@ def test_damaged_or_hostile_files_are_refused(runs, tmp_path):
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **wrong}))
         with pytest.raises(DataError):
-            compact.load(tmp_path)
+            load(tmp_path)

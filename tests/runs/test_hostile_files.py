@@ -24,13 +24,13 @@ from helpers.report_data import epoch_row, write_run, write_sweep
 
 import main_imp_fillback
 from structured_tickets.base.errors import DataError
+from structured_tickets.export.deployed import load
 from structured_tickets.programs import export, report, sweep
 from structured_tickets.reports import latency
 from structured_tickets.reports.sweep_tables import Table
 from structured_tickets.runs.checkpoint_schema import LATER_FIELDS, check_fits
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.runs.state import fields_of
-from structured_tickets.shrinking import shrink as compact
 
 
 @pytest.fixture(scope="module")
@@ -284,12 +284,12 @@ def network(exported, tmp_path):
 
 def refused(folder, ran, said=""):
     with pytest.raises(DataError, match=said) as caught:
-        compact.load(folder)
+        load(folder)
     assert "\n" not in str(caught.value) and not ran.exists()
 
 
 def test_an_exported_network_runs_nothing(network, tmp_path):
-    compact.load(network)
+    load(network)
     ran, good = tmp_path / "ran", (network / "model.safetensors").read_bytes()
     for content in FILES.values():
         (network / "model.safetensors").write_bytes(content(ran))

@@ -15,6 +15,7 @@ from helpers.interruptions import stopped_again_and_again
 from helpers.networks import MICRO
 
 from structured_tickets.export import ticket as ticket_files
+from structured_tickets.export.deployed import load
 from structured_tickets.networks import build_model
 from structured_tickets.programs import export
 from structured_tickets.pruning import oneshot as oneshot_pruners
@@ -24,7 +25,6 @@ from structured_tickets.pruning.shares import kept_per_kind
 from structured_tickets.runs import epochs as epochs_of_runs
 from structured_tickets.runs import experiment
 from structured_tickets.runs.folder import RunFolder
-from structured_tickets.shrinking import shrink as compact
 from structured_tickets.training.epoch import train
 from structured_tickets.unit_groups.find import unit_groups
 from structured_tickets.unit_groups.unit import ranked_names
@@ -250,7 +250,7 @@ def test_the_exported_network_is_the_masked_one(arch, struct, regroup, tmp_path,
     assert run(*words(tmp_path / "run", struct, arch, regroup, pruning_times=2, rate=0.8)) == 0
     assert export.main([str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--quiet"]) == 0
     ticket = ticket_files.read_ticket(tmp_path / "run")
-    small, images = compact.load(tmp_path / "out"), torch.rand(3, 3, 8, 8)
+    small, images = load(tmp_path / "out"), torch.rand(3, 3, 8, 8)
     for name, mask in ticket.structure.items():
         assert not ticket.masked.get_parameter(name).detach()[mask == 0].any()
     with torch.no_grad():

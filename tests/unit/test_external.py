@@ -15,6 +15,7 @@ from torchvision.models import VisionTransformer
 
 import main_imp_fillback
 from structured_tickets.base.errors import DataError, UsageError
+from structured_tickets.export.deployed import load
 from structured_tickets.networks import build_model, external
 from structured_tickets.networks.attention import with_separate_heads
 from structured_tickets.networks.building import parse_arch
@@ -263,8 +264,8 @@ def test_the_worked_example_trains_prunes_resumes_and_exports(struct, more, tmp_
     out = ["--out", str(tmp_path / "out"), "--quiet", "--arch", f"{OWN}:net"]
     assert export.main([str(tmp_path / "run"), *out]) == 0
     with pytest.raises(DataError, match="give that as `arch` to run its code"):
-        compact.load(tmp_path / "out")
-    small, whole = compact.load(tmp_path / "out", f"{OWN}:net"), build_model(f"{OWN}:net", 10, 8)
+        load(tmp_path / "out")
+    small, whole = load(tmp_path / "out", f"{OWN}:net"), build_model(f"{OWN}:net", 10, 8)
     assert sum(p.numel() for p in small.parameters()) < 0.8 * sum(p.numel() for p in whole.parameters())
     assert small(torch.rand(2, 3, 8, 8)).shape == (2, 10)
 
@@ -285,7 +286,7 @@ def test_a_librarys_network_goes_through_a_whole_run(arch, size, more, tmp_path,
     words = tiny(tmp_path, arch=arch, image_size=size, struct="refill", optimizer="adamw", lr=1e-3, **more)
     assert run(*words) == 0
     assert export.main([str(tmp_path), "--out", str(tmp_path / "out"), "--quiet"]) == 0
-    small = compact.load(tmp_path / "out")
+    small = load(tmp_path / "out")
     assert small(torch.rand(2, 3, size, size)).shape == (2, 10)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in build_model(arch, 10, size).parameters())
 
