@@ -70,9 +70,9 @@ def latency_rows(arch: str, gone: float, turns: int, device: torch.device) -> li
     """The dense network, and the compact one as it is exported and as it trains, in eval mode."""
     model = network(arch, torch.float32, device).eval()
     masks, images = random_structure(model, gone), torch.rand(LATENCY_BATCH, 3, SIZE, SIZE, device=device)
-    networks = {"dense": model, "smallest": shrink(model, masks).eval()}
+    networks = {"dense": model, "smallest": shrink(model, masks).network.eval()}
     if MODELS[arch].spec.family == "cnn":
-        networks["in lanes"] = shrink(model, masks, LANES).eval()
+        networks["in lanes"] = shrink(model, masks, LANES).network.eval()
     with torch.no_grad():
         actions = {name: (lambda net=net: net(images)) for name, net in networks.items()}  # type: ignore[misc]
         seconds = harness.alternate(actions, turns, device, warmup=4)
@@ -91,9 +91,10 @@ def _loader(batches: int, device: torch.device) -> BatchLoader:
     return BatchLoader(ImageSet(photos, labels), TRAIN_BATCH, device, augment=True, flip=True)
 
 
-def training(model: nn.Module, masks: Mask, compact: bool, loader: BatchLoader) -> Callable[[], object]:
+def training(
+    model: nn.Module, masks: Mask, compact: bool, loader: BatchLoader, precision: torch.dtype = torch.float32
+) -> Callable[[], object]:
     """One epoch of a copy of the model under the masks, at real size or not."""
-    precision: torch.dtype = model.precision  # type: ignore[assignment]
     trainee = Trainee(
         copy.deepcopy(model),
         masks,
@@ -101,7 +102,7 @@ def training(model: nn.Module, masks: Mask, compact: bool, loader: BatchLoader) 
         lambda net: prepare_for_speed(net, precision),
         compact,
     )
-    passer = Passer(SimpleNamespace(print_freq=10**6, block_loss_grad=False), held=trainee.held)
+    passer = Passer(SimpleNamespace(print_freq=10**6, block_loss_grad=False), held=trainee.held, precision=precision)
     criterion = nn.CrossEntropyLoss()
     return lambda: train(0, loader, trainee.model, criterion, trainee.optimizer, 0, passer, None)
 
@@ -109,12 +110,13 @@ def training(model: nn.Module, masks: Mask, compact: bool, loader: BatchLoader) 
 def epoch_rows(arch: str, gone: float, turns: int, batches: int, device: torch.device) -> list[list[str]]:
     rows = []
     for name in ("fp32", "bf16"):
-        model, loader = network(arch, choose_precision(name, device), device), _loader(batches, device)
+        precision = choose_precision(name, device)
+        model, loader = network(arch, precision, device), _loader(batches, device)
         masks = random_structure(model, gone)
         actions = {
-            "dense": training(model, {}, False, loader),
-            "masked": training(model, masks, False, loader),
-            "compact": training(model, masks, True, loader),
+            "dense": training(model, {}, False, loader, precision),
+            "masked": training(model, masks, False, loader, precision),
+            "compact": training(model, masks, True, loader, precision),
         }
         seconds = harness.alternate(actions, turns, device)
         share, goal = share_of_macs(model, masks), GOALS[MODELS[arch].spec.family]["epoch"]
@@ -184,12 +186,12 @@ def torch_pruning_row(arch: str, gone: float, turns: int, device: torch.device) 
     removing = harness.alternate(
         {"ours": lambda: shrink(model, masks), "theirs": lambda: cut_by_torch_pruning(model, masks)}, 3, device, 1
     )
-    networks = {"ours": shrink(model, masks), "theirs": cut_by_torch_pruning(model, masks)}
+    networks = {"ours": shrink(model, masks).network, "theirs": cut_by_torch_pruning(model, masks)}
     with torch.no_grad():
         gap = float((networks["ours"](images) - networks["theirs"](images)).abs().max())
         actions = {name: (lambda net=net: net(images)) for name, net in networks.items()}  # type: ignore[misc]
         seconds = harness.alternate(actions, turns, device, warmup=4)
-    steps = {name: training(_with_precision(net), {}, False, _loader(2, device)) for name, net in networks.items()}
+    steps = {name: training(net, {}, False, _loader(2, device)) for name, net in networks.items()}
     trained = harness.alternate(steps, turns, device)
     latency, step = (harness.ratios(s, "ours", "theirs") for s in (seconds, trained))
     not_slower = all(statistics.quantiles(part, n=4)[0] <= 1 for part in (latency, step))
@@ -204,11 +206,6 @@ def torch_pruning_row(arch: str, gone: float, turns: int, device: torch.device) 
         f"{1e3 * cut[0]:.0f} / {1e3 * cut[1]:.0f} ms",
         verdict,
     ]
-
-
-def _with_precision(net: nn.Module) -> nn.Module:
-    net.precision = torch.float32  # type: ignore[assignment]
-    return net
 
 
 HEADS = {

@@ -17,7 +17,8 @@ from structured_tickets.base.errors import DataError, UsageError, first_line
 from structured_tickets.base.untrusted_text import check, is_mapping, is_words, parse_json
 from structured_tickets.networks import build_model, runs_a_file
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
-from structured_tickets.shrinking.shrink import shrink, structure_of
+from structured_tickets.shrinking.kept_units import structure_of
+from structured_tickets.shrinking.shrink import shrink
 
 FORMAT = 1
 LARGEST_IMAGE = 4096  # pixels a side: a file must not make a network that fills the memory
@@ -54,7 +55,7 @@ def load(folder: str | Path, arch: str | None = None) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             model = build_model(arch or config["arch"], len(config["classes"]), config["image_size"])
         model.normalize = Normalize((0.0,) * 3, (1.0,) * 3)
-        network = shrink(model, structure_of(model, config["kept"]))
+        network = shrink(model, structure_of(model, config["kept"])).network
         network.load_state_dict(tensors)
     except (OSError, ValueError, RuntimeError, UsageError, safetensors.SafetensorError) as error:
         raise DataError(f"cannot read the network in {folder}: {first_line(error)}") from error

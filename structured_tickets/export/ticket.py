@@ -25,7 +25,8 @@ from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.runs.state import RunState
 from structured_tickets.shrinking.cost import Cost, cost_of
-from structured_tickets.shrinking.shrink import kept_units_of, shrink, structure_of
+from structured_tickets.shrinking.kept_units import kept_units_of, structure_of
+from structured_tickets.shrinking.shrink import shrink
 from structured_tickets.unit_groups.find import unit_groups
 
 log = logging.getLogger("rsst")
@@ -132,7 +133,7 @@ def export(
     size = ticket.run.args["image_size"]
     kept = kept_units_of(ticket.masked, ticket.structure, multiple)
     structure = structure_of(ticket.masked, kept)
-    small = shrink(ticket.masked, structure).eval()
+    small = shrink(ticket.masked, structure).network.eval()
     images = torch.rand(5, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = ticket.masked(images)

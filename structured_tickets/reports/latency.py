@@ -75,7 +75,7 @@ def _measure(places: dict[str, tuple[Run, int]], arch: str | None) -> dict[str, 
     from structured_tickets.export.ticket import latencies, read_ticket
     from structured_tickets.networks.layers import channels_side_by_side
     from structured_tickets.runs.folder import RunFolder
-    from structured_tickets.shrinking import shrink as compact
+    from structured_tickets.shrinking.shrink import shrink
 
     networks: dict[str, tuple[Any, int]] = {}
     there = {shape: (r, k) for shape, (r, k) in places.items() if RunFolder(r.folder).checkpoint(k).is_file()}
@@ -87,7 +87,7 @@ def _measure(places: dict[str, tuple[Run, int]], arch: str | None) -> dict[str, 
         except (DataError, RunError) as error:
             log.warning("no latency of %s, round %d: %s", run.name, state, error)
             continue
-        small = compact.shrink(ticket.masked, ticket.structure).eval()
+        small = shrink(ticket.masked, ticket.structure).network.eval()
         networks[shape] = channels_side_by_side(small), ticket.run.args["image_size"]
     found: dict[str, float] = {}
     for size in {size for _, size in networks.values()}:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +13,23 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from structured_tickets.base.modes import in_mode
 from structured_tickets.networks.vision_transformer import fused_attention
-from structured_tickets.shrinking.channels import Cuts
-from structured_tickets.shrinking.shrink import cut_value, shrink
+from structured_tickets.shrinking.cuts import Cuts, Shrunk, cut_value
+from structured_tickets.shrinking.shrink import masks_by_parameter, shrink
 from structured_tickets.unit_groups.operations import is_depthwise
 from structured_tickets.unit_groups.unit import UnitGroup
 
-# Kinds of unit that own nothing that is not counted with another kind, or weight by weight.
 OVERLAPPING = ("patch", "block")
+"""Kinds of unit that own nothing that is not counted with another kind, or weight by weight."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a network costs once everything that is masked is gone.
+    """Size of a network without everything that is masked.
 
     Attributes:
-        parameters: Trainable numbers that are left, biases of dropped units excluded.
+        parameters: Number of trainable values that are left, biases of pruned units excluded.
         macs: Multiply-accumulates for one image: convolutions, linear layers, and attention's two products.
     """
 
@@ -35,100 +37,101 @@ class Cost:
     macs: int
 
 
-@dataclass
-class _Use:
-    """A layer's calls for one image.
-
-    Attributes:
-        positions: How many.
-        products: Multiply-accumulates of all heads' attention, if the layer makes queries, keys and values.
-    """
-
-    positions: int = 0
-    products: int = 0
-
-
 def cost_of(model: nn.Module, groups: Sequence[UnitGroup], masks: Mapping[str, Tensor], image_size: int) -> Cost:
-    """Count what the masks (by parameter name) leave of the model: of the network that `compact.shrink` makes of it.
+    """Count parameters and MACs of the network that `shrink` makes of the model.
 
     Weights that are pruned one by one are counted as if hardware could skip them.
+
+    Args:
+        masks: As for `shrink`; empty for the whole network.
+        image_size: Height and width of the image, in pixels.
+
+    Raises:
+        ValueError: A mask does not fit the model.
     """
-    small = shrink(model, masks) if masks else model
-    cuts: Cuts = vars(small).get("cuts", {})
-    layers, parameters = dict(small.named_modules()), dict(small.named_parameters())
-    skipped = {
+    small, cuts = shrink(model, masks) if masks else Shrunk(model, {})
+    skipped = _zeros_left(small, masks_by_parameter(model, masks), cuts)
+    heads = {g.root.layer for g in groups if g.kind == "head"}
+    parameters = sum(p.numel() for p in small.parameters()) - sum(skipped.values())
+    return Cost(parameters, _macs(small, heads, skipped, image_size))
+
+
+def _zeros_left(small: nn.Module, masks: Mapping[str, Tensor], cuts: Cuts) -> dict[str, int]:
+    """Return how many masked weights the smaller network still has: parameter name -> number."""
+    layers, names = dict(small.named_modules()), {n for n, _ in small.named_parameters()}
+    left = {n: cut_value(mask, cuts.get(n, {})) for n, mask in masks.items() if n in names}
+    return {
         name: mask.numel() - int(mask.count_nonzero())
-        for name, mask in ((n, cut_value(m, cuts.get(n, {}))) for n, m in masks.items() if n in parameters)
+        for name, mask in left.items()
         if not _is_grouped(layers[name.rpartition(".")[0]])  # its groups have to stay equally large
     }
-    widths = {
-        g.root.layer: parameters[g.root.name].shape[0] // 3
-        for g in groups
-        if g.kind == "head" and g.root.name in parameters
-    }
-    uses, macs = _uses(small, image_size, widths)
-    for layer, use in uses.items():
-        weight = f"{layer}.weight"
-        macs += use.products + use.positions * (layers[layer].weight.numel() - skipped.get(weight, 0))  # type: ignore
-    return Cost(sum(p.numel() for p in parameters.values()) - sum(skipped.values()), macs)
 
 
 def _is_grouped(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.groups > 1 and not is_depthwise(layer)
 
 
-def _uses(model: nn.Module, image_size: int, widths: Mapping[str, int]) -> tuple[dict[str, _Use], int]:
-    """Run the network on one image and watch each layer.
+def _macs(network: nn.Module, heads: set[str], skipped: Mapping[str, int], image_size: int) -> int:
+    """Return the multiply-accumulates for one image.
+
+    Args:
+        heads: Layers that make queries, keys and values.
+        skipped: Parameter name -> number of its entries that are not counted.
+    """
+    layers: dict[str, Any] = {n: m for n, m in network.named_modules() if isinstance(m, _ConvNd | nn.Linear)}
+    positions, products = _use(network, layers, heads & layers.keys(), image_size)
+    weights = {n: layers[n].weight.numel() - skipped.get(f"{n}.weight", 0) for n in positions}
+    return sum(products.values()) + sum(positions[n] * weights[n] for n in positions)
+
+
+def _use(
+    network: nn.Module, layers: Mapping[str, Any], heads: Collection[str], image_size: int
+) -> tuple[Counter[str], dict[str, int]]:
+    """Run the network on one image, and leave it as it was.
 
     Windows or patches of the image that lie along the batch axis count like others.
 
-    Args:
-        widths: Layers that make queries, keys and values -> width of all heads.
-
     Returns:
-        Layer -> what it is used for; the multiply-accumulates of attention that has no such layer.
+        Layer -> positions at which it is computed; layer of `heads` (or nothing, for attention without such a layer)
+        -> multiply-accumulates of attention's two products.
     """
-    found: dict[str, _Use] = {}
-    attention = _Attention()
+    positions: Counter[str] = Counter()
+    attention = _AttentionProducts()
 
-    def watch(layer: str) -> Callable:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-            features = args[0] if args else kwargs["input"]
-            channels = output.shape[1 if isinstance(module, _ConvNd) else -1]
-            positions = output.numel() // channels
-            if isinstance(module, _ConvNd) and module.transposed:  # every weight meets every input position
-                positions = features.numel() // features.shape[1]
-            found.setdefault(layer, _Use()).positions += positions  # a layer may be called again
-            if layer in widths:
-                attention.layer = layer
+    def watch(name: str) -> Callable:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+            positions[name] += _positions(layer, args[0] if args else kwargs["input"], output)  # of every call
+            if name in heads:
+                attention.layer = name
 
         return hook
 
-    layers = [n for n, m in model.named_modules() if isinstance(m, _ConvNd | nn.Linear)]
-    handles = [model.get_submodule(n).register_forward_hook(watch(n), with_kwargs=True) for n in layers]
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
+    handles = [layer.register_forward_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
+    device = next(network.parameters()).device
+    eager = torch.compiler.set_stance("force_eager")  # compiled code would pass the hooks by
     try:
-        device = next(model.parameters()).device
-        eager = torch.compiler.set_stance("force_eager")  # compiled code would pass the hooks by
-        with torch.no_grad(), eager, fused_attention(model, True), attention:
-            model(torch.ones(1, 3, image_size, image_size, device=device))
+        with in_mode(network, training=False), torch.no_grad(), eager, fused_attention(network, True), attention:
+            network(torch.ones(1, 3, image_size, image_size, device=device))
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    for layer, width in widths.items():
-        # Attention that is written out is taken for one of all positions to each other.
-        found[layer].products = attention.products.get(layer, 2 * found[layer].positions ** 2 * width)
-    return found, attention.products.get("", 0)
+    # Attention that is written out is taken for one of all positions to each other.
+    written_out = {n: 2 * positions[n] ** 2 * (layers[n].out_features // 3) for n in heads}
+    return positions, written_out | attention.products
 
 
-class _Attention(TorchFunctionMode):
-    """While it is on, counts the multiply-accumulates of attention's two products.
+def _positions(layer: nn.Module, features: Tensor, output: Tensor) -> int:
+    """Return at how many positions all weights of a layer are multiplied in one call."""
+    if isinstance(layer, _ConvNd) and layer.transposed:  # every weight meets every input position
+        return features.numel() // features.shape[1]
+    return output.numel() // output.shape[1 if isinstance(layer, _ConvNd) else -1]
+
+
+class _AttentionProducts(TorchFunctionMode):
+    """Count the multiply-accumulates of attention's two products while it is on.
 
     Attributes:
-        layer: The one whose queries, keys and values are next; empty after they have met.
+        layer: Layer that made the last queries, keys and values; empty once attention has used them.
         products: Such a layer, or nothing for attention without one -> multiply-accumulates of all heads.
     """
 

@@ -1,4 +1,4 @@
-"""Whether a network that is not known here can be pruned: its units are silent when dropped, and can be cut."""
+"""Try out whether a network that is not known can be pruned: units removed at random must give what masking gives."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from structured_tickets.shrinking.cost import cost_of
 from structured_tickets.shrinking.shrink import shrink
 from structured_tickets.unit_groups.unit import UnitGroup, masks_of_units
 
-SHARES = (0.7, 0.4)  # of the units that stay, in turn
+KEPT = (0.7, 0.4)  # fraction of the units, in turn
 TOLERANCE = 1e-3  # of the logits, relative to the largest
 
 
 @torch.no_grad()
 def check_units(model: nn.Module, groups: Sequence[UnitGroup], image_size: int) -> None:
-    """Drop units at random, and compare the network without them with the one in which they are masked.
+    """Prune units at random, and compare the smaller network with the one in which they are masked.
 
     Raises:
         UsageError: They differ: something in the network couples units in a way that is not known here.
@@ -29,12 +29,13 @@ def check_units(model: nn.Module, groups: Sequence[UnitGroup], image_size: int) 
     network = _with_used_norms(model, draw).eval()
     parameters = dict(network.named_parameters())
     images = torch.rand(2, 3, image_size, image_size, generator=draw).to(next(iter(parameters.values())).device)
-    for share in SHARES:
-        kept = {g.name: torch.rand(g.units, generator=draw) < share for g in groups}
+    for fraction in KEPT:
+        kept = {g.name: torch.rand(g.units, generator=draw) < fraction for g in groups}
         try:
             masks = masks_of_units(groups, kept, parameters)
             wanted = functional_call(network, {n: parameters[n] * m for n, m in masks.items()}, (images,))
-            difference = (shrink(network, masks)(images) - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
+            found = shrink(network, masks).network(images)
+            difference = (found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
             cost_of(network, groups, masks, image_size)
         except Exception as error:  # whatever the network's code raises
             reason = first_line(error)
@@ -44,7 +45,7 @@ def check_units(model: nn.Module, groups: Sequence[UnitGroup], image_size: int) 
 
 
 def _with_used_norms(model: nn.Module, draw: torch.Generator) -> nn.Module:
-    """A copy whose batch normalisations look as after some training: new ones are the identity, and hide mistakes."""
+    """Return a copy whose batch normalisations look trained: new ones are the identity, and hide mistakes."""
     network = copy.deepcopy(model)
     for norm in (m for m in network.modules() if isinstance(m, nn.BatchNorm2d)):
         for name, low, high in (("weight", 0.5, 1.5), ("bias", -0.3, 0.3), ("running_mean", -0.3, 0.3)):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn, optim
 
 from structured_tickets.pruning.masks import HeldMask, Mask
-from structured_tickets.shrinking.channels import Cuts
-from structured_tickets.shrinking.shrink import cut_value, put_back, shrink
+from structured_tickets.shrinking.cuts import Shrunk, cut_value, put_back
+from structured_tickets.shrinking.shrink import shrink
 
 IDLE = "idle."
 LANES = 16  # float32 numbers in a vector register, and channels in a block of the kernels for CPUs
@@ -42,8 +42,7 @@ class Trainee:
         self.whole, self._held, self._build = whole, held, build_optimizer
         whole.zero_grad()
         HeldMask(whole, held).apply()
-        small = shrink(whole, held, LANES) if compact and held else whole
-        self._cuts: Cuts = vars(small).get("cuts", {})
+        small, self._cuts = shrink(whole, held, LANES) if compact and held else Shrunk(whole, {})
         self._sizes = {n: p.shape for n, p in small.named_parameters()}
         cut = [n for n, p in whole.named_parameters() if self._sizes.get(n) != p.shape]
         self.model = small if cut else whole

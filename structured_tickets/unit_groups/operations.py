@@ -149,9 +149,9 @@ def keeps_channels(node: fx.Node, called: Any) -> bool:
 
 
 def pads_with_zeros(node: fx.Node) -> bool:
-    """True if a call of `F.pad` adds zeros, and says so in the usual way."""
+    """True if a call of `F.pad` adds zeros, and gives the numbers of them as its second argument."""
     zeros = node.kwargs.get("mode", "constant") == "constant" and not node.kwargs.get("value")
-    return len(node.args) == 2 and zeros
+    return len(node.args) == 2 and bool(zeros)
 
 
 def averages_pixels(node: fx.Node) -> bool:
@@ -162,8 +162,10 @@ def averages_pixels(node: fx.Node) -> bool:
 
 
 def keeps_channel_order(node: fx.Node, called: Any) -> bool:
-    """True if a call averages pixels, or lays them out channel after channel, so that channels stay in their order."""
+    """True if a call averages or selects pixels, or lays them out channel after channel: channels keep their order."""
     words = _words(node)
+    if called is operator.getitem:
+        return _selects_pixels(words[0])
     if called in RESHAPES:
         return bool(len(words) == 2 and words[1] == -1)
     if called in FLATTENINGS:
@@ -171,6 +173,12 @@ def keeps_channel_order(node: fx.Node, called: Any) -> bool:
     if called in MEANS:
         return averages_pixels(node)
     return isinstance(called, nn.Flatten) and called.start_dim == 1
+
+
+def _selects_pixels(index: Any) -> bool:
+    """True for an index that takes all images and channels and slices of the other axes."""
+    slices = isinstance(index, tuple) and len(index) >= 2 and all(isinstance(i, slice) for i in index)
+    return slices and all(i == slice(None) for i in index[:2])
 
 
 def _words(node: fx.Node) -> list[Any]:

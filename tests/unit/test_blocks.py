@@ -19,7 +19,8 @@ from structured_tickets.runs.folder import RunFolder
 from structured_tickets.settings.flags import parse_args
 from structured_tickets.settings.identity import identity_of, settings_of
 from structured_tickets.shrinking.cost import cost_of
-from structured_tickets.shrinking.shrink import Constant, shrink
+from structured_tickets.shrinking.inserted_layers import Constant
+from structured_tickets.shrinking.shrink import shrink
 from structured_tickets.unit_groups.find import unit_groups
 
 IMAGES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -112,7 +113,7 @@ def test_the_structure_is_what_no_unit_drops(targets, struct):
         for block in (g for g in groups if g.kind == "block" and g.name.endswith("mlp") and g.name not in gone):
             assert all(bool(pair.structure[part.name].all()) for part in block.slices)
     state = {n: v * pair.structure[n] if n in pair.structure else v for n, v in model.state_dict().items()}
-    small = shrink(model, pair.structure)
+    small = shrink(model, pair.structure).network
     assert sum(isinstance(m, Constant) for m in small.modules()) == 3
     assert (small(IMAGES) - torch.func.functional_call(model, state, (IMAGES,))).abs().max() <= 1e-5
     if targets == "head,mlp,block":

@@ -24,8 +24,10 @@ from structured_tickets.networks.vision_transformer import set_fused_attention
 from structured_tickets.programs import export
 from structured_tickets.pruning.collect_evidence import collect_evidence
 from structured_tickets.pruning.criteria import CRITERIA
-from structured_tickets.shrinking import shrink as compact
 from structured_tickets.shrinking.cost import cost_of
+from structured_tickets.shrinking.cuts import Shrunk
+from structured_tickets.shrinking.inserted_layers import Constant
+from structured_tickets.shrinking.shrink import shrink
 from structured_tickets.shrinking.trial import check_units
 from structured_tickets.unit_groups.channels import channel_groups
 from structured_tickets.unit_groups.find import unit_groups
@@ -154,14 +156,16 @@ def test_channels_that_are_counted_stay_where_they_are_counted():
     assert {g.name for g in groups} == {"conv2", "conv3"}
     check_units(model, groups, 16)
     masks = masks_of_units(groups, {g.name: torch.arange(8) < 2 for g in groups}, dict(model.named_parameters()))
-    small = compact.shrink(model, masks)
+    small = shrink(model, masks).network
     assert small.conv2.weight.shape[0] == 2 and small.conv3.weight.shape[:2] == (2, 8)
 
 
 def test_a_network_whose_units_hang_together_in_an_unknown_way_is_refused(monkeypatch):
     """As if cutting a channel had moved the others."""
     model = Grouped()
-    monkeypatch.setattr("structured_tickets.shrinking.trial.shrink", lambda model, masks: copy.deepcopy(model))
+    monkeypatch.setattr(
+        "structured_tickets.shrinking.trial.shrink", lambda model, masks: Shrunk(copy.deepcopy(model), {})
+    )
     with pytest.raises(UsageError, match=r"without some of its units differs from the masked network by .* coupled"):
         check_units(model, channel_groups(model), 8)
 
@@ -492,7 +496,7 @@ def test_macs_count_windows_and_patches_that_lie_along_the_batch_axis(arch):
     heads = [g for g in groups if g.kind == "head" and g.units > 1]
     masks = masks_of_units(groups, {g.name: torch.arange(g.units) > 0 for g in heads}, parameters)
     if "nest" not in arch and "twins" not in arch:  # their heads cannot be cut, which is found out before a run
-        assert heads and cost_of(model, groups, masks, 64).macs == counted_macs(compact.shrink(model, masks))
+        assert heads and cost_of(model, groups, masks, 64).macs == counted_macs(shrink(model, masks).network)
 
 
 class OnLastAxis(nn.Module):
@@ -543,8 +547,8 @@ def test_a_branch_without_heads_is_cut_whatever_it_is_called_with(arch, branch):
     size = 32 if arch == "torchvision" else 64
     masks, images = masks_of_units(groups, gone, parameters), torch.rand(2, 3, size, size)
     wanted = functional_call(model, {n: parameters[n] * m for n, m in masks.items()}, (images,))
-    small = compact.shrink(model, masks)
-    assert len(gone) == 1 and any(isinstance(m, compact.Constant) for m in small.modules())
+    small = shrink(model, masks).network
+    assert len(gone) == 1 and any(isinstance(m, Constant) for m in small.modules())
     assert torch.allclose(small(images), wanted, atol=1e-5)
 
 
@@ -662,7 +666,7 @@ def test_what_is_counted_of_any_network_is_what_is_left_of_it(net, kept):
     check_units(model, groups, 8)
     flags = {g.name: torch.rand(g.units) < kept for g in groups}
     masks = masks_of_units(groups, flags, dict(model.named_parameters()))
-    small = compact.shrink(model, masks)
+    small = shrink(model, masks).network
     for network, these in ((model, {}), (small, masks)):
         found = cost_of(model, groups, these, 8)
         assert (found.parameters, found.macs) == (
@@ -722,7 +726,7 @@ def test_an_mlp_without_units_gives_its_bias_whatever_its_width():
     for bias in (True, False):
         mlp = nn.Sequential()
         mlp.fc1, mlp.fc2 = nn.Linear(6, 12), nn.Linear(12, 8, bias=bias)
-        constant = compact.Constant("fc2", 8, mlp.fc2.bias)
+        constant = Constant("fc2", 8, mlp.fc2.bias)
         wanted = mlp.fc2(torch.zeros(2, 5, 12))
         assert torch.equal(constant(torch.rand(2, 5, 6)), wanted)
 
@@ -795,7 +799,7 @@ def test_parameters_are_those_of_the_cut_network_where_convolutions_are_grouped(
     groups = channel_groups(model)
     kept = {groups[0].name: torch.arange(8) < 5}
     masks = masks_of_units(groups, kept, dict(model.named_parameters()))
-    small = compact.shrink(model, masks)
+    small = shrink(model, masks).network
     assert cost_of(model, groups, masks, 8).parameters == sum(p.numel() for p in small.parameters())
 
 

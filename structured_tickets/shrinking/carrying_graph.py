@@ -1,0 +1,114 @@
+"""A network's graph in which tensors carry some of their channels, and the changes that adapt them to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from structured_tickets.shrinking.inserted_layers import Place, Select
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Channels that a tensor carries; those that it does not carry are zero.
+
+    Attributes:
+        index: int64, ascending.
+        total: Number of channels of the tensor in the whole network.
+    """
+
+    index: Tensor
+    total: int
+
+    @classmethod
+    def all_of(cls, total: int) -> Carried:
+        """All of so many channels."""
+        return cls(torch.arange(total), total)
+
+    @property
+    def is_all(self) -> bool:
+        return len(self.index) == self.total
+
+
+class CarryingGraph:
+    """Change a network's graph so that every operation reads just the channels that it needs.
+
+    Args:
+        network: Changed in place.
+        lanes: Channels that a processor computes at once.
+
+    Attributes:
+        carried: Node -> channels of its tensor; None or missing if they are not known, and all are there.
+    """
+
+    def __init__(self, network: fx.GraphModule, lanes: int = 1) -> None:
+        self.network, self.lanes = network, lanes
+        self.carried: dict[fx.Node, Carried | None] = {}
+        self._inserted = 0
+
+    def of(self, node: Any) -> Carried | None:
+        """Channels that an argument of a call carries; None if they are not known, or it is no tensor."""
+        return self.carried.get(node)
+
+    def in_lanes(self, index: Tensor, total: int) -> Tensor:
+        """Return all channels if computing those of `index` takes as many lanes; else `index`."""
+        filled = -(-len(index) // self.lanes) * self.lanes
+        return torch.arange(total) if filled >= total else index
+
+    def restore(self, node: fx.Node) -> None:
+        """Make a node read all channels of its tensors; those that they do not carry, as zeros."""
+        for source in node.all_input_nodes:
+            carried = self.of(source)
+            if carried is not None and not carried.is_all:
+                self.give(node, source, torch.arange(carried.total))
+
+    def give(self, node: fx.Node, source: fx.Node, index: Tensor) -> None:
+        """Make a node read just these channels of a source, whose channels are known; missing ones as zeros."""
+        carried = self.carried[source]
+        assert carried is not None
+        adapted, have = source, carried.index
+        wanted = torch.isin(have, index)
+        if not bool(wanted.all()):
+            adapted, have = self._insert(Select(wanted.nonzero().flatten()), (adapted,), node), have[wanted]
+        if len(have) < len(index):
+            adapted = self._insert(Place(torch.searchsorted(index, have), len(index)), (adapted,), node)
+        self.carried[adapted] = Carried(index, carried.total)
+        node.replace_input_with(source, adapted)
+
+    def select(self, node: fx.Node, index: Tensor, total: int) -> None:
+        """Make all that read a node, which carries all its channels, read just these."""
+        selected = self._insert(Select(index), (node,), node.next)
+        node.replace_all_uses_with(selected, lambda user: user is not selected)
+        self.carried[selected] = Carried(index, total)
+
+    def replace(self, node: fx.Node, layer: nn.Module, sources: tuple[fx.Node, ...], carried: Carried) -> None:
+        """Put a call of a layer in the place of a node."""
+        new = self._insert(layer, sources, node)
+        self.carried[new] = carried
+        node.replace_all_uses_with(new)
+        self.network.graph.erase_node(node)
+
+    def _insert(self, layer: nn.Module, sources: tuple[fx.Node, ...], before: fx.Node) -> fx.Node:
+        self._inserted += 1
+        name = f"{type(layer).__name__.lower()}_{self._inserted}"
+        self.network.add_submodule(name, layer.to(next(self.network.parameters()).device))
+        with self.network.graph.inserting_before(before):
+            return self.network.graph.call_module(name, sources)
+
+
+def union(a: Tensor, b: Tensor) -> Tensor:
+    """Return the channels that are in either index, ascending."""
+    return torch.cat([a, b]).unique()
+
+
+def intersection(a: Tensor, b: Tensor) -> Tensor:
+    """Return the channels that are in both indices, in the order of the first."""
+    return a[torch.isin(a, b)]
+
+
+def at_least_one(index: Tensor) -> Tensor:
+    """Return the first channel if there is none: torch has no layers without channels."""
+    return index if len(index) else torch.arange(1)
