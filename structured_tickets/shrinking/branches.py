@@ -30,6 +30,8 @@ def remove_units(model: nn.Module, groups: Sequence[UnitGroup], masks: Mapping[s
         if not readers or bool(kept.all()):
             continue
         branch, _, _ = group.root.layer.rpartition(".")
+        if not branch and not bool(kept.any()):  # the network itself cannot be replaced, and one masked unit adds zero
+            kept[0] = True
         if bool(kept.any()):
             _narrow_branch(model, branch, group, kept, cuts)
         else:

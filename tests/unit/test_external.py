@@ -731,6 +731,22 @@ def test_an_mlp_without_units_gives_its_bias_whatever_its_width():
         assert torch.equal(constant(torch.rand(2, 5, 6)), wanted)
 
 
+@torch.no_grad()
+def test_an_mlp_of_the_network_itself_keeps_one_neuron_that_adds_nothing():
+    torch.manual_seed(0)
+    model = normalised(Mixer()).eval()
+    groups, parameters, images = unit_groups(model), dict(model.named_parameters()), torch.rand(2, 3, 8, 8)
+    masks = masks_of_units(groups, {g.name: torch.zeros(g.units, dtype=torch.bool) for g in groups}, parameters)
+    wanted = functional_call(model, {n: parameters[n] * m for n, m in masks.items()}, (images,))
+    small = shrink(model, masks).network
+    torch.testing.assert_close(small(images), wanted)
+    assert [n for n, _ in small.named_children()] == [n for n, _ in model.named_children()]
+    assert (
+        small.fc1.weight.shape == (1, 16)
+        and cost_of(model, groups, masks, 8).macs == counted_macs(small, 8) - 2 * 16 * 16
+    )
+
+
 @pytest.mark.parametrize(
     "arch",
     [
