@@ -17,6 +17,7 @@ from structured_tickets.pruning.decide import follow_units
 from structured_tickets.pruning.masks import Mask, MaskPair
 from structured_tickets.pruning.methods import CONTROLS
 from structured_tickets.shrinking.cost import OVERLAPPING, cost_of
+from structured_tickets.unit_groups.kinds import kind_of
 from structured_tickets.unit_groups.unit import UnitGroup, kinds, masks_of_units, parameter_of
 
 CONTROL_STREAM = 2021  # keeps a control's random numbers apart from its run's
@@ -70,9 +71,9 @@ def permuted_pair(
     both = [dict(current), dict(refill)]
     for name in (n for n in current if n in loose):
         both = [{**m, name: shuffled} for m, shuffled in zip(both, _shuffled(both, name, draw), strict=True)]
-    for alike in _of_one_shape([g for g in chosen if g.kind == "block"], current):
+    for alike in _of_one_shape([g for g in chosen if kind_of(g.kind).holds_units], current):
         both = _blocks_exchanged(both, alike, draw)
-    for group in (g for g in chosen if g.kind != "block"):
+    for group in (g for g in chosen if not kind_of(g.kind).holds_units):
         both = _units_permuted(both, group, draw)
     if not chosen:
         both = [_following(m, groups) for m in both]

@@ -15,19 +15,26 @@ if TYPE_CHECKING:  # the command line reads this table, and must not wait for to
 CRITERIA_BATCHES = 4
 
 
+READS = ("weights", "features", "gradients")
+
+
 @dataclass(frozen=True)
 class Criterion:
     """A row of `CRITERIA`.
 
     Attributes:
-        score: (evidence, slice) -> float64 [units].
-        reads: "weights", "features" or "gradients": what has to be collected first.
+        score: (evidence, slice) -> float64 [units], at least 0.
+        reads: A row of `READS`: what has to be collected first. Scores of weights are sums over the unit.
         summary: One line for the help text.
     """
 
     score: Callable[[Evidence, Slice], Tensor]
     reads: str
     summary: str
+
+    def __post_init__(self) -> None:
+        if self.reads not in READS:
+            raise ValueError(f"a criterion reads one of {', '.join(READS)}, not {self.reads!r}")
 
 
 CRITERIA: dict[str, Criterion] = {}

@@ -13,6 +13,7 @@ from structured_tickets.pruning.criteria import CRITERIA
 from structured_tickets.pruning.evidence import Evidence
 from structured_tickets.pruning.masks import Mask
 from structured_tickets.pruning.regroup_text import group_block, part_heading
+from structured_tickets.unit_groups.kinds import kind_of
 from structured_tickets.unit_groups.unit import UnitGroup, kept_units, masks_of_units
 
 log = logging.getLogger("rsst.pruning")
@@ -25,7 +26,7 @@ def score_units(groups: Sequence[UnitGroup], evidence: Evidence, criterion: str)
     """Group name -> float64 [units]; the higher stays. Blocks differ in size: what sums over weights is per weight."""
     scores = {g.name: CRITERIA[criterion].score(evidence, g.root) for g in groups}
     if CRITERIA[criterion].reads == "weights":
-        for group in (g for g in groups if g.kind == "block"):
+        for group in (g for g in groups if kind_of(g.kind).holds_units):
             scores[group.name] /= evidence.weight(group.root.name).numel()
     return scores
 

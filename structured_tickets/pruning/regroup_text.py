@@ -7,16 +7,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from structured_tickets.pruning.masks import Mask
+from structured_tickets.unit_groups.kinds import kind_of
 from structured_tickets.unit_groups.unit import UnitGroup, kinds
-
-PARTS = {
-    "head": "Attention Head Pruning",
-    "neuron": "MLP Neuron Pruning",
-    "block": "Block Pruning",
-    "channel": "Channel Pruning",
-}
-LAYERS = {"head": "Attention layers", "neuron": "MLP layers", "channel": "Convolution layers"}
-TITLES = {"head": "Head", "neuron": "MLP", "block": "Block", "channel": "Channel"}
 
 
 def sparsity_percent(masks: Mapping[str, Tensor]) -> float:
@@ -29,12 +21,12 @@ def ratio_labels(ratios: Mapping[str, float]) -> dict[str, float]:
     """Shares by kind of unit as the documents label them."""
     if len(ratios) == 1:
         return {"Prune Ratio": next(iter(ratios.values()))}
-    return {f"{TITLES[kind]} Prune Ratio": ratio for kind, ratio in ratios.items()}
+    return {f"{kind_of(kind).title} Prune Ratio": ratio for kind, ratio in ratios.items()}
 
 
 def banner(targets: Sequence[str], criteria: str, ratios: Mapping[str, float], refill: bool) -> str:
     """The block that opens a regrouping. `targets` are the kinds of unit; `ratios` maps a label to a share."""
-    name = " + ".join(TITLES[t] for t in targets)
+    name = " + ".join(kind_of(t).title for t in targets)
     title = "ViT Head-level" if list(targets) == ["head"] else f"ViT {name}"
     if "channel" in targets:
         title = "Channel-level"
@@ -45,7 +37,7 @@ def banner(targets: Sequence[str], criteria: str, ratios: Mapping[str, float], r
 
 
 def part_heading(number: int, kind: str) -> str:
-    return f"\nPart {number}: {PARTS.get(kind, kind)} ({kind.capitalize()}-level Structured)\n" + "-" * 80
+    return f"\nPart {number}: {kind_of(kind).heading} ({kind.capitalize()}-level Structured)\n" + "-" * 80
 
 
 def group_block(group: UnitGroup, scores: Tensor, kept: Tensor, current_mask: Mapping[str, Tensor]) -> str:
@@ -70,10 +62,10 @@ def summary(groups: Sequence[UnitGroup], refill: Mask) -> str:
     ranked = {
         k: list(dict.fromkeys(s.name for g in groups if g.kind == k for s in g.slices if s.ranked))
         for k in kinds(groups)
-        if k != "block"  # made of the others' layers
+        if not kind_of(k).holds_units
     }
     names = [n for of_kind in ranked.values() for n in of_kind]
     lines = ["=" * 80, "Summary:", f"  Total masks generated: {len(names)}"]
-    lines += [f"  {LAYERS.get(kind, kind)}: {len(of_kind)}" for kind, of_kind in ranked.items()]
+    lines += [f"  {kind_of(kind).layers}: {len(of_kind)}" for kind, of_kind in ranked.items()]
     lines.append(f"  Overall sparsity: {sparsity_percent({n: refill[n] for n in names}):.2f}%")
     return "\n".join([*lines, "=" * 80])

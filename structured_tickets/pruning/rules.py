@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from structured_tickets.pruning.budgets import BUDGETS, Budget, budget
 from structured_tickets.pruning.methods import METHODS, Method
+from structured_tickets.unit_groups.kinds import kind_of
 
 SORTING_MODES = tuple(name for name in BUDGETS if name != "density")
 TARGET_KINDS = {"head": ("head",), "mlp": ("neuron",), "both": ("head", "neuron"), "block": ("block",)}
@@ -72,7 +73,7 @@ class RoundRules:
         budgets = {}
         for kind, rate in self.ratios.items():
             ratio = self.share(rate, state) * (1 - fillback)
-            if kind == "block":  # each of them is a layer of one unit
+            if kind_of(kind).holds_units:
                 budgets[kind] = budget("global", ratio=ratio)
             else:
                 budgets[kind] = budget(self.sorting_mode, ratio=ratio, min_units=self.min_units)

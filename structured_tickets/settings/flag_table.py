@@ -75,6 +75,8 @@ def _rows(table: Iterable[tuple[str, str]]) -> str:
     return "; ".join(f"{name}: {summary}" for name, summary in table).replace("%", "%%")
 
 
+_WITH_EXPONENTS = " or ".join(name for name, schedule in SCHEDULES.items() if schedule.reads_exponents)
+
 DATA = (
     Flag(
         "data",
@@ -426,13 +428,13 @@ RSST = (
     ),
     Flag(
         "exponents",
-        "power in exp_custom_exponents",
+        f"power in {_WITH_EXPONENTS}",
         AFTER_ROUND_0,
         type=POSITIVE,
         default=4.0,
         read=Condition(
-            lambda a: a.struct == "rsst" and a.RST_schedule == "exp_custom_exponents",
-            "with --struct rsst --RST_schedule exp_custom_exponents",
+            lambda a: a.struct == "rsst" and SCHEDULES[a.RST_schedule].reads_exponents,
+            f"with --struct rsst --RST_schedule {_WITH_EXPONENTS}",
         ),
     ),
     Flag(

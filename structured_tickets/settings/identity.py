@@ -11,6 +11,7 @@ from typing import Any
 
 from structured_tickets.settings.conditions import prunes_transformer_units, prunes_units
 from structured_tickets.settings.flag_table import FLAGS, scope_of
+from structured_tickets.training.penalty.schedules import SCHEDULES
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def tracker_name(args: argparse.Namespace, time_stamp: str) -> str:
     parts = [args.struct, _short(args.arch), args.dataset]
     if args.struct == "rsst":
         parts += [f"sched_{args.RST_schedule}", f"reg_{args.reg_granularity_prune}"]
-        parts += [f"exp{args.exponents:g}"] if args.RST_schedule == "exp_custom_exponents" else []
+        parts += [f"exp{args.exponents:g}"] if SCHEDULES[args.RST_schedule].reads_exponents else []
     elif args.struct == "refill":
         parts.append(f"fill_{args.fillback_rate}")
     parts += [f"crit_{args.criteria}", f"rate_{args.rate}"]

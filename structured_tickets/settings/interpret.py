@@ -16,6 +16,7 @@ from structured_tickets.pruning.rules import TARGET_KINDS, RoundRules, kinds_of
 from structured_tickets.shrinking.trial import check_units
 from structured_tickets.training.optimization import OPTIMIZERS, LearningRate
 from structured_tickets.unit_groups.find import unit_groups
+from structured_tickets.unit_groups.kinds import KINDS, kind_of
 from structured_tickets.unit_groups.unit import UnitGroup, kinds, parameter_of, ranked_names
 
 LITTLE = 0.5  # of the parameters
@@ -27,7 +28,7 @@ def groups_from(args: argparse.Namespace, model: nn.Module, image_size: int) -> 
     Raises:
         UsageError: The network has none, or not the kinds that are to be pruned.
     """
-    groups = unit_groups(model, args.conv1, "block" in kinds_of(args.vit_prune_target))
+    groups = unit_groups(model, args.conv1, any(KINDS[k].holds_units for k in kinds_of(args.vit_prune_target)))
     found, rules = kinds(groups), rules_from(args, groups)
     if not groups:
         raise UsageError(f"argument --arch: {args.arch} has no layers that can be pruned")
@@ -76,7 +77,7 @@ def warnings_for(rules: RoundRules, model: nn.Module, groups: Sequence[UnitGroup
 
 
 def _warnings_of_few_units(rules: RoundRules, groups: Sequence[UnitGroup]) -> list[str]:
-    ranked = [g for g in groups if rules.structured and g.kind in rules.targets and g.kind != "block"]
+    ranked = [g for g in groups if rules.structured and g.kind in rules.targets and not kind_of(g.kind).holds_units]
     spared = [g for g in ranked if g.units <= rules.min_units]
     if not spared:
         return []

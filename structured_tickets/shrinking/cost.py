@@ -17,10 +17,11 @@ from structured_tickets.base.modes import in_mode
 from structured_tickets.networks.vision_transformer import fused_attention
 from structured_tickets.shrinking.cuts import Cuts, Shrunk, cut_value
 from structured_tickets.shrinking.shrink import masks_by_parameter, shrink
+from structured_tickets.unit_groups.kinds import KINDS
 from structured_tickets.unit_groups.operations import is_depthwise
 from structured_tickets.unit_groups.unit import UnitGroup
 
-OVERLAPPING = ("patch", "block")
+OVERLAPPING = tuple(name for name, kind in KINDS.items() if kind.holds_units or kind.by_weight)
 """Kinds of unit that own nothing that is not counted with another kind, or weight by weight."""
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from structured_tickets.base.errors import DataError
 from structured_tickets.networks.registry import spec_of
 from structured_tickets.unit_groups.find import unit_groups
+from structured_tickets.unit_groups.kinds import kind_of
 from structured_tickets.unit_groups.unit import UnitGroup, masks_of_units
 
 
@@ -35,7 +36,7 @@ def kept_units_of(model: nn.Module, masks: Mapping[str, Tensor], multiple: int =
     """
     parameters = dict(model.named_parameters())
     groups = unit_groups(model, f"{spec_of(model).stem}.weight" in masks)
-    flags = {g.name: used_units(g, masks) for g in groups if g.kind != "patch"}  # which is pruned weight by weight
+    flags = {g.name: used_units(g, masks) for g in groups if not kind_of(g.kind).by_weight}
     for group in (g for g in groups if g.name in flags):
         kept = flags[group.name]
         missing = min(-int(kept.sum()) % multiple, group.units - int(kept.sum()))

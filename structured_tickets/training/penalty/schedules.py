@@ -22,11 +22,13 @@ class Schedule:
         strength: (n, K, delta, exponents) -> lambda, before the cap.
         cyclic: Whether n counts within the horizon (and starts again with it) or over the whole round.
         summary: One line for the help text.
+        reads_exponents: Whether `exponents` changes it.
     """
 
     strength: Callable[[int, int, float, float], float]
     cyclic: bool
     summary: str
+    reads_exponents: bool = False
 
 
 def _power(exponent: int) -> Callable[[int, int, float, float], float]:
@@ -51,7 +53,9 @@ SCHEDULES: dict[str, Schedule] = {
     "x^3": Schedule(_power(3), False, "(n * delta)^3"),
     "exp": Schedule(_exp, False, "e^(n * delta)"),
     "exp_custom": Schedule(_exp_custom, True, "delta/(e-1) * (e^(n/K) - 1)"),
-    "exp_custom_exponents": Schedule(_exp_custom_exponents, True, "delta/(e-1) * (e^((n/K)^exponents) - 1)"),
+    "exp_custom_exponents": Schedule(
+        _exp_custom_exponents, True, "delta/(e-1) * (e^((n/K)^exponents) - 1)", reads_exponents=True
+    ),
 }
 
 
