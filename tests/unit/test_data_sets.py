@@ -58,7 +58,10 @@ def test_statistics_are_those_of_the_pixels():
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_every_row_has_its_reader(name, tmp_path):
-    closure = dict(zip(DATASETS[name].load.__code__.co_freevars, DATASETS[name].load.__closure__, strict=True))
+    load = DATASETS[name].load
+    closure = dict(zip(load.__code__.co_freevars, load.__closure__ or (), strict=True))
+    if "module" not in closure:
+        return  # a function of its own
     module = importlib.import_module(closure["module"].cell_contents)
     assert callable(getattr(module, f"read_{closure['name'].cell_contents}"))
 
