@@ -21,7 +21,7 @@ def remove_units(model: nn.Module, groups: Sequence[UnitGroup], masks: Mapping[s
         masks: Parameter name -> 0/1. The weights must be masked already.
 
     Returns:
-        What was kept of each parameter that is smaller now.
+        Kept positions of each parameter that is smaller now.
     """
     cuts: Cuts = {}
     for group in groups:

@@ -1,4 +1,4 @@
-"""What a smaller network has kept of each tensor of the whole one, and the way back."""
+"""Kept positions of each tensor of a smaller network, and the way back to the whole one."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Cuts = dict[str, dict[int, Tensor]]
 
 
 class Shrunk(NamedTuple):
-    """A smaller network, and what it has kept of the whole one.
+    """A smaller network, and how its tensors lie in those of the whole one.
 
     Attributes:
         network: Its parameters and buffers have the names that they have in the whole network.
-        cuts: What was kept of each that is smaller now.
+        cuts: Kept positions of each that is smaller now.
     """
 
     network: nn.Module
@@ -52,12 +52,12 @@ def put_back(small: Tensor, whole: Tensor, kept: Mapping[int, Tensor]) -> Tensor
 
 
 def cut_layer(layer: nn.Module, name: str, kept: Mapping[str, Mapping[int, Tensor]], cuts: Cuts) -> None:
-    """Replace tensors of a layer by what is kept of them.
+    """Cut tensors of a layer to kept positions.
 
     Args:
         name: Name of the layer in its network.
         kept: Parameter or buffer -> axis -> positions to keep (int64). A tensor that the layer lacks is skipped.
-        cuts: Where the positions are noted. An axis that keeps all of them is not.
+        cuts: The positions are added here, unless an axis keeps all of them.
     """
     for param, axes in kept.items():
         value = getattr(layer, param)

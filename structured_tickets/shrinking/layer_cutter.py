@@ -14,14 +14,14 @@ from structured_tickets.unit_groups.operations import ADDITIONS, is_depthwise, i
 
 
 class LayerCutter:
-    """Cut layers to the channels that arrive and to those that masks keep. Methods return the channels that come out.
+    """Cut layers to the channels that arrive and to those that masks keep; return the channels that come out.
 
     Args:
-        tensors: Told which channels a layer reads.
+        tensors: Graph of the network, which is changed where a layer reads other channels than arrive.
         masks: Parameter name -> 0/1.
 
     Attributes:
-        cuts: What was kept of each parameter and buffer that is smaller now.
+        cuts: Kept positions of each parameter and buffer that is smaller now.
     """
 
     def __init__(self, tensors: CarryingGraph, masks: Mapping[str, Tensor]) -> None:
@@ -108,4 +108,4 @@ CUT: dict[type[nn.Module], Callable[[LayerCutter, fx.Node, Any], Carried | None]
     nn.Conv2d: LayerCutter.convolution,
     nn.Linear: LayerCutter.linear,
 }
-"""How a layer of a type is cut. Normalisations are told by `is_prunable_norm`."""
+"""Type of layer -> how it is cut. Normalisations are not in it: `is_prunable_norm` recognises them."""

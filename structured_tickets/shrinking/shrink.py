@@ -23,7 +23,7 @@ from structured_tickets.unit_groups.unit import parameter_name, parameter_of
 def shrink(model: nn.Module, masks: Mapping[str, Tensor], lanes: int = 1) -> Shrunk:
     """Return a smaller network that computes what the masked one does, up to rounding. The model is not changed.
 
-    Units that are masked as a whole are removed, and what only they feed; other zeros stay in it.
+    Units that are masked as a whole are removed, with the weights that only they feed; other zeros remain.
 
     Args:
         masks: Parameter -> 0/1, under any key that `parameter_name` knows.

@@ -117,4 +117,4 @@ KNOWN: dict[Any, Callable[[CarryingGraph, fx.Node], Carried | None]] = {
     **dict.fromkeys(ZERO_BECOMES_NONZERO, to_nonzero),
     F.pad: padding,
 }
-"""What is done at a call, by kind of what is called; at all others that compute something, `unknown`."""
+"""Kind of operation -> what is done at a call; at those that no table of operations knows, `unknown`."""

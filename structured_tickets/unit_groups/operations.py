@@ -124,14 +124,14 @@ SIZES = frozenset({getattr, "size", "dim"})
 """Reads a tensor's shape or another attribute: what comes out is no feature map."""
 
 CALLED_ONCE = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
-"""Layers, derived ones too, that own channels: called twice, those of the two calls could not be told apart."""
+"""Layers that own channels, derived ones too. A network that calls one twice is refused: its channels have two uses."""
 
 LEAVES = (nn.Conv2d, nn.BatchNorm2d, StochasticDepth, DropPath)
-"""Layers, derived ones too, that the tracer takes as they are, without looking at what they call."""
+"""Layers, derived ones too, that are one call in a traced graph, whatever they call themselves."""
 
 
 def kind_of(called: Any) -> Any:
-    """The entry under which a module, function or method's name stands in the tables."""
+    """Return the entry of the tables that describes a module, a function or the name of a method."""
     return type(called) if isinstance(called, nn.Module) else called
 
 
@@ -182,7 +182,7 @@ def _selects_pixels(index: Any) -> bool:
 
 
 def _words(node: fx.Node) -> list[Any]:
-    """What a call is given besides its first argument."""
+    """Return all arguments of a call but its first."""
     return [*node.args[1:], *node.kwargs.values()]
 
 

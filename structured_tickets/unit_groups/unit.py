@@ -123,7 +123,7 @@ def masks_of_units(
         like: Parameter name -> a tensor of its shape.
 
     Returns:
-        0/1 masks of all slices of the groups. What one group prunes of a parameter is pruned, whatever others keep.
+        0/1 masks of all slices of the groups. An entry that any group prunes is 0, whatever other groups keep.
     """
     masks: dict[str, Tensor] = {}
     for group in groups:
