@@ -11,7 +11,7 @@ from benchmarks import harness
 from structured_tickets.pruning.budgets import budget
 from structured_tickets.pruning.criteria import CRITERIA
 from structured_tickets.pruning.evidence import Evidence, FeatureStatistics
-from structured_tickets.pruning.masks import MaskPair, current_key, l1_mask
+from structured_tickets.pruning.masks import MaskPair, l1_mask
 from structured_tickets.networks import MODELS, build_model
 from structured_tickets.pruning.regroup import regroup
 from structured_tickets.unit_groups.find import unit_groups
@@ -45,7 +45,7 @@ def main() -> None:
     total = sum(w.numel() for w in ranked.values())
     kinds = {k: sum(g.units for g in groups if g.kind == k) for k in ("head", "neuron")}
     print(f"{args.arch}: {kinds['head']} heads, {kinds['neuron']:,} neurons, {total:,} ranked weights")
-    current = {current_key(n): m for n, m in l1_mask(ranked, None, round(0.7 * total)).items()}
+    current = l1_mask(ranked, None, round(0.7 * total))
     evidence = Evidence(weights | ranked, current, made_up_features(weights, [g.root.layer for g in groups]))
     rules = {k: budget("global", ratio=0.3) for k in kinds}
     actions = {c: lambda c=c: regroup(groups, current, evidence, c, rules) for c in CRITERIA}  # type: ignore[misc]
