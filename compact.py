@@ -5,14 +5,19 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from structured_tickets.export.deployed import load, save
+from structured_tickets.export.deployed import save
+from structured_tickets.interface.files import load
 from structured_tickets.shrinking import cuts
 from structured_tickets.shrinking import shrink as _shrinking
 from structured_tickets.shrinking.kept_units import kept_units_of, structure_of
 
 __all__ = ["expand", "kept_units_of", "load", "save", "shrink", "structure_of"]
 
-warnings.warn("the module compact is now structured_tickets.shrinking.shrink", DeprecationWarning, stacklevel=2)
+warnings.warn(
+    "the module compact goes in version 0.3: use structured_tickets.load (and .shrink, .save)",
+    DeprecationWarning,
+    stacklevel=2,
+)
 
 
 def shrink(model: nn.Module, masks: Mapping[str, Tensor], lanes: int = 1) -> nn.Module:

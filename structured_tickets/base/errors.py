@@ -23,6 +23,18 @@ class UsageError(RunError):
     shared = alike = True
 
 
+class BadValue(UsageError, ValueError):
+    """An argument of the Python interface whose value makes no sense."""
+
+
+class BadType(UsageError, TypeError):
+    """An argument of the Python interface that is of the wrong type."""
+
+
+class BadCall(UsageError, RuntimeError):
+    """A function of the Python interface that is called when it cannot do its work."""
+
+
 class MachineError(UsageError):
     """A flag that makes no sense on this machine; on another process's machine it may."""
 

@@ -29,7 +29,9 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=original.in_proj_bias is not None)
         self.proj = nn.Linear(width, width, bias=original.out_proj.bias is not None)
         self.register_load_state_dict_pre_hook(_renamed)
+        self.to(original.out_proj.weight)
         self.load_state_dict(original.state_dict())
+        self.train(original.training)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, **kwargs: object

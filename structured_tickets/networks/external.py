@@ -7,7 +7,8 @@ import importlib.util
 import inspect
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,14 @@ def build_external(arch: str, num_classes: int, img_size: int) -> nn.Module:
     if library == "timm":
         model = _from_timm(name, num_classes, img_size)
     elif library == "torchvision":
-        model = _from_torchvision(name, num_classes, img_size)
+        model = from_torchvision(name, num_classes, img_size)
     else:
         model = _from_file(arch, num_classes, img_size)
     if not isinstance(model, nn.Module):
         raise UsageError(f"argument --arch: {arch} gives a {type(model).__name__}, not a torch.nn.Module")
     model = _with_normalize(model)
     called = _check_outcome(model, arch, num_classes, img_size)
-    model.spec = _spec_of(model, arch, num_classes, called)  # type: ignore[assignment]
+    model.spec = spec_of_layers(model, arch, num_classes, called)  # type: ignore[assignment]
     return model
 
 
@@ -61,7 +62,12 @@ def _from_timm(name: str, num_classes: int, img_size: int) -> nn.Module:
     raise _not_buildable(f"timm/{name}", reason) from reason
 
 
-def _from_torchvision(name: str, num_classes: int, img_size: int) -> nn.Module:
+def from_torchvision(name: str, num_classes: int, img_size: int) -> nn.Module:
+    """Build a classifier of torchvision's by its name; a ViT gets attention layers whose heads can be told apart.
+
+    Raises:
+        UsageError: There is none of this name, or it cannot be built for images of this size.
+    """
     import torchvision.models
 
     classifiers = torchvision.models.list_models(module=torchvision.models)
@@ -126,8 +132,8 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
 
 
-def _spec_of(model: nn.Module, arch: str, num_classes: int, called: Sequence[str]) -> ModelSpec:
-    """The first layer and the last one that gives as many features as there are classes.
+def spec_of_layers(model: nn.Module, arch: str, num_classes: int, called: Sequence[str]) -> ModelSpec:
+    """Return the row of a network: its first layer, and the last one that gives as many features as there are classes.
 
     Args:
         called: The layers in the order in which the network calls them, which need not be that of their declaration.
@@ -145,6 +151,21 @@ def _spec_of(model: nn.Module, arch: str, num_classes: int, called: Sequence[str
     )
 
 
+@contextmanager
+def layers_called(model: nn.Module) -> Iterator[dict[str, None]]:
+    """Note which convolutions and linear layers are called, in this order, as keys."""
+    called: dict[str, None] = {}
+    handles = [
+        layer.register_forward_hook(lambda *_, name=name: called.setdefault(name))
+        for name, layer in _layers(model).items()
+    ]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _check_outcome(model: nn.Module, arch: str, num_classes: int, img_size: int) -> list[str]:
     """Two images in, logits out, normalised once; the network is left as it was.
 
@@ -155,16 +176,11 @@ def _check_outcome(model: nn.Module, arch: str, num_classes: int, img_size: int)
         UsageError: It is not so; the message says what came instead.
     """
     calls: list[None] = []
-    called: dict[str, None] = {}
     was, training = model.normalize, model.training
     model.normalize = Normalize((0.0,) * 3, (1.0,) * 3)
-    handles = [
-        layer.register_forward_hook(lambda *_, name=name: called.setdefault(name))
-        for name, layer in _layers(model).items()
-    ]
-    handles.append(model.normalize.register_forward_hook(lambda *_: calls.append(None)))
+    model.normalize.register_forward_hook(lambda *_: calls.append(None))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), layers_called(model) as called:
             logits = model.eval()(torch.zeros(2, 3, img_size, img_size))
     except Exception as error:  # whatever the network's code raises
         reason = first_line(error)
@@ -172,8 +188,6 @@ def _check_outcome(model: nn.Module, arch: str, num_classes: int, img_size: int)
             f"argument --arch: {arch} cannot take images of {img_size} pixels ({reason}); try another --image_size"
         ) from error
     finally:
-        for handle in handles:
-            handle.remove()
         model.normalize = was
         model.train(training)
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_classes):

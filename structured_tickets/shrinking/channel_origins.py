@@ -21,7 +21,7 @@ class ChannelOrigins(ChannelTags):
     def __init__(self, network: fx.GraphModule) -> None:
         super().__init__(network)
         self.tagged: list[tuple[fx.Node, int]] = []
-        self.run_on()
+        self.run_on_image()
 
     def tags_of(self, node: fx.Node, called: Any, tags: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         channels = called.out_channels if isinstance(called, nn.Conv2d) else tags.shape[1]

@@ -38,14 +38,21 @@ class Cost:
     macs: int
 
 
-def cost_of(model: nn.Module, groups: Sequence[UnitGroup], masks: Mapping[str, Tensor], image_size: int) -> Cost:
+def image_shape(image: int | Sequence[int]) -> tuple[int, ...]:
+    """Return (channels, height, width) of images that are given by these, or by the side of square ones in colour."""
+    return (3, image, image) if isinstance(image, int) else tuple(image)
+
+
+def cost_of(
+    model: nn.Module, groups: Sequence[UnitGroup], masks: Mapping[str, Tensor], image: int | Sequence[int]
+) -> Cost:
     """Count parameters and MACs of the network that `shrink` makes of the model.
 
     Weights that are pruned one by one are counted as if hardware could skip them.
 
     Args:
         masks: As for `shrink`; empty for the whole network.
-        image_size: Height and width of the image, in pixels.
+        image: Its height and width, in pixels, or its shape: see `image_shape`.
 
     Raises:
         ValueError: A mask does not fit the model.
@@ -54,7 +61,7 @@ def cost_of(model: nn.Module, groups: Sequence[UnitGroup], masks: Mapping[str, T
     skipped = _zeros_left(small, masks_by_parameter(model, masks), cuts)
     heads = {g.root.layer for g in groups if g.kind == "head"}
     parameters = sum(p.numel() for p in small.parameters()) - sum(skipped.values())
-    return Cost(parameters, _macs(small, heads, skipped, image_size))
+    return Cost(parameters, _macs(small, heads, skipped, image_shape(image)))
 
 
 def _zeros_left(small: nn.Module, masks: Mapping[str, Tensor], cuts: Cuts) -> dict[str, int]:
@@ -72,7 +79,7 @@ def _is_grouped(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.groups > 1 and not is_depthwise(layer)
 
 
-def _macs(network: nn.Module, heads: set[str], skipped: Mapping[str, int], image_size: int) -> int:
+def _macs(network: nn.Module, heads: set[str], skipped: Mapping[str, int], image: Sequence[int]) -> int:
     """Return the multiply-accumulates for one image.
 
     Args:
@@ -80,13 +87,13 @@ def _macs(network: nn.Module, heads: set[str], skipped: Mapping[str, int], image
         skipped: Parameter name -> number of its entries that are not counted.
     """
     layers: dict[str, Any] = {n: m for n, m in network.named_modules() if isinstance(m, _ConvNd | nn.Linear)}
-    positions, products = _use(network, layers, heads & layers.keys(), image_size)
+    positions, products = _use(network, layers, heads & layers.keys(), image)
     weights = {n: layers[n].weight.numel() - skipped.get(f"{n}.weight", 0) for n in positions}
     return sum(products.values()) + sum(positions[n] * weights[n] for n in positions)
 
 
 def _use(
-    network: nn.Module, layers: Mapping[str, Any], heads: Collection[str], image_size: int
+    network: nn.Module, layers: Mapping[str, Any], heads: Collection[str], image: Sequence[int]
 ) -> tuple[Counter[str], dict[str, int]]:
     """Run the network on one image, and leave it as it was.
 
@@ -108,11 +115,11 @@ def _use(
         return hook
 
     handles = [layer.register_forward_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
-    device = next(network.parameters()).device
+    like = next(network.parameters())
     eager = torch.compiler.set_stance("force_eager")  # compiled code would pass the hooks by
     try:
         with in_mode(network, training=False), torch.no_grad(), eager, fused_attention(network, True), attention:
-            network(torch.ones(1, 3, image_size, image_size, device=device))
+            network(torch.ones(1, *image, device=like.device, dtype=like.dtype))
     finally:
         for handle in handles:
             handle.remove()

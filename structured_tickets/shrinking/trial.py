@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from structured_tickets.base.errors import UsageError, first_line
-from structured_tickets.shrinking.cost import cost_of
+from structured_tickets.shrinking.cost import cost_of, image_shape
 from structured_tickets.shrinking.shrink import shrink
 from structured_tickets.unit_groups.unit import UnitGroup, masks_of_units
 
@@ -19,8 +19,11 @@ TOLERANCE = 1e-3  # of the logits, relative to the largest
 
 
 @torch.no_grad()
-def check_units(model: nn.Module, groups: Sequence[UnitGroup], image_size: int) -> None:
+def check_units(model: nn.Module, groups: Sequence[UnitGroup], image: int | Sequence[int]) -> None:
     """Prune units at random, and compare the smaller network with the one in which they are masked.
+
+    Args:
+        image: See `cost.image_shape`.
 
     Raises:
         UsageError: They differ: something in the network couples units in a way that is not known here.
@@ -28,7 +31,7 @@ def check_units(model: nn.Module, groups: Sequence[UnitGroup], image_size: int) 
     draw = torch.Generator().manual_seed(0)
     network = _with_used_norms(model, draw).eval()
     parameters = dict(network.named_parameters())
-    images = torch.rand(2, 3, image_size, image_size, generator=draw).to(next(iter(parameters.values())).device)
+    images = torch.rand(2, *image_shape(image), generator=draw).to(next(iter(parameters.values())))
     for fraction in KEPT:
         kept = {g.name: torch.rand(g.units, generator=draw) < fraction for g in groups}
         try:
@@ -36,7 +39,7 @@ def check_units(model: nn.Module, groups: Sequence[UnitGroup], image_size: int) 
             wanted = functional_call(network, {n: parameters[n] * m for n, m in masks.items()}, (images,))
             found = shrink(network, masks).network(images)
             difference = (found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
-            cost_of(network, groups, masks, image_size)
+            cost_of(network, groups, masks, image)
         except Exception as error:  # whatever the network's code raises
             reason = first_line(error)
             raise _coupled(model, f"cannot be computed ({type(error).__name__}: {reason})") from error

@@ -22,7 +22,7 @@ from structured_tickets.unit_groups.tracing import OTHER, ZERO, ChannelTags, new
 from structured_tickets.unit_groups.unit import Slice, UnitGroup, rows
 
 
-def channel_groups(model: nn.Module, conv1: bool = False) -> list[UnitGroup]:
+def channel_groups(model: nn.Module, conv1: bool = False, spec: ModelSpec | None = None) -> list[UnitGroup]:
     """Return one group per convolution: its filters, with all parameters that a pruned channel needs at zero.
 
     These are the weight and bias of every BatchNorm that normalises the channel (after a masked filter alone it still
@@ -33,11 +33,12 @@ def channel_groups(model: nn.Module, conv1: bool = False) -> list[UnitGroup]:
 
     Args:
         conv1: Include the stem convolution.
+        spec: Names of the layers that are not pruned; default: the model's own.
 
     Raises:
         UsageError: The network's forward pass is no fixed graph, or two layers have the same weights.
     """
-    spec = spec_of(model)
+    spec = spec or spec_of(model)
     candidates = _candidates(model, spec, conv1)
     if not candidates:
         return []
@@ -47,7 +48,7 @@ def channel_groups(model: nn.Module, conv1: bool = False) -> list[UnitGroup]:
     logits = output_layers(graph) if spec.name else set()
     convs = {n: m for n, m in candidates.items() if n in called - logits}
     sources = ChannelSources(graph, convs)
-    sources.run_on()
+    sources.run_on_image()
     return [
         UnitGroup(n, "channel", (rows(n, m.out_channels), *sources.joined[n]))
         for n, m in convs.items()

@@ -98,8 +98,10 @@ class ChannelTags(fx.Interpreter):
         super().__init__(network, garbage_collect_values=False)
         self.layers = dict(network.named_modules())
 
-    def run_on(self, channels: int = 3) -> None:
-        """Follow an image of so many channels, none of which has a tag."""
+    def run_on_image(self) -> None:
+        """Follow an image with as many channels as the first convolution reads, none of which has a tag."""
+        called = (self.layers.get(str(n.target)) for n in self.graph.nodes if n.op == "call_module")
+        channels = next((m.in_channels for m in called if isinstance(m, nn.Conv2d)), 3)
         self.run(torch.full((1, channels, 1, 1), OTHER, dtype=torch.float64))
 
     def tags_of(self, node: fx.Node, called: Any, tags: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -24,6 +24,7 @@ FLOORS = (
     "settings",
     "runs",
     "export",
+    "interface",
     "reports",
     "sweeps",
     "programs",

@@ -661,7 +661,7 @@ class Mixer(nn.Module):
 def test_what_is_counted_of_any_network_is_what_is_left_of_it(net, kept):
     torch.manual_seed(0)
     model = normalised(net()).eval()
-    model.spec = external._spec_of(model, "net", 10, [])
+    model.spec = external.spec_of_layers(model, "net", 10, [])
     groups = unit_groups(model)
     check_units(model, groups, 8)
     flags = {g.name: torch.rand(g.units) < kept for g in groups}
@@ -678,7 +678,7 @@ def test_what_is_counted_of_any_network_is_what_is_left_of_it(net, kept):
 def test_cnns_are_known_whatever_their_linear_layers_are_called():
     for net, kinds_found in ((Digits, ["channel"]), (WeighsChannels, ["channel"]), (Mixer, ["neuron"])):
         model = normalised(net())
-        model.spec = external._spec_of(model, "net", 10, [])
+        model.spec = external.spec_of_layers(model, "net", 10, [])
         assert kinds(unit_groups(model)) == kinds_found
 
 

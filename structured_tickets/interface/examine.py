@@ -1,0 +1,207 @@
+"""`structured_tickets.units`: find what can be pruned in a network, and try out that it can be removed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from structured_tickets.base.errors import BadType, BadValue, UsageError, first_line
+from structured_tickets.base.modes import in_mode
+from structured_tickets.interface.foreign import (
+    image_shape,
+    in_plain_words,
+    random_images,
+    twin_of,
+    undisturbed,
+    unwrapped,
+)
+from structured_tickets.interface.ticket import SmallGraph
+from structured_tickets.interface.units import Units
+from structured_tickets.networks.attention import with_separate_heads
+from structured_tickets.networks.external import layers_called, spec_of_layers
+from structured_tickets.networks.registry import ModelSpec, spec_of
+from structured_tickets.shrinking.trial import check_units
+from structured_tickets.unit_groups.channels import channel_groups
+from structured_tickets.unit_groups.find import is_transformer
+from structured_tickets.unit_groups.transformer import vit_groups
+from structured_tickets.unit_groups.unit import UnitGroup
+
+EXCLUDED = "left out by exclude"
+SAME = 1e-4  # of the logits, relative to the largest
+
+
+def units(
+    model: nn.Module,
+    example_image: Tensor | Sequence[int] | None = None,
+    *,
+    stem: bool = False,
+    exclude: Sequence[str] = (),
+) -> Units:
+    """Find the units of a network: its channels, or, in a transformer, its attention heads, MLP neurons and blocks.
+
+    A channel is a filter of a convolution with what keeps it silent when it is dropped: the weight and bias of the
+    BatchNorms behind it, and the depth-wise filters that read it. A head owns its rows of q, k and v and its columns of
+    the projection; a neuron its row of the MLP's first layer and its column of the second; a block is a whole attention
+    branch or MLP. To be sure, units are dropped at random in a copy, and the smaller network is compared with the
+    masked one. The model itself is not changed, and no random number is drawn from the global generators.
+
+    Args:
+        model: Any network that turns images into logits [batch, classes]; wrapped in DataParallel,
+            DistributedDataParallel or torch.compile, too. Training mode, device and number type do not matter.
+        example_image: An image [channels, height, width] or a batch of them, of which only the shape is used; or that
+            shape. May be left out if the network says which images it takes (timm's, torchvision's ViT).
+        stem: Let the channels of the first convolution be pruned, too.
+        exclude: Layers to leave alone: names, also of modules that contain them ("layer4").
+
+    Returns:
+        An immutable value; `print` it.
+
+    Raises:
+        BadType: An argument is of the wrong type (a TypeError).
+        BadValue: The network has no units, they cannot be followed, or they cannot be removed without changing what the
+            network computes; it does not take such images; no layer has a name in `exclude` (a ValueError).
+    """
+    network = unwrapped(model)
+    shape = image_shape(example_image, network)
+    with undisturbed(network), in_plain_words():
+        twin, attention = _twin_with_heads(network, shape)
+        images = random_images(shape, twin)
+        logits, called = _called(twin, images)
+        spec = _spec(network, twin, logits.shape[1], called)
+        found = _groups(network, twin, spec, stem)
+        excluded = _excluded(found, exclude, type(network).__name__)
+        groups = [g for g in found if not excluded & _weights_of(g)]
+        excluded |= set().union(*(_weights_of(g) for g in found if excluded & _weights_of(g)))
+        _require_own_weights(twin, groups)
+        if not groups:
+            raise BadValue(f"{type(network).__name__} has no layers that can be pruned")
+        check_units(twin, groups, shape)
+        return Units(
+            tuple(groups),
+            type(network).__name__,
+            _left_alone(twin, spec, groups, called, excluded),
+            shape,
+            logits.shape[1],
+            {n: tuple(p.shape) for n, p in twin.named_parameters()},
+            attention,
+        )
+
+
+def _twin_with_heads(network: nn.Module, shape: Sequence[int]) -> tuple[nn.Module, tuple[str, ...]]:
+    """A copy to examine, with separate heads where that is the same network; and the layers that got them."""
+    twin = twin_of(network)
+    attention = tuple(n for n, m in twin.named_modules() if isinstance(m, nn.MultiheadAttention))
+    if not attention:
+        return twin, ()
+    other, images = with_separate_heads(copy.deepcopy(twin)), random_images(shape, twin)
+    try:
+        with torch.no_grad(), in_mode(twin, False), in_mode(other, False):
+            wanted, found = twin(images), other(images)
+            same = bool((found - wanted).abs().max() <= SAME * wanted.abs().max().clamp(min=1))
+    except Exception:  # attention with masks, or of one sequence to another, is not known
+        same = False
+    changed = tuple(n for n in attention if not isinstance(other.get_submodule(n), nn.MultiheadAttention))
+    return (other, changed) if same else (twin, ())
+
+
+def _called(twin: nn.Module, images: Tensor) -> tuple[Tensor, list[str]]:
+    """Logits of the images, and the layers in the order in which the network calls them.
+
+    Raises:
+        BadValue: The network does not take the images, or gives something else.
+    """
+    name, shape = type(twin).__name__, tuple(images.shape[1:])
+    try:
+        with torch.no_grad(), in_mode(twin, False), layers_called(twin) as called:
+            logits = twin(images)
+    except Exception as error:  # whatever the network's code raises
+        raise BadValue(
+            f"{name} cannot take images of shape {shape} ({first_line(error)}): give an example_image that it takes"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise BadValue(f"{name} gives {found} for {len(images)} images, not logits [{len(images)}, classes]")
+    return logits, list(called)
+
+
+def _spec(network: nn.Module, twin: nn.Module, classes: int, called: Sequence[str]) -> ModelSpec:
+    known = spec_of(network)
+    return known if known.name else spec_of_layers(twin, type(network).__name__, classes, called)
+
+
+def _groups(network: nn.Module, twin: nn.Module, spec: ModelSpec, stem: bool) -> list[UnitGroup]:
+    name = type(network).__name__
+    if is_transformer(twin):
+        if stem:
+            raise BadValue(f"stem: the patch embedding of {name} has no units; leave stem out")
+        return vit_groups(twin, blocks=True)
+    try:
+        return channel_groups(twin, stem, spec)
+    except UsageError as error:
+        if not isinstance(network, SmallGraph):
+            raise
+        raise BadValue(
+            f"the channels of a {name} that was shrunk cannot be followed any more: prune the network that it was made "
+            "from, with previous=masks"
+        ) from error
+
+
+def _weights_of(group: UnitGroup) -> set[str]:
+    """Layers whose weights the group's units own."""
+    return {s.layer for s in group.slices if s.ranked}
+
+
+def _excluded(groups: Sequence[UnitGroup], exclude: Sequence[str], network: str) -> set[str]:
+    """Layers with units that are to be left alone."""
+    if isinstance(exclude, str) or not all(isinstance(name, str) for name in exclude):
+        raise BadType("exclude: give a list of names of layers")
+    layers = set().union(*map(_weights_of, groups))
+    excluded = set()
+    for name in exclude:
+        inside = {layer for layer in layers if f"{layer}.".startswith(f"{name}.")}
+        if not inside:
+            raise BadValue(f"exclude: {network} has no units in {name!r}")
+        excluded |= inside
+    return excluded
+
+
+def _require_own_weights(twin: nn.Module, groups: Sequence[UnitGroup]) -> None:
+    """Raises: BadValue, if a layer with units shares its weights with another layer."""
+    own = {n for n, _ in twin.named_parameters()}
+    shared = next((s for g in groups for s in g.slices if s.name not in own), None)
+    if shared is not None:
+        raise BadValue(
+            f"{type(twin).__name__}'s {shared.layer} shares its weights with another layer, whose units would not be "
+            "the same: leave both out by exclude"
+        )
+
+
+def _left_alone(
+    twin: nn.Module, spec: ModelSpec, groups: Sequence[UnitGroup], called: Sequence[str], excluded: set[str]
+) -> dict[str, str]:
+    """Layer with weights -> why it has no units."""
+    pruned = set().union(*map(_weights_of, groups))
+    layers = {n: m for n, m in twin.named_modules() if isinstance(m, _ConvNd | nn.Linear | nn.MultiheadAttention)}
+    transformer = is_transformer(twin)
+    left = {n: m for n, m in layers.items() if n not in pruned}
+    return {n: EXCLUDED if n in excluded else _reason(n, m, spec, transformer, called) for n, m in left.items()}
+
+
+def _reason(name: str, layer: nn.Module, spec: ModelSpec, transformer: bool, called: Sequence[str]) -> str:
+    if name == spec.stem:
+        return "first layer" + ("" if transformer else " (stem=True prunes it, too)")
+    if name == spec.classifier:
+        return "classifier: its outputs are the logits"
+    if isinstance(layer, nn.Conv2d | nn.Linear) and name not in called:
+        return "not called in a forward pass"
+    if transformer:
+        return "part of neither an attention layer nor an MLP whose units can be told apart"
+    if isinstance(layer, nn.Linear):
+        return "linear layer of a convolutional network, where only channels are units"
+    if type(layer) is not nn.Conv2d:
+        return f"{type(layer).__name__}: only the channels of a plain Conv2d can be told apart"
+    return "its outputs are added up to the logits"

@@ -1,0 +1,116 @@
+"""`structured_tickets.shrink`: the network without its pruned units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from structured_tickets.base.errors import BadType, BadValue, first_line
+from structured_tickets.interface.architectures import descriptions
+from structured_tickets.interface.foreign import image_shape, in_plain_words, plain_copy, undisturbed, unwrapped
+from structured_tickets.interface.masks import Masks
+from structured_tickets.interface.rebuild import differ, kept_of, logits_of, shapes_of
+from structured_tickets.interface.ticket import Ticket, set_modes, with_ticket
+from structured_tickets.interface.units import require_same
+from structured_tickets.networks.attention import with_separate_heads
+from structured_tickets.pruning.masks import Mask, check_mask
+from structured_tickets.shrinking import shrink as real_size
+from structured_tickets.shrinking.shrink import masks_by_parameter
+
+
+def shrink(
+    model: nn.Module,
+    masks: Masks | Mapping[str, Tensor],
+    example_image: Tensor | Sequence[int] | None = None,
+) -> nn.Module:
+    """Return a smaller copy of a network, without the units that the structure prunes.
+
+    It computes what the network would with `masks.apply_`: first everything outside the structure is set to zero, then
+    what is zero is removed. Both are run on two random images, and have to give the same logits up to rounding. The
+    model is not changed. Parameters keep their names (where some of them are left), number type, device and
+    `requires_grad`, and layers their mode; hooks are not taken over.
+
+    Args:
+        model: The network; its units may be doomed, faded out or zero already.
+        masks: What `structured_tickets.regroup` returned; or masks as the documented functions return them, with keys
+            "<layer>", "<layer>.weight" or "<layer>.weight_mask".
+        example_image: As in `structured_tickets.units`; only used with such a mapping.
+
+    Returns:
+        A network to use, train and save like any other. A convolutional network is a `torch.fx.GraphModule`, whose
+        attributes and methods other than its layers are gone; a transformer is of the model's own class. Its attribute
+        `structured_ticket` is for `save`.
+
+    Raises:
+        BadType: An argument is of the wrong type (a TypeError).
+        BadValue: The masks are another network's or not 0 and 1; the network cannot be followed or copied, or would
+            compute something else (a ValueError).
+    """
+    network = unwrapped(model)
+    structure, shape, heads = _structure(network, masks, example_image)
+    with undisturbed(network), in_plain_words():
+        hard = plain_copy(network)
+        ways, name = descriptions(network, shape), f"{type(network).__module__}.{type(network).__qualname__}"
+        hard = with_separate_heads(hard) if heads else hard
+        _apply(hard, structure)
+        trains = {n: p.requires_grad for n, p in hard.named_parameters()}
+        modes = {n: m.training for n, m in hard.named_modules()}
+        small = real_size.shrink(hard, structure).network
+        logits = _require_same_logits(hard, small, shape)
+        for parameter, value in small.named_parameters():
+            value.requires_grad_(trains.get(parameter, True))
+        ticket = Ticket(name, ways, shapes_of(hard), kept_of(structure), shape, logits.shape[1], heads)
+        small = with_ticket(small, ticket)
+        set_modes(small, modes)
+    return small
+
+
+def _structure(
+    network: nn.Module, masks: object, example: Tensor | Sequence[int] | None
+) -> tuple[Mask, tuple[int, int, int], bool]:
+    """The structured mask by parameter name, the shape of an image, and whether torch's attention is replaced.
+
+    Raises:
+        BadType: They are neither `Masks` nor a mapping of tensors.
+        BadValue: They are those of another network.
+    """
+    if isinstance(masks, Masks):
+        require_same(masks.units, network, "the masks")
+        return masks.pair.structure, masks.units.image, bool(masks.units.attention)
+    if not isinstance(masks, Mapping):
+        raise BadType(f"masks is a {type(masks).__name__}, neither what regroup returns nor a mapping of masks")
+    try:
+        check_mask(masks, "masks")
+        structure = masks_by_parameter(network, masks)
+    except (TypeError, ValueError) as error:
+        raise (BadType if isinstance(error, TypeError) else BadValue)(str(error)) from None
+    return structure, image_shape(example, network), False
+
+
+@torch.no_grad()
+def _apply(network: nn.Module, structure: Mapping[str, Tensor]) -> None:
+    parameters = dict(network.named_parameters())
+    for name, mask in structure.items():
+        parameters[name].mul_(mask.to(parameters[name].device))
+
+
+def _require_same_logits(hard: nn.Module, small: nn.Module, shape: Sequence[int]) -> Tensor:
+    """Logits of two random images.
+
+    Raises:
+        BadValue: Those of the two networks differ, or are not finite.
+    """
+    name = type(hard).__name__
+    try:
+        found, wanted = (logits_of(network, shape) for network in (small, hard))
+    except Exception as error:  # whatever the network's code raises
+        raise BadValue(f"{name} cannot be computed on images of shape {tuple(shape)}: {first_line(error)}") from error
+    if not isinstance(wanted, Tensor) or wanted.ndim != 2:
+        raise BadValue(f"{name} does not give logits [batch, classes]")
+    if not bool(wanted.isfinite().all()):
+        raise BadValue(f"{name} gives logits that are not finite numbers")
+    if difference := differ(found, wanted):
+        raise BadValue(f"{name} cannot be made smaller: without the pruned units its logits differ by {difference:.2g}")
+    return wanted
