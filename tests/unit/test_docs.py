@@ -8,10 +8,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers.commands import ROOT
 from helpers.pages import page
 
+import structured_tickets
 from structured_tickets.settings.flags import build_parser, parse_args
 
 README, CHINESE, CONTRIBUTING = ROOT / "README.md", ROOT / "README.zh.md", ROOT / "CONTRIBUTING.md"
@@ -172,3 +174,21 @@ def test_the_papers_of_the_methods_are_cited():
     cited = {(paper["authors"][0]["family-names"], str(paper["year"])) for paper in CITATION["references"]}
     assert len(named) > 10
     assert cited == named
+
+
+def test_there_is_one_version():
+    (newest, *_) = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert structured_tickets.__version__ == CITATION["version"] == newest
+
+
+def test_the_python_of_the_readme_makes_a_smaller_network(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = [block for block in page(README).blocks if "import structured_tickets" in block]
+    images = torch.rand(2, 3, 224, 224)
+    names = {"loader": [(images, torch.tensor([0, 1]))], "epochs": 1}
+    exec(block, names)
+    model, small = names["model"].eval(), names["small"].eval()
+    assert sum(p.numel() for p in small.parameters()) < 0.8 * sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        wanted = structured_tickets.shrink(model, names["masks"])(images)
+        assert torch.allclose(small(images), wanted, atol=1e-5)
