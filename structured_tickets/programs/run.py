@@ -6,9 +6,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from structured_tickets.base.console import exit_status, start_logging
-from structured_tickets.base.secrets_in_text import refuse_secrets
-from structured_tickets.settings.flags import parse_args
+from structured_tickets.base.console import exit_status
+from structured_tickets.settings.flags import begin
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +16,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str]) -> str:
-    refuse_secrets(words)
-    args = parse_args(words)
-    start_logging(args.quiet, args.verbose)
+    args = begin(words)  # before torch is imported, which takes seconds
     return importlib.import_module("structured_tickets.runs.launch").run(args)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from structured_tickets.base.console import log_warnings
+from structured_tickets.base.console import exit_status, log_warnings
 from structured_tickets.base.distributed import World, is_about_peers, lost
 from structured_tickets.base.errors import MachineError, RunError, UsageError, first_line
 from structured_tickets.runs.compared_run import ControlSource
@@ -18,10 +18,16 @@ from structured_tickets.runs.dry_run import describe_plan
 from structured_tickets.runs.experiment import Experiment
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.runs.setup import Setup, set_up
+from structured_tickets.settings.flags import begin
 from structured_tickets.settings.identity import default_run_folder
 from structured_tickets.training.epoch import Passer, train
 
 log = logging.getLogger("rsst")
+
+
+def main(words: Sequence[str]) -> int:
+    """Carry out a command line of the runner in a process that has imported everything; returns its exit status."""
+    return exit_status(lambda: run(begin(words)))
 
 
 def run(args: argparse.Namespace) -> str:

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Collection, Sequence
 
 from structured_tickets.base.commands import name_in_help, typed
+from structured_tickets.base.console import start_logging
+from structured_tickets.base.secrets_in_text import refuse_secrets
 from structured_tickets.settings.argument_types import OneLineParser
 from structured_tickets.settings.flag_rules import check, warnings_about
 from structured_tickets.settings.flag_table import FLAGS, GROUPS, PRESETS
@@ -58,6 +60,18 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     _derive(args, explicit | preset.keys())
     check(args)
     args.warnings, args.explicit, args.words = warnings_about(args, explicit), sorted(explicit), list(argv)
+    return args
+
+
+def begin(words: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments of a command line that is about to be carried out; the log starts with their verbosity.
+
+    Raises:
+        UsageError: They are wrong, or hold a secret, which the run would write down.
+    """
+    refuse_secrets(words)
+    args = parse_args(words)
+    start_logging(args.quiet, args.verbose)
     return args
 
 

@@ -163,7 +163,7 @@ def _child(task: Task) -> None:
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     _wait_for_a_dying_predecessor(Path(task.folder))
     importlib.import_module("torch").set_num_threads(task.threads)
-    sys.exit(importlib.import_module("structured_tickets.programs.run").main(task.words))
+    sys.exit(importlib.import_module("structured_tickets.runs.launch").main(task.words))
 
 
 def _redirect(log: Path) -> None:
