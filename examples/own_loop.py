@@ -116,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line of the examples."""
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--data", type=Path, help="folder with train/CLASS and test/CLASS (default: digits)")
-    words.add_argument("--epochs", type=int, default=6, help="epochs of dense training, and of RSST (default: 6)")
+    words.add_argument("--epochs", type=int, default=4, help="epochs of dense training, and of RSST (default: 4)")
     words.add_argument("--images", type=int, help="use at most so many images of each part")
     words.add_argument("--rate", type=float, default=0.5, help="share of the weights to prune (default: 0.5)")
     words.add_argument("--criterion", default="magnitude", help="score of a channel (default: magnitude)")

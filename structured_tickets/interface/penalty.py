@@ -22,6 +22,8 @@ from structured_tickets.training.penalty.reg_pruner import Pruner
 from structured_tickets.training.penalty.schedules import SCHEDULES
 from structured_tickets.unit_groups.unit import parameter_of
 
+EXPONENTS = 4.0
+
 _current: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Penalty]] = weakref.WeakKeyDictionary()
 """Network -> its penalty: a network has one at a time."""
 
@@ -50,6 +52,7 @@ class Penalty:
     Dead weights (pruned by both masks) are set to zero at once, and stay exactly zero: after every step of any
     `torch.optim.Optimizer` with the network's parameters they are set to zero again, whatever state it has.
 
+    * An optimizer that calls back for the loss: call `step()` in that closure, after `backward`.
     * Gradient accumulation: call `step()` once for each `optimizer.step()`, after the last `backward`.
     * `torch.amp.GradScaler`: call `scaler.unscale_(optimizer)` before `step()`, which needs gradients as they are.
     * Clipping of gradients: before `step()`, or it limits the penalty, too.
@@ -66,7 +69,7 @@ class Penalty:
         schedule: How lambda grows; a row of `training.penalty.schedules.SCHEDULES`. With n steps done of K:
             "exp_custom_exponents": strength / (e - 1) * (exp((n / K) ** exponents) - 1); "exp_custom": the same with
             exponents 1; "x", "x^2", "x^3": (n * strength) to that power; "exp": exp(n * strength).
-        exponents: Power in "exp_custom_exponents", above 0.
+        exponents: Power in "exp_custom_exponents", above 0; default 4.
         limit: Cap on lambda, above 0. With SGD, lr * lambda / (1 - momentum) above 1 is unstable.
         decoupled: True or False to choose how the penalty acts; None: by the optimizer.
         block_gradient: Let doomed weights follow the penalty alone, not the loss.
@@ -84,7 +87,7 @@ class Penalty:
         *,
         strength: float = 1.0,
         schedule: str = "exp_custom_exponents",
-        exponents: float = 4.0,
+        exponents: float | None = None,
         limit: float = 1.0,
         decoupled: bool | None = None,
         block_gradient: bool = False,
@@ -96,7 +99,7 @@ class Penalty:
         self._settings = SimpleNamespace(
             RST_schedule=one_of(schedule, tuple(SCHEDULES), "schedule"),
             reg_granularity_prune=positive(strength, "strength"),
-            exponents=positive(exponents, "exponents"),
+            exponents=_exponents(exponents, schedule),
             reg_upper_limit=positive(limit, "limit", infinite=True),
             reg_horizon="state",
             reg_guard=False,
@@ -272,6 +275,17 @@ class Penalty:
         for pruner in (self._training, self._fixed):
             if self.done:
                 pruner.advance(0, min(self.done, self.steps) - 1, self.steps)
+
+
+def _exponents(value: float | None, schedule: str) -> float:
+    """The power of a schedule.
+
+    Raises:
+        BadValue: It is given, and the schedule has none.
+    """
+    if value is not None and not SCHEDULES[schedule].reads_exponents:
+        raise BadValue(f"exponents: has no effect with schedule {schedule!r}; leave it out")
+    return positive(EXPONENTS if value is None else value, "exponents")
 
 
 def _remove(hooks: Iterable[RemovableHandle]) -> None:

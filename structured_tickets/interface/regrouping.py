@@ -18,6 +18,7 @@ from structured_tickets.interface.units import Units, require_same, require_unit
 from structured_tickets.pruning.criteria import CRITERIA, CRITERIA_BATCHES
 from structured_tickets.pruning.decide import decide
 from structured_tickets.pruning.rules import SORTING_MODES, RoundRules
+from structured_tickets.unit_groups.kinds import kind_of
 from structured_tickets.unit_groups.unit import parameter_of
 
 RATE_MODES = ("round", "target")
@@ -163,7 +164,7 @@ def _kinds(units: Units, wanted: Sequence[str] | None, previous: Masks | None) -
 
 
 def _but_blocks(units: Units) -> Sequence[str]:
-    return [kind for kind in units.kinds if kind != "block"] or units.kinds
+    return [kind for kind in units.kinds if not kind_of(kind).holds_units] or units.kinds
 
 
 READ_BY = {

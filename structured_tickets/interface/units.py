@@ -12,6 +12,7 @@ from torch import nn
 from structured_tickets.base.errors import BadType, BadValue
 from structured_tickets.base.text_tables import counted, text_table
 from structured_tickets.interface.foreign import OWN_NAMES, OwnParameters
+from structured_tickets.unit_groups.kinds import kind_of
 from structured_tickets.unit_groups.unit import UnitGroup, kinds, parameter_of
 
 MOST_NAMES = 3
@@ -132,7 +133,7 @@ def ranked(groups: Sequence[UnitGroup]) -> list[str]:
 def _others(group: UnitGroup) -> str:
     """Layers that lose something with each unit, besides the group's own."""
     parts = {s.layer: s.layer + " (columns)" * (s.axis == 1) for s in group.slices if s.layer != group.root.layer}
-    if group.kind == "block":
+    if kind_of(group.kind).holds_units:
         return f"all of {group.name}"
     names = list(parts.values())
     more = len(names) - MOST_NAMES

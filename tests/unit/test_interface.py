@@ -982,6 +982,7 @@ BAD_PENALTIES = {
     "schedule": ({"schedule": "exp_costum"}, ValueError, r"schedule: .* \(did you mean 'exp_custom'"),
     "limit": ({"limit": -1}, ValueError, "limit: -1 is not a number above 0"),
     "exponents": ({"exponents": "4"}, TypeError, "exponents: '4' is a str"),
+    "no exponents": ({"schedule": "x", "exponents": 2}, ValueError, "exponents: has no effect with schedule 'x'"),
     "decoupled": ({"decoupled": "yes"}, TypeError, "decoupled: 'yes' is not True, False or None"),
     "masks": ({"masks": {}}, TypeError, "masks is a dict"),
     "model": ({"model": Mine(width=16)}, ValueError, "the masks are those of another network"),
@@ -1000,7 +1001,8 @@ def test_what_is_wrong_with_a_penalty_is_said_in_one_line(name):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_and_no_limit(schedule):
     model, masks = examined("mine", 0.5)
-    penalty = st.Penalty(model, masks, 3, schedule=schedule, strength=0.3, exponents=2, limit=float("inf"))
+    power = {"exponents": 2} if SCHEDULES[schedule].reads_exponents else {}
+    penalty = st.Penalty(model, masks, 3, schedule=schedule, strength=0.3, limit=float("inf"), **power)
     for k in range(3):
         model(torch.rand(2, 3, 9, 7)).sum().backward()
         penalty.step()
