@@ -21,7 +21,7 @@ from structured_tickets.runs.setup import choose_device, choose_kernels, prepare
 IDLE = (Normalize, nn.Identity, nn.Dropout)
 
 
-def inputs_of_layers(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+def inputs_of_layers(model: nn.Module, images: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """What reaches each layer that has no layers inside, and each attention as a whole."""
     found: dict[str, Tensor] = {}
     handles = []
@@ -30,20 +30,20 @@ def inputs_of_layers(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         if single or hasattr(module, "qkv"):
             hook = lambda m, given, out, name=name: found.update({name: given[0].detach()})  # noqa: E731
             handles.append(module.register_forward_hook(hook))
-    with computing(model):
+    with computing(model, dtype):
         model(images)
     for handle in handles:
         handle.remove()
     return found
 
 
-def alone(model: nn.Module, layer: nn.Module, given: Tensor) -> Callable[[], object]:
+def alone(model: nn.Module, layer: nn.Module, given: Tensor, dtype: torch.dtype) -> Callable[[], object]:
     """Forward and backward of one layer."""
-    with computing(model), torch.no_grad():
+    with computing(model, dtype), torch.no_grad():
         gradient = torch.ones_like(layer(given))
 
     def step() -> None:
-        with computing(model):
+        with computing(model, dtype):
             out = layer(given.detach().requires_grad_())
         out.backward(gradient)
 
@@ -84,10 +84,10 @@ def parts(arch: str, dtype: torch.dtype, batch: int, rounds: int, device: torch.
     model = build_model(arch, 10, 32).to(device).train()
     prepare_for_speed(model, dtype)
     images = torch.rand(batch, 3, 32, 32, device=device)
-    given = inputs_of_layers(model, images)
+    given = inputs_of_layers(model, images, dtype)
     layers = dict(model.named_modules())
-    actions = {name: alone(model, layers[name], x) for name, x in given.items()}
-    actions["whole network"] = alone(model, model, images)
+    actions = {name: alone(model, layers[name], x, dtype) for name, x in given.items()}
+    actions["whole network"] = alone(model, model, images, dtype)
     seconds = {n: statistics.median(s) for n, s in harness.alternate(actions, rounds, device).items()}
     whole = seconds.pop("whole network")
     spent: dict[str, float] = defaultdict(float)

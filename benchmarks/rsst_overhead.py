@@ -42,14 +42,16 @@ def steps(
     model = build_model(arch, 10, batch[0].shape[-1])
     model.normalize = Normalize((0.5,) * 3, (0.25,) * 3)
     model.to(device)
-    prepare_for_speed(model, choose_precision("auto", device))
+    precision = choose_precision("auto", device)
+    prepare_for_speed(model, precision)
     groups, weights = unit_groups(model), cloned_state(model)
     rules = rules_from(args, groups)
     pair = decide(model, groups, rules, 0, ranked=weights, trained=weights, previous=None, batches=[])
     optimizer = OPTIMIZERS[optimizer_name].build(model, 0.01, 0.9, 1e-4)
     held = HeldMask(model, held_masks(pair, rules))
     passers = [
-        Passer(args, pair.current, pair.refill, held=h, decoupled=args.penalty == "decoupled") for h in (None, held)
+        Passer(args, pair.current, pair.refill, held=h, decoupled=args.penalty == "decoupled", precision=precision)
+        for h in (None, held)
     ]
     pruner = Pruner(model, args, passers[1])
     criterion = nn.CrossEntropyLoss()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+from functools import partial
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -19,7 +20,8 @@ from structured_tickets.data.image_sets import ImageSet
 from structured_tickets.networks import MODELS, build_model
 from structured_tickets.networks.layers import Normalize
 from structured_tickets.training.optimization import OPTIMIZERS
-from structured_tickets.training.epoch import Passer, train, validate
+from structured_tickets.training.epoch import Passer, train, validate_together
+from structured_tickets.base.distributed import ALONE
 from structured_tickets.networks.precision import choose_precision
 from structured_tickets.runs.setup import choose_device, choose_kernels, prepare_for_speed
 
@@ -62,16 +64,18 @@ def variants(
         ours.normalize = Normalize(plain.MEAN, plain.STD)
         ours.to(device)
         precision, _, compiled = name.partition("+")
-        prepare_for_speed(ours, choose_precision(precision, device), bool(compiled))
+        dtype = choose_precision(precision, device)
+        prepare_for_speed(ours, dtype, bool(compiled))
         for part, data in (("step", batches), ("epoch", loader)):
-            parts[part][name] = _training(ours, data, criterion)
-        parts["evaluation"][name] = lambda ours=ours: validate(test, ours, criterion)  # type: ignore[misc]
+            parts[part][name] = _training(ours, data, criterion, dtype)
+        judge = partial(validate_together, test, ours, criterion, ALONE, dtype)
+        parts["evaluation"][name] = judge
     return parts
 
 
-def _training(model: nn.Module, data: object, criterion: nn.Module) -> Callable[[], object]:
+def _training(model: nn.Module, data: object, criterion: nn.Module, precision: torch.dtype) -> Callable[[], object]:
     optimizer = OPTIMIZERS["sgd"].build(model, 0.01, 0.9, 1e-4)
-    passer = Passer(SimpleNamespace(print_freq=10**6, block_loss_grad=False))
+    passer = Passer(SimpleNamespace(print_freq=10**6, block_loss_grad=False), precision=precision)
     return lambda: train(0, data, model, criterion, optimizer, 0, passer, None)  # type: ignore[arg-type]
 
 

@@ -30,7 +30,7 @@ def _cpu_has_bf16() -> bool:
 
 
 @contextmanager
-def computing(model: nn.Module, precision: torch.dtype = torch.float32) -> Iterator[None]:
+def computing(model: nn.Module, precision: torch.dtype) -> Iterator[None]:
     """Autocast to a number type, unless it is float32, and skip what the logits do not need."""
     device = next(model.parameters()).device.type
     with frugal(model), torch.autocast(device, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):

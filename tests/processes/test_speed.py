@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers.commands import ROOT, tiny
+from helpers.commands import ROOT, run, tiny
 from helpers.networks import SMALL
 from helpers.programs import start
 from torch import nn
@@ -22,8 +22,10 @@ from structured_tickets.data.loader import BatchLoader
 from structured_tickets.networks import build_model
 from structured_tickets.networks.precision import computing
 from structured_tickets.networks.vision_transformer import frugal
+from structured_tickets.pruning import oneshot
 from structured_tickets.pruning.collect_evidence import collect_evidence
 from structured_tickets.runs.setup import choose_kernels, prepare_for_speed
+from structured_tickets.training import epoch
 from structured_tickets.training.optimization import OPTIMIZERS
 from structured_tickets.unit_groups.channels import channel_groups
 
@@ -53,7 +55,7 @@ def test_training_is_frugal_and_leaves_the_model_whole(arch, images_and_labels):
     last = [m for n, m in model.named_modules() if n.endswith("mlp.fc1")][-1:]
     for module in last:
         module.register_forward_hook(lambda m, inputs, output: seen.update(tokens=output.shape[1]))
-    with computing(model):
+    with computing(model, torch.float32):
         model(images_and_labels[0])
     assert seen.get("tokens", 1) == 1
     model(images_and_labels[0])
@@ -98,6 +100,23 @@ class Small(nn.Module):
         return self.fc(self.conv(self.conv1(x)).relu().mean((2, 3)))
 
 
+@pytest.mark.parametrize("flag, wanted", [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+@pytest.mark.parametrize("struct", ["rsst", "admm"])
+def test_every_product_of_a_run_is_in_its_number_type(struct, flag, wanted, tmp_path, monkeypatch):
+    """Training, evaluation, hardened evaluation, and what ADMM trains between two rounds."""
+    seen = []
+
+    def noted(model, precision):
+        seen.append(precision)
+        return real(model, precision)
+
+    real = computing
+    for module in (epoch, oneshot):
+        monkeypatch.setattr(module, "computing", noted)
+    assert run(*tiny(tmp_path, struct=struct, precision=flag, admm_epochs=1 if struct == "admm" else None)) == 0
+    assert len(seen) > 12 and set(seen) == {wanted}
+
+
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_network_computes_the_same_and_shows_its_features(backend, monkeypatch):
@@ -109,7 +128,7 @@ def test_a_compiled_network_computes_the_same_and_shows_its_features(backend, mo
     plain = logits_and_gradients(model, images, labels)
     prepare_for_speed(model, torch.float32, compiled=True)
     calls = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    with computing(model):
+    with computing(model, torch.float32):
         compiled = logits_and_gradients(model, images, labels)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > calls
     for ours, theirs in zip(compiled, plain, strict=True):
