@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one_before(broke
         raise StorageError(f"cannot write {path}")
 
     with monkeypatch.context() as patch:
-        patch.setattr("structured_tickets.base.untrusted_tensors.save_atomically", full)
+        patch.setattr("structured_tickets.runs.folder.save_atomically", full)
         assert program.main(tiny(tmp_path / "run", **words)) == 5
     assert (tmp_path / "run" / "previous.pth.tar").read_bytes() == good
     assert program.main(tiny(tmp_path / "run", **words)) == 0
@@ -378,7 +378,7 @@ def test_a_loss_that_is_not_finite_at_some_step(step, broken_off, tmp_path, monk
         patch.setattr(torch.nn.CrossEntropyLoss, "forward", sometimes)
         assert program.main(tiny(tmp_path, **words)) == 4
     round_, epoch = divmod((step - 1) // 6, 3)
-    where = f"not finite in round {round_}, epoch {epoch}, step {(step - 1) % 6 + 1} of 6"
+    where = f"became NaN or infinite in round {round_}, epoch {epoch}, step {(step - 1) % 6 + 1} of 6"
     assert where in capsys.readouterr().err.splitlines()[-1]
     assert (tmp_path / "diverged.pth.tar").exists()
     assert program.main(tiny(tmp_path, **words)) == 0

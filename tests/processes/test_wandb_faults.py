@@ -283,7 +283,7 @@ def test_a_queue_that_is_full_is_said_once(tmp_path, monkeypatch, capsys):
     began = time.monotonic()
     follower.finish()
     assert time.monotonic() - began < 5
-    assert "it lacks 97 rows" in capsys.readouterr().err
+    assert "misses 97 rows" in capsys.readouterr().err
 
 
 def test_a_queue_that_stays_full_is_waited_for_once(tmp_path, monkeypatch):

@@ -107,6 +107,7 @@ sys.exit(", ".join(failed) or 0)
 """
 
 
+@pytest.mark.slow
 def test_every_module_can_be_imported_first():
     names = [".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for f in FILES]
     names = [name for name in names if not name.endswith("__main__")]

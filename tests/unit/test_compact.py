@@ -222,7 +222,7 @@ def test_masks_that_do_not_fit_are_refused_in_a_line(wrong, said):
 def test_the_old_module_gives_a_network_that_holds_its_cuts():
     model, groups = whole("micro_cnn")
     masks = random_structure(model, 1, 0.5, groups=groups)
-    with pytest.warns(DeprecationWarning, match="compact is now"):
+    with pytest.warns(DeprecationWarning, match="goes in version 0.3"):
         old = importlib.reload(importlib.import_module("compact"))
     small, wanted = old.shrink(model, masks), shrink(model, masks)
     assert torch.equal(small(IMAGES), wanted.network(IMAGES))
