@@ -24,7 +24,9 @@ if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
 fi
 if holds dev || holds "${extra:-default}"; then exit 0; fi
 echo "installing what ${extra:+development and }the programs need (torch is large: this takes a few minutes the first time)"
-install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile "$@"; } # Python compiles what it imports
+install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile "$@"; } # all of it is compiled below, on all cores
 install "pip>=22.3" "setuptools>=77.0.3" # what builds the package: it need not be fetched for that again and again
 install --no-build-isolation -e ".${extra:+[$extra]}"
+# Where Python may not write what it compiles, each start of a program would compile torch again (5 s).
+env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true # some files are templates
 echo "$installed" >".venv/.installed-${extra:-default}"

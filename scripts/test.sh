@@ -20,6 +20,7 @@ trap 'rm -f "$types"' EXIT
 checking=$!  # it takes one core for half a minute, in which pytest finds its tests
 cores=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)  # nproc obeys OMP_NUM_THREADS
 export OMP_NUM_THREADS=1
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes start: each would compile the same files
 # Neighbours share what is expensive to make: they stay in one worker until another has nothing left to do.
 status=0
 .venv/bin/python -m pytest -n "$cores" --dist worksteal --durations=30 --tier "$tier" "$@" || status=$?
