@@ -34,13 +34,13 @@ class Masks:
         units: The units that were regrouped, all of the network's.
         groups: The groups of the kinds that were pruned.
         pair: Both masks, by the names that `units` has for parameters.
-        left: Kind of unit -> share in (0, 1] that is left after all rounds, as their rates say.
+        fractions: Kind of unit -> share in (0, 1] that is left after all rounds, as their rates say.
     """
 
     units: Units
     groups: tuple[UnitGroup, ...]
     pair: MaskPair
-    left: Mapping[str, float]
+    fractions: Mapping[str, float]
 
     def __post_init__(self) -> None:
         wrong = next((n for n, m in self.pair.structure.items() if tuple(m.shape) != self.units.shapes.get(n)), None)
@@ -111,7 +111,7 @@ class Masks:
             "elements": dict(self.pair.current),
             "structure": dict(self.pair.structure),
             "kinds": list(self.pruned_kinds),
-            "left": dict(self.left),
+            "fractions": dict(self.fractions),
         }
 
     @classmethod
@@ -127,7 +127,7 @@ class Masks:
         try:
             pair = MaskPair(state["elements"], state["structure"])
             groups = tuple(g for g in units if g.kind in state["kinds"])
-            return cls(units, groups, pair, dict(state["left"]))
+            return cls(units, groups, pair, dict(state["fractions"]))
         except (KeyError, TypeError, AttributeError) as error:
             raise BadValue(f"not a state of masks: {type(error).__name__}: {error}") from error
 

@@ -92,14 +92,14 @@ class _Rules(RoundRules):
     """The rules of a round after rounds whose rates may have been others.
 
     Attributes:
-        left: Kind of unit -> share of its units that the rounds before have left, as their rates say.
+        fractions: Kind of unit -> share of its units that the rounds before have left, as their rates say.
     """
 
-    left: Mapping[str, float] = field(default_factory=dict)
+    fractions: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def ratios(self) -> dict[str, float]:
-        return {kind: 1 - (1 - ratio) * self.left.get(kind, 1.0) for kind, ratio in super().ratios.items()}
+        return {kind: 1 - (1 - ratio) * self.fractions.get(kind, 1.0) for kind, ratio in super().ratios.items()}
 
     def share(self, rate: float, state: int) -> float:
         return rate
@@ -134,8 +134,8 @@ def _rules(
 def _decided(network: nn.Module, units: Units, rules: _Rules, batches: Batches | None, previous: Masks | None) -> Masks:
     before = None
     if previous is not None:
-        before, left = previous.pair, previous.left if rules.rate_mode == "round" else {}
-        rules = replace(rules, struct=_method_of(network, previous), left=left)
+        before, fractions = previous.pair, previous.fractions if rules.rate_mode == "round" else {}
+        rules = replace(rules, struct=_method_of(network, previous), fractions=fractions)
     groups = tuple(g for g in units if g.kind in rules.targets)
     with undisturbed(network, batches), in_plain_words():
         twin = twin_of(network, bool(units.attention))

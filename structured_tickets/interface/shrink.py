@@ -36,7 +36,8 @@ def shrink(
         model: The network; its units may be doomed, faded out or zero already.
         masks: What `structured_tickets.regroup` returned; or masks as the documented functions return them, with keys
             "<layer>", "<layer>.weight" or "<layer>.weight_mask".
-        example_image: As in `structured_tickets.units`; only used with such a mapping.
+        example_image: As in `structured_tickets.units`: what the network is tried on, and will be saved with. Default:
+            what `units` was given, or, for a mapping, what the network says.
 
     Returns:
         A network to use, train and save like any other. A convolutional network is a `torch.fx.GraphModule`, whose
@@ -78,7 +79,8 @@ def _structure(
     """
     if isinstance(masks, Masks):
         require_same(masks.units, network, "the masks")
-        return masks.pair.structure, masks.units.image, bool(masks.units.attention)
+        shape = masks.units.image if example is None else image_shape(example, network)
+        return masks.pair.structure, shape, bool(masks.units.attention)
     if not isinstance(masks, Mapping):
         raise BadType(f"masks is a {type(masks).__name__}, neither what regroup returns nor a mapping of masks")
     try:

@@ -557,7 +557,7 @@ def test_a_rate_of_each_kind_the_sorting_and_the_least_number_of_units():
 def test_rates_of_rounds_multiply_or_are_of_all():
     model, first = examined("deit", 0.5)
     second = st.regroup(model, first.units, 0.25, previous=first)
-    assert first.left == {"head": 0.5, "neuron": 0.5} and second.left == {"head": 0.375, "neuron": 0.375}
+    assert first.fractions == {"head": 0.5, "neuron": 0.5} and second.fractions == {"head": 0.375, "neuron": 0.375}
     assert {len(k) for n, k in second.kept.items() if "fc1" in n} == {72}
     target = st.regroup(model, first.units, 0.75, previous=first, rate_mode="target")
     assert {len(k) for n, k in target.kept.items() if "fc1" in n} == {48}
@@ -669,7 +669,7 @@ def test_masks_can_be_saved_and_applied_to_no_other_network(tmp_path):
     model, masks = examined("deit")
     torch.save(masks.state_dict(), tmp_path / "masks.pt")
     again = st.Masks.from_state_dict(st.units(model), torch.load(tmp_path / "masks.pt", weights_only=True))
-    assert str(again) == str(masks) and _equal(again.elements, masks.elements) and again.left == masks.left
+    assert str(again) == str(masks) and _equal(again.elements, masks.elements) and again.fractions == masks.fractions
     assert str(pickle.loads(pickle.dumps(masks))) == str(copy.deepcopy(masks)) == str(masks)
     other, shape = build("mine")
     with pytest.raises(ValueError, match="masks are those of another network"):
@@ -1315,6 +1315,14 @@ HOSTILE = {
         c | {"network": {"class": "a", "library": "torchvision", "name": "deeplabv3_resnet50", "image_size": 32}}
     ),
 }
+
+
+def test_shrink_tries_the_images_that_it_is_given_with_masks_too():
+    model, masks = examined("mine")
+    assert st.shrink(model, masks).structured_ticket.image == (3, 9, 7)
+    assert st.shrink(model, masks, torch.zeros(2, 3, 12, 10)).structured_ticket.image == (3, 12, 10)
+    with pytest.raises(ValueError, match="example_image has shape"):
+        st.shrink(model, masks, (9, 7))
 
 
 @pytest.fixture(scope="module")
