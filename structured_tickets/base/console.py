@@ -138,6 +138,8 @@ def exit_status(program: Callable[[], str]) -> int:
         if rank == 0:
             print(redacted(said))
     except RunError as error:
+        if error.output and rank == 0:
+            print(redacted(error.output))
         if rank == 0 or not error.shared:
             log.error("%s%s", speaker, error)
         elif error.alike:

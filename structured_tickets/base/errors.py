@@ -6,7 +6,11 @@ is gone, 130 Ctrl-C, 143 SIGTERM.
 
 
 class RunError(Exception):
-    """An end of the run that the user can act on: one line, no traceback."""
+    """An end of the run that the user can act on: one line, no traceback.
+
+    Args:
+        output: What the program had found until then, to be printed before the line.
+    """
 
     exit_code = 1
     shared = False
@@ -14,6 +18,10 @@ class RunError(Exception):
 
     alike = False
     """Whether all processes come to it by themselves, one sooner than the other."""
+
+    def __init__(self, message: str = "", *, output: str = "") -> None:
+        super().__init__(message)
+        self.output = output
 
 
 class UsageError(RunError):

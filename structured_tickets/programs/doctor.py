@@ -24,7 +24,7 @@ from structured_tickets.base.commands import CHECKOUT, COMMAND, name_in_help
 from structured_tickets.base.console import exit_status
 from structured_tickets.base.environment import commit, has_cpp_compiler, processor, version_of
 from structured_tickets.base.errors import RunError, first_line
-from structured_tickets.base.secrets_in_text import redacted, refuse_secrets
+from structured_tickets.base.secrets_in_text import refuse_secrets
 from structured_tickets.base.text_tables import counted, text_table
 from structured_tickets.settings.argument_types import OneLineParser, path
 from structured_tickets.sweeps.executors import cores_here
@@ -76,8 +76,7 @@ def _run(words: Sequence[str]) -> str:
     found = examined(args.data)
     text = json.dumps(found, indent=1) if args.json else as_text(found)
     if found["problems"]:
-        print(redacted(text))
-        raise NotReady(_advice(found))
+        raise NotReady(_advice(found), output=text)
     return text
 
 

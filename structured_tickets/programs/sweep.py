@@ -243,8 +243,8 @@ def _search(args: argparse.Namespace, spec: Spec, words: Sequence[str]) -> str:
         write_record(args.out, words, spec, found.jobs, {"density": args.density, "macs": args.macs})
         text = [found.table, *([f"report: {typed('report')} {_shorter(args.out)}"] if found.jobs else [])]
         if found.failed:
-            print("\n\n".join(text))
-            raise SweepFailed(f"{found.failed} settings failed; their output is in {args.out / 'logs'}")
+            said = f"{counted(found.failed, 'setting')} failed. See the logs in {args.out / 'logs'}"
+            raise SweepFailed(said, output="\n\n".join(text))
         return "\n\n".join(text)
 
 
@@ -305,7 +305,7 @@ def conclude(jobs: Sequence[Job], outcomes: Mapping[str, Outcome], out: Path) ->
     """The tables at the end.
 
     Raises:
-        SweepFailed: After the tables are printed, if a run has failed.
+        SweepFailed: A run has failed; the tables are its output.
     """
     summarise: Callable[[Path], str] = importlib.import_module(
         "structured_tickets.reports.sweep_tables"
@@ -324,8 +324,8 @@ def conclude(jobs: Sequence[Job], outcomes: Mapping[str, Outcome], out: Path) ->
     if failed:
         rows = [[title_of(job), "-" if o.status is None else str(o.status), o.reason] for job, o in failed]
         table = text_table(["failed", "status", "why"], rows)
-        print("\n\n".join([*text, table]))
-        raise SweepFailed(f"{len(failed)} of {len(jobs)} jobs failed; their output is in {out / 'logs'}")
+        said = f"{len(failed)} of {counted(len(jobs), 'job')} failed. See the logs in {out / 'logs'}"
+        raise SweepFailed(said, output="\n\n".join([*text, table]))
     return "\n\n".join(text)
 
 

@@ -70,8 +70,8 @@ def take_up(
         run = _begun(setup, run, folder, source, store)
     else:
         run = continued(run, found, setup.numerics)
-        where = folder.path, found.state, found.epoch, args.epochs
-        log.info("continuing the run in %s: round %d, %d of %d epochs done", *where)
+        where = folder.path, found.state, found.epoch, counted(args.epochs, "epoch")
+        log.info("continuing the run in %s: round %d, %d of %s done", *where)
     trackers = Trackers()
     if len(run.rounds) < args.pruning_times:
         _warn_if_the_penalty_is_weak(setup)
@@ -80,11 +80,11 @@ def take_up(
     reporter = Reporter(folder.path, trackers, args.quiet)
     try:
         reporter.restore(run.history, run.rounds)
+        if found is None:
+            reporter.track(run.history)  # another run's round 0
     except BaseException:
         reporter.close()
         raise
-    if found is None:
-        reporter.track(run.history)  # another run's round 0
     _introduce(setup, folder)
     return run, reporter
 

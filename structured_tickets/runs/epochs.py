@@ -21,8 +21,8 @@ class TrainedEpoch:
 
     Attributes:
         meter: Loss and accuracy over its images.
-        seconds: What training took, parts before an interruption included.
-        seconds_per_step: Of the steps since then.
+        seconds: What training and writing back took, parts before an interruption included.
+        seconds_per_step: Of the steps since then, nothing else.
     """
 
     meter: Meter
@@ -54,11 +54,11 @@ def train_epoch(current: Round, run: RunState, folder: RunFolder, epoch: int) ->
         current.trainee.write_back()
         folder.save_value({"state_dict": cloned_state(setup.model)}, folder.diverged)
         raise DivergedError(f"{error}. The weights are in {folder.diverged}") from error
+    per_step = (time.perf_counter() - began) / (meter.steps - first)
     if broken := current.trainee.held.broken():
         raise AssertionError(f"weights held at zero have moved: {broken[:3]}")
     current.trainee.write_back()
-    took = time.perf_counter() - began
-    return TrainedEpoch(meter, before + took, took / (meter.steps - first))
+    return TrainedEpoch(meter, before + time.perf_counter() - began, per_step)
 
 
 def epoch_row(

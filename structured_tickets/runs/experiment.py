@@ -68,7 +68,8 @@ class Experiment:
         world.check_agreement("the images or labels", json.dumps([self.run.data, known_to_all]))
         if world.is_first:
             self.run, self.reporter = take_up(setup, self.run, self.folder, self.source, self.store)
-        self.run = state_from(world.share(fields_of(self.run)))
+        if world.size > 1:
+            self.run = state_from(world.share(fields_of(self.run)))
         weights = self.run.state_dict or self.run.init_weight
         check_fits(weights, self.run.optimizer, setup.model, setup.optimizer(setup.model))
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from structured_tickets.base.errors import UsageError
+from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.networks.registry import ModelSpec, spec_of
 from structured_tickets.unit_groups.operations import (
     ADDITIONS,
@@ -18,7 +18,7 @@ from structured_tickets.unit_groups.operations import (
     is_prunable_norm,
     keeps_channels,
 )
-from structured_tickets.unit_groups.tracing import OTHER, ZERO, ChannelTags, new_tags, traced
+from structured_tickets.unit_groups.tracing import OTHER, ZERO, ChannelTags, new_tags, not_followed, traced
 from structured_tickets.unit_groups.unit import Slice, UnitGroup, rows
 
 
@@ -48,7 +48,10 @@ def channel_groups(model: nn.Module, conv1: bool = False, spec: ModelSpec | None
     logits = output_layers(graph) if spec.name else set()
     convs = {n: m for n, m in candidates.items() if n in called - logits}
     sources = ChannelSources(graph, convs)
-    sources.run_on_image()
+    try:
+        sources.run_on_image()
+    except Exception as error:  # whatever the network's code makes of an image of one pixel
+        raise not_followed(model, f"holds an operation that is not supported ({first_line(error)})") from error
     return [
         UnitGroup(n, "channel", (rows(n, m.out_channels), *sources.joined[n]))
         for n, m in convs.items()

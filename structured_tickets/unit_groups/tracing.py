@@ -50,9 +50,9 @@ def traced(model: nn.Module) -> fx.GraphModule:
     """
     other, own = _graphs_of_both_modes(model)
     if twice := _called_twice(own):
-        raise _not_followed(model, f"calls {twice} more than once")
+        raise not_followed(model, f"calls {twice} more than once")
     if CONSTANT.sub("", other.code) != CONSTANT.sub("", own.code):
-        raise _not_followed(model, "reads self.training; layers such as nn.Dropout may, the network itself may not")
+        raise not_followed(model, "reads self.training; layers such as nn.Dropout may, the network itself may not")
     return own
 
 
@@ -68,7 +68,7 @@ def _graphs_of_both_modes(model: nn.Module) -> list[fx.GraphModule]:
                 graphs.append(Tracer().trace(model))
     except Exception as error:  # whatever the network's code does with a value that is not a tensor
         reason = first_line(error)
-        raise _not_followed(model, f"is no fixed graph ({reason})") from error
+        raise not_followed(model, f"is no fixed graph ({reason})") from error
     networks = [fx.GraphModule(model, graph) for graph in graphs]
     for name in set(vars(model)) - own_names:  # constants, which the tracer leaves on the network
         delattr(model, name)
@@ -82,7 +82,8 @@ def _called_twice(network: fx.GraphModule) -> str:
     return next((n for n, times in calls.items() if times > 1 and isinstance(layers[n], CALLED_ONCE)), "")
 
 
-def _not_followed(model: nn.Module, reason: str) -> UsageError:
+def not_followed(model: nn.Module, reason: str) -> UsageError:
+    """Return the error that says why a network's channels cannot be followed."""
     name = type(model).__name__
     return UsageError(f"argument --arch: the channels of {name} cannot be followed: its forward pass {reason}")
 

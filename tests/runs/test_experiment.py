@@ -237,7 +237,7 @@ def test_with_the_two_newest_checkpoints_damaged_it_goes_back_to_the_round_befor
         (tmp_path / "b" / name).write_bytes(b"half a file")
     assert run(*tiny(tmp_path / "b", pruning_times=3)) == 0
     said = capsys.readouterr().err
-    assert said.count("going back to the checkpoint before") == 2 and ": round 1, 1 of 1 epochs done" in said
+    assert said.count("going back to the checkpoint before") == 2 and ": round 1, 1 of 1 epoch done" in said
     assert_same_runs(tmp_path / "a", tmp_path / "b")
 
 

@@ -126,10 +126,10 @@ def test_functions_are_short_and_the_formatter_decides(file):
             assert node.end_lineno - node.lineno < LONGEST, f"{node.name} has more than {LONGEST} lines"
 
 
-def test_library_code_prints_nothing():
-    """Programs print; the console is where a program's end is told."""
+def test_only_the_console_prints():
+    """There secrets are taken out, and of several processes the first speaks."""
     for file in FILES:
-        if file.parent.name == "programs" or file.name in ("console.py", "__main__.py"):
+        if file == PACKAGE / "base" / "console.py":
             continue
         calls = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Call)]
         assert not any(isinstance(c.func, ast.Name) and c.func.id == "print" for c in calls), file.name

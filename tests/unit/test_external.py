@@ -212,6 +212,22 @@ def net(num_classes):
 """,
         "calls its `normalize` 2 times",
     ),
+    "one pixel": (
+        """from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.fc = nn.Linear(4, 10)
+    def forward(self, x):
+        x = self.conv(self.stem(x))
+        return self.fc(x.sum((2, 3)) / (28 // (x.shape[2] - 1)))
+def net(num_classes):
+    return Net()
+""",
+        "holds an operation that is not supported",
+    ),
     "dense": (
         "from torch import nn\ndef net(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(192, 10))\n",
         "has no layers that can be pruned",
