@@ -71,7 +71,8 @@ print("finished", time.monotonic() - began)
 WHOLE_RUN = (
     HEAD
     + """
-import helpers.networks, main_imp_fillback, reporter
+import helpers.networks, main_imp_fillback
+from structured_tickets.runs import reporter
 plain = reporter.Reporter.epoch
 
 def epoch(self, row):
