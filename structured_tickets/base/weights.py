@@ -10,11 +10,6 @@ import torch
 from torch import Tensor, nn
 
 
-def is_of_the_data(name: str) -> bool:
-    """Whether an entry of a state dict is the data set's mean or standard deviation, and no weight."""
-    return name.startswith("normalize.")
-
-
 def cloned_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict as copies on the CPU: a value, not a view of a network that goes on training."""
     return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}

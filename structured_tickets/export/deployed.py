@@ -16,6 +16,7 @@ from structured_tickets.base.atomic_files import write_atomically
 from structured_tickets.base.errors import DataError, UsageError, first_line
 from structured_tickets.base.untrusted_text import check, is_mapping, is_words, parse_json
 from structured_tickets.networks import build_model, runs_a_file
+from structured_tickets.networks.hosted import put_normalize
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.shrinking.kept_units import structure_of
 from structured_tickets.shrinking.shrink import shrink
@@ -54,7 +55,7 @@ def load(folder: str | Path, arch: str | None = None) -> nn.Module:
             raise DataError(f"the network in {folder} comes from {config['arch']}: give that as `arch` to run its code")
         with torch.random.fork_rng(devices=[]):
             model = build_model(arch or config["arch"], len(config["classes"]), config["image_size"])
-        model.normalize = Normalize((0.0,) * 3, (1.0,) * 3)
+        put_normalize(model, Normalize((0.0,) * 3, (1.0,) * 3))
         network = shrink(model, structure_of(model, config["kept"])).network
         network.load_state_dict(tensors)
     except (OSError, ValueError, RuntimeError, UsageError, safetensors.SafetensorError) as error:

@@ -21,6 +21,7 @@ from structured_tickets.base.errors import DataError, RunError, StorageError, Us
 from structured_tickets.base.text_tables import text_table
 from structured_tickets.export.deployed import LARGEST_IMAGE, load, save
 from structured_tickets.networks import build_model, runs_a_file
+from structured_tickets.networks.hosted import normalize_of, put_normalize
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.runs.state import RunState
@@ -76,7 +77,7 @@ def read_ticket(folder: Path, state: int | None = None, best: bool = False, arch
         raise DataError(f"{folder} holds no round {state} ({path.name} is missing)")
     run = RunFolder.load(path)
     model = _network(run, arch, path)
-    model.normalize = Normalize((0.0,) * 3, (1.0,) * 3)
+    put_normalize(model, Normalize((0.0,) * 3, (1.0,) * 3))
     structure = run.structure
     weights = {n: v * structure[n] if n in structure else v for n, v in run.state_dict.items()}
     try:
@@ -155,7 +156,7 @@ def export(
 
 def _description(ticket: Ticket, kept: dict[str, list[int]], classes: int) -> dict[str, Any]:
     """Return what `save` writes about a network with so many classes."""
-    normalize: Any = ticket.masked.normalize
+    normalize = normalize_of(ticket.masked)
     return {
         "arch": ticket.run.args["arch"],
         "image_size": ticket.run.args["image_size"],

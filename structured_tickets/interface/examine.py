@@ -22,7 +22,7 @@ from structured_tickets.interface.foreign import (
 from structured_tickets.interface.ticket import SmallGraph
 from structured_tickets.interface.units import Units
 from structured_tickets.networks.attention import with_separate_heads
-from structured_tickets.networks.external import layers_called, spec_of_layers
+from structured_tickets.networks.first_pass import layers_called, spec_of_layers
 from structured_tickets.networks.registry import ModelSpec, spec_of
 from structured_tickets.shrinking.trial import check_units
 from structured_tickets.unit_groups.channels import channel_groups

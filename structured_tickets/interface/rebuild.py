@@ -14,6 +14,7 @@ from structured_tickets.base.untrusted_text import check
 from structured_tickets.interface.foreign import NARROW, random_images
 from structured_tickets.interface.ticket import Kept, Shapes, Ticket, with_ticket
 from structured_tickets.networks.attention import with_separate_heads
+from structured_tickets.networks.hosted import normalize_place, put_normalize
 from structured_tickets.networks.layers import Normalize
 from structured_tickets.pruning.masks import Mask
 from structured_tickets.shrinking import shrink as real_size
@@ -94,9 +95,10 @@ def rebuilt(dense: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, T
     """
     if config["heads"]:
         dense = with_separate_heads(dense)
-    if "normalize.mean" in config["shapes"] and isinstance(getattr(dense, "normalize", None), nn.Identity):
+    place = normalize_place(dense)
+    if f"{place}.mean" in config["shapes"] and isinstance(getattr(dense, place, None), nn.Identity):
         channels = config["image"][0]
-        dense.normalize = Normalize((0.0,) * channels, (1.0,) * channels)
+        put_normalize(dense, Normalize((0.0,) * channels, (1.0,) * channels))
     require_shapes(shapes_of(dense), config["shapes"])
     small = real_size.shrink(dense.eval(), masks_of(config["kept"], config["shapes"])).network
     # Copies, since what is read from a file lies anywhere in memory, and some kernels round by where numbers lie.

@@ -6,9 +6,8 @@ import difflib
 import importlib.util
 import inspect
 import sys
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +16,58 @@ from torch import nn
 
 from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.networks.attention import with_separate_heads
-from structured_tickets.networks.layers import Normalize, normalised
-from structured_tickets.networks.registry import ModelSpec
+from structured_tickets.networks.first_pass import first_pass, spec_of_layers
+from structured_tickets.networks.hosted import Hosted, hosted
 
 SIZE_WORDS = ("img_size", "image_size")  # what factories call the images' side
 
 
-def build_external(arch: str, num_classes: int, img_size: int) -> nn.Module:
+def build_external(arch: str, num_classes: int, img_size: int) -> Hosted:
     """Build a network by its name at another library, or by a factory in a Python file, which is run.
 
-    A factory is called as `factory(num_classes=...)`, with `img_size` too if it takes it. Where the network has no
-    attribute `normalize`, it gets one in front; one that has it must call it once.
+    A factory is called as `factory(num_classes=...)`, with `img_size` too if it takes it. The network stays as it was
+    made; the host that is returned normalises the images in front of it. Only where the network calls a layer
+    `normalize` without weights on the images, once, the data set's mean and deviation take the place of that layer.
 
     Raises:
         UsageError: There is no such network or factory, or it does not turn images into one logit per class.
     """
     library, _, name = arch.partition("/")
     if library == "timm":
-        model = _from_timm(name, num_classes, img_size)
+        network = _from_timm(name, num_classes, img_size)
     elif library == "torchvision":
-        model = from_torchvision(name, num_classes, img_size)
+        network = from_torchvision(name, num_classes, img_size)
     else:
-        model = _from_file(arch, num_classes, img_size)
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"argument --arch: {arch} gives a {type(model).__name__}, not a torch.nn.Module")
-    model = _with_normalize(model)
-    called = _check_outcome(model, arch, num_classes, img_size)
-    model.spec = spec_of_layers(model, arch, num_classes, called)  # type: ignore[assignment]
-    return model
+        network = _from_file(arch, num_classes, img_size)
+    _require_a_network(network, arch)
+    seen = first_pass(network, arch, num_classes, img_size)
+    _require_plain_state(network, arch)
+    spec = replace(spec_of_layers(network, arch, num_classes, seen.called), outputs=seen.outputs)
+    return hosted(network, spec, seen.normalizes)
+
+
+def _require_a_network(network: object, arch: str) -> None:
+    if not isinstance(network, nn.Module):
+        raise UsageError(f"argument --arch: {arch} gives a {type(network).__name__}, not a torch.nn.Module")
+    if isinstance(network, torch.jit.ScriptModule):
+        raise UsageError(
+            f"argument --arch: {arch} gives a network in TorchScript, whose layers cannot be changed. Return the "
+            "torch.nn.Module that it was made from"
+        )
+    if next(network.parameters(), None) is None:
+        raise UsageError(f"argument --arch: {arch} gives a network without parameters, so nothing can be trained")
+
+
+def _require_plain_state(network: nn.Module, arch: str) -> None:
+    """Refuse a network that saves something else than its parameters and buffers, which checkpoints would not hold."""
+    values = network.named_parameters, network.named_buffers
+    own = {name for named in values for name, _ in named(remove_duplicate=False)}
+    others = [n for n in network.state_dict() if n not in own]
+    if others:
+        raise UsageError(
+            f"argument --arch: {arch} has {others[0]} in its state dict, which is no parameter or buffer. Keep it in a "
+            "buffer"
+        )
 
 
 def _from_timm(name: str, num_classes: int, img_size: int) -> nn.Module:
@@ -120,81 +143,3 @@ def _unknown(prefix: str, name: str, known: list[str]) -> UsageError:
 def _not_buildable(arch: str, error: BaseException) -> UsageError:
     reason = first_line(error)
     return UsageError(f"argument --arch: {arch} cannot be built: {type(error).__name__}: {reason}")
-
-
-def _with_normalize(model: nn.Module) -> nn.Module:
-    if isinstance(model, nn.Sequential) and not hasattr(model, "normalize"):
-        return nn.Sequential(OrderedDict([("normalize", nn.Identity()), *model.named_children()]))
-    return normalised(model)
-
-
-def _layers(model: nn.Module) -> dict[str, Any]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-
-
-def spec_of_layers(model: nn.Module, arch: str, num_classes: int, called: Sequence[str]) -> ModelSpec:
-    """Return the row of a network: its first layer, and the last one that gives as many features as there are classes.
-
-    Args:
-        called: The layers in the order in which the network calls them, which need not be that of their declaration.
-    """
-    layers = _layers(model)
-    sizes = {n: layers[n].weight.shape[0] for n in called or layers}
-    last = [n for n, size in sizes.items() if size == num_classes]
-    declared: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    stem, classifier = (declared.get(k) for k in ("first_conv", "classifier"))
-    return ModelSpec(
-        arch,
-        stem if isinstance(stem, str) and stem in layers else next(iter(sizes), ""),
-        classifier if isinstance(classifier, str) and classifier in layers else last[-1] if last else "",
-        "",
-    )
-
-
-@contextmanager
-def layers_called(model: nn.Module) -> Iterator[dict[str, None]]:
-    """Note which convolutions and linear layers are called, in this order, as keys."""
-    called: dict[str, None] = {}
-    handles = [
-        layer.register_forward_hook(lambda *_, name=name: called.setdefault(name))
-        for name, layer in _layers(model).items()
-    ]
-    try:
-        yield called
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _check_outcome(model: nn.Module, arch: str, num_classes: int, img_size: int) -> list[str]:
-    """Two images in, logits out, normalised once; the network is left as it was.
-
-    Returns:
-        The layers that were called, in this order.
-
-    Raises:
-        UsageError: It is not so; the message says what came instead.
-    """
-    calls: list[None] = []
-    was, training = model.normalize, model.training
-    model.normalize = Normalize((0.0,) * 3, (1.0,) * 3)
-    model.normalize.register_forward_hook(lambda *_: calls.append(None))
-    try:
-        with torch.no_grad(), layers_called(model) as called:
-            logits = model.eval()(torch.zeros(2, 3, img_size, img_size))
-    except Exception as error:  # whatever the network's code raises
-        reason = first_line(error)
-        raise UsageError(
-            f"argument --arch: {arch} cannot take images of {img_size} pixels ({reason}); try another --image_size"
-        ) from error
-    finally:
-        model.normalize = was
-        model.train(training)
-    if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_classes):
-        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise UsageError(f"argument --arch: {arch} gives {found} for two images, not logits {(2, num_classes)}")
-    if len(calls) != 1:
-        raise UsageError(
-            f"argument --arch: {arch} calls its `normalize` {len(calls)} times in a forward pass, not once"
-        )
-    return list(called)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from structured_tickets.base.errors import DataError, first_line
 from structured_tickets.base.untrusted_tensors import as_state_dict, load_tensors
+from structured_tickets.networks.hosted import bare, of_the_data
 from structured_tickets.networks.registry import ModelSpec
 
 log = logging.getLogger("rsst.models")
@@ -43,16 +44,18 @@ def load_pretrained_weights(
         source, weights = spec.pretrained, _weights_from_timm(spec.pretrained)
     else:
         raise DataError("no ImageNet weights are published for this model; give a local file by --pretrained FILE")
-    own = ("normalize.",) if with_classifier else ("normalize.", f"{spec.classifier}.")
-    weights = {k: v for k, v in weights.items() if not k.startswith(own)}
+    of_data = of_the_data(model)
+    own = () if with_classifier else (f"{spec.classifier}.",)
+    weights = {k: v for k, v in weights.items() if k not in of_data and not k.startswith(own)}
     try:
-        if isinstance(model, vision_transformer.VisionTransformer):
-            weights = vision_transformer.checkpoint_filter_fn(weights, model)
+        network = bare(model)
+        if isinstance(network, vision_transformer.VisionTransformer):
+            weights = vision_transformer.checkpoint_filter_fn(weights, network)
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except Exception as error:  # timm takes a name or a shape for a format, and converts it whatever it is
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
         raise DataError(f"the weights of {source} do not fit the model: {reason}") from error
-    left = [k for k in missing if not k.startswith(own)]
+    left = [k for k in missing if k not in of_data and not k.startswith(own)]
     if left or unexpected:
         raise DataError(
             f"the weights of {source} do not fit the model: missing {left[:3]}, unexpected {unexpected[:3]}"

@@ -20,11 +20,16 @@ if TYPE_CHECKING:
 class ModelSpec:
     """What the algorithms may know about a network without knowing its layers.
 
+    A network that is registered carries it as `.spec`; of others, their host keeps it (`networks.hosted`).
+
     Attributes:
         stem: Name of the first layer (stem convolution or patch embedding), left dense unless asked for.
         classifier: Name of the last layer, never pruned; started afresh by `--prune_type pt`.
         family: "cnn" (units are channels), "vit" (units are heads and MLP neurons), or "" where only its layers tell.
         pretrained: Name of the timm model whose ImageNet weights fit this one, if any.
+        whole: Attention layers and MLPs (their first layers' names) whose units cannot be removed.
+        has_units: False if no units are removed from the network, only weights one by one.
+        outputs: Number of outputs while it trains, of which the first are the logits.
     """
 
     name: str = ""
@@ -32,6 +37,9 @@ class ModelSpec:
     classifier: str = "fc"
     family: str = "cnn"
     pretrained: str | None = None
+    whole: frozenset[str] = frozenset()
+    has_units: bool = True
+    outputs: int = 1
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,8 @@ class ModelEntry:
 
 
 MODELS: dict[str, ModelEntry] = {}
+ROW = "_row_of_the_network"
+"""Attribute of a host under which it keeps the row of its network."""
 
 
 def register_model(
@@ -71,8 +81,9 @@ def register_model(
 
 
 def spec_of(model: nn.Module) -> ModelSpec:
-    """The row of a registered model; the documents' names (`conv1`, `fc`) for any other."""
-    spec = getattr(model, "spec", None)
+    """Return the row of a registered or hosted network; the documents' names (`conv1`, `fc`) for any other."""
+    own = vars(model)
+    spec = own.get(ROW, own.get("spec"))
     return spec if isinstance(spec, ModelSpec) else ModelSpec()
 
 

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from structured_tickets.base.errors import UsageError
-from structured_tickets.base.modes import in_mode
+from structured_tickets.base.modes import in_mode, set_mode
 from structured_tickets.networks.precision import computing
 from structured_tickets.networks.vision_transformer import fused_attention
 from structured_tickets.pruning.masks import (
@@ -235,7 +235,7 @@ def train_by_admm(model: nn.Module, task: Task, admm: Admm) -> Mask:
     Alternates epochs on loss + rho/2 * ||W - Z + U||^2 with Z = projection of W + U onto the wanted number of non-zeros
     and U += W - Z.
     """
-    model.train()
+    set_mode(model, True)
     weights = {n: parameter_of(model, n) for n in task.names}
     dual = {n: torch.zeros_like(w) for n, w in weights.items()}
     target = _project(task, {n: w.detach() for n, w in weights.items()})

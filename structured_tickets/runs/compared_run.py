@@ -13,8 +13,8 @@ from torch import Tensor
 from structured_tickets.base.errors import DataError, UsageError
 from structured_tickets.base.randomness import mixed_seed, random_states, restore_random_states, seed_everything
 from structured_tickets.base.untrusted_tensors import as_state_dict, load_tensors
-from structured_tickets.base.weights import is_of_the_data
 from structured_tickets.networks import build_model
+from structured_tickets.networks.hosted import of_the_data
 from structured_tickets.pruning.controls import CONTROL_STREAM
 from structured_tickets.pruning.masks import MaskPair
 from structured_tickets.pruning.methods import CONTROLS
@@ -70,19 +70,20 @@ class ControlSource:
         )
         begun = replace(self.dense, args=run.args, tracker_id=run.tracker_id, classes=run.classes)
         if CONTROLS[self.args.control].fresh:
-            drawn = self._new_weights(len(run.classes), image_size)
+            drawn, of_data = self._new_weights(len(run.classes), image_size)
             if same := [n for n in names if torch.equal(drawn[n], self.dense.init_weight[n])]:
                 raise UsageError(f"argument --control: {self.args.arch} always begins with the same {same[0]}")
-            own = {n: v for n, v in drawn.items() if not is_of_the_data(n)}
+            own = {n: v for n, v in drawn.items() if n not in of_data}
             begun.init_weight = {n: own.get(n, value).clone() for n, value in run.init_weight.items()}
         return begun
 
-    def _new_weights(self, classes: int, image_size: int) -> dict[str, Tensor]:
+    def _new_weights(self, classes: int, image_size: int) -> tuple[dict[str, Tensor], frozenset[str]]:
+        """Return a state dict with other weights, and which of its names are the data set's."""
         before = random_states()
         seed_everything(mixed_seed(self.args.seed, CONTROL_STREAM))
-        drawn = build_model(self.args.arch, classes, image_size).state_dict()
+        model = build_model(self.args.arch, classes, image_size)
         restore_random_states(before)
-        return drawn
+        return model.state_dict(), of_the_data(model)
 
     def masks(self, state: int) -> MaskPair:
         """What the run decided when round `state` had ended.

@@ -16,12 +16,13 @@ from torch import nn, optim
 from structured_tickets.base.distributed import ALONE, World
 from structured_tickets.base.environment import has_cpp_compiler, numerics
 from structured_tickets.base.errors import DataError, MachineError, UsageError
+from structured_tickets.base.modes import set_mode
 from structured_tickets.base.randomness import seed_everything
 from structured_tickets.base.untrusted_tensors import as_state_dict, load_tensors
-from structured_tickets.base.weights import is_of_the_data
 from structured_tickets.data.catalog import DATASETS, load_splits
 from structured_tickets.data.loader import BatchLoader, Loaders, make_loaders
-from structured_tickets.networks import build_model
+from structured_tickets.networks import build_model, spec_of
+from structured_tickets.networks.hosted import of_the_data, put_normalize
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.networks.precision import choose_precision
 from structured_tickets.networks.pretrained import load_pretrained_weights
@@ -61,7 +62,7 @@ class Setup:
 
     Attributes:
         args: The settings.
-        model: The whole network, `normalize` in place, on its device.
+        model: The whole network, with the normalisation of the images in place, on its device.
         loaders: Of the training, validation and test images.
         classes: Names of the classes, in the order of the logits.
         precision: Number type of matrix products.
@@ -171,7 +172,7 @@ def _loaded(args: Any) -> tuple[nn.Module, Loaders, tuple[str, ...], torch.dtype
     seed_everything(seed)
     model = build_model(args.arch, len(splits.classes), size)
     load_start_weights(model, settings)
-    model.normalize = Normalize(splits.mean, splits.std)
+    put_normalize(model, Normalize(splits.mean, splits.std))
     _check_last_batch(model, len(splits.train), args.batch_size, size)
     model.to(device)
     precision = choose_precision(settings.get("precision", "auto"), device)
@@ -187,7 +188,8 @@ def _check_last_batch(model: nn.Module, images: int, batch_size: int, image_size
     """
     if (images - 1) % batch_size:
         return
-    trial = copy.deepcopy(model).train()
+    trial = copy.deepcopy(model)
+    set_mode(trial, True)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             trial(torch.zeros(1, 3, image_size, image_size))
@@ -202,7 +204,7 @@ def load_start_weights(model: nn.Module, settings: dict[str, Any]) -> None:
     """Put pretrained weights in place where the settings ask for them; the classifier stays fresh unless `fc`."""
     file, from_file = settings.get("pretrained"), settings.get("prune_type") == "pt"
     if settings.get("vit_pretrained") or (from_file and file):
-        load_pretrained_weights(model, model.spec, file, with_classifier=settings.get("fc", False))  # type: ignore[arg-type]
+        load_pretrained_weights(model, spec_of(model), file, with_classifier=settings.get("fc", False))
 
 
 def choose_kernels(deterministic: bool) -> None:
@@ -251,8 +253,9 @@ def load_initial_weights(model: nn.Module, file: Path) -> None:
         raise DataError(f"--init {file}: no regular file")
     found = load_tensors(file, failure)
     found = as_state_dict(found.get("state_dict", found) if isinstance(found, dict) else found, failure)
-    state = {k: v for k, v in found.items() if not is_of_the_data(k)}
-    own = {k: v.shape for k, v in model.state_dict().items() if not is_of_the_data(k)}
+    of_data = of_the_data(model)
+    state = {k: v for k, v in found.items() if k not in of_data}
+    own = {k: v.shape for k, v in model.state_dict().items() if k not in of_data}
     wrong = sorted(k for k in own.keys() | state.keys() if own.get(k) != getattr(state.get(k), "shape", None))
     if wrong:
         raise DataError(f"--init {file}: another network's weights (first difference: {wrong[0]})")

@@ -15,6 +15,7 @@ from torch import Tensor, nn, optim
 
 from structured_tickets.base.distributed import ALONE, World
 from structured_tickets.base.errors import DivergedError
+from structured_tickets.base.modes import set_mode
 from structured_tickets.networks.precision import computing
 from structured_tickets.pruning.masks import HeldMask, Mask
 from structured_tickets.training.meter import Meter
@@ -91,7 +92,7 @@ def train(
     meter, began = passer.meter, time.perf_counter()
     world, network = getattr(passer, "world", ALONE), getattr(passer, "network", None) or model
     precision = getattr(passer, "precision", torch.float32)
-    model.train()
+    set_mode(model, True)
     for i, (image, target) in enumerate(_shown(train_loader, passer, state, epoch), meter.steps):
         if passer.rate is not None:
             lr = passer.rate.at(epoch, i)
@@ -192,7 +193,7 @@ def validate_together(
     precision: torch.dtype = torch.float32,
 ) -> float:
     """Accuracy in percent, in eval mode, over the images of all processes."""
-    model.eval()
+    set_mode(model, False)
     meter = Meter.start(next(model.parameters()).device)
     for image, target in val_loader:
         output, loss = _forward(model, model, world, criterion, image, target, precision)

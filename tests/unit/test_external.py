@@ -16,9 +16,10 @@ from torchvision.models import VisionTransformer
 import main_imp_fillback
 from structured_tickets.base.errors import DataError, UsageError
 from structured_tickets.export.deployed import load
-from structured_tickets.networks import build_model, external
+from structured_tickets.networks import build_model, spec_of
 from structured_tickets.networks.attention import with_separate_heads
 from structured_tickets.networks.building import parse_arch
+from structured_tickets.networks.first_pass import spec_of_layers
 from structured_tickets.networks.layers import Normalize, normalised
 from structured_tickets.networks.vision_transformer import set_fused_attention
 from structured_tickets.programs import export
@@ -78,7 +79,7 @@ def test_units_are_known_silent_and_can_be_cut(arch):
     check_units(model, groups, size)
     layers = {part.layer for g in groups for part in g.slices if part.ranked}
     weights = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    assert len(layers) >= 0.3 * len(weights) and not layers & {model.spec.stem, model.spec.classifier}
+    assert len(layers) >= 0.3 * len(weights) and not layers & {spec_of(model).stem, spec_of(model).classifier}
 
 
 @pytest.mark.parametrize("arch", big_are_slow(NETWORKS))
@@ -677,7 +678,7 @@ class Mixer(nn.Module):
 def test_what_is_counted_of_any_network_is_what_is_left_of_it(net, kept):
     torch.manual_seed(0)
     model = normalised(net()).eval()
-    model.spec = external.spec_of_layers(model, "net", 10, [])
+    model.spec = spec_of_layers(model, "net", 10, [])
     groups = unit_groups(model)
     check_units(model, groups, 8)
     flags = {g.name: torch.rand(g.units) < kept for g in groups}
@@ -694,7 +695,7 @@ def test_what_is_counted_of_any_network_is_what_is_left_of_it(net, kept):
 def test_cnns_are_known_whatever_their_linear_layers_are_called():
     for net, kinds_found in ((Digits, ["channel"]), (WeighsChannels, ["channel"]), (Mixer, ["neuron"])):
         model = normalised(net())
-        model.spec = external.spec_of_layers(model, "net", 10, [])
+        model.spec = spec_of_layers(model, "net", 10, [])
         assert kinds(unit_groups(model)) == kinds_found
 
 
@@ -712,7 +713,7 @@ def test_stem_and_classifier_are_the_first_and_last_that_are_called(tmp_path):
         "    return Net(num_classes)\n"
     )
     model = build_model(f"{tmp_path / 'net.py'}:net", 10, 8)
-    assert (model.spec.stem, model.spec.classifier) == ("stem", "head")
+    assert (spec_of(model).stem, spec_of(model).classifier) == ("stem", "head")
     assert [g.root.layer for g in unit_groups(model)] == ["mid", "last"]
 
 

@@ -1,0 +1,173 @@
+"""The first images that a network of a library or a user gets: what it makes of them, and which layers it calls."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structured_tickets.base.errors import UsageError, first_line
+from structured_tickets.base.modes import in_mode
+from structured_tickets.networks.registry import ModelSpec
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """What a network does with images.
+
+    Attributes:
+        called: Its convolutions and linear layers, in the order in which it calls them.
+        normalizes: It calls a layer `normalize` without weights on the images, once.
+        outputs: Number of outputs while it trains.
+    """
+
+    called: list[str]
+    normalizes: bool
+    outputs: int
+
+
+def first_pass(network: nn.Module, arch: str, num_classes: int, img_size: int) -> FirstPass:
+    """Let a copy of a network compute two images, in evaluation and in training mode; the network is left as it was.
+
+    Only a network that makes its layers or weights when it first sees images computes them itself.
+
+    Raises:
+        UsageError: It cannot be copied, cannot take the images, or does not give one logit per class.
+    """
+    twin = _copied(network, arch)
+    before = torch.get_rng_state()
+    found = _evaluated(twin, arch, num_classes, img_size)
+    if _weights(twin) != _weights(network):
+        torch.set_rng_state(before)  # the weights that it draws now are those that the seed stands for
+        found = _evaluated(network, arch, num_classes, img_size)
+    return FirstPass(*found, _outputs_in_training(twin, arch, num_classes, img_size))
+
+
+def _copied(network: nn.Module, arch: str) -> nn.Module:
+    try:
+        return copy.deepcopy(network)
+    except Exception as error:  # whatever the objects that it holds raise
+        raise UsageError(
+            f"argument --arch: {arch} cannot be copied ({type(error).__name__}: {first_line(error)}). Pruning works on "
+            "copies: remove what cannot be copied from the attributes of the network"
+        ) from error
+
+
+def _weights(network: nn.Module) -> dict[str, type]:
+    """Names of a network's parameters and buffers; those of lazy layers are of other types before they have values."""
+    values = (*network.named_parameters(), *network.named_buffers())
+    return {name: type(value) for name, value in values}
+
+
+def _evaluated(network: nn.Module, arch: str, num_classes: int, img_size: int) -> tuple[list[str], bool]:
+    """Return the layers that were called, in this order, and whether the images were normalised by one of them."""
+    images = torch.rand(2, 3, img_size, img_size, generator=torch.Generator().manual_seed(0))
+    try:
+        with (
+            layers_called(network) as called,
+            _normalizes(network, images) as takes,
+            in_mode(network, False),
+            torch.no_grad(),
+        ):
+            logits = network(images.clone())
+    except Exception as error:  # whatever the network's code raises
+        reason = first_line(error)
+        raise UsageError(
+            f"argument --arch: {arch} cannot take images of {img_size} pixels ({reason}); try another --image_size"
+        ) from error
+    if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_classes):
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise UsageError(f"argument --arch: {arch} gives {found} for two images, not logits {(2, num_classes)}")
+    if len(takes) > 1 and all(takes):
+        raise UsageError(
+            f"argument --arch: {arch} calls its `normalize` {len(takes)} times in a forward pass, not once"
+        )
+    return list(called), takes == [True]
+
+
+def _outputs_in_training(network: nn.Module, arch: str, num_classes: int, img_size: int) -> int:
+    images = torch.rand(2, 3, img_size, img_size, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), in_mode(network, True):
+            outputs = network(images)
+    except Exception as error:  # whatever the network's code raises
+        raise UsageError(
+            f"argument --arch: {arch} cannot be trained on images of {img_size} pixels ({first_line(error)}). Try "
+            "another --image_size"
+        ) from error
+    several = isinstance(outputs, tuple | list)
+    logits = outputs[0] if several and outputs else outputs
+    if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_classes):
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise UsageError(
+            f"argument --arch: {arch} gives {found} for two images while it trains, not logits {(2, num_classes)}. "
+            "Return the logits, or a tuple that begins with them"
+        )
+    return len(outputs) if several else 1
+
+
+@contextmanager
+def _normalizes(network: nn.Module, images: Tensor) -> Iterator[list[bool]]:
+    """Note for each call of a layer `normalize` without weights whether it was given the images, and keeps their shape.
+
+    The list stays empty if the network has no such layer: what else is called so is a part of the network.
+    """
+    calls: list[bool] = []
+    layer = network._modules.get("normalize")
+    if layer is None or next(layer.parameters(), None) is not None:
+        yield calls
+        return
+
+    def note(_: nn.Module, inputs: tuple, output: Any) -> None:
+        given = len(inputs) == 1 and isinstance(inputs[0], Tensor) and torch.equal(inputs[0], images)
+        calls.append(given and isinstance(output, Tensor) and output.shape == images.shape)
+
+    handle = layer.register_forward_hook(note)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+
+
+@contextmanager
+def layers_called(model: nn.Module) -> Iterator[dict[str, None]]:
+    """Note which convolutions and linear layers are called, in this order, as keys."""
+    called: dict[str, None] = {}
+    handles = [
+        layer.register_forward_hook(lambda *_, name=name: called.setdefault(name))
+        for name, layer in _layers(model).items()
+    ]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def spec_of_layers(model: nn.Module, arch: str, num_classes: int, called: Sequence[str]) -> ModelSpec:
+    """Return the row of a network: its first layer, and the last one that gives as many features as there are classes.
+
+    Args:
+        called: The layers in the order in which the network calls them, which need not be that of their declaration.
+    """
+    layers = _layers(model)
+    sizes = {n: layers[n].weight.shape[0] for n in called or layers}
+    last = [n for n, size in sizes.items() if size == num_classes]
+    known = getattr(model, "pretrained_cfg", None)
+    declared: Mapping[str, Any] = known if isinstance(known, Mapping) else {}
+    stem, classifier = (declared.get(k) for k in ("first_conv", "classifier"))
+    return ModelSpec(
+        arch,
+        stem if isinstance(stem, str) and stem in layers else next(iter(sizes), ""),
+        classifier if isinstance(classifier, str) and classifier in layers else last[-1] if last else "",
+        "",
+    )

@@ -1,0 +1,179 @@
+"""Somebody else's network as the program holds it: the images' normalisation in front of it, the notes beside it.
+
+The network itself stays as it was made: its class, `forward`, `train`, hooks, attributes and layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from structured_tickets.networks.registry import ROW, ModelSpec
+
+SHARED = (
+    "_parameters",
+    "_buffers",
+    "_non_persistent_buffers_set",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+"""What a host has in common with its network, so that each sees what the other puts there."""
+PLACE = "_place_of_normalize"
+NETWORK = "_hosted_network"
+
+
+class Hosted(nn.Module):
+    """A network behind a layer that normalises images; its layers and parameters have the names that they have in it.
+
+    So masks, units, state dicts and exports know nothing of the host. Made by `hosted`.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if NETWORK not in vars(self):
+                raise
+            return getattr(bare(self), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in bare(self)._modules:  # a layer of the network that is replaced
+            setattr(bare(self), name, value)
+            self._modules[name] = bare(self)._modules[name]
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        """The network's own mode."""
+        return bare(self).training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        bare(self).training = mode
+
+    def forward(self, images: Any) -> Any:
+        """Return the logits [batch, classes] of images [batch, 3, height, width] in [0, 1].
+
+        Of several outputs, which some networks give while they train, the first one are the logits.
+        """
+        network, place = bare(self), normalize_place(self)
+        if place not in network._modules:
+            images = self._modules[place](images)  # type: ignore[misc]
+        # While a graph is traced, a call of a module is noted as one, and this one is no part of the host.
+        output = network._call_impl(images) if isinstance(images, fx.Proxy) else network(images)
+        return output[0] if isinstance(output, tuple | list) else output
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """Set the mode as the network itself does."""
+        bare(self).train(mode)
+        for layer in self._own_layers():
+            layer.train(mode)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        bare(self)._apply(fn, recurse)
+        for layer in self._own_layers() if recurse else ():
+            layer._apply(fn)
+        return self
+
+    def _own_layers(self) -> Iterator[nn.Module]:
+        return (m for n, m in self._modules.items() if n not in bare(self)._modules and m is not None)
+
+    def _get_name(self) -> str:
+        return type(bare(self)).__name__
+
+    def __reduce__(self) -> tuple:
+        return _empty_host, (type(bare(self)),), self.__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self)[NETWORK] = state[NETWORK]
+        super().__setstate__(state)
+        _join(self)
+
+
+@functools.cache
+def _host_of(network: type[nn.Module]) -> type[Hosted]:
+    """A class of hosts that has the name of the network's class, which messages show."""
+    return type(network.__name__, (Hosted,), {"__module__": network.__module__, "__doc__": network.__doc__})
+
+
+def _empty_host(network: type[nn.Module]) -> Hosted:
+    kind = _host_of(network)
+    return kind.__new__(kind)
+
+
+def _join(host: Hosted) -> None:
+    """Let a host see the parameters, buffers and layers of its network."""
+    network = bare(host)
+    for name in SHARED:
+        vars(host)[name] = vars(network)[name]
+    own = {n: m for n, m in host._modules.items() if n not in network._modules}
+    first = isinstance(network, nn.Sequential)  # where state dicts of its networks have always had it
+    vars(host)["_modules"] = {**own, **network._modules} if first else {**network._modules, **own}
+
+
+def hosted(network: nn.Module, spec: ModelSpec, normalizes: bool = False) -> Hosted:
+    """Return a host of the network, whose normalisation does nothing until `put_normalize`.
+
+    Args:
+        spec: Notes on the network.
+        normalizes: The network calls a layer `normalize` of its own on the images; what is put goes there.
+    """
+    host, mode = _empty_host(type(network)), network.training
+    vars(host)[NETWORK] = network
+    nn.Module.__init__(host)
+    host.training = mode
+    vars(host)[ROW], vars(host)[PLACE] = spec, "normalize" if normalizes else free_name(network, "normalize")
+    if not normalizes:
+        host._modules[vars(host)[PLACE]] = nn.Identity()
+    _join(host)
+    return host
+
+
+def free_name(network: nn.Module, name: str) -> str:
+    """Return a name for a new layer of a network, of which it has no layer, parameter or buffer yet."""
+    taken = {*network._modules, *network._parameters, *network._buffers}
+    while name in taken:
+        name += "_"
+    return name
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Return the network itself, without a host."""
+    return vars(model).get(NETWORK, model)
+
+
+def normalize_place(model: nn.Module) -> str:
+    """Return the name of the layer that normalises the images of a network."""
+    return vars(model).get(PLACE, "normalize")
+
+
+def normalize_of(model: nn.Module) -> Any:
+    """Return the layer that normalises the images of a network."""
+    return model.get_submodule(normalize_place(model))
+
+
+def put_normalize(model: nn.Module, layer: nn.Module) -> None:
+    """Let a layer normalise the images of a network."""
+    setattr(model, normalize_place(model), layer)
+
+
+def of_the_data(model: nn.Module) -> frozenset[str]:
+    """Return those names of a network's state dict that are the data set's mean and deviation, and no weights."""
+    return frozenset(f"{normalize_place(model)}.{name}" for name in ("mean", "std"))
+
+
+def change_notes(model: nn.Module, spec: ModelSpec) -> None:
+    """Replace the notes on a network that has a host."""
+    vars(model)[ROW] = spec
+
+
+def is_hosted(model: Tensor | nn.Module) -> bool:
+    """Return whether a network has a host, so that notes on it can be changed."""
+    return isinstance(model, Hosted)
