@@ -10,6 +10,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
+def some_of(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names, and how many more there are: a, b, c and 4 more."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
     """Columns as wide as their widest cell, on the left, or on the right as suits numbers."""
     lines = [list(head), *map(list, rows)]

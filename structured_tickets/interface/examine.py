@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from structured_tickets.base.errors import BadType, BadValue, UsageError, first_line
 from structured_tickets.base.modes import in_mode
@@ -27,6 +26,7 @@ from structured_tickets.networks.registry import ModelSpec, spec_of
 from structured_tickets.shrinking.trial import check_units
 from structured_tickets.unit_groups.channels import channel_groups
 from structured_tickets.unit_groups.find import is_transformer
+from structured_tickets.unit_groups.left_alone import left_alone, weights_of
 from structured_tickets.unit_groups.transformer import vit_groups
 from structured_tickets.unit_groups.unit import UnitGroup
 
@@ -74,8 +74,8 @@ def units(
         spec = _spec(network, twin, logits.shape[1], called)
         found = _groups(network, twin, spec, stem)
         excluded = _excluded(found, exclude, type(network).__name__)
-        groups = [g for g in found if not excluded & _weights_of(g)]
-        excluded |= set().union(*(_weights_of(g) for g in found if excluded & _weights_of(g)))
+        groups = [g for g in found if not excluded & weights_of(g)]
+        excluded |= set().union(*(weights_of(g) for g in found if excluded & weights_of(g)))
         _require_own_weights(twin, groups)
         if not groups:
             raise BadValue(f"{type(network).__name__} has no layers that can be pruned")
@@ -150,16 +150,11 @@ def _groups(network: nn.Module, twin: nn.Module, spec: ModelSpec, stem: bool) ->
         ) from error
 
 
-def _weights_of(group: UnitGroup) -> set[str]:
-    """Layers whose weights the group's units own."""
-    return {s.layer for s in group.slices if s.ranked}
-
-
 def _excluded(groups: Sequence[UnitGroup], exclude: Sequence[str], network: str) -> set[str]:
     """Layers with units that are to be left alone."""
     if isinstance(exclude, str) or not all(isinstance(name, str) for name in exclude):
         raise BadType("exclude: give a list of names of layers")
-    layers = set().union(*map(_weights_of, groups))
+    layers = set().union(*map(weights_of, groups))
     excluded = set()
     for name in exclude:
         inside = {layer for layer in layers if f"{layer}.".startswith(f"{name}.")}
@@ -184,24 +179,6 @@ def _left_alone(
     twin: nn.Module, spec: ModelSpec, groups: Sequence[UnitGroup], called: Sequence[str], excluded: set[str]
 ) -> dict[str, str]:
     """Layer with weights -> why it has no units."""
-    pruned = set().union(*map(_weights_of, groups))
-    layers = {n: m for n, m in twin.named_modules() if isinstance(m, _ConvNd | nn.Linear | nn.MultiheadAttention)}
-    transformer = is_transformer(twin)
-    left = {n: m for n, m in layers.items() if n not in pruned}
-    return {n: EXCLUDED if n in excluded else _reason(n, m, spec, transformer, called) for n, m in left.items()}
-
-
-def _reason(name: str, layer: nn.Module, spec: ModelSpec, transformer: bool, called: Sequence[str]) -> str:
-    if name == spec.stem:
-        return "first layer" + ("" if transformer else " (stem=True prunes it, too)")
-    if name == spec.classifier:
-        return "classifier: its outputs are the logits"
-    if isinstance(layer, nn.Conv2d | nn.Linear) and name not in called:
-        return "not called in a forward pass"
-    if transformer:
-        return "part of neither an attention layer nor an MLP whose units can be told apart"
-    if isinstance(layer, nn.Linear):
-        return "linear layer of a convolutional network, where only channels are units"
-    if type(layer) is not nn.Conv2d:
-        return f"{type(layer).__name__}: only the channels of a plain Conv2d can be told apart"
-    return "its outputs are added up to the logits"
+    uncalled = {n for n, m in twin.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)} - set(called)
+    found = left_alone(twin, spec, groups, is_transformer(twin), uncalled, " (stem=True prunes it, too)")
+    return {n: EXCLUDED if n in excluded else reason for n, reason in found.items()}

@@ -10,13 +10,10 @@ from typing import Any
 from torch import nn
 
 from structured_tickets.base.errors import BadType, BadValue
-from structured_tickets.base.text_tables import counted, text_table
+from structured_tickets.base.text_tables import counted, some_of, text_table
 from structured_tickets.interface.foreign import OWN_NAMES, OwnParameters
 from structured_tickets.unit_groups.kinds import kind_of
 from structured_tickets.unit_groups.unit import UnitGroup, kinds, parameter_of
-
-MOST_NAMES = 3
-"""Layers in a cell of a table; of the others only the number is said."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -136,8 +133,7 @@ def _others(group: UnitGroup) -> str:
     if kind_of(group.kind).holds_units:
         return f"all of {group.name}"
     names = list(parts.values())
-    more = len(names) - MOST_NAMES
-    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+    return some_of(names)
 
 
 def require_units(units: object) -> Units:

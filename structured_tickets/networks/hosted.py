@@ -9,7 +9,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from structured_tickets.networks.registry import ROW, ModelSpec
 
@@ -69,7 +69,7 @@ class Hosted(nn.Module):
         output = network._call_impl(images) if isinstance(images, fx.Proxy) else network(images)
         return output[0] if isinstance(output, tuple | list) else output
 
-    def train(self, mode: bool = True) -> nn.Module:
+    def train(self, mode: bool = True) -> Hosted:
         """Set the mode as the network itself does."""
         bare(self).train(mode)
         for layer in self._own_layers():
@@ -104,7 +104,7 @@ def _host_of(network: type[nn.Module]) -> type[Hosted]:
 
 
 def _empty_host(network: type[nn.Module]) -> Hosted:
-    kind = _host_of(network)
+    kind = _host_of(network)  # type: ignore[arg-type]
     return kind.__new__(kind)
 
 
@@ -174,6 +174,6 @@ def change_notes(model: nn.Module, spec: ModelSpec) -> None:
     vars(model)[ROW] = spec
 
 
-def is_hosted(model: Tensor | nn.Module) -> bool:
+def is_hosted(model: nn.Module) -> bool:
     """Return whether a network has a host, so that notes on it can be changed."""
     return isinstance(model, Hosted)

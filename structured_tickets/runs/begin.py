@@ -22,6 +22,7 @@ from structured_tickets.base.weights import cloned_state, network_digest
 from structured_tickets.data.fingerprint import completed, describe_data, fingerprint
 from structured_tickets.networks.precision import name_of
 from structured_tickets.pruning.methods import CONTROLS, SQUEEZE_GOAL
+from structured_tickets.pruning.usable_units import in_words
 from structured_tickets.runs.compared_run import ControlSource
 from structured_tickets.runs.dense_store import DenseStore
 from structured_tickets.runs.dry_run import expected_squeeze
@@ -117,6 +118,8 @@ def _introduce(setup: Setup, folder: RunFolder) -> None:
     layers = counted(len(setup.names), "prunable layer")
     about = args.arch, setup.device, name_of(setup.precision), layers, f"{weights:,}", folder.path
     log.info("%s on %s (%s): %s, %s prunable weights. Run folder: %s", *about)
+    for line in in_words(setup.whole, setup.remark):
+        log.info("%s", line)
     if setup.world.size > 1:
         whole = "; BatchNorm sees whole batches" * has_batchnorm(setup.model)
         log.info("%d processes share batches of %d images%s", setup.world.size, args.batch_size, whole)

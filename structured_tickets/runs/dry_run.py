@@ -67,8 +67,8 @@ def describe_plan(setup: Setup, step: Callable[[], None]) -> str:
     Args:
         step: Makes one training step of a copy of the network.
     """
-    parts = [_layers(setup), _rounds(setup), _time(setup, step)]
-    return "\n\n".join("\n".join(lines) for lines in parts)
+    parts = [_layers(setup), _whole(setup), _rounds(setup), _time(setup, step)]
+    return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
 def _layers(setup: Setup) -> list[str]:
@@ -80,6 +80,12 @@ def _layers(setup: Setup) -> list[str]:
         shape = str(tuple(weight.shape))
         lines.append(f"  {name:40s} {shape:20s} {weight.numel():>10,}  {counted(group.units, group.kind)}")
     return [*lines, f"  {counted(len(setup.names), 'layer')}, {total:,} weights"]
+
+
+def _whole(setup: Setup) -> list[str]:
+    """Return a line for each layer that stays whole, and one for a network from which nothing is removed."""
+    lines = [f"  {setup.remark}"] * bool(setup.remark) + [f"  {n:40s} {reason}" for n, reason in setup.whole.items()]
+    return ["layers that stay whole", *lines] if lines else []
 
 
 def _rounds(setup: Setup) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,11 @@ from structured_tickets.networks.pretrained import load_pretrained_weights
 from structured_tickets.networks.vision_transformer import set_fused_attention
 from structured_tickets.pruning.rules import RoundRules
 from structured_tickets.settings.interpret import (
-    groups_from,
     learning_rate_from,
     loss_from,
     optimizer_from,
     rules_from,
+    units_from,
     warnings_for,
 )
 from structured_tickets.training.epoch import validate_together
@@ -68,6 +69,8 @@ class Setup:
         precision: Number type of matrix products.
         groups: Units of the network.
         world: The processes that train together.
+        whole: Layer that stays whole -> the reason.
+        remark: Why the network has no units; empty if it has.
     """
 
     args: argparse.Namespace
@@ -77,6 +80,8 @@ class Setup:
     precision: torch.dtype
     groups: list[UnitGroup]
     world: World = ALONE
+    whole: Mapping[str, str] = field(default_factory=dict)
+    remark: str = ""
 
     @cached_property
     def names(self) -> list[str]:
@@ -139,9 +144,9 @@ def set_up(args: argparse.Namespace, world: World = ALONE) -> Setup:
     model, loaders, classes, precision = _loaded(args)
     for loader in loaders:
         loader.share = (world.rank, world.size)
-    groups = groups_from(args, model, loaders[0].image_size)
-    setup = Setup(args, model, loaders, classes, precision, groups, world)
-    args.warnings += warnings_for(setup.rules, model, groups)
+    units = units_from(args, model, loaders[0].image_size)
+    setup = Setup(args, model, loaders, classes, precision, units.groups, world, units.whole, units.remark)
+    args.warnings += warnings_for(setup.rules, model, units.groups)
     return setup
 
 

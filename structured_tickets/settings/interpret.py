@@ -10,42 +10,80 @@ from typing import Any
 from torch import nn, optim
 
 from structured_tickets.base.errors import UsageError
-from structured_tickets.networks import MODELS
-from structured_tickets.pruning.methods import METHODS
+from structured_tickets.base.text_tables import some_of
+from structured_tickets.networks.registry import spec_of
+from structured_tickets.pruning.methods import CONTROLS, METHODS
 from structured_tickets.pruning.rules import TARGET_KINDS, RoundRules, kinds_of
-from structured_tickets.shrinking.trial import check_units
+from structured_tickets.pruning.usable_units import FROZEN, UsableUnits, usable_units
 from structured_tickets.training.optimization import OPTIMIZERS, LearningRate
-from structured_tickets.unit_groups.find import unit_groups
+from structured_tickets.unit_groups.find import is_transformer
 from structured_tickets.unit_groups.kinds import KINDS, kind_of
 from structured_tickets.unit_groups.unit import UnitGroup, kinds, parameter_of, ranked_names
 
 LITTLE = 0.5  # of the parameters
 
 
-def groups_from(args: argparse.Namespace, model: nn.Module, image_size: int) -> list[UnitGroup]:
-    """The unit groups that the arguments ask for.
+def units_from(args: argparse.Namespace, model: nn.Module, image_size: int) -> UsableUnits:
+    """Find the units that the arguments ask for.
 
     Raises:
-        UsageError: The network has none, or not the kinds that are to be pruned.
+        UsageError: The network has none, or not the kinds that are to be pruned; or nothing of it is trained.
     """
-    groups = unit_groups(model, args.conv1, any(KINDS[k].holds_units for k in kinds_of(args.vit_prune_target)))
-    found, rules = kinds(groups), rules_from(args, groups)
-    if not groups:
-        raise UsageError(f"argument --arch: {args.arch} has no layers that can be pruned")
-    if args.vit_structured and "channel" in found:
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UsageError(
+            f"argument --arch: all parameters of {args.arch} are {FROZEN}. Leave some of them to be trained"
+        )
+    usable = usable_units(
+        model,
+        image_size,
+        needed=_are_units_needed(args, is_transformer(model)),
+        stem=args.conv1,
+        blocks=any(KINDS[k].holds_units for k in kinds_of(args.vit_prune_target)),
+    )
+    if not usable.groups:
+        raise UsageError(_nothing_to_prune(args, usable))
+    if args.vit_structured and "channel" in kinds(usable.groups):
         raise UsageError(
             f"argument --vit_structured: {args.arch} has no attention heads. Choose a ViT, or omit this flag"
         )
+    _check_targets(args, usable.groups)
+    return usable
+
+
+def _are_units_needed(args: argparse.Namespace, transformer: bool) -> bool:
+    """Return whether whole units are to be pruned; if masks are element-wise, nothing has to be removed."""
+    regroups = args.regroup or (METHODS[args.struct].regroups and (args.vit_structured or not transformer))
+    return regroups or CONTROLS[args.control].masks == "narrow"
+
+
+def _nothing_to_prune(args: argparse.Namespace, usable: UsableUnits) -> str:
+    frozen = [layer for layer, reason in usable.whole.items() if reason == FROZEN]
+    if not frozen:
+        return f"argument --arch: {args.arch} has no layers that can be pruned"
+    return (
+        f"argument --arch: {args.arch} has no layers that can be pruned. {FROZEN.capitalize()}: "
+        f"{some_of(frozen)}. Unfreeze the layers that are to be pruned"
+    )
+
+
+def _check_targets(args: argparse.Namespace, groups: Sequence[UnitGroup]) -> None:
+    """Refuse kinds of unit of which the network has none; warn if it has some of those that are asked for.
+
+    Raises:
+        UsageError: It has none of them; the message says what to choose instead.
+    """
+    rules, found = rules_from(args, groups), [kind for kind in kinds(groups) if not kind_of(kind).by_weight]
     missing = [kind for kind in rules.targets if rules.structured and kind not in found]
-    if missing:
-        choices = [target for target, row in TARGET_KINDS.items() if set(row) <= set(found)]
-        raise UsageError(
-            f"argument --vit_prune_target: {args.arch} has no {missing[0]}s that can be pruned, only "
-            f"{', '.join(f'{kind}s' for kind in found)}. Choose {' or '.join(choices)}"
-        )
-    if args.arch not in MODELS:
-        check_units(model, groups, image_size)
-    return groups
+    if not missing:
+        return
+    only = f", only {', '.join(f'{kind}s' for kind in found)}" if found else ""
+    words = f"{args.arch} has no {missing[0]}s that can be pruned{only}"
+    if set(missing) < set(rules.targets):
+        args.warnings.append(f"--vit_prune_target {args.vit_prune_target}: {words}")
+        return
+    choices = [target for target, row in TARGET_KINDS.items() if set(row) <= set(found)]
+    choice = f"Choose {' or '.join(choices)}" if choices else "To prune weights one by one, omit --vit_structured"
+    raise UsageError(f"argument --vit_prune_target: {words}. {choice}")
 
 
 def rules_from(args: argparse.Namespace, groups: Sequence[UnitGroup]) -> RoundRules:
@@ -67,6 +105,11 @@ def warnings_for(rules: RoundRules, model: nn.Module, groups: Sequence[UnitGroup
         said.append(
             f"only {share:.0%} of the parameters are in layers that can be pruned. Rates and densities refer to these "
             "parameters only"
+        )
+    if spec_of(model).outputs > 1:
+        said.append(
+            f"the network gives {spec_of(model).outputs} outputs while it trains. The first one is taken for the "
+            "logits, and nothing is learned from the others"
         )
     if rules.method.squeezes and not rules.structured:
         said.append(

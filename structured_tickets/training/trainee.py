@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn, optim
+from torch import Tensor, fx, nn, optim
 
+from structured_tickets.base.modes import obey_modes_of
+from structured_tickets.networks.hosted import free_name
 from structured_tickets.pruning.masks import HeldMask, Mask
 from structured_tickets.shrinking.cuts import Shrunk, cut_value, put_back
 from structured_tickets.shrinking.shrink import shrink
 
-IDLE = "idle."
+IDLE = "idle"
 LANES = 16  # float32 numbers in a vector register, and channels in a block of the kernels for CPUs
 
 
@@ -22,7 +24,8 @@ class Trainee:
 
     Some weights that are not held have no place in the smaller network either: those of a kept filter for a channel
     that is gone. In the whole network they only decay, or are squeezed. So that they do here too, they are parameters
-    `idle.<name>`, in one long axis, which nothing computes with.
+    of a layer `idle`, in one long axis, which nothing computes with. Frozen parameters stay frozen, and layers are in
+    the modes that the whole network gives them.
 
     Attributes:
         whole: The network at full size; its weights are as they were until `write_back`.
@@ -48,23 +51,39 @@ class Trainee:
         self.model = small if cut else whole
         places = ((n, self._places_left(n)) for n in cut)
         self._idle = {n: left for n, left in places if bool(left.any())}
+        self._home = free_name(self.model, IDLE)
         if cut:
+            self._keep_the_ways_of_the_whole()
             self._set_idle_weights_aside()
             prepare(self.model)
         self.optimizer = build_optimizer(self.model)
         self.held = HeldMask(self.model, self.cut(held))
 
+    def _keep_the_ways_of_the_whole(self) -> None:
+        """Freeze what is frozen in the whole network; a graph of its layers takes their modes from it, too."""
+        trained = {n: p.requires_grad for n, p in self.whole.named_parameters()}
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(trained.get(name, True))
+        if isinstance(self.model, fx.GraphModule):
+            obey_modes_of(self.model, self.whole)
+
     def _set_idle_weights_aside(self) -> None:
-        parameters = dict(self.whole.named_parameters())
+        parameters, home = dict(self.whole.named_parameters()), nn.Module()
+        setattr(self.model, self._home, home)
         for name in self._idle:
-            path, _, param = f"{IDLE}{name}".rpartition(".")
-            owner = self.model
-            for part in path.split("."):
-                if not hasattr(owner, part):
-                    owner.add_module(part, nn.Module())
-                owner = owner.get_submodule(part)
-            pieces = self._pieces(name, parameters[name].detach())
-            owner.register_parameter(param, nn.Parameter(pieces[f"{IDLE}{name}"]))
+            layer, param = self._idle_name(name).split(".")[1:]
+            if layer not in home._modules:
+                home.add_module(layer, nn.Module())
+            piece = self._pieces(name, parameters[name].detach())[self._idle_name(name)]
+            home.get_submodule(layer).register_parameter(param, nn.Parameter(piece, parameters[name].requires_grad))
+
+    def _idle_name(self, name: str) -> str:
+        """Return the name of what is idle of a parameter: `idle./<layer>.<parameter>`, the layer with / for its dots.
+
+        So whatever the layers of a network are called, nothing else has the name, and it ends as that of the whole.
+        """
+        layer, _, param = name.rpartition(".")
+        return f"{self._home}./{layer.replace('.', '/')}.{param}"
 
     @property
     def share(self) -> float:
@@ -86,8 +105,8 @@ class Trainee:
         if name in self._sizes:
             pieces[name] = cut_value(value, self._cuts.get(name, {}))
         if name in self._idle:
-            line = value[self._idle[name].to(value.device)]
-            pieces[f"{IDLE}{name}"] = line.view(-1, *[1] * (value.ndim - 1))  # optimizers tell vectors from the rest
+            line, others = value[self._idle[name].to(value.device)], [1] * (value.ndim - 1)
+            pieces[self._idle_name(name)] = line.view(-1, *others)  # optimizers tell vectors from the rest
         return pieces
 
     def _join(self, name: str, pieces: Mapping[str, Tensor], whole: Tensor) -> None:
@@ -95,7 +114,7 @@ class Trainee:
         if name in pieces:
             put_back(pieces[name], whole, self._cuts.get(name, {}))
         if name in self._idle:
-            whole[self._idle[name]] = pieces[f"{IDLE}{name}"].detach().flatten()
+            whole[self._idle[name]] = pieces[self._idle_name(name)].detach().flatten()
 
     def cut(self, masks: Mapping[str, Tensor]) -> Mask:
         """Masks of the whole network (by parameter name) as masks of `model`."""
@@ -118,7 +137,7 @@ class Trainee:
         own = {n: self.optimizer.state[p] for n, p in self.model.named_parameters() if p in self.optimizer.state}
         outer = self._build(self.whole)
         for name, parameter in self.whole.named_parameters():
-            for key, value in next(iter(own.values()), {}).items():
+            for key, value in next(iter(own.values()), {}).items() if parameter.requires_grad else ():
                 outer.state[parameter][key] = copy.deepcopy(value)
                 if _is_per_weight(value):
                     outer.state[parameter][key] = torch.zeros_like(parameter)
@@ -135,8 +154,9 @@ class Trainee:
         outer.load_state_dict(state)
         _copy_settings(outer, self.optimizer)
         whole = dict(self.whole.named_parameters())
+        names = {self._idle_name(name): name for name in self._idle}
         for piece, parameter in self.model.named_parameters():
-            name = piece.removeprefix(IDLE)
+            name = names.get(piece, piece)
             for key, value in outer.state[whole[name]].items():
                 part = self._pieces(name, value)[piece] if _is_per_weight(value) else value
                 self.optimizer.state[parameter][key] = _laid_out_like(parameter, part)

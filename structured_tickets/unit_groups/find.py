@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from structured_tickets.networks.registry import spec_of
 from structured_tickets.unit_groups.channels import channel_groups
 from structured_tickets.unit_groups.transformer import is_vit_model, neuron_groups, vit_groups
 from structured_tickets.unit_groups.unit import UnitGroup, parameter_of
@@ -25,9 +26,10 @@ def unit_groups(model: nn.Module, prune_stem: bool = False, blocks: bool = False
 def is_transformer(model: nn.Module) -> bool:
     """True if the units of the network are heads and MLP neurons; its convolutions are not pruned then.
 
-    False if its only MLPs are a classifier or weigh channels (squeeze and excitation): such are parts of CNNs.
+    False if its only MLPs are a classifier or weigh channels (squeeze and excitation): such are parts of CNNs. True,
+    too, of a network without any units, as noted on it: nothing in its graph has to be followed then.
     """
-    return is_vit_model(model) or _mixes_features(model)
+    return is_vit_model(model) or _mixes_features(model) or not spec_of(model).has_units
 
 
 def _mixes_features(model: nn.Module) -> bool:

@@ -31,6 +31,7 @@ KINDS: dict[str, Kind] = {
     "neuron": Kind("MLP", "MLP Neuron Pruning", "MLP layers"),
     "block": Kind("Block", "Block Pruning", holds_units=True),
     "patch": Kind("Patch", by_weight=True),
+    "row": Kind("Row", layers="Layers pruned weight by weight", by_weight=True),
 }
 
 

@@ -18,13 +18,17 @@ PER_HEAD = {"qkv", "proj", "gate", "q_norm", "k_norm"}
 def vit_groups(model: nn.Module, prune_patch_embed: bool = False, blocks: bool = False) -> list[UnitGroup]:
     """Return all that can be pruned in a ViT: heads, neurons and, if asked for, whole blocks and the patch embedding.
 
+    What the notes on the network name as staying whole is left out.
+
     Args:
         prune_patch_embed: Include the patch embedding, which is pruned weight by weight.
         blocks: Include attention and MLP branches as units of their own, over those that they contain.
     """
-    groups = head_groups(model) + neuron_groups(model) + (block_groups(model) if blocks else [])
+    spec = spec_of(model)
+    found = head_groups(model) + neuron_groups(model) + (block_groups(model) if blocks else [])
+    groups = [g for g in found if spec.has_units and g.name not in spec.whole]
     if prune_patch_embed and groups:
-        stem = spec_of(model).stem
+        stem = spec.stem
         groups.append(UnitGroup(stem, "patch", (rows(stem, parameter_of(model, f"{stem}.weight").shape[0]),)))
     return groups
 

@@ -1,0 +1,187 @@
+"""Which units of a network a run can prune; what stays whole, the reason, and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from structured_tickets.base.errors import UsageError
+from structured_tickets.base.text_tables import some_of
+from structured_tickets.networks.hosted import change_notes, is_hosted
+from structured_tickets.networks.registry import ModelSpec, spec_of
+from structured_tickets.shrinking.trial import check_units
+from structured_tickets.unit_groups.find import is_transformer, unit_groups
+from structured_tickets.unit_groups.kinds import kind_of
+from structured_tickets.unit_groups.left_alone import ALWAYS, left_alone, weights_of
+from structured_tickets.unit_groups.operations import is_plain_conv
+from structured_tickets.unit_groups.unit import UnitGroup, kinds, parameter_of, rows
+
+FROZEN = "frozen (requires_grad=False)"
+CANNOT_BE_REMOVED = {
+    "head": "its heads cannot be removed, because the forward pass computes with their number or with the width of its "
+    "input. Keep the size of a head in an attribute and reshape to it",
+    "neuron": "its neurons cannot be removed, because the forward pass computes with their number",
+    "block": "its branch cannot be left out, because the forward pass reads more than its output",
+}
+"""Kind of unit -> why a layer stays whole whose units turn out to hang together."""
+TORCHS_ATTENTION = (
+    "torch's own attention, whose heads cannot be removed. Write it with two linear layers qkv and proj, and the "
+    "number of heads in num_heads"
+)
+
+
+@dataclass(frozen=True)
+class UsableUnits:
+    """Units that a run can prune.
+
+    Attributes:
+        groups: The unit groups; layers that stay whole, but are pruned weight by weight, are groups of rows.
+        whole: Layer that stays whole -> the reason.
+        remark: Why the network has no units at all; empty if it has.
+    """
+
+    groups: list[UnitGroup]
+    whole: dict[str, str]
+    remark: str = ""
+
+
+def usable_units(
+    model: nn.Module, image_size: int, *, needed: bool, stem: bool = False, blocks: bool = False
+) -> UsableUnits:
+    """Find the units of a network and, if it is not the program's own, try out that they can be removed.
+
+    The notes on the network then say what stays whole. Frozen layers stay as they are, and are not pruned.
+
+    Args:
+        needed: Whole units are to be pruned. Else it does not matter if there are none.
+        stem: Include the first layer.
+        blocks: Include the branches of a transformer as units too.
+
+    Raises:
+        UsageError: Units are needed, and cannot be found or removed.
+    """
+    spec, remark = _without_notes(model), ""
+    stays: list[UnitGroup] = []
+    try:
+        groups = unit_groups(model, stem, blocks)
+        if is_hosted(model):
+            groups, stays = _removable(model, groups, image_size)
+            change_notes(model, replace(spec, whole=frozenset(g.name for g in stays)))
+    except UsageError as error:
+        if needed:
+            raise UsageError(f"{error}. To prune its weights one by one instead, use --struct imp") from error
+        groups, remark = [], str(error).removeprefix("argument --arch: ")
+    if not groups and not needed and is_hosted(model):
+        change_notes(model, replace(spec, has_units=False))
+        groups = _rows_of_layers(model, spec, stem)
+    reasons = _reasons_of_layers(model, spec, groups)
+    for group in stays:
+        reasons |= dict.fromkeys(sorted(weights_of(group)), CANNOT_BE_REMOVED[group.kind])
+    for group in groups:
+        reasons |= _frozen_layers(model, group)
+    return UsableUnits([g for g in groups if not _frozen_layers(model, g)], reasons, remark)
+
+
+def in_words(whole: Mapping[str, str], remark: str) -> list[str]:
+    """Return sentences about what stays whole although it might not: one for each reason, with its first layers.
+
+    First layer, classifier and the linear layers of a CNN always stay whole, which needs no words.
+    """
+    layers: dict[str, list[str]] = {}
+    for layer, reason in whole.items():
+        if not reason.startswith(ALWAYS):
+            layers.setdefault(reason, []).append(layer)
+    said = [f"stays whole: {some_of(names)}: {reason}" for reason, names in layers.items()]
+    return [*said, *([f"nothing is removed, weights are pruned one by one: {remark}"] if remark else [])]
+
+
+def note_what_was_kept(model: nn.Module, kept: Collection[str]) -> None:
+    """Note on a network that the program did not make that only these groups had units when it was written."""
+    if not is_hosted(model):
+        return
+    spec = _without_notes(model)
+    if not kept:
+        change_notes(model, replace(spec, has_units=False))
+    elif is_transformer(model):
+        others = {g.name for g in unit_groups(model)} - set(kept)
+        change_notes(model, replace(spec, whole=frozenset(others)))
+
+
+def _without_notes(model: nn.Module) -> ModelSpec:
+    """Return the notes on a network, without what an earlier trial has shown."""
+    spec = replace(spec_of(model), whole=frozenset(), has_units=True)
+    if is_hosted(model):
+        change_notes(model, spec)
+    return spec
+
+
+def _removable(
+    model: nn.Module, groups: Sequence[UnitGroup], image_size: int
+) -> tuple[list[UnitGroup], list[UnitGroup]]:
+    """Return the groups, with rows of weights in place of those whose units cannot be removed; and the latter.
+
+    Raises:
+        UsageError: Channels cannot be removed.
+    """
+    try:
+        check_units(model, groups, image_size)
+        return list(groups), []
+    except UsageError:
+        if "channel" in kinds(groups):
+            raise
+    alike: dict[tuple[str, type], list[UnitGroup]] = {}
+    for group in groups:
+        branch = model.get_submodule(group.root.layer.rpartition(".")[0])
+        alike.setdefault((group.kind, type(branch)), []).append(group)
+    stays = [g for some in alike.values() if not _can_go(model, some, image_size) for g in some]
+    check_units(model, [g for g in groups if g not in stays], image_size)
+    return [part for g in groups for part in (_rows_of(model, g) if g in stays else [g])], stays
+
+
+def _can_go(model: nn.Module, groups: Sequence[UnitGroup], image_size: int) -> bool:
+    try:
+        check_units(model, groups, image_size)
+    except UsageError:
+        return False
+    return True
+
+
+def _rows_of(model: nn.Module, group: UnitGroup) -> list[UnitGroup]:
+    """Return the rows of weights of a group's layers; none of a block, whose layers have groups of their own."""
+    layers = [] if kind_of(group.kind).holds_units else dict.fromkeys(s.layer for s in group.slices if s.ranked)
+    return [_rows_of_layer(model, layer) for layer in layers]
+
+
+def _rows_of_layer(model: nn.Module, layer: str) -> UnitGroup:
+    return UnitGroup(layer, "row", (rows(layer, parameter_of(model, f"{layer}.weight").shape[0]),))
+
+
+def _rows_of_layers(model: nn.Module, spec: ModelSpec, stem: bool) -> list[UnitGroup]:
+    """Return the rows of a network whose units cannot be found: of its convolutions, as if it had channels.
+
+    Where the first layer is its only convolution, of its linear layers.
+    """
+    own = dict(model.named_parameters())
+    dense = {spec.classifier} if stem else {spec.classifier, spec.stem}
+    layers = {n: m for n, m in model.named_modules() if f"{n}.weight" in own and n not in dense}
+    convs = [n for n, m in layers.items() if is_plain_conv(m)]
+    return [_rows_of_layer(model, n) for n in convs or (n for n, m in layers.items() if isinstance(m, nn.Linear))]
+
+
+def _reasons_of_layers(model: nn.Module, spec: ModelSpec, groups: Sequence[UnitGroup]) -> dict[str, str]:
+    """Return the layers with weights that are in no group: layer -> the reason."""
+    found = left_alone(model, spec, groups, is_transformer(model), stem=" (--conv1 prunes it, too)")
+    torchs = [n for n in found if isinstance(model.get_submodule(n), nn.MultiheadAttention)]
+    inside = tuple(f"{n}." for n in torchs)
+    return {n: r for n, r in found.items() if not n.startswith(inside)} | dict.fromkeys(torchs, TORCHS_ATTENTION)
+
+
+def _frozen_layers(model: nn.Module, group: UnitGroup) -> dict[str, str]:
+    """Return the layers of a group of which something is frozen: layer -> the reason; empty if all is trained."""
+    frozen = [s.layer for s in group.slices if not parameter_of(model, s.name).requires_grad]
+    if not frozen:
+        return {}
+    with_it = f"pruned together with {frozen[0]}, which is {FROZEN}"
+    return {n: FROZEN if n in frozen else with_it for n in sorted(weights_of(group))}

@@ -1,0 +1,55 @@
+"""Why a layer with weights has no units."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from structured_tickets.networks.registry import ModelSpec
+from structured_tickets.unit_groups.unit import UnitGroup
+
+FIRST = "first layer"
+CLASSIFIER = "classifier: its outputs are the logits"
+LINEAR = "linear layer of a convolutional network, where only channels are units"
+ALWAYS = (FIRST, CLASSIFIER, LINEAR)
+"""Beginnings of reasons that hold for every network."""
+
+
+def weights_of(group: UnitGroup) -> set[str]:
+    """Return the layers whose weights the group's units own."""
+    return {s.layer for s in group.slices if s.ranked}
+
+
+def left_alone(
+    model: nn.Module,
+    spec: ModelSpec,
+    groups: Sequence[UnitGroup],
+    transformer: bool,
+    uncalled: Collection[str] = (),
+    stem: str = "",
+) -> dict[str, str]:
+    """Return the layers of a network that no group owns the weights of: layer -> the reason, in words.
+
+    Args:
+        uncalled: Layers that are not called in a forward pass.
+        stem: What is said of the first layer besides.
+    """
+    pruned = set().union(*map(weights_of, groups))
+    kinds = _ConvNd | nn.Linear | nn.MultiheadAttention
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and n not in pruned}
+    first = FIRST + ("" if transformer else stem)
+    reasons = {n: _reason(m, transformer) for n, m in layers.items()}
+    reasons |= dict.fromkeys((n for n in layers if n in uncalled), "not called in a forward pass")
+    return reasons | {n: reason for n, reason in ((spec.classifier, CLASSIFIER), (spec.stem, first)) if n in layers}
+
+
+def _reason(layer: nn.Module, transformer: bool) -> str:
+    if transformer:
+        return "part of neither an attention layer nor an MLP whose units can be told apart"
+    if isinstance(layer, nn.Linear):
+        return LINEAR
+    if type(layer) is not nn.Conv2d:
+        return f"{type(layer).__name__}: only the channels of a plain Conv2d can be told apart"
+    return "its outputs are added up to the logits"
