@@ -143,7 +143,10 @@ def in_place_of(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Ten
         KeyError: A value is missing; the message names it.
     """
     state = {}
+    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     for key, own in model.state_dict().items():
+        if key not in names:  # another name of a shared parameter, which must be given once
+            continue
         if key.endswith("_mask"):
             state[key] = torch.ones_like(own)
         else:

@@ -26,6 +26,7 @@ CANNOT_BE_REMOVED = {
     "block": "its branch cannot be left out, because the forward pass reads more than its output",
 }
 """Kind of unit -> why a layer stays whole whose units turn out to hang together."""
+SHARED = "shares its weights with another layer, whose units would not be the same"
 TORCHS_ATTENTION = (
     "torch's own attention, whose heads cannot be removed. Write it with two linear layers qkv and proj, and the "
     "number of heads in num_heads"
@@ -63,25 +64,25 @@ def usable_units(
         UsageError: Units are needed, and cannot be found or removed.
     """
     spec, remark = _without_notes(model), ""
-    stays: list[UnitGroup] = []
+    transformer, stays = is_transformer(model), dict[str, str]()
     try:
         groups = unit_groups(model, stem, blocks)
         if is_hosted(model):
-            groups, stays = _removable(model, groups, image_size)
-            change_notes(model, replace(spec, whole=frozenset(g.name for g in stays)))
+            stays = _groups_that_stay(model, groups, image_size)
+            change_notes(model, replace(spec, whole=frozenset(stays)))
     except UsageError as error:
         if needed:
             raise UsageError(f"{error}. To prune its weights one by one instead, use --struct imp") from error
         groups, remark = [], str(error).removeprefix("argument --arch: ")
     if not groups and not needed and is_hosted(model):
         change_notes(model, replace(spec, has_units=False))
-        groups = _rows_of_layers(model, spec, stem)
+        groups = _rows_of_layers(model, spec, stem, transformer)
+    left = [part for g in groups for part in (_rows_of(model, g) if g.name in stays else [g])]
     reasons = _reasons_of_layers(model, spec, groups)
-    for group in stays:
-        reasons |= dict.fromkeys(sorted(weights_of(group)), CANNOT_BE_REMOVED[group.kind])
     for group in groups:
-        reasons |= _frozen_layers(model, group)
-    return UsableUnits([g for g in groups if not _frozen_layers(model, g)], reasons, remark)
+        own = dict.fromkeys(sorted(weights_of(group)), stays[group.name]) if group.name in stays else {}
+        reasons |= own | _frozen_layers(model, group)
+    return UsableUnits([g for g in left if not _frozen_layers(model, g)], reasons, remark)
 
 
 def in_words(whole: Mapping[str, str], remark: str) -> list[str]:
@@ -117,27 +118,31 @@ def _without_notes(model: nn.Module) -> ModelSpec:
     return spec
 
 
-def _removable(
-    model: nn.Module, groups: Sequence[UnitGroup], image_size: int
-) -> tuple[list[UnitGroup], list[UnitGroup]]:
-    """Return the groups, with rows of weights in place of those whose units cannot be removed; and the latter.
+def _groups_that_stay(model: nn.Module, groups: Sequence[UnitGroup], image_size: int) -> dict[str, str]:
+    """Return the groups whose units cannot be removed: name -> the reason.
 
     Raises:
         UsageError: Channels cannot be removed.
     """
+    shared = _shared_parameters(model)
+    stays = {g.name: SHARED for g in groups if any(s.name in shared for s in g.slices)}
+    others = [g for g in groups if g.name not in stays]
     try:
-        check_units(model, groups, image_size)
-        return list(groups), []
+        if others:
+            check_units(model, others, image_size)
+        return stays
     except UsageError:
         if "channel" in kinds(groups):
             raise
     alike: dict[tuple[str, type], list[UnitGroup]] = {}
-    for group in groups:
+    for group in others:
         branch = model.get_submodule(group.root.layer.rpartition(".")[0])
         alike.setdefault((group.kind, type(branch)), []).append(group)
-    stays = [g for some in alike.values() if not _can_go(model, some, image_size) for g in some]
-    check_units(model, [g for g in groups if g not in stays], image_size)
-    return [part for g in groups for part in (_rows_of(model, g) if g in stays else [g])], stays
+    for some in alike.values():
+        if not _can_go(model, some, image_size):
+            stays |= {g.name: CANNOT_BE_REMOVED[g.kind] for g in some}
+    check_units(model, [g for g in groups if g.name not in stays], image_size)
+    return stays
 
 
 def _can_go(model: nn.Module, groups: Sequence[UnitGroup], image_size: int) -> bool:
@@ -150,23 +155,24 @@ def _can_go(model: nn.Module, groups: Sequence[UnitGroup], image_size: int) -> b
 
 def _rows_of(model: nn.Module, group: UnitGroup) -> list[UnitGroup]:
     """Return the rows of weights of a group's layers; none of a block, whose layers have groups of their own."""
-    layers = [] if kind_of(group.kind).holds_units else dict.fromkeys(s.layer for s in group.slices if s.ranked)
-    return [_rows_of_layer(model, layer) for layer in layers]
+    own = dict(model.named_parameters())
+    layers = dict.fromkeys(s.layer for s in group.slices if s.ranked and s.name in own)
+    return [] if kind_of(group.kind).holds_units else [_rows_of_layer(model, layer) for layer in layers]
 
 
 def _rows_of_layer(model: nn.Module, layer: str) -> UnitGroup:
     return UnitGroup(layer, "row", (rows(layer, parameter_of(model, f"{layer}.weight").shape[0]),))
 
 
-def _rows_of_layers(model: nn.Module, spec: ModelSpec, stem: bool) -> list[UnitGroup]:
+def _rows_of_layers(model: nn.Module, spec: ModelSpec, stem: bool, transformer: bool) -> list[UnitGroup]:
     """Return the rows of a network whose units cannot be found: of its convolutions, as if it had channels.
 
-    Where the first layer is its only convolution, of its linear layers.
+    Of a transformer, and where the first layer is the only convolution, of its linear layers.
     """
     own = dict(model.named_parameters())
     dense = {spec.classifier} if stem else {spec.classifier, spec.stem}
     layers = {n: m for n, m in model.named_modules() if f"{n}.weight" in own and n not in dense}
-    convs = [n for n, m in layers.items() if is_plain_conv(m)]
+    convs = [] if transformer else [n for n, m in layers.items() if is_plain_conv(m)]
     return [_rows_of_layer(model, n) for n in convs or (n for n, m in layers.items() if isinstance(m, nn.Linear))]
 
 
@@ -176,6 +182,14 @@ def _reasons_of_layers(model: nn.Module, spec: ModelSpec, groups: Sequence[UnitG
     torchs = [n for n in found if isinstance(model.get_submodule(n), nn.MultiheadAttention)]
     inside = tuple(f"{n}." for n in torchs)
     return {n: r for n, r in found.items() if not n.startswith(inside)} | dict.fromkeys(torchs, TORCHS_ATTENTION)
+
+
+def _shared_parameters(model: nn.Module) -> set[str]:
+    """Return all names of those parameters that have more than one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name for several in names.values() if len(several) > 1 for name in several}
 
 
 def _frozen_layers(model: nn.Module, group: UnitGroup) -> dict[str, str]:

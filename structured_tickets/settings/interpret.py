@@ -33,15 +33,18 @@ def units_from(args: argparse.Namespace, model: nn.Module, image_size: int) -> U
         raise UsageError(
             f"argument --arch: all parameters of {args.arch} are {FROZEN}. Leave some of them to be trained"
         )
+    needed = _are_units_needed(args, is_transformer(model))
     usable = usable_units(
         model,
         image_size,
-        needed=_are_units_needed(args, is_transformer(model)),
+        needed=needed,
         stem=args.conv1,
         blocks=any(KINDS[k].holds_units for k in kinds_of(args.vit_prune_target)),
     )
     if not usable.groups:
-        raise UsageError(_nothing_to_prune(args, usable))
+        raise UsageError(
+            f"argument --arch: {args.arch} has no layers that can be pruned{_what_to_change(usable, needed)}"
+        )
     if args.vit_structured and "channel" in kinds(usable.groups):
         raise UsageError(
             f"argument --vit_structured: {args.arch} has no attention heads. Choose a ViT, or omit this flag"
@@ -56,13 +59,15 @@ def _are_units_needed(args: argparse.Namespace, transformer: bool) -> bool:
     return regroups or CONTROLS[args.control].masks == "narrow"
 
 
-def _nothing_to_prune(args: argparse.Namespace, usable: UsableUnits) -> str:
-    frozen = [layer for layer, reason in usable.whole.items() if reason == FROZEN]
-    if not frozen:
-        return f"argument --arch: {args.arch} has no layers that can be pruned"
+def _what_to_change(usable: UsableUnits, needed: bool) -> str:
+    """Return the end of a sentence about a network without layers to prune."""
+    if frozen := [layer for layer, reason in usable.whole.items() if reason == FROZEN]:
+        return f". {FROZEN[0].upper()}{FROZEN[1:]}: {some_of(frozen)}. Unfreeze the layers that are to be pruned"
+    if not needed:
+        return ""
     return (
-        f"argument --arch: {args.arch} has no layers that can be pruned. {FROZEN.capitalize()}: "
-        f"{some_of(frozen)}. Unfreeze the layers that are to be pruned"
+        " as whole units, which are the channels of convolutions, attention heads (qkv and proj) and MLP neurons (fc1 "
+        "and fc2). To prune its weights one by one, use --struct imp"
     )
 
 
