@@ -102,7 +102,7 @@ class OwnImports(MetaPathFinder):
         return found if fromlist else sys.modules[f"{self.package}.{top}"]
 
     def _has(self, top: str) -> bool:
-        """Return whether a module lies in the folder. One that is loaded from there already is shared, not loaded twice.
+        """Return whether a module lies in the folder; one that is loaded from there already is not loaded twice.
 
         A folder without `__init__.py` is a package only if nothing else has its name.
         """

@@ -91,9 +91,10 @@ def frugal(model: nn.Module) -> Iterator[None]:
 
 
 def set_fused_attention(model: nn.Module, fused: bool) -> None:
-    """Choose the attention kernel of a ViT; other networks are left alone."""
+    """Choose the attention kernel of timm's and the program's layers; an attribute of a user's layer is left alone."""
     for module in _switchable(model):
-        module.fused_attn = fused
+        if type(module).__module__.startswith(("timm.", __name__.partition(".")[0])):
+            module.fused_attn = fused
 
 
 @contextmanager

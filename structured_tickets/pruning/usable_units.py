@@ -181,7 +181,8 @@ def _reasons_of_layers(model: nn.Module, spec: ModelSpec, groups: Sequence[UnitG
     found = left_alone(model, spec, groups, is_transformer(model), stem=" (--conv1 prunes it, too)")
     torchs = [n for n in found if isinstance(model.get_submodule(n), nn.MultiheadAttention)]
     inside = tuple(f"{n}." for n in torchs)
-    return {n: r for n, r in found.items() if not n.startswith(inside)} | dict.fromkeys(torchs, TORCHS_ATTENTION)
+    reasons = {n: r for n, r in found.items() if not n.startswith(inside)} | dict.fromkeys(torchs, TORCHS_ATTENTION)
+    return reasons | {n: FROZEN for n in reasons if _is_frozen(model.get_submodule(n))}
 
 
 def _shared_parameters(model: nn.Module) -> set[str]:
@@ -190,6 +191,11 @@ def _shared_parameters(model: nn.Module) -> set[str]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return {name for several in names.values() if len(several) > 1 for name in several}
+
+
+def _is_frozen(layer: nn.Module) -> bool:
+    weights = list(layer.parameters())
+    return bool(weights) and not any(p.requires_grad for p in weights)
 
 
 def _frozen_layers(model: nn.Module, group: UnitGroup) -> dict[str, str]:

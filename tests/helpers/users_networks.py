@@ -1,0 +1,273 @@
+"""Networks as users write them, as a file of a user: for `--arch <this file>:NAME`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def conv(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class Plain(nn.Module):
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem, self.one, self.two, self.head = conv(3, 8), conv(8, 12), conv(12, 12), nn.Linear(12, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.two(self.one(self.stem(x))).mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def plain(num_classes: int) -> nn.Module:
+    return Plain(num_classes)
+
+
+class Shifted(nn.Sequential):
+    """A Sequential with a forward pass, a parameter and a buffer of its own."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(conv(3, 8), conv(8, 12), conv(12, 12), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.append(nn.Linear(12, classes))
+        self.gain = nn.Parameter(torch.full((1,), 3.0))
+        self.register_buffer("shift", torch.full((1,), 0.25))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - self.shift) * self.gain
+
+
+def shifted(num_classes: int) -> nn.Module:
+    return Shifted(num_classes)
+
+
+def listed(num_classes: int) -> nn.Module:
+    """A Sequential as it comes."""
+    return nn.Sequential(
+        conv(3, 8), conv(8, 12), conv(12, 12), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10)
+    )
+
+
+class NormalizesFeatures(Plain):
+    """`normalize` is a layer of features, `spec` and `classes` are the user's own."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.normalize, self.spec, self.classes = nn.LayerNorm(12), {"gain": 2.0}, classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.spec["gain"] * self.head(self.normalize(self.features(x)))[:, : self.classes]
+
+
+def normalizes_features(num_classes: int) -> nn.Module:
+    return NormalizesFeatures(num_classes)
+
+
+class NormalizesImages(Plain):
+    """`normalize` is called on the images: the place for the data set's mean and deviation."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.normalize = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.normalize(x))
+
+
+def normalizes_images(num_classes: int) -> nn.Module:
+    return NormalizesImages(num_classes)
+
+
+class ScalesImages(NormalizesImages):
+    """`normalize` is called on the images, and learned."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.normalize = nn.BatchNorm2d(3)
+
+
+def scales_images(num_classes: int) -> nn.Module:
+    return ScalesImages(num_classes)
+
+
+class Idle(Plain):
+    """A layer has the name that the program gives to weights that wait."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.idle = conv(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.idle(self.two(self.one(self.stem(x)))).mean((2, 3)))
+
+
+def idle(num_classes: int) -> nn.Module:
+    return Idle(num_classes)
+
+
+class Remembers(Plain):
+    """Counts its calls, keeps an activation by a hook of its own, and has an attribute of each common sort."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.calls, self.seen, self.names = 0, {}, ["a", "b"]
+        self.two.register_forward_hook(self.keep)
+
+    def keep(self, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self.seen["two"] = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def remembers(num_classes: int) -> nn.Module:
+    return Remembers(num_classes)
+
+
+class Lazy(Plain):
+    """Its head is made when it first sees features."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.head = nn.LazyLinear(classes)
+
+
+def lazy(num_classes: int) -> nn.Module:
+    return Lazy(num_classes)
+
+
+class Frozen(Plain):
+    """Frozen are the stem, and a convolution that reads what is pruned; the stem's statistics rest by its own `train`."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.late, self.last = conv(12, 12), conv(12, 12)
+        self.stem.requires_grad_(False)
+        self.late.requires_grad_(False)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.last(self.late(self.two(self.one(self.stem(x))))).mean((2, 3))
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        self.stem.eval()
+        self.last[1].eval()
+        return self
+
+
+def frozen(num_classes: int) -> nn.Module:
+    return Frozen(num_classes)
+
+
+def all_frozen(num_classes: int) -> nn.Module:
+    return Frozen(num_classes).requires_grad_(False)
+
+
+def frozen_backbone(num_classes: int) -> nn.Module:
+    network = Plain(num_classes).requires_grad_(False)
+    network.head.requires_grad_(True)
+    return network
+
+
+class Deciding(Plain):
+    """Looks at its images to choose a way, which no graph can write down."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if float(x.mean()) < 2 else -x)
+
+
+def deciding(num_classes: int) -> nn.Module:
+    return Deciding(num_classes)
+
+
+class Helped(Plain):
+    """Gives a second classifier's logits too while it trains."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.helper = nn.Linear(12, classes)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.features(x)
+        return (self.head(x), self.helper(x)) if self.training else self.head(x)
+
+
+def helped(num_classes: int) -> nn.Module:
+    return Helped(num_classes)
+
+
+class Attention(nn.Module):
+    """By the width of its input over the number of heads: it cannot have fewer heads."""
+
+    def __init__(self, width: int, heads: int = 3) -> None:
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        x = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
+        return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2 = nn.LayerNorm(width), Attention(width), nn.LayerNorm(width)
+        self.mlp = Mlp(width, 2 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Vit(nn.Module):
+    def __init__(self, classes: int, width: int = 24) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Conv2d(3, width, 4, 4), nn.Linear(width, classes)
+        self.blocks = nn.Sequential(Block(width), Block(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.embed(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+def vit(num_classes: int) -> nn.Module:
+    return Vit(num_classes)
+
+
+def vit_of_torch(num_classes: int) -> nn.Module:
+    """Attention by torch's own layer."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = nn.MultiheadAttention(24, 3, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.own(x, x, x, need_weights=False)[0]
+
+    network = Vit(num_classes)
+    for block in network.blocks:
+        block.attn = Own()
+    return network
+
+
+def vit_that_shares(num_classes: int) -> nn.Module:
+    """Two blocks with the weights of one MLP."""
+    network = Vit(num_classes)
+    one, other = (block.mlp for block in network.blocks)
+    other.fc1.weight, other.fc2.weight = one.fc1.weight, one.fc2.weight
+    return network
