@@ -1,0 +1,152 @@
+"""Whole runs of networks as users write them: what is frozen rests, what is not asked for does not matter, no traceback."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers.commands import ROOT, run, tiny
+from helpers.comparison import assert_same_runs
+from helpers.interruptions import stopped_again_and_again
+
+from structured_tickets.export.deployed import load
+from structured_tickets.programs import export
+from structured_tickets.runs.folder import RunFolder
+
+FILE = ROOT / "tests" / "helpers" / "users_networks.py"
+BOTH = {"vit_structured": True, "vit_prune_target": "both"}
+
+
+def words(folder, factory, **settings):
+    return tiny(folder, arch=f"{FILE}:{factory}", **settings)
+
+
+def state(folder, number):
+    return RunFolder.load(folder / f"{number}checkpoint.pth.tar")
+
+
+def fades(factory="frozen", **more):
+    """A run of three rounds in which units fade out, so that it trains smaller networks."""
+    return {"penalty": "decoupled", "reg_target": "unit", "fade_out": 0.9, "epochs": 3, "pruning_times": 3, **more}
+
+
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize(
+    "struct, more",
+    [
+        ("refill", {}),
+        ("rsst", fades()),
+        ("imp", {"optimizer": "adamw", "lr": 0.01}),
+        ("refill", {"optimizer": "adamw", "lr": 0.01}),
+    ],
+)
+def test_what_is_frozen_stays_as_it_is_bit_for_bit(struct, more, compact, tmp_path, capsys):
+    assert run(*words(tmp_path / "run", "frozen", struct=struct, compact_training=str(compact).lower(), **more)) == 0
+    error, first = capsys.readouterr().err, torch.load(tmp_path / "run" / "init.pth.tar", weights_only=True)
+    assert "stays whole: stem.0, late.0: frozen (requires_grad=False)" in error
+    assert ("Training a smaller network" in error or "held at zero from now on" in error) == (
+        compact and struct != "imp"
+    ) or struct == "rsst"
+    for number in range(more.get("pruning_times", 2)):
+        reached = state(tmp_path / "run", number)
+        frozen = [n for n in first if n.startswith(("stem.", "late."))]
+        assert len(frozen) == 12 and all(torch.equal(reached.state_dict[n], first[n]) for n in frozen)
+        rests = [n for n in first if n.startswith("last.1.") and "running" in n]
+        assert all(torch.equal(reached.state_dict[n], first[n]) for n in rests), "at rest by the user's own train()"
+        moves = [n for n in first if n.startswith(("one.", "two.0", "last.0"))]
+        assert all(not torch.equal(reached.state_dict[n], first[n]) for n in moves)
+        masked = () if reached.masks is None else reached.masks.structure
+        assert not any(n.startswith(("stem.", "late.")) for n in masked)
+
+
+def test_a_frozen_network_trains_the_same_at_its_real_size(tmp_path):
+    for compact in ("true", "false"):
+        assert run(*words(tmp_path / compact, "frozen", struct="refill", compact_training=compact, lr=0.02)) == 0
+    ours, theirs = (state(tmp_path / compact, 1) for compact in ("true", "false"))
+    assert ours.optimizer["state"].keys() == theirs.optimizer["state"].keys(), "none for what is frozen"
+    for name, value in theirs.state_dict.items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(ours.state_dict[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("factory, more", [("frozen", {"struct": "refill"}), ("idle", {"struct": "rsst", **fades()})])
+def test_an_interrupted_run_goes_on_bit_for_bit(factory, more, tmp_path, monkeypatch):
+    assert run(*words(tmp_path / "whole", factory, **more)) == 0
+    assert stopped_again_and_again(monkeypatch, 5, lambda _: words(tmp_path / "broken", factory, **more)) >= 1
+    assert_same_runs(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.parametrize(
+    "factory", ["shifted", "normalizes_features", "normalizes_images", "scales_images", "idle", "remembers"]
+)
+@pytest.mark.parametrize("struct", ["refill", "imp"])
+def test_names_and_attributes_of_the_users_are_nobody_elses(factory, struct, tmp_path):
+    assert run(*words(tmp_path / "run", factory, struct=struct, weight_decay=0.01)) == 0
+    arch = ["--arch", f"{FILE}:{factory}"]
+    assert export.main([str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--quiet", *arch]) == 0
+    ticket = load(tmp_path / "out", arch[1])
+    assert ticket(torch.rand(2, 3, 8, 8)).shape == (2, 10)
+    described = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert len(described["mean"]) == 3 and max(described["std"]) < 1
+
+
+@pytest.mark.parametrize("struct, criteria", [("imp", "magnitude"), ("snip", "magnitude"), ("omp", "saliency")])
+@pytest.mark.parametrize("factory", ["deciding", "helped", "vit", "vit_of_torch", "vit_that_shares", "lazy"])
+def test_methods_that_prune_weights_need_no_units(factory, struct, criteria, tmp_path, capsys):
+    settings = {"struct": struct, "criteria": criteria}
+    assert run(*words(tmp_path / "run", factory, **settings), "--dry_run") == 0
+    plan = capsys.readouterr().out
+    assert ("layers that stay whole" in plan) and ("cannot be followed" in plan) == (factory in ("deciding", "helped"))
+    assert run(*words(tmp_path / "run", factory, **settings)) == 0
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert ("nothing is removed, weights are pruned one by one: " in log) == (factory in ("deciding", "helped"))
+    assert ("2 outputs while it trains. The first one is taken for the logits" in log) == (factory == "helped")
+    out = ["--out", str(tmp_path / "out"), "--quiet", "--arch", f"{FILE}:{factory}"]
+    assert export.main([str(tmp_path / "run"), *out]) == 0
+    assert load(tmp_path / "out", f"{FILE}:{factory}")(torch.rand(2, 3, 8, 8)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("factory", ["vit", "vit_of_torch"])
+def test_neurons_are_pruned_where_heads_have_to_stay(factory, tmp_path, capsys):
+    assert run(*words(tmp_path / "heads", factory, vit_structured=True)) == 2
+    assert "has no heads that can be pruned, only neurons. Choose mlp" in capsys.readouterr().err
+    for struct, target in (("rsst", "mlp"), ("refill", "both")):
+        folder = tmp_path / struct
+        settings = {"struct": struct, "vit_structured": True, "vit_prune_target": target, "mlp_prune_ratio": 0.5}
+        assert run(*words(folder, factory, **settings)) == 0
+        log = (folder / "log.txt").read_text()
+        assert "stays whole: blocks.0.attn" in log and ("has no heads that can be pruned, only neurons" in log) == (
+            target == "both"
+        )
+        assert state(folder, 1).rounds[-1]["kept_units"]["neuron"] == [48, 96]
+        out = ["--out", str(folder / "out"), "--quiet", "--arch", f"{FILE}:{factory}"]
+        assert export.main([str(folder), *out]) == 0
+        small = load(folder / "out", f"{FILE}:{factory}")
+        assert small.get_submodule("blocks.0.mlp.fc1").out_features == 24
+
+
+@pytest.mark.parametrize(
+    "factory, settings, message",
+    [
+        ("frozen_backbone", {}, "has no layers that can be pruned. Frozen (requires_grad=False): "),
+        ("frozen_backbone", {"struct": "imp"}, "has no layers that can be pruned. Frozen (requires_grad=False): "),
+        ("all_frozen", {"struct": "imp"}, "are frozen (requires_grad=False). Leave some of them to be trained"),
+        ("deciding", {}, "To prune its weights one by one instead, use --struct imp"),
+        ("deciding", {"struct": "imp", "regroup": True}, "cannot be followed"),
+        ("vit_that_shares", {"vit_structured": True, "vit_prune_target": "mlp"}, "has no neurons that can be pruned"),
+    ],
+)
+def test_what_cannot_be_done_is_said_with_what_to_change(factory, settings, message, tmp_path, capsys):
+    assert run(*words(tmp_path / "run", factory, **settings)) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["permute", "reinit", "random_structure"])
+def test_controls_of_a_network_without_units(kind, tmp_path, capsys):
+    assert run(*words(tmp_path / "ticket", "deciding", struct="imp")) == 0
+    control = {"struct": "imp", "control": kind, "control_of": tmp_path / "ticket"}
+    assert run(*words(tmp_path / "control", "deciding", **control)) == 0
+    assert run(*words(tmp_path / "narrow", "deciding", **{**control, "control": "small_dense"})) == 2
+    assert "cannot be followed" in capsys.readouterr().err

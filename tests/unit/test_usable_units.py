@@ -1,0 +1,116 @@
+"""Which units a run can prune of a user's network; what stays whole, and what is said of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.commands import ROOT
+
+from structured_tickets.base.errors import UsageError
+from structured_tickets.networks import build_model, spec_of
+from structured_tickets.pruning.usable_units import FROZEN, SHARED, in_words, usable_units
+from structured_tickets.shrinking.cost import cost_of
+from structured_tickets.shrinking.shrink import shrink
+from structured_tickets.unit_groups.find import unit_groups
+from structured_tickets.unit_groups.unit import kinds, masks_of_units, ranked_names
+
+FILE = ROOT / "tests" / "helpers" / "users_networks.py"
+
+
+def network(factory):
+    torch.manual_seed(0)
+    return build_model(factory if factory in ("res20s", "vit_tiny") else f"{FILE}:{factory}", 10, 8)
+
+
+def test_heads_that_cannot_be_removed_do_not_stop_neurons():
+    model = network("vit")
+    found = usable_units(model, 8, needed=True)
+    assert [(g.name, g.kind) for g in found.groups] == [
+        ("blocks.0.attn.qkv", "row"),
+        ("blocks.0.attn.proj", "row"),
+        ("blocks.1.attn.qkv", "row"),
+        ("blocks.1.attn.proj", "row"),
+        ("blocks.0.mlp.fc1", "neuron"),
+        ("blocks.1.mlp.fc1", "neuron"),
+    ]
+    assert "heads cannot be removed" in found.whole["blocks.0.attn.qkv"]
+    assert "Keep the size of a head in an attribute" in found.whole["blocks.1.attn.proj"]
+    assert [g.kind for g in unit_groups(model)] == ["neuron"] * 2, "nothing that looks for units finds them again"
+    said = in_words(found.whole, found.remark)
+    assert said == [
+        f"stays whole: blocks.0.attn.proj, blocks.0.attn.qkv, blocks.1.attn.proj and 1 more: {found.whole['blocks.0.attn.qkv']}"
+    ]
+
+
+@torch.no_grad()
+def test_a_head_that_stays_is_not_cut_where_all_its_weights_are_gone():
+    model = network("vit").eval()
+    found = usable_units(model, 8, needed=True)
+    parameters = dict(model.named_parameters())
+    masks = masks_of_units(found.groups, {}, parameters)
+    masks["blocks.0.attn.proj.weight"][:, :8] = 0
+    masks["blocks.1.mlp.fc2.weight"][:, 5:] = 0
+    small, images = shrink(model, masks).network, torch.rand(2, 3, 8, 8)
+    assert small.get_submodule("blocks.0.attn").num_heads == 3
+    assert small.get_submodule("blocks.1.mlp.fc1").out_features == 5
+    wanted = torch.func.functional_call(model, {n: parameters[n] * m for n, m in masks.items()}, (images,))
+    torch.testing.assert_close(small(images), wanted)
+
+
+def test_torchs_own_attention_stays_and_is_named():
+    found = usable_units(network("vit_of_torch"), 8, needed=True)
+    assert kinds(found.groups) == ["neuron"]
+    assert {n for n, reason in found.whole.items() if "two linear layers qkv and proj" in reason} == {
+        "blocks.0.attn.own",
+        "blocks.1.attn.own",
+    }
+
+
+def test_layers_that_share_weights_are_pruned_one_by_one_and_once():
+    model = network("vit_that_shares")
+    found = usable_units(model, 8, needed=False)
+    assert {found.whole[f"blocks.{k}.mlp.{layer}"] for k in (0, 1) for layer in ("fc1", "fc2")} == {SHARED}
+    names = ranked_names(model, found.groups)
+    assert len(names) == len(set(names)) and "blocks.0.mlp.fc1.weight" in names
+    assert "blocks.1.mlp.fc1.weight" not in names
+
+
+def test_frozen_layers_and_what_is_pruned_with_them_are_left_out():
+    model = network("frozen")
+    found = usable_units(model, 8, needed=True)
+    assert [g.name for g in found.groups] == ["one.0", "two.0", "last.0"]
+    assert found.whole["stem.0"] == found.whole["late.0"] == FROZEN
+    assert in_words(found.whole, found.remark) == [f"stays whole: late.0, stem.0: {FROZEN}"] or in_words(
+        found.whole, found.remark
+    ) == [f"stays whole: stem.0, late.0: {FROZEN}"]
+    model.get_submodule("two.1").requires_grad_(False)
+    found = usable_units(model, 8, needed=True)
+    assert [g.name for g in found.groups] == ["one.0", "last.0"]
+    assert found.whole["two.0"] == f"pruned together with two.1, which is {FROZEN}"
+
+
+def test_units_that_nobody_needs_are_not_missed():
+    model = network("deciding")
+    with pytest.raises(
+        UsageError, match=r"cannot be followed.*\. To prune its weights one by one instead, use --struct imp"
+    ):
+        usable_units(model, 8, needed=True)
+    found = usable_units(model, 8, needed=False)
+    assert [(g.name, g.kind, g.units) for g in found.groups] == [("one.0", "row", 12), ("two.0", "row", 12)]
+    assert in_words(found.whole, found.remark)[-1].startswith(
+        "nothing is removed, weights are pruned one by one: the ch"
+    )
+    assert unit_groups(model) == [] and not spec_of(model).has_units
+    masks = {"one.0.weight": torch.zeros(12, 8, 3, 3)}
+    dense, pruned = (cost_of(model, found.groups, these, 8) for these in ({}, masks))
+    assert dense.parameters - pruned.parameters == 12 * 8 * 9 and dense.macs - pruned.macs == 12 * 8 * 9 * 64
+    assert usable_units(model, 8, needed=False, stem=True).groups[0].name == "stem.0"
+
+
+def test_the_programs_own_networks_are_not_tried_out(monkeypatch):
+    monkeypatch.setattr("structured_tickets.pruning.usable_units.check_units", None)
+    for arch, spec in (("res20s", "channel"), ("vit_tiny", "head")):
+        model = network(arch)
+        found = usable_units(model, 8, needed=True)
+        assert found.groups[0].kind == spec and spec_of(model) is model.spec
+        assert in_words(found.whole, found.remark) == []
