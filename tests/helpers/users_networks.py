@@ -155,7 +155,7 @@ class Frozen(Plain):
     def train(self, mode: bool = True) -> nn.Module:
         super().train(mode)
         self.stem.eval()
-        self.last[1].eval()
+        self.one[1].eval()
         return self
 
 

@@ -189,7 +189,7 @@ def test_modes_are_those_of_the_users_train_and_frozen_statistics_rest():
         set_mode(model, training)
         at_rest = {n for n, mode in modes(model).items() if not mode}
         if training:
-            assert at_rest == {"stem", "stem.0", "stem.1", "stem.2", "late.1", "last.1"}
+            assert at_rest == {"stem", "stem.0", "stem.1", "stem.2", "late.1", "one.1"}
         obey_modes_of(graph, model)
         with in_mode(model, not training):
             set_mode(graph, training)
