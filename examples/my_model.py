@@ -1,8 +1,8 @@
 """A network of your own: `python main_imp_fillback.py --arch examples/my_model.py:net ...`.
 
-It takes images in [0, 1] and gives logits. It gets a layer `normalize` in front, with the data set's mean and
-deviation; one that has an attribute of that name has to call it itself. Channels of residual, concatenating, depth-wise
-and grouped layers are found by following its graph.
+It takes images and gives logits. The images are normalised in front of it, with the data set's mean and deviation. Only
+where it calls a layer `normalize` without weights on the images itself, these take the place of that layer. Channels of
+residual, concatenating, depth-wise and grouped layers are found by following its graph.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
@@ -123,4 +123,5 @@ def searched_first(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.path.remove(str(folder.resolve()))
+        with suppress(ValueError):  # the code may have taken it away
+            sys.path.remove(str(folder.resolve()))

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from structured_tickets.base.errors import UsageError
+from structured_tickets.base.errors import UsageError, first_line
+from structured_tickets.base.modes import in_mode
 from structured_tickets.base.text_tables import some_of
 from structured_tickets.networks.hosted import change_notes, is_hosted
 from structured_tickets.networks.registry import ModelSpec, spec_of
@@ -64,9 +65,11 @@ def usable_units(
         UsageError: Units are needed, and cannot be found or removed.
     """
     spec, remark = _without_notes(model), ""
+    with in_mode(model, True):
+        pass  # a network may freeze layers when it is told to train
     transformer, stays = is_transformer(model), dict[str, str]()
     try:
-        groups = unit_groups(model, stem, blocks)
+        groups = _found(model, stem, blocks)
         if is_hosted(model):
             stays = _groups_that_stay(model, groups, image_size)
             change_notes(model, replace(spec, whole=frozenset(stays)))
@@ -83,6 +86,23 @@ def usable_units(
         own = dict.fromkeys(sorted(weights_of(group)), stays[group.name]) if group.name in stays else {}
         reasons |= own | _frozen_layers(model, group)
     return UsableUnits([g for g in left if not _frozen_layers(model, g)], reasons, remark)
+
+
+def _found(model: nn.Module, stem: bool, blocks: bool) -> list[UnitGroup]:
+    """Return the unit groups of a network.
+
+    Raises:
+        UsageError: They cannot be found.
+    """
+    try:
+        return unit_groups(model, stem, blocks)
+    except UsageError:
+        raise
+    except Exception as error:  # whatever the network's code, or the names that it gives its layers, lead to
+        name, reason = type(model).__name__, first_line(error)
+        raise UsageError(
+            f"argument --arch: the units of {name} cannot be found ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def in_words(whole: Mapping[str, str], remark: str) -> list[str]:
