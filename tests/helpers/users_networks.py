@@ -271,3 +271,30 @@ def vit_that_shares(num_classes: int) -> nn.Module:
     one, other = (block.mlp for block in network.blocks)
     other.fc1.weight, other.fc2.weight = one.fc1.weight, one.fc2.weight
     return network
+
+
+class FreezesItself(Plain):
+    """Freezes a layer when it is told to train."""
+
+    def train(self, mode: bool = True) -> nn.Module:
+        self.one.requires_grad_(False)
+        return super().train(mode)
+
+
+def freezes_itself(num_classes: int) -> nn.Module:
+    return FreezesItself(num_classes)
+
+
+class NamedGraph(Plain):
+    """A layer has a name that graphs of torch's want for themselves."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.graph = conv(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.graph(self.two(self.one(self.stem(x)))).mean((2, 3)))
+
+
+def named_graph(num_classes: int) -> nn.Module:
+    return NamedGraph(num_classes)

@@ -18,6 +18,8 @@ from structured_tickets.base.modes import in_mode, obey_modes_of, set_mode
 from structured_tickets.networks import build_model, spec_of
 from structured_tickets.networks.hosted import bare, normalize_of, normalize_place, of_the_data, put_normalize
 from structured_tickets.networks.layers import Normalize
+from structured_tickets.networks.vision_transformer import set_fused_attention
+from structured_tickets.pruning.masks import in_place_of
 from structured_tickets.unit_groups.tracing import traced
 
 FILE = ROOT / "tests" / "helpers" / "users_networks.py"
@@ -195,3 +197,23 @@ def test_modes_are_those_of_the_users_train_and_frozen_statistics_rest():
             set_mode(graph, training)
             assert {n for n, mode in modes(graph).items() if not mode} == at_rest & modes(graph).keys()
             assert modes(model)["two.1"] is not training, "the network itself is left in its mode"
+
+
+def test_a_users_own_choice_of_kernel_is_kept():
+    model = held("vit")
+    bare(model).blocks[0].attn.fused_attn = False
+    set_fused_attention(model, True)
+    assert bare(model).blocks[0].attn.fused_attn is False
+    ours = build_model("vit_tiny", 10, 8)
+    set_fused_attention(ours, False)
+    assert not any(block.attn.fused_attn for block in ours.blocks)
+
+
+@pytest.mark.parametrize("factory", ["vit_that_shares", "shifted", "frozen"])
+@torch.no_grad()
+def test_values_can_take_the_place_of_the_weights(factory):
+    model, other, images = held(factory).eval(), held(factory).eval(), torch.rand(2, 3, 8, 8)
+    for parameter in other.parameters():
+        parameter.mul_(2)
+    found = functional_call(model, in_place_of(model, other.state_dict()), (images,))
+    torch.testing.assert_close(found, other(images))

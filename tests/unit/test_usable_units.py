@@ -114,3 +114,15 @@ def test_the_programs_own_networks_are_not_tried_out(monkeypatch):
         found = usable_units(model, 8, needed=True)
         assert found.groups[0].kind == spec and spec_of(model) is model.spec
         assert in_words(found.whole, found.remark) == []
+
+
+def test_what_a_network_freezes_when_it_is_told_to_train_is_frozen():
+    found = usable_units(network("freezes_itself"), 8, needed=True)
+    assert [g.name for g in found.groups] == ["two.0"] and found.whole["one.0"] == FROZEN
+
+
+def test_a_layers_name_that_no_graph_can_hold_stops_only_whole_units():
+    with pytest.raises(UsageError, match=r"cannot be (found|followed|computed)"):
+        usable_units(network("named_graph"), 8, needed=True)
+    found = usable_units(network("named_graph"), 8, needed=False)
+    assert [g.name for g in found.groups] == ["one.0", "two.0", "graph.0"]
