@@ -75,6 +75,8 @@ def _evaluated(network: nn.Module, arch: str, num_classes: int, img_size: int) -
             torch.no_grad(),
         ):
             logits = network(images.clone())
+    except ImportError as error:
+        raise UsageError(f"argument --arch: {arch} cannot be run: {first_line(error)}") from error
     except Exception as error:  # whatever the network's code raises
         reason = first_line(error)
         raise UsageError(
