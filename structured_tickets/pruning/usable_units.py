@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -94,8 +95,8 @@ def _found(model: nn.Module, stem: bool, blocks: bool) -> list[UnitGroup]:
     Raises:
         UsageError: They cannot be found.
     """
-    try:
-        return unit_groups(model, stem, blocks)
+    try:  # in a copy, since tracing runs the network's code, which may keep what it is given
+        return unit_groups(copy.deepcopy(model) if is_hosted(model) else model, stem, blocks)
     except UsageError:
         raise
     except Exception as error:  # whatever the network's code, or the names that it gives its layers, lead to

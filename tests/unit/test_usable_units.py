@@ -8,6 +8,7 @@ from helpers.commands import ROOT
 
 from structured_tickets.base.errors import UsageError
 from structured_tickets.networks import build_model, spec_of
+from structured_tickets.networks.hosted import bare
 from structured_tickets.pruning.usable_units import FROZEN, SHARED, in_words, usable_units
 from structured_tickets.shrinking.cost import cost_of
 from structured_tickets.shrinking.shrink import shrink
@@ -126,3 +127,13 @@ def test_a_layers_name_that_no_graph_can_hold_stops_only_whole_units():
         usable_units(network("named_graph"), 8, needed=True)
     found = usable_units(network("named_graph"), 8, needed=False)
     assert [g.name for g in found.groups] == ["one.0", "two.0", "graph.0"]
+
+
+def test_looking_for_units_leaves_no_trace_on_the_network():
+    model = network("remembers")
+    before = {name: {**vars(layer)} for name, layer in bare(model).named_modules()}
+    weights = {n: v.clone() for n, v in model.state_dict().items()}
+    assert kinds(usable_units(model, 8, needed=True).groups) == ["channel"]
+    assert {name: {**vars(layer)} for name, layer in bare(model).named_modules()} == before
+    assert (bare(model).calls, bare(model).seen) == (0, {}) and not hasattr(bare(model), "last_features")
+    assert all(torch.equal(v, weights[n]) for n, v in model.state_dict().items())
