@@ -77,7 +77,10 @@ def test_a_frozen_network_trains_the_same_at_its_real_size(tmp_path):
             torch.testing.assert_close(ours.state_dict[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("factory, more", [("frozen", {"struct": "refill"}), ("idle", {"struct": "rsst", **fades()})])
+@pytest.mark.parametrize(
+    "factory, more",
+    [("frozen", {"struct": "refill"}), pytest.param("idle", {"struct": "rsst", **fades()}, marks=pytest.mark.slow)],
+)
 def test_an_interrupted_run_goes_on_bit_for_bit(factory, more, tmp_path, monkeypatch):
     assert run(*words(tmp_path / "whole", factory, **more)) == 0
     assert stopped_again_and_again(monkeypatch, 5, lambda _: words(tmp_path / "broken", factory, **more)) >= 1
@@ -87,7 +90,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(factory, more, tmp_path, monkeyp
 @pytest.mark.parametrize(
     "factory", ["shifted", "normalizes_features", "normalizes_images", "scales_images", "idle", "remembers"]
 )
-@pytest.mark.parametrize("struct", ["refill", "imp"])
+@pytest.mark.parametrize("struct", ["refill", pytest.param("imp", marks=pytest.mark.slow)])
 def test_names_and_attributes_of_the_users_are_nobody_elses(factory, struct, tmp_path):
     assert run(*words(tmp_path / "run", factory, struct=struct, weight_decay=0.01)) == 0
     arch = ["--arch", f"{FILE}:{factory}"]
@@ -98,8 +101,19 @@ def test_names_and_attributes_of_the_users_are_nobody_elses(factory, struct, tmp
     assert len(described["mean"]) == 3 and max(described["std"]) < 1
 
 
-@pytest.mark.parametrize("struct, criteria", [("imp", "magnitude"), ("snip", "magnitude"), ("omp", "saliency")])
-@pytest.mark.parametrize("factory", ["deciding", "helped", "vit", "vit_of_torch", "vit_that_shares", "lazy"])
+@pytest.mark.parametrize(
+    "struct, criteria",
+    [("imp", "magnitude"), ("snip", "magnitude"), pytest.param("omp", "saliency", marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize(
+    "factory",
+    [
+        "deciding",
+        "helped",
+        "vit_that_shares",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("vit", "vit_of_torch", "lazy")),
+    ],
+)
 def test_methods_that_prune_weights_need_no_units(factory, struct, criteria, tmp_path, capsys):
     settings = {"struct": struct, "criteria": criteria}
     assert run(*words(tmp_path / "run", factory, **settings), "--dry_run") == 0
