@@ -18,7 +18,7 @@ from structured_tickets.base.untrusted_text import check, is_mapping, is_words, 
 from structured_tickets.networks import build_model, runs_a_file
 from structured_tickets.networks.hosted import put_normalize
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
-from structured_tickets.pruning.usable_units import note_what_was_kept
+from structured_tickets.pruning.usable_units import note_what_had_units
 from structured_tickets.shrinking.kept_units import structure_of
 from structured_tickets.shrinking.shrink import shrink
 
@@ -57,7 +57,7 @@ def load(folder: str | Path, arch: str | None = None) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             model = build_model(arch or config["arch"], len(config["classes"]), config["image_size"])
         put_normalize(model, Normalize((0.0,) * 3, (1.0,) * 3))
-        note_what_was_kept(model, config["kept"])
+        note_what_had_units(model, config["kept"])
         network = shrink(model, structure_of(model, config["kept"])).network
         network.load_state_dict(tensors)
     except (OSError, ValueError, RuntimeError, UsageError, safetensors.SafetensorError) as error:

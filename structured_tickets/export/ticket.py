@@ -23,7 +23,7 @@ from structured_tickets.export.deployed import LARGEST_IMAGE, load, save
 from structured_tickets.networks import build_model, runs_a_file
 from structured_tickets.networks.hosted import normalize_of, put_normalize
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
-from structured_tickets.pruning.usable_units import usable_units
+from structured_tickets.pruning.usable_units import note_what_had_units
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.runs.state import RunState
 from structured_tickets.shrinking.cost import Cost, cost_of
@@ -79,7 +79,9 @@ def read_ticket(folder: Path, state: int | None = None, best: bool = False, arch
     run = RunFolder.load(path)
     model = _network(run, arch, path)
     put_normalize(model, Normalize((0.0,) * 3, (1.0,) * 3))
-    usable_units(model, run.args["image_size"], needed=False)  # which notes what stays whole, as when the run began
+    groups = run.rounds[-1].get("kept_per_layer") if run.rounds else None
+    if groups and isinstance(groups, dict):  # the first runs did not note them
+        note_what_had_units(model, groups)
     structure = run.structure
     weights = {n: v * structure[n] if n in structure else v for n, v in run.state_dict.items()}
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -119,15 +119,19 @@ def in_words(whole: Mapping[str, str], remark: str) -> list[str]:
     return [*said, *([f"nothing is removed, weights are pruned one by one: {remark}"] if remark else [])]
 
 
-def note_what_was_kept(model: nn.Module, kept: Collection[str]) -> None:
-    """Note on a network that the program did not make that only these groups had units when it was written."""
+def note_what_had_units(model: nn.Module, groups: Iterable[str]) -> None:
+    """Note on a network that the program did not make that only these groups had units in its run.
+
+    Args:
+        groups: Names of unit groups, and of rows of weights, which are no units.
+    """
     if not is_hosted(model):
         return
-    spec = _without_notes(model)
+    spec, kept = _without_notes(model), {name for name in groups if not name.endswith(".weight")}
     if not kept:
         change_notes(model, replace(spec, has_units=False))
     elif is_transformer(model):
-        others = {g.name for g in unit_groups(model)} - set(kept)
+        others = {g.name for g in unit_groups(model)} - kept
         change_notes(model, replace(spec, whole=frozenset(others)))
 
 
@@ -182,7 +186,8 @@ def _rows_of(model: nn.Module, group: UnitGroup) -> list[UnitGroup]:
 
 
 def _rows_of_layer(model: nn.Module, layer: str) -> UnitGroup:
-    return UnitGroup(layer, "row", (rows(layer, parameter_of(model, f"{layer}.weight").shape[0]),))
+    """Return the rows of a layer's weight, under the name of the weight: the layer's is that of its units."""
+    return UnitGroup(f"{layer}.weight", "row", (rows(layer, parameter_of(model, f"{layer}.weight").shape[0]),))
 
 
 def _rows_of_layers(model: nn.Module, spec: ModelSpec, stem: bool, transformer: bool) -> list[UnitGroup]:

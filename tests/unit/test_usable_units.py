@@ -27,10 +27,10 @@ def test_heads_that_cannot_be_removed_do_not_stop_neurons():
     model = network("vit")
     found = usable_units(model, 8, needed=True)
     assert [(g.name, g.kind) for g in found.groups] == [
-        ("blocks.0.attn.qkv", "row"),
-        ("blocks.0.attn.proj", "row"),
-        ("blocks.1.attn.qkv", "row"),
-        ("blocks.1.attn.proj", "row"),
+        ("blocks.0.attn.qkv.weight", "row"),
+        ("blocks.0.attn.proj.weight", "row"),
+        ("blocks.1.attn.qkv.weight", "row"),
+        ("blocks.1.attn.proj.weight", "row"),
         ("blocks.0.mlp.fc1", "neuron"),
         ("blocks.1.mlp.fc1", "neuron"),
     ]
@@ -97,7 +97,10 @@ def test_units_that_nobody_needs_are_not_missed():
     ):
         usable_units(model, 8, needed=True)
     found = usable_units(model, 8, needed=False)
-    assert [(g.name, g.kind, g.units) for g in found.groups] == [("one.0", "row", 12), ("two.0", "row", 12)]
+    assert [(g.name, g.kind, g.units) for g in found.groups] == [
+        ("one.0.weight", "row", 12),
+        ("two.0.weight", "row", 12),
+    ]
     assert in_words(found.whole, found.remark)[-1].startswith(
         "nothing is removed, weights are pruned one by one: the ch"
     )
@@ -105,7 +108,7 @@ def test_units_that_nobody_needs_are_not_missed():
     masks = {"one.0.weight": torch.zeros(12, 8, 3, 3)}
     dense, pruned = (cost_of(model, found.groups, these, 8) for these in ({}, masks))
     assert dense.parameters - pruned.parameters == 12 * 8 * 9 and dense.macs - pruned.macs == 12 * 8 * 9 * 64
-    assert usable_units(model, 8, needed=False, stem=True).groups[0].name == "stem.0"
+    assert usable_units(model, 8, needed=False, stem=True).groups[0].name == "stem.0.weight"
 
 
 def test_the_programs_own_networks_are_not_tried_out(monkeypatch):
@@ -126,7 +129,7 @@ def test_a_layers_name_that_no_graph_can_hold_stops_only_whole_units():
     with pytest.raises(UsageError, match=r"cannot be (found|followed|computed)"):
         usable_units(network("named_graph"), 8, needed=True)
     found = usable_units(network("named_graph"), 8, needed=False)
-    assert [g.name for g in found.groups] == ["one.0", "two.0", "graph.0"]
+    assert [g.name for g in found.groups] == ["one.0.weight", "two.0.weight", "graph.0.weight"]
 
 
 def test_looking_for_units_leaves_no_trace_on_the_network():
