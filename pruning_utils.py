@@ -30,7 +30,7 @@ from structured_tickets.pruning.masks import (
     remove_masks,
 )
 from structured_tickets.pruning.oneshot import prune_admm, prune_grasp, prune_omp, prune_rp, prune_snip, prune_synflow
-from structured_tickets.unit_groups.channels import channel_groups
+from structured_tickets.unit_groups.find import channel_groups
 from structured_tickets.unit_groups.unit import Slice, UnitGroup, parameter_of, ranked_names
 
 __all__ = [

@@ -24,10 +24,8 @@ from structured_tickets.networks.attention import with_separate_heads
 from structured_tickets.networks.first_pass import layers_called, spec_of_layers
 from structured_tickets.networks.registry import ModelSpec, spec_of
 from structured_tickets.shrinking.trial import check_units
-from structured_tickets.unit_groups.channels import channel_groups
-from structured_tickets.unit_groups.find import is_transformer
+from structured_tickets.unit_groups.find import channel_groups, is_transformer, unit_groups
 from structured_tickets.unit_groups.left_alone import left_alone, weights_of
-from structured_tickets.unit_groups.transformer import vit_groups
 from structured_tickets.unit_groups.unit import UnitGroup
 
 EXCLUDED = "left out by exclude"
@@ -72,7 +70,7 @@ def units(
         images = random_images(shape, twin)
         logits, called = _called(twin, images)
         spec = _spec(network, twin, logits.shape[1], called)
-        found = _groups(network, twin, spec, stem)
+        found = _groups(network, twin, spec, stem, shape)
         excluded = _excluded(found, exclude, type(network).__name__)
         groups = [g for g in found if not excluded & weights_of(g)]
         excluded |= set().union(*(weights_of(g) for g in found if excluded & weights_of(g)))
@@ -133,14 +131,16 @@ def _spec(network: nn.Module, twin: nn.Module, classes: int, called: Sequence[st
     return known if known.name else spec_of_layers(twin, type(network).__name__, classes, called)
 
 
-def _groups(network: nn.Module, twin: nn.Module, spec: ModelSpec, stem: bool) -> list[UnitGroup]:
+def _groups(
+    network: nn.Module, twin: nn.Module, spec: ModelSpec, stem: bool, shape: tuple[int, int, int]
+) -> list[UnitGroup]:
     name = type(network).__name__
-    if is_transformer(twin):
+    if is_transformer(twin, shape):
         if stem:
             raise BadValue(f"stem: the patch embedding of {name} has no units; leave stem out")
-        return vit_groups(twin, blocks=True)
+        return unit_groups(twin, blocks=True)
     try:
-        return channel_groups(twin, stem, spec)
+        return channel_groups(twin, stem, spec, shape)
     except UsageError as error:
         if not isinstance(network, SmallGraph):
             raise

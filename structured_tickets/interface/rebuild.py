@@ -100,7 +100,7 @@ def rebuilt(dense: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, T
         channels = config["image"][0]
         put_normalize(dense, Normalize((0.0,) * channels, (1.0,) * channels))
     require_shapes(shapes_of(dense), config["shapes"])
-    small = real_size.shrink(dense.eval(), masks_of(config["kept"], config["shapes"])).network
+    small = real_size.shrink(dense.eval(), masks_of(config["kept"], config["shapes"]), image=config["image"]).network
     # Copies, since what is read from a file lies anywhere in memory, and some kernels round by where numbers lie.
     small.load_state_dict({n: v.clone() for n, v in tensors.items()}, assign=True)
     if config["channels_last"]:

@@ -58,7 +58,7 @@ def shrink(
         _apply(hard, structure)
         trains = {n: p.requires_grad for n, p in hard.named_parameters()}
         modes = {n: m.training for n, m in hard.named_modules()}
-        small = real_size.shrink(hard, structure).network
+        small = real_size.shrink(hard, structure, image=shape).network
         logits = _require_same_logits(hard, small, shape)
         for parameter, value in small.named_parameters():
             value.requires_grad_(trains.get(parameter, True))

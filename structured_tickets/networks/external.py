@@ -42,7 +42,9 @@ def build_external(arch: str, num_classes: int, img_size: int) -> Hosted:
     _require_a_network(network, arch)
     seen = first_pass(network, arch, num_classes, img_size)
     _require_plain_state(network, arch)
-    spec = replace(spec_of_layers(network, arch, num_classes, seen.called), outputs=seen.outputs)
+    spec = replace(
+        spec_of_layers(network, arch, num_classes, seen.called), outputs=seen.outputs, image=(3, img_size, img_size)
+    )
     return hosted(network, spec, seen.normalizes)
 
 

@@ -29,6 +29,7 @@ class ModelSpec:
         pretrained: Name of the timm model whose ImageNet weights fit this one, if any.
         whole: Attention layers and MLPs (their first layers' names) whose units cannot be removed.
         has_units: False if no units are removed from the network, only weights one by one.
+        image: (channels, height, width) of the images that it was built for; None if its layers tell enough without.
         outputs: Number of outputs while it trains, of which the first are the logits.
     """
 
@@ -40,6 +41,7 @@ class ModelSpec:
     whole: frozenset[str] = frozenset()
     has_units: bool = True
     outputs: int = 1
+    image: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)

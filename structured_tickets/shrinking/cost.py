@@ -57,7 +57,7 @@ def cost_of(
     Raises:
         ValueError: A mask does not fit the model.
     """
-    small, cuts = shrink(model, masks) if masks else Shrunk(model, {})
+    small, cuts = shrink(model, masks, image=image_shape(image)) if masks else Shrunk(model, {})
     skipped = _zeros_left(small, masks_by_parameter(model, masks), cuts)
     heads = {g.root.layer for g in groups if g.kind == "head"}
     parameters = sum(p.numel() for p in small.parameters()) - sum(skipped.values())

@@ -37,24 +37,32 @@ class Place(nn.Module):
     Args:
         places: int64 [few].
         channels: Number of channels afterwards.
+        axis: 1, or -1 where features lie along the last axis.
     """
 
     source: Tensor
+    places: Tensor
     one_hot: Tensor
 
-    def __init__(self, places: Tensor, channels: int) -> None:
+    def __init__(self, places: Tensor, channels: int, axis: int = 1) -> None:
         super().__init__()
+        self.axis = axis
         few = torch.arange(len(places))
         source = torch.full((channels,), len(places))
         source[places] = few
         self.register_buffer("source", source, persistent=False)
+        self.register_buffer("places", places, persistent=False)
         one_hot = torch.zeros(channels, len(places), 1, 1)
         one_hot[places, few] = 1
         self.register_buffer("one_hot", one_hot, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if _is_channels_last(x):  # where channels lie side by side, a product is several times faster than a gather
+        if self.axis == 1 and _is_channels_last(
+            x
+        ):  # where channels lie side by side, a product is several times faster than a gather
             return F.conv2d(x, self.one_hot.to(x.dtype))
+        if self.axis == -1:
+            return x.new_zeros(*x.shape[:-1], len(self.source)).index_copy(-1, self.places, x)
         return F.pad(x, [0, 0] * (x.ndim - 2) + [0, 1]).index_select(1, self.source)
 
 
@@ -63,16 +71,18 @@ class Select(nn.Module):
 
     Args:
         index: int64 [kept].
+        axis: 1, or -1 where features lie along the last axis.
     """
 
     index: Tensor
 
-    def __init__(self, index: Tensor) -> None:
+    def __init__(self, index: Tensor, axis: int = 1) -> None:
         super().__init__()
+        self.axis = axis
         self.register_buffer("index", index, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.index_select(1, self.index)
+        return x.index_select(self.axis, self.index)
 
 
 class AddAt(nn.Module):
@@ -99,3 +109,25 @@ class AddAt(nn.Module):
 
 def _is_channels_last(x: Tensor) -> bool:
     return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+class Rearranged(nn.Module):
+    """Take some features of a tensor, and put zeros in the places of others that it lacks.
+
+    Args:
+        have: Features that the tensor holds along the axis: int64, ascending.
+        want: Features that it is to hold: int64, ascending.
+        axis: 1 or -1.
+    """
+
+    def __init__(self, have: Tensor, want: Tensor, axis: int) -> None:
+        super().__init__()
+        kept = torch.isin(have, want)
+        self.takes = None if bool(kept.all()) else Select(kept.nonzero().flatten(), axis)
+        have = have[kept]
+        self.places = Place(torch.searchsorted(want, have), len(want), axis) if len(have) < len(want) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., have, ...] -> [..., want, ...]."""
+        x = x if self.takes is None else self.takes(x)
+        return x if self.places is None else self.places(x)

@@ -7,20 +7,22 @@ channels wherever they are found to be zero (`channels`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from structured_tickets.networks.registry import spec_of
 from structured_tickets.shrinking.branches import remove_units
 from structured_tickets.shrinking.channels import remove_channels
 from structured_tickets.shrinking.cuts import Shrunk
-from structured_tickets.unit_groups.find import is_transformer, unit_groups
+from structured_tickets.shrinking.in_place import shrink_in_place
+from structured_tickets.unit_groups.find import features_of, is_transformer, unit_groups
 from structured_tickets.unit_groups.unit import parameter_name, parameter_of
 
 
-def shrink(model: nn.Module, masks: Mapping[str, Tensor], lanes: int = 1) -> Shrunk:
+def shrink(model: nn.Module, masks: Mapping[str, Tensor], lanes: int = 1, image: Sequence[int] | None = None) -> Shrunk:
     """Return a smaller network that computes what the masked one does, up to rounding. The model is not changed.
 
     Units that are masked as a whole are removed, with the weights that only they feed; other zeros remain.
@@ -28,13 +30,17 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor], lanes: int = 1) -> Shr
     Args:
         masks: Parameter -> 0/1, under any key that `parameter_name` knows.
         lanes: 1 gives the smallest network. 16 may give a little larger and faster one: see `remove_channels`.
+        image: (channels, height, width) of the images that the network takes; default: what its notes say.
 
     Raises:
         ValueError: A mask does not fit the model.
-        UsageError: The channels of a CNN cannot be followed.
+        UsageError: The units of the network cannot be followed.
     """
     masks = masks_by_parameter(model, masks)
     small = _masked_copy(model, masks)
+    following = features_of(model, image)
+    if following is not None:
+        return shrink_in_place(small, masks, following, image or spec_of(model).image or ())
     if is_transformer(model):
         shrunk = Shrunk(small, remove_units(small, unit_groups(model), masks))
     else:

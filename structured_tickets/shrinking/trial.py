@@ -37,7 +37,7 @@ def check_units(model: nn.Module, groups: Sequence[UnitGroup], image: int | Sequ
         try:
             masks = masks_of_units(groups, kept, parameters)
             wanted = functional_call(network, {n: parameters[n] * m for n, m in masks.items()}, (images,))
-            found = shrink(network, masks).network(images)
+            found = shrink(network, masks, image=image_shape(image)).network(images)
             difference = (found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
             cost_of(network, groups, masks, image)
         except Exception as error:  # whatever the network's code raises

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,17 +13,21 @@ from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.networks.registry import ModelSpec, spec_of
 from structured_tickets.unit_groups.operations import (
     ADDITIONS,
+    KEEPS_NUMBER,
     PRODUCTS,
     is_depthwise,
     is_plain_conv,
     is_prunable_norm,
     keeps_channels,
+    kind_of,
 )
 from structured_tickets.unit_groups.tracing import OTHER, ZERO, ChannelTags, new_tags, not_followed, traced
 from structured_tickets.unit_groups.unit import Slice, UnitGroup, rows
 
 
-def channel_groups(model: nn.Module, conv1: bool = False, spec: ModelSpec | None = None) -> list[UnitGroup]:
+def channel_groups(
+    model: nn.Module, conv1: bool = False, spec: ModelSpec | None = None, sure: bool = False
+) -> list[UnitGroup]:
     """Return one group per convolution: its filters, with all parameters that a pruned channel needs at zero.
 
     These are the weight and bias of every BatchNorm that normalises the channel (after a masked filter alone it still
@@ -34,9 +39,11 @@ def channel_groups(model: nn.Module, conv1: bool = False, spec: ModelSpec | None
     Args:
         conv1: Include the stem convolution.
         spec: Names of the layers that are not pruned; default: the model's own.
+        sure: Do not guess what operations that are in no table do with the number of channels.
 
     Raises:
-        UsageError: The network's forward pass is no fixed graph, or two layers have the same weights.
+        UsageError: The network's forward pass is no fixed graph, or two layers have the same weights; or, to be sure,
+            it holds an operation that is in no table.
     """
     spec = spec or spec_of(model)
     candidates = _candidates(model, spec, conv1)
@@ -52,6 +59,8 @@ def channel_groups(model: nn.Module, conv1: bool = False, spec: ModelSpec | None
         sources.run_on_image()
     except Exception as error:  # whatever the network's code makes of an image of one pixel
         raise not_followed(model, f"holds an operation that is not supported ({first_line(error)})") from error
+    if sure and sources.guessed:
+        raise not_followed(model, f"holds an operation that is not known ({sources.guessed[0]})")
     return [
         UnitGroup(n, "channel", (rows(n, m.out_channels), *sources.joined[n]))
         for n, m in convs.items()
@@ -93,6 +102,7 @@ class ChannelSources(ChannelTags):
     Attributes:
         joined: Convolution -> slices of other parameters that belong to its filters.
         owned: Depth-wise convolutions whose filters belong to the channels of others.
+        guessed: Operations on channels that are in no table.
     """
 
     def __init__(self, network: fx.GraphModule, convs: Mapping[str, nn.Conv2d]) -> None:
@@ -103,6 +113,7 @@ class ChannelSources(ChannelTags):
             self.first[name], following = following, following + conv.out_channels
         self.joined: dict[str, list[Slice]] = {name: [] for name in convs}
         self.owned: set[str] = set()
+        self.guessed: list[str] = []
 
     def tags_of(self, node: fx.Node, called: Any, tags: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         if isinstance(called, nn.Conv2d):
@@ -115,7 +126,15 @@ class ChannelSources(ChannelTags):
             return _sum(*args)
         if called in PRODUCTS and len(args) == 2 and not kwargs:
             return _product(*args)
+        if kind_of(called) not in KEEPS_NUMBER and bool((tags > 0).any()):
+            self.guessed.append(str(node.target))
         return torch.full_like(tags, OTHER)
+
+    def rearranged(self, node: fx.Node, called: Any, value: Any) -> Any:
+        index = node.args[1] if called is operator.getitem else ()
+        if isinstance(index, tuple) and (len(index) > 2 or Ellipsis in index) and _has_tags(value):
+            self.guessed.append(str(node.target))  # of several pixels some are taken, which may come to lie in channels
+        return value
 
     def _convolved(self, node: fx.Node, conv: nn.Conv2d, tags: Tensor) -> Tensor:
         name = str(node.target)
@@ -166,6 +185,10 @@ class ChannelSources(ChannelTags):
             if len(places) and bool((times == times[0]).all()):
                 owners[name] = places[which.argsort(stable=True)].view(filters, -1)
         return owners
+
+
+def _has_tags(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.numel() == 0 or bool((value > 0).any()))
 
 
 def _sum(a: Any, b: Any) -> Tensor:

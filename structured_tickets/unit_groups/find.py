@@ -1,13 +1,29 @@
-"""Find the units of any network: heads, neurons and blocks of transformers; channels of all others."""
+"""Find the units of any network: heads, neurons and blocks of transformers; channels of all others.
+
+Three ways are tried. Attention and MLPs in the form of timm's are known by their layers. Channels are found in the
+graph of the network's modules, if every operation in it is known. Where that does not do, features are followed through
+the operations that run (`features.following`), which takes seconds, however they are written.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
 from torch import nn
 
-from structured_tickets.networks.registry import spec_of
-from structured_tickets.unit_groups.channels import channel_groups
+from structured_tickets.base.errors import UsageError
+from structured_tickets.features.exported import program_of
+from structured_tickets.features.following import Following
+from structured_tickets.networks.registry import ModelSpec, spec_of
+from structured_tickets.unit_groups.channels import channel_groups as channels_of_modules
+from structured_tickets.unit_groups.from_features import channels_of, linear_units
 from structured_tickets.unit_groups.transformer import is_vit_model, neuron_groups, vit_groups
-from structured_tickets.unit_groups.unit import UnitGroup, parameter_of
+from structured_tickets.unit_groups.unit import UnitGroup, parameter_of, ranked_names
+
+LITTLE = 0.5
+"""Share of the weights of layers: where fewer are in units that are found easily, others are looked for."""
+_followed: WeakKeyDictionary[nn.Module, Following | UsageError | None] = WeakKeyDictionary()
 
 
 def unit_groups(model: nn.Module, prune_stem: bool = False, blocks: bool = False) -> list[UnitGroup]:
@@ -18,21 +34,113 @@ def unit_groups(model: nn.Module, prune_stem: bool = False, blocks: bool = False
         blocks: Include the attention and MLP branches of a transformer as units too.
 
     Raises:
-        UsageError: The channels of a CNN cannot be followed.
+        UsageError: The units of the network cannot be followed.
     """
-    return vit_groups(model, prune_stem, blocks) if is_transformer(model) else channel_groups(model, prune_stem)
+    if _is_known_transformer(model) or not spec_of(model).has_units:
+        return vit_groups(model, prune_stem, blocks)
+    following = features_of(model)
+    spec = spec_of(model)
+    linear = [] if following is None else linear_units(model, following, spec)
+    if not _is_transformer(model, linear):
+        return channel_groups(model, prune_stem)
+    return [g for g in linear if g.name not in spec.whole]
 
 
-def is_transformer(model: nn.Module) -> bool:
+def channel_groups(
+    model: nn.Module, conv1: bool = False, spec: ModelSpec | None = None, image: Sequence[int] | None = None
+) -> list[UnitGroup]:
+    """Return one group per convolution: see `channels.channel_groups`.
+
+    Args:
+        conv1, spec: See there.
+        image: (channels, height, width) of the images that the network takes; default: what its notes say.
+
+    Raises:
+        UsageError: The network's forward pass cannot be followed, or two layers have the same weights.
+    """
+    following = features_of(model, image)
+    if following is None:
+        return channels_of_modules(model, conv1, spec)
+    return channels_of(model, following, spec or spec_of(model), conv1)
+
+
+def is_transformer(model: nn.Module, image: Sequence[int] | None = None) -> bool:
     """True if the units of the network are heads and MLP neurons; its convolutions are not pruned then.
 
     False if its only MLPs are a classifier or weigh channels (squeeze and excitation): such are parts of CNNs. True,
     too, of a network without any units, as noted on it: nothing in its graph has to be followed then.
     """
-    return is_vit_model(model) or _mixes_features(model) or not spec_of(model).has_units
+    if _is_known_transformer(model) or not spec_of(model).has_units:
+        return True
+    try:
+        following = features_of(model, image)
+    except UsageError:
+        return False
+    return following is not None and _is_transformer(model, linear_units(model, following, spec_of(model)))
 
 
-def _mixes_features(model: nn.Module) -> bool:
+def _is_transformer(model: nn.Module, groups: Sequence[UnitGroup]) -> bool:
+    return any(g.kind == "head" for g in groups) or _mixes_features(model, groups)
+
+
+def _is_known_transformer(model: nn.Module) -> bool:
+    return is_vit_model(model) or _mixes_features(model, neuron_groups(model))
+
+
+def _mixes_features(model: nn.Module, groups: Sequence[UnitGroup]) -> bool:
     """True if an MLP gives as many features as it takes, and has no fewer in between."""
-    layers = [[parameter_of(model, s.name) for s in g.slices] for g in neuron_groups(model)]
+    layers = [[parameter_of(model, s.name) for s in g.slices] for g in groups]
     return any(last.shape[0] == first.shape[1] <= last.shape[1] for first, *_, last in layers)
+
+
+def features_of(model: nn.Module, image: Sequence[int] | None = None) -> Following | None:
+    """Return the features of a network whose units are not found more easily; None for others.
+
+    Args:
+        image: (channels, height, width) of the images that the network takes; default: what its notes say.
+
+    Raises:
+        UsageError: They cannot be followed.
+    """
+    if _is_known_transformer(model) or not spec_of(model).has_units:
+        return None
+    if model not in _followed:
+        try:
+            _followed[model] = _needed_following(model, image or spec_of(model).image)
+        except UsageError as error:
+            _followed[model] = error
+    found = _followed[model]
+    if isinstance(found, UsageError):
+        raise found
+    return found
+
+
+def _needed_following(model: nn.Module, image: Sequence[int] | None) -> Following | None:
+    reason = None
+    try:
+        if image is None or _weights_found(model) >= LITTLE:
+            return None
+    except UsageError as error:
+        reason = error
+        if image is None:
+            return None
+    following = Following()
+    try:
+        for training in (False, True):
+            following.follow(program_of(model, image, training))
+    except UsageError as error:
+        if reason is None:  # the easy way found something
+            return None
+        raise error from reason
+    following.keep_what_makes_no_tensor()
+    if reason is None and not _is_transformer(model, linear_units(model, following, spec_of(model))):
+        return None
+    return following
+
+
+def _weights_found(model: nn.Module) -> float:
+    """Share of the weights of layers that are in channels which the graph of modules shows."""
+    names = ranked_names(model, channels_of_modules(model, sure=True))
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    weights = sum(p.numel() for m in layers for n, p in m.named_parameters(recurse=False) if n.startswith("weight"))
+    return sum(parameter_of(model, name).numel() for name in names) / max(1, weights)

@@ -123,6 +123,44 @@ PRODUCTS = frozenset({operator.mul, operator.imul, torch.mul})
 SIZES = frozenset({getattr, "size", "dim"})
 """Reads a tensor's shape or another attribute: what comes out is no feature map."""
 
+KEEPS_NUMBER = (
+    ZERO_BECOMES_NONZERO
+    | ADDITIONS
+    | PRODUCTS
+    | MEANS
+    | {
+        nn.Softmax,
+        nn.LayerNorm,
+        nn.GroupNorm,
+        nn.InstanceNorm2d,
+        nn.LocalResponseNorm,
+        nn.ConstantPad2d,
+        nn.ZeroPad2d,
+        nn.ReflectionPad2d,
+        nn.Upsample,
+        nn.PReLU,
+        torch.softmax,
+        torch.exp,
+        torch.sum,
+        torch.sqrt,
+        operator.truediv,
+        operator.sub,
+        F.softmax,
+        F.layer_norm,
+        F.group_norm,
+        F.interpolate,
+        F.pad,
+        F.normalize,
+        F.softplus,
+        "softmax",
+        "sum",
+        "exp",
+        "sub",
+        "div",
+    }
+)
+"""Gives as many channels as it takes, or none."""
+
 CALLED_ONCE = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
 """Layers that own channels, derived ones too. A network that calls one twice is refused: its channels have two uses."""
 

@@ -19,6 +19,13 @@ def convnext(num_classes: int) -> nn.Module:
     return ConvNeXt([CNBlockConfig(16, 32, 2), CNBlockConfig(32, None, 1)], num_classes=num_classes)
 
 
+def alexnet(num_classes: int) -> nn.Module:
+    """Most of its weights are in the classifier."""
+    convs = [nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(4)]
+    last = [nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, num_classes)]
+    return nn.Sequential(nn.Sequential(*convs), nn.Sequential(*last))
+
+
 def twins(num_classes: int, img_size: int) -> nn.Module:
     return Twins(
         img_size,

@@ -17,6 +17,7 @@ FLOORS = (
     "base",
     "networks",
     "data",
+    "features",
     "unit_groups",
     "shrinking",
     "pruning",

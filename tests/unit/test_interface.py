@@ -297,10 +297,9 @@ REFUSED = {
     "branch": (
         Branching,
         ValueError,
-        "the channels of Branching cannot be followed: its forward pass is no fixed graph",
+        "the channels of Branching cannot be followed: its forward pass cannot be recorded",
     ),
     "two outputs": (TwoOutputs, ValueError, r"TwoOutputs gives tuple for 2 images, not logits \[2, classes\]"),
-    "tied": (Tied, ValueError, "shares its weights with another layer"),
     "uncopyable": (Unforgettable, ValueError, r"Unforgettable cannot be copied \(TypeError: .*generator"),
     "nothing": (
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5)),
@@ -447,8 +446,9 @@ def test_data_parallel_training_but_no_sharded_parameters(alone):
 
 def test_a_network_that_was_shrunk_can_be_pruned_again_or_says_how(tmp_path):
     model, masks = examined("mine", 0.5)
-    with pytest.raises(ValueError, match="a Mine that was shrunk cannot be followed any more: prune the network that"):
-        st.units(st.shrink(model, masks), (3, 9, 7))
+    small = st.shrink(model, masks)
+    smaller = st.shrink(small, st.regroup(small, st.units(small, (3, 9, 7)), 0.5))
+    assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in small.parameters())
     model, masks = examined("deit", 0.5)
     small = st.shrink(model, masks)
     smaller = st.shrink(small, st.regroup(small, st.units(small), 0.5))
@@ -1122,7 +1122,7 @@ def test_what_would_compute_something_else_is_refused(monkeypatch):
     from structured_tickets.shrinking import shrink as real_size
     from structured_tickets.shrinking.cuts import Shrunk
 
-    monkeypatch.setattr(real_size, "shrink", lambda model, masks: Shrunk(Mine(), {}))
+    monkeypatch.setattr(real_size, "shrink", lambda model, masks, **_: Shrunk(Mine(), {}))
     with pytest.raises(ValueError, match="Mine cannot be made smaller: without the pruned units its logits differ by"):
         st.shrink(model, masks)
 
@@ -1138,6 +1138,15 @@ FACTORIES = {
     "torchvision_vit": NETWORKS["torchvision_vit"][0],
     "deit": None,  # known by its name
 }
+
+
+def test_weights_that_two_layers_share_are_cut_in_both(tmp_path):
+    model, shape = used(Tied()), (3, 8, 8)
+    masks = st.regroup(model, st.units(model, shape), 0.5)
+    small = st.shrink(model, masks)
+    masks.apply_(model)
+    assert small.back.weight is small.again.weight and small.back.weight.numel() < model.back.weight.numel()
+    torch.testing.assert_close(logits(small, shape), logits(model, shape))
 
 
 @pytest.mark.parametrize("name", FACTORIES)

@@ -1,0 +1,86 @@
+"""A call of an operation in a recorded forward pass, as the rules of operations see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+from structured_tickets.features.features import Features
+
+
+def packet(target: object) -> str:
+    """Name of an operation without its overload."""
+    name = str(getattr(target, "overloadpacket", target))
+    return name.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """A layer with the features that it reads and gives.
+
+    Attributes:
+        layer: Name of its weight, or of another parameter or buffer of it; empty if it has none.
+        read, given: Feature of each position along its axis of features: int64 [positions].
+    """
+
+    layer: str
+    read: Tensor
+    given: Tensor
+
+
+@dataclass
+class Call:
+    """A call of an operation on labelled tensors.
+
+    Attributes:
+        node: The call.
+        labels_of: Labels of another node's tensor.
+        value_of: Its value, if it depends on nothing that is trained or seen.
+        name_of: Its name, if it is a parameter or buffer.
+        inside: Whether a call is made by the module that owns a parameter.
+        features: New ones are numbered there.
+        tensors: Labels of further tensors that have to stay rectangles.
+        made: If it is a layer's: what this one read, and what it gave.
+    """
+
+    node: fx.Node
+    labels_of: Callable[[fx.Node], Any]
+    value_of: Callable[[fx.Node], Any]
+    name_of: Callable[[Any], str]
+    inside: Callable[[fx.Node, str], bool]
+    features: Features
+    tensors: list[Tensor]
+    made: LayerCall | None = None
+
+    def argument(self, place: int, word: str = "", default: Any = None) -> Any:
+        """An argument as it stands in the graph."""
+        if len(self.node.args) > place:
+            return self.node.args[place]
+        return self.node.kwargs.get(word, default)
+
+    def labels(self, place: int) -> Tensor:
+        """Labels of an argument that is a tensor.
+
+        Raises:
+            TypeError: It is none.
+        """
+        found = self.labels_of(self.argument(place)) if isinstance(self.argument(place), fx.Node) else None
+        if not isinstance(found, Tensor):
+            raise TypeError(f"argument {place} of {self.node.format_node()} is no tensor")
+        return found
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of what comes out."""
+        return self.node.meta["val"].shape
+
+    def keep(self, labels: Tensor, why: str) -> None:
+        """Keep these features whole."""
+        self.features.keep_whole(labels, why)
+
+
+Rule: TypeAlias = Callable[[Call], Any]

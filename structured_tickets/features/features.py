@@ -1,0 +1,227 @@
+"""Features of a network, numbered: what makes each zero, what needs it, and which have to go together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+OTHER = -1
+"""Label of a number that belongs to no feature."""
+ZERO = 0
+"""Label of a number that is always zero."""
+
+
+@dataclass(frozen=True)
+class Through:
+    """Features that are made of others, pair by pair: zero where all their sources are.
+
+    Attributes:
+        sources, features: int64 [pairs].
+        nonzero: True if they are not even zero then.
+    """
+
+    sources: Tensor
+    features: Tensor
+    nonzero: bool = False
+
+
+@dataclass(frozen=True)
+class Both:
+    """Products: zero where one factor is. All int64 [pairs]."""
+
+    one: Tensor
+    other: Tensor
+    features: Tensor
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Normalised channels: zero where weight and bias are, whatever they are made of.
+
+    Attributes:
+        sources, features: int64 [pairs].
+        places: Entry of the parameters for each pair: int64 [pairs].
+        parameters: Names of weight and bias; none if there are none, and nothing is zero.
+    """
+
+    sources: Tensor
+    features: Tensor
+    places: Tensor
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A call of a layer that multiplies features by a weight matrix and adds them up.
+
+    Attributes:
+        weight, bias: Names of the parameters; the bias may be empty.
+        columns: Feature that each column of the weight reads, int64 [columns]; `OTHER` if it is none.
+        rows: Feature that each row computes, int64 [rows].
+        axes: Of rows and columns in the weight.
+        inside: The layer itself computes it, and not another module with the layer's weights.
+        depthwise: True if row r reads feature r of `columns`, and the weight has no axis for columns.
+    """
+
+    weight: str
+    bias: str
+    columns: Tensor
+    rows: Tensor
+    axes: tuple[int, int] = (0, 1)
+    depthwise: bool = False
+    inside: bool = True
+
+
+Event = Through | Both | Gate | Contraction
+
+
+class Features:
+    """All features that were found, in the order in which they are computed.
+
+    Attributes:
+        count: Their number; they are numbered from 1.
+        heads: Those that products of matrices of features gave: weights of attention.
+        events: How they are computed.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.events: list[Event] = []
+        self.heads: list[Tensor] = []
+        self._named: dict[str, int] = {}
+        self._pairs: list[Tensor] = []
+        self._inside: list[Tensor] = []
+        self._whole: list[tuple[Tensor, str]] = []
+        self._found: dict[bool, Tensor] = {}
+
+    def new(self, number: int, name: str = "") -> Tensor:
+        """Number new features: int64 [number]. Of the same name, the same are returned again."""
+        first = self._named.get(name) if name else None
+        if first is None:
+            first, self.count = self.count + 1, self.count + number
+            if name:
+                self._named[name] = first
+        return torch.arange(first, first + number)
+
+    def join(self, one: Tensor, other: Tensor, layer: bool = False) -> None:
+        """Features, pair by pair, that can only be removed together; numbers that are no features are left out.
+
+        Args:
+            layer: They are what a layer reads and what it gives: the layer could put one in the place of the other.
+        """
+        one, other = torch.broadcast_tensors(one, other)
+        both = (one > 0) & (other > 0) & (one != other)
+        if bool(both.any()):
+            pairs = self._inside if layer else self._pairs
+            pairs.append(torch.stack([one[both], other[both]]).unique(dim=1))
+            self._found.clear()
+
+    def keep_whole(self, features: Tensor, why: str) -> None:
+        """Features that cannot be removed."""
+        found = features[features > 0].unique()
+        if len(found):
+            self._whole.append((found, why))
+
+    @property
+    def reasons(self) -> list[tuple[Tensor, str]]:
+        """What cannot be removed, and why."""
+        return self._whole
+
+    def sets(self, layers: bool) -> Tensor:
+        """Number of the set of features that each belongs to: int64 [count + 1]; the first entry is unused.
+
+        Args:
+            layers: With those that only layers join, the sets are units: features that are there together or not at
+                all. Without, they are wires: positions that are there together in all tensors.
+        """
+        found = self._found.get(layers)
+        if found is None or len(found) <= self.count:
+            parts = [torch.empty(2, 0, dtype=torch.long), *self._pairs, *(self._inside if layers else [])]
+            pairs = torch.cat(parts, dim=1).numpy()
+            edges = coo_matrix(([True] * pairs.shape[1], (pairs[0], pairs[1])), shape=(self.count + 1,) * 2)
+            found = torch.from_numpy(connected_components(edges, directed=False)[1]).long()
+            self._found[layers] = found
+        return found
+
+    def whole(self, layers: bool) -> Tensor:
+        """Which sets cannot be removed: bool [sets]."""
+        sets = self.sets(layers)
+        flags = torch.zeros(int(sets.max()) + 1, dtype=torch.bool)
+        for features, _ in self._whole:
+            flags[sets[features]] = True
+        return flags
+
+    def alive(self, masks: Mapping[str, Tensor]) -> Tensor:
+        """Which features can be other than zero under masks (parameter name -> 0/1): bool [count + 1]."""
+        flags = torch.zeros(self.count + 1, dtype=torch.bool)
+        for event in self.events:
+            if isinstance(event, Through):
+                value = torch.ones_like(event.sources, dtype=torch.bool) if event.nonzero else flags[event.sources]
+                flags[event.features[value]] = True
+            elif isinstance(event, Both):
+                flags[event.features[flags[event.one] & flags[event.other]]] = True
+            elif isinstance(event, Gate):
+                flags[event.features[_any_left(masks, event.parameters)(event.places)]] = True
+            else:
+                kept = _left(masks, event.weight, event.axes[0], len(event.rows))
+                kept = kept | (_left(masks, event.bias, 0, len(event.rows)) if event.bias else False)
+                flags[event.rows[kept]] = True
+        return flags
+
+    def needed(self, masks: Mapping[str, Tensor], alive: Tensor) -> Tensor:
+        """Which features the logits depend on, of those that are alive: bool [count + 1]."""
+        flags = torch.zeros(self.count + 1, dtype=torch.bool)
+        for features, _ in self._whole:
+            flags[features] = True
+        for event in reversed(self.events):
+            if isinstance(event, Contraction):
+                wanted = flags[event.rows] & alive[event.rows]
+                if event.depthwise:
+                    read = wanted & _left(masks, event.weight, event.axes[0], len(event.rows))
+                else:
+                    read = _columns_read(masks, event, wanted)
+                flags[event.columns[read & (event.columns > 0)]] = True
+            elif isinstance(event, Both):
+                wanted = flags[event.features] & alive[event.one] & alive[event.other]
+                flags[event.one[wanted]] = flags[event.other[wanted]] = True
+            else:
+                flags[event.sources[flags[event.features] & alive[event.features]]] = True
+        return flags & alive
+
+
+def sets_of(one: Tensor, other: Tensor) -> Tensor:
+    """Number, from 0, of the connected set that each pair of features belongs to: int64 [pairs]."""
+    nodes, pairs = torch.stack([one, other]).unique(return_inverse=True)
+    edges = coo_matrix(([True] * pairs.shape[1], (pairs[0].numpy(), pairs[1].numpy())), shape=(len(nodes),) * 2)
+    found = torch.from_numpy(connected_components(edges, directed=False)[1]).long()
+    return found[pairs[0]] if len(nodes) else torch.empty(0, dtype=torch.long)
+
+
+def _left(masks: Mapping[str, Tensor], name: str, axis: int, size: int) -> Tensor:
+    """Positions along an axis at which a mask leaves something: bool [size]; all where there is no mask."""
+    mask = masks.get(name)
+    if mask is None:
+        return torch.ones(size, dtype=torch.bool)
+    return mask.movedim(axis, 0).reshape(size, -1).any(1).cpu()
+
+
+def _any_left(masks: Mapping[str, Tensor], names: tuple[str, ...]) -> Callable[[Tensor], Tensor]:
+    """Return which entries some of these parameters' masks leave; all, if one of them has no mask."""
+    if not names or any(name not in masks for name in names):
+        return lambda places: torch.ones_like(places, dtype=torch.bool)
+    left = torch.stack([masks[name].flatten().bool().cpu() for name in names]).any(0)
+    return lambda places: left[places]
+
+
+def _columns_read(masks: Mapping[str, Tensor], event: Contraction, wanted: Tensor) -> Tensor:
+    mask = masks.get(event.weight)
+    if mask is None:
+        return torch.full((len(event.columns),), bool(wanted.any()))
+    rows, columns = event.axes
+    matrix = mask.movedim((rows, columns), (0, 1)).flatten(2).any(2) if mask.ndim > 2 else mask.movedim(rows, 0).bool()
+    return matrix[wanted.to(mask.device)].any(0).cpu()

@@ -1,0 +1,324 @@
+"""Follow features through a recorded forward pass: each number of each tensor is labelled with the one it belongs to.
+
+Rearrangements are carried out on the labels, in whatever way they are written, so that no pattern has to be recognised.
+What other operations do with labels stands in `tables`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from structured_tickets.features.calls import Call, LayerCall, packet
+from structured_tickets.features.exported import Program
+from structured_tickets.features.features import Features, Through
+from structured_tickets.features.labels import compact, plain, shortened, varying
+from structured_tickets.features.rules_of_axes import taken_axes
+from structured_tickets.features.rules_of_numbers import combined
+from structured_tickets.features.tables import (
+    BY_NUMBER,
+    BY_PLACE,
+    LAYERS,
+    RANDOM,
+    REARRANGEMENTS,
+    RULES,
+    SHAPING,
+    SLOTS,
+    VIEWS,
+)
+
+
+@dataclass
+class Following:
+    """Features of a network, and where they meet.
+
+    Attributes:
+        features: All of them.
+        calls: What was called with labels, in order: each layer with the labels that it read and those that it gave.
+        tensors: Labels that a tensor had from which features are to be removed: whatever is removed, what is left has
+            to be a tensor again.
+        fixed: Labels of tensors of which something is taken by its place along an axis: nothing can go along that.
+        unknown: Operations without a rule -> how often they are called with features.
+        parameters: Parameters and buffers that are no layer's, of which each number is a feature: int64 of their shape.
+    """
+
+    features: Features = field(default_factory=Features)
+    calls: list[LayerCall] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+    fixed: list[tuple[Tensor, int]] = field(default_factory=list)
+    unknown: Counter[str] = field(default_factory=Counter)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+
+    def follow(self, program: Program) -> None:
+        """Follow an image, which belongs to no feature, through a network."""
+        _Interpreter(self, program).run()
+
+    def keep_what_makes_no_tensor(self) -> None:
+        """Keep whole what cannot be removed so that every tensor stays a rectangle of numbers.
+
+        In each tensor, the sets of features that can be removed must lie one after another along a single axis.
+        """
+        sets_of = self.features.sets(layers=False)
+        features = self.features
+        checks = [(t, None) for t in self.tensors if t.numel()] + [(t, a) for t, a in self.fixed if t.numel()]
+        while True:
+            whole, found = features.whole(layers=False), False
+            for labels, axis in checks:
+                small = compact(labels)
+                sets = torch.where(small > 0, sets_of[small.clamp(min=0)], 0)
+                sets = torch.where(whole[sets] | (small <= 0), -1, sets)
+                lying = [a for a in range(sets.ndim) if bool((sets != sets.narrow(a, 0, 1)).any())]
+                if len(lying) > 1 or axis in lying:
+                    why = (
+                        "its features lie across two axes of a tensor"
+                        if axis is None
+                        else "a part of it is taken by its place"
+                    )
+                    features.keep_whole(small[sets >= 0], why)
+                    found = True
+            if not found:
+                return
+
+
+class _Interpreter:
+    def __init__(self, following: Following, program: Program) -> None:
+        self.following, self.program = following, program
+        self.env: dict[fx.Node, Any] = {}
+        self.values: dict[fx.Node, Any] = {}  # of what depends on nothing that is trained or seen
+        self.names: dict[fx.Node, str] = {}
+
+    def run(self) -> None:
+        for node in self.program.graph.graph.nodes:
+            self._run_node(node)
+
+    def _run_node(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            self._placeholder(node)
+        elif node.op == "get_attr":
+            self.env[node] = None  # a graph within the graph
+        elif node.op == "output":
+            for source in node.all_input_nodes:
+                self._keep(source, "it is one of the logits")
+        else:
+            self._call(node)
+
+    def _placeholder(self, node: fx.Node) -> None:
+        if node.name in self.program.parameters:
+            self.names[node] = self.program.parameters[node.name]
+        value: Any = node.meta.get("val")
+        number = isinstance(value, Tensor) and value.dtype.is_floating_point
+        if node.name in self.program.constants and not (number and node in self.names):
+            self.values[node] = self.program.constants[node.name]
+        self.env[node] = self._unlabelled(node)
+        if number and node in self.names and value.numel() <= LARGEST and not all(_holds(u, node) for u in node.users):
+            self.env[node] = self._numbered(self.names[node], value.shape)
+
+    def _numbered(self, name: str, shape: torch.Size) -> Tensor:
+        features = self.following.features
+        if name not in self.following.parameters:
+            labels = features.new(shape.numel(), name)
+            features.events.append(Through(labels, labels, nonzero=True))
+            self.following.parameters[name] = labels.view(shape)
+        return self.following.parameters[name]
+
+    def _unlabelled(self, node: fx.Node) -> Any:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            return plain(value.shape)
+        if isinstance(value, tuple | list):
+            return [plain(v.shape) if isinstance(v, Tensor) else v for v in value]
+        return value
+
+    def _keep(self, source: fx.Node, why: str) -> None:
+        for labels in _flat(self.env.get(source)):
+            if isinstance(labels, Tensor):
+                self.following.features.keep_whole(labels, why)
+
+    def _call(self, node: fx.Node) -> None:
+        if packet(node.target).startswith("wrap_with_"):
+            self._within(node)
+            return
+        if all(source in self.values for source in node.all_input_nodes) and self._compute(node):
+            self.env[node] = self._unlabelled(node)
+            return
+        self.env[node] = self._followed(node)
+        if _is_in_place(node) and node.args and isinstance(node.args[0], fx.Node):
+            self._written(node.args[0], self.env[node])
+
+    def _within(self, node: fx.Node) -> None:
+        """Run a graph within the graph, such as one under another autocast."""
+        place = next(k for k, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
+        inner: Any = self.program.graph.get_submodule(str(node.args[place].target))  # type: ignore[union-attr]
+        given: Any = node.args[place + 1 :]
+        for own, source in zip(inner.graph.find_nodes(op="placeholder"), given, strict=True):
+            for table in (self.env, self.values, self.names):
+                if source in table:
+                    table[own] = table[source]  # type: ignore[index]
+        for own in inner.graph.nodes:
+            if own.op == "output":
+                self.env[node] = fx.map_arg(own.args[0], self.env.get)
+            elif own.op not in ("placeholder", "get_attr"):
+                self._call(own)
+
+    def _followed(self, node: fx.Node) -> Any:
+        labelled = [labels for s in node.all_input_nodes for labels in _flat(self.env.get(s))]
+        if not any(isinstance(labels, Tensor) and bool((labels > 0).any()) for labels in labelled) and not self._writes(
+            node
+        ):
+            return self._unlabelled(node)
+        name = packet(node.target)
+        own, inside = self.following, self.program.is_of_its_layer
+        call = Call(node, self._labels, self._value, self._name, inside, own.features, own.tensors)
+        try:
+            rule = RULES.get(name)
+            if node.target is operator.getitem:
+                found = self.env[node.args[0]][node.args[1]]  # type: ignore[index]
+            elif name == "cat" and (joined := self._joined(node, call)) is not None:
+                found = joined
+            elif name in REARRANGEMENTS:
+                found = self._rearranged(node, name)
+            elif rule is not None:
+                found = rule(call)
+            else:
+                found = None
+        except (RuntimeError, IndexError, TypeError, ValueError):
+            found = None
+        if found is None:
+            self.following.unknown[name] += 1
+            for source in node.all_input_nodes:
+                self._keep(source, f"it is not known what {name} does with it")
+            return self._unlabelled(node)
+        if call.made is not None and call.made.layer:
+            self.following.calls.append(call.made)
+        found = (
+            [shortened(f) if isinstance(f, Tensor) else f for f in found]
+            if isinstance(found, list)
+            else shortened(found)
+        )
+        self._check_shape(node, found)
+        self.following.tensors += [f for f in _flat(found) if isinstance(f, Tensor)]
+        return found
+
+    def _check_shape(self, node: fx.Node, found: Any) -> None:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and tuple(found.shape) != tuple(value.shape):
+            raise AssertionError(
+                f"{node.format_node()}: labels of shape {tuple(found.shape)}, not {tuple(value.shape)}"
+            )
+
+    def _writes(self, node: fx.Node) -> bool:
+        """Whether a call makes features out of what has none: a layer with weights."""
+        return packet(node.target) in LAYERS
+
+    def _rearranged(self, node: fx.Node, name: str) -> Any:
+        if name in BY_NUMBER or name in BY_PLACE:
+            self._taken_apart(node, name)
+        if name in SHAPING:
+            return self.env[node.args[0]].reshape(node.meta["val"].shape)  # type: ignore[index]
+        args: Any = fx.map_arg(node.args, self._literal)
+        words: Any = fx.map_arg(node.kwargs, self._literal)
+        target: Any = node.target
+        found = target(*args, **words)
+        return list(found) if isinstance(found, tuple | list) else found
+
+    def _joined(self, node: fx.Node, call: Call) -> Tensor | None:
+        """Labels of tensors that are put one after another across the axis of their features: these become the same."""
+        sources: Any = call.argument(0, "tensors")
+        parts: list[Any] = [self.env[s] for s in sources]
+        axis = call.argument(1, "dim", 0) % parts[0].ndim
+        if all(set(varying(p)) <= {axis} for p in parts):
+            return None
+        if any(axis in varying(p) for p in parts):
+            raise ValueError("features lie along both axes")
+        found = parts[0].narrow(axis, 0, 1)
+        for part in parts[1:]:
+            found = shortened(combined(call, found, part.narrow(axis, 0, 1), product=False, shape=found.shape))
+        return found.expand(node.meta["val"].shape)
+
+    def _taken_apart(self, node: fx.Node, name: str) -> None:
+        """Keep what is taken by its place along an axis of features, unless the axis is divided into equal parts."""
+        if any(source not in self.values for source in node.all_input_nodes[1:]):
+            raise ValueError("places that depend on the image")
+        labels: Tensor = self.env[node.args[0]]  # type: ignore[index]
+        for axis in set(taken_axes(node, labels)) & set(varying(labels)):
+            parts = node.args[1] if name in BY_NUMBER else 0
+            if name == "split" and isinstance(node.args[1], int):
+                parts = -(-labels.shape[axis] // node.args[1])
+            if parts and isinstance(parts, int) and labels.shape[axis] % parts == 0:
+                self.following.tensors.append(labels.unflatten(axis, (parts, -1)))
+            elif not _takes_all(node, labels.shape[axis]):
+                self.following.fixed.append((labels, axis))
+
+    def _literal(self, node: fx.Node) -> Any:
+        if node in self.values and not isinstance(self.env.get(node), list):
+            value = self.values[node]
+            if isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32, torch.bool, torch.uint8):
+                return value
+        return self.env[node]
+
+    def _labels(self, node: fx.Node) -> Any:
+        return self.env[node]
+
+    def _value(self, node: fx.Node) -> Any:
+        return self.values.get(node)
+
+    def _name(self, node: Any) -> str:
+        return self.names.get(node, "") if isinstance(node, fx.Node) else ""
+
+    def _compute(self, node: fx.Node) -> bool:
+        """Compute what depends on nothing that is trained or seen; False if that is random or cannot be done."""
+        if packet(node.target) in RANDOM or not callable(node.target):
+            return False
+        args: Any = fx.map_arg(node.args, self.values.__getitem__)
+        words: Any = fx.map_arg(node.kwargs, self.values.__getitem__)
+        words = {k: "cpu" if k == "device" else v for k, v in words.items()}
+        try:
+            with torch.no_grad():
+                self.values[node] = node.target(*args, **words)
+        except Exception:  # whatever it is, it can be done without
+            return False
+        return True
+
+    def _written(self, target: fx.Node, found: Any) -> None:
+        """What is written into a tensor shows in those that it is a view of."""
+        before = self.env.get(target)
+        self.env[target] = found
+        while packet(target.target) in VIEWS and isinstance(target.args[0], fx.Node):
+            target = target.args[0]
+            if isinstance(before, Tensor) and isinstance(found, Tensor) and torch.equal(before, found):
+                return
+            self._keep(target, "a part of it is written to")
+            for labels in _flat(found):
+                self.following.features.keep_whole(labels, "it is written into a part of a tensor")
+            self.env[target] = self._unlabelled(target)
+
+
+LARGEST = 1_000_000
+"""Numbers of a parameter that is followed number by number."""
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    name = packet(node.target)
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _flat(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _holds(user: fx.Node, parameter: fx.Node) -> bool:
+    slots = SLOTS.get(packet(user.target), ())
+    return all(k in slots for k, a in enumerate(user.args) if a is parameter)
+
+
+def _takes_all(node: fx.Node, size: int) -> bool:
+    """True for a slice of everything."""
+    places: Any = (*node.args[2:5], *(None,) * 3)
+    start, end, step = places[:3]
+    return packet(node.target) == "slice" and not start and (end is None or end >= size) and step in (None, 1)

@@ -1,0 +1,102 @@
+"""Rules of layers: convolutions, linear layers and normalisations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from structured_tickets.features.calls import Call, LayerCall
+from structured_tickets.features.features import OTHER, Contraction, Gate
+from structured_tickets.features.labels import line_along, plain, varying
+from structured_tickets.features.rules_of_numbers import mixed
+
+
+def convolution(call: Call) -> Tensor:
+    """A convolution, grouped or not, of any number of axes."""
+    weight, bias = call.name_of(call.argument(1)), call.name_of(call.argument(2, "bias"))
+    groups = call.argument(6, "groups", 1)
+    return _convolved(call, weight, bias, groups, (0, 1))
+
+
+def transposed_convolution(call: Call) -> Tensor:
+    """A transposed convolution: the axes of its weight are the other way round."""
+    weight, bias = call.name_of(call.argument(1)), call.name_of(call.argument(2, "bias"))
+    return _convolved(call, weight, bias, call.argument(6, "groups", 1), (1, 0))
+
+
+def _convolved(call: Call, weight: str, bias: str, groups: int, axes: tuple[int, int]) -> Tensor:
+    labels, outputs = call.labels(0), call.shape[1]
+    columns = _read(call, labels, 1)
+    if not weight:
+        call.keep(labels, "the weights of the layer that reads it are computed")
+        return plain(call.shape)
+    rows = _layer(call, weight, bias, columns, outputs, axes if groups == 1 else (axes[0], axes[0]), groups)
+    return rows.view(1, -1, *[1] * (len(call.shape) - 2)).expand(call.shape)
+
+
+def _read(call: Call, labels: Tensor, axis: int) -> Tensor:
+    """The feature of each position along an axis; where there is no single one, those that there are stay whole."""
+    line = line_along(labels, axis)
+    if line is not None:
+        return line
+    call.keep(labels, "the layer that reads it finds other features in the same place")
+    return torch.full((labels.shape[axis],), OTHER)
+
+
+def _layer(
+    call: Call, weight: str, bias: str, columns: Tensor, outputs: int, axes: tuple[int, int], groups: int = 1
+) -> Tensor:
+    features = call.features
+    rows, own = features.new(outputs, weight), features.new(len(columns), f"columns of {weight}")
+    features.join(own, columns)
+    depthwise = 1 < groups == len(columns) == outputs
+    if depthwise:
+        features.join(rows, columns, layer=True)
+    elif groups > 1:
+        call.keep(torch.cat([rows, columns]), "its layer's groups must stay equally large")
+    inside = call.inside(call.node, weight)
+    features.events.append(Contraction(weight, bias, columns, rows, axes, depthwise or groups > 1, inside))
+    call.made = LayerCall(weight, columns, rows)
+    return rows
+
+
+def linear(call: Call) -> Tensor:
+    """A linear layer on the last axis."""
+    labels, weight, bias = call.labels(0), call.name_of(call.argument(1)), call.name_of(call.argument(2, "bias"))
+    others = [a for a in varying(labels) if a != labels.ndim - 1]
+    if not weight or others:
+        found = mixed(call, labels, [-1], "the weights of the layer that reads it are computed")
+        return found.expand(call.shape)
+    rows = _layer(call, weight, bias, _read(call, labels, -1), call.shape[-1], (0, 1))
+    return rows.expand(call.shape)
+
+
+def channel_normalisation(call: Call) -> Tensor:
+    """A batch or instance normalisation: each channel by itself."""
+    labels = call.labels(0)
+    weight, bias = (call.name_of(call.argument(k)) for k in (1, 2))
+    statistics = call.name_of(call.argument(3))
+    line = _read(call, labels, 1)
+    features, count = call.features, len(line)
+    name = weight or statistics
+    new = features.new(count, f"channels of {name}" if name else "")
+    own = features.new(count, f"what {name} normalises" if name else "")
+    features.join(own, line)
+    features.join(own, new, layer=True)
+    names = (weight, bias) if weight and bias else ()
+    features.events.append(Gate(line.clamp(min=0), new, torch.arange(count), names))
+    call.made = LayerCall(name, line, new)
+    return new.view(1, -1, *[1] * (labels.ndim - 2)).expand(call.shape)
+
+
+def layer_normalisation(call: Call) -> Tensor:
+    """A normalisation over the last axes."""
+    labels = call.labels(0)
+    axes = range(labels.ndim - len(call.argument(1)), labels.ndim)
+    return mixed(call, labels, axes, "it is normalised together with other features").expand(call.shape)
+
+
+def group_normalisation(call: Call) -> Tensor:
+    """A normalisation over groups of channels."""
+    call.keep(call.labels(0), "it is normalised together with other features")
+    return plain(call.shape)

@@ -1,0 +1,164 @@
+"""Rules of operations that work on each number by itself, or on numbers of two tensors pair by pair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, fx
+
+from structured_tickets.features.calls import Call, packet
+from structured_tickets.features.features import OTHER, ZERO, Both, Features, Through, sets_of
+from structured_tickets.features.labels import compact, plain, shortened, varying, without
+
+
+def same(call: Call) -> Tensor:
+    """Works on each number by itself, and gives zero for zero."""
+    return call.labels(0).expand(call.shape)
+
+
+def nonzero(call: Call) -> Tensor:
+    """Works on each number by itself, and gives something else than zero for zero."""
+    return fresh(call.features, call.labels(0)).expand(call.shape)
+
+
+def clamped(call: Call) -> Tensor:
+    """Zero for zero, unless the bounds exclude it."""
+    low, high = call.argument(1, "min"), call.argument(2, "max")
+    if packet(call.node.target) == "clamp_max":
+        low, high = None, low
+    inside = all(isinstance(b, int | float | None) for b in (low, high)) and (low or 0) <= 0 <= (high or 0)
+    return same(call) if inside else nonzero(call)
+
+
+def slopes(call: Call) -> Tensor:
+    """Each channel has a slope for what is below zero, or all have one."""
+    labels, weight = call.labels(0), call.labels(1)
+    if weight.numel() == 1:
+        return labels
+    return combined(call, labels, weight.view(1, -1, *[1] * (labels.ndim - 2)), product=True)
+
+
+def fresh(features: Features, labels: Tensor) -> Tensor:
+    """New features, never zero, in the places of others, with which they have to be removed."""
+    small = compact(labels)
+    old, inverse = small.unique(return_inverse=True)
+    new = torch.where(old > 0, features.new(len(old)), OTHER)
+    features.join(old, new)
+    features.events.append(Through(old[old > 0], new[old > 0], nonzero=True))
+    return new[inverse].expand(labels.shape)
+
+
+def mixed(call: Call, labels: Tensor, axes: Iterable[int], why: str, keepdim: bool = True) -> Tensor:
+    """Every number that comes out depends on all along these axes, which are left with one position."""
+    axes = [a % labels.ndim for a in axes]
+    inside = [a for a in varying(labels) if a in axes]
+    if not inside:
+        return without(fresh(call.features, labels), axes, keepdim)
+    if len(inside) == len(varying(labels)):
+        call.keep(labels, why)
+        return without(plain(labels.shape), axes, keepdim)
+    slices = without(labels, axes, keepdim=True)
+    call.features.join(compact(labels), compact(slices))
+    bound = (labels <= 0).any(dim=tuple(axes), keepdim=True) if bool((labels <= 0).any()) else None
+    if bound is not None:
+        call.keep(labels, why)
+        return without(plain(labels.shape), axes, keepdim)
+    new = fresh(call.features, shortened(slices))
+    pairs = torch.broadcast_tensors(compact(labels), compact(new))
+    call.features.events.append(Through(pairs[0].flatten(), pairs[1].flatten(), nonzero=True))
+    return without(new, axes, keepdim)
+
+
+def addition(call: Call) -> Tensor:
+    """A sum of two tensors, or of a tensor and a number."""
+    return _combined(call, product=False)
+
+
+def multiplication(call: Call) -> Tensor:
+    """A product of two tensors, or of a tensor and a number."""
+    return _combined(call, product=True)
+
+
+def division(call: Call) -> Tensor:
+    """A quotient: zero where the first is."""
+    if not isinstance(call.argument(1), fx.Node):
+        return same(call)
+    one, other = call.labels(0), call.labels(1)
+    return combined(call, one, fresh(call.features, other) if bool((other > 0).any()) else other, product=True)
+
+
+def _combined(call: Call, product: bool) -> Tensor:
+    operands = [a for a in call.node.args[:2] if isinstance(a, fx.Node)]
+    if len(operands) == 1:
+        labels = call.labels_of(operands[0]).expand(call.shape)
+        return labels if product else fresh(call.features, labels)
+    return combined(call, call.labels(0), call.labels(1), product)
+
+
+def combined(call: Call, one: Tensor, other: Tensor, product: bool, shape: torch.Size | None = None) -> Tensor:
+    """Labels of a sum or product of two tensors that are made equally large first."""
+    shape = call.shape if shape is None else shape
+    one, other = equally_many_axes(one, other)
+    if not bool((one > 0).any()):
+        one, other = other, one
+    if not bool((other > 0).any()):
+        if any(other.shape[a] > 1 for a in varying(one)) and bool((other == OTHER).any()):
+            call.keep(one, "it is combined with numbers that cannot be removed")
+            return plain(shape)
+        return (one if product else fresh(call.features, one)).expand(shape)
+    return paired(call, compact(one), compact(other), product).expand(shape)
+
+
+def equally_many_axes(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    axes = max(one.ndim, other.ndim)
+    found = [t[(None,) * (axes - t.ndim)] for t in (one, other)]
+    return found[0], found[1]
+
+
+def paired(call: Call, one: Tensor, other: Tensor, product: bool) -> Tensor:
+    """Labels of a sum or product, number by number, of labels that are made equally large first."""
+    one, other = torch.broadcast_tensors(one, other)
+    features = call.features
+    pairs, inverse = torch.stack([one.flatten(), other.flatten()]).unique(dim=1, return_inverse=True)
+    a, b = pairs
+    found = torch.full_like(a, OTHER)
+    both = (a > 0) & (b > 0) & (a != b)
+    found[a == b] = a[a == b]
+    zero = (a == ZERO) | (b == ZERO)
+    found[zero] = ZERO if product else torch.maximum(a, b)[zero]
+    for labels, partner in ((a, b), (b, a)):
+        call.keep(labels[(labels > 0) & (partner == OTHER)], "it is combined with numbers that cannot be removed")
+    sets = sets_of(a[both], b[both])  # one feature for all that have to go together
+    new = features.new(int(sets.max()) + 1 if len(sets) else 0)[sets]
+    found[both] = new
+    features.join(a[both], new)
+    features.join(b[both], new)
+    if product:
+        features.events.append(Both(a[both], b[both], new))
+    else:
+        features.events.append(Through(torch.cat([a[both], b[both]]), torch.cat([new, new])))
+    return found[inverse].view(one.shape)
+
+
+def gated_linear(call: Call) -> Tensor:
+    """The first half of an axis times the sigmoid of the second."""
+    labels, axis = call.labels(0), call.argument(1, "dim", -1)
+    halves = labels.unflatten(axis, (2, -1))
+    call.tensors.append(halves)
+    axis %= labels.ndim
+    return combined(call, halves.select(axis, 0), fresh(call.features, shortened(halves.select(axis, 1))), product=True)
+
+
+def masked(call: Call) -> Tensor:
+    """Some numbers are set to a value."""
+    labels, mask = call.labels(0), call.argument(1)
+    if isinstance(mask, fx.Node) and any(
+        s > 1 for a, s in _sizes(call.labels_of(mask), labels) if a in varying(labels)
+    ):
+        raise ValueError("the mask is not the same for all features")
+    return labels if call.argument(2, "value") == 0 else fresh(call.features, labels)
+
+
+def _sizes(mask: Tensor, labels: Tensor) -> list[tuple[int, int]]:
+    return [(labels.ndim - mask.ndim + a, s) for a, s in enumerate(mask.shape)]

@@ -1,0 +1,92 @@
+"""Rules of products of matrices, and of attention, which is made of two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from structured_tickets.features.calls import Call
+from structured_tickets.features.labels import compact, plain, shortened, varying
+from structured_tickets.features.rules_of_numbers import equally_many_axes, fresh, mixed, paired
+
+MOST_PAIRS = 10_000_000
+"""Of features that are multiplied with each other in one product of matrices; where there are more, they stay whole."""
+
+
+def matrix_product(call: Call) -> Tensor:
+    """[..., n, k] times [..., k, m]."""
+    return multiplied(call, call.labels(0), call.labels(1))
+
+
+def attention(call: Call) -> Tensor:
+    """softmax(q k^T + mask) v."""
+    query, key, value = (call.labels(k) for k in range(3))
+    weights = multiplied(call, query, key.transpose(-1, -2))
+    mask = call.argument(3, "attn_mask")
+    if isinstance(mask, fx.Node):
+        call_shape = torch.broadcast_shapes(weights.shape, call.labels_of(mask).shape)
+        weights = _with_mask(call, weights.expand(call_shape), call.labels_of(mask).expand(call_shape))
+    weights = fresh(call.features, shortened(weights)) if bool((weights > 0).any()) else weights
+    return multiplied(call, weights, value)
+
+
+def _with_mask(call: Call, weights: Tensor, mask: Tensor) -> Tensor:
+    one, other = shortened(weights), shortened(mask)
+    if not bool((other > 0).any()):
+        if any(
+            call.labels_of(call.argument(3, "attn_mask")).shape[a - weights.ndim] > 1
+            for a in varying(one)
+            if a >= weights.ndim - mask.ndim
+        ):
+            call.keep(one, "it is combined with numbers that cannot be removed")
+            return plain(weights.shape)
+        return one
+    return paired(call, compact(one), compact(other), product=False).expand(weights.shape)
+
+
+def multiplied(call: Call, one: Tensor, other: Tensor) -> Tensor:
+    """Labels of a product of two stacks of matrices."""
+    if one.ndim < 2 or other.ndim < 2:
+        raise ValueError("a product with a vector")
+    one, other = (shortened(t) for t in equally_many_axes(one, other))
+    a, b = compact(one).unsqueeze(-1), compact(other).unsqueeze(-3)
+    if torch.broadcast_shapes(a.shape, b.shape).numel() > MOST_PAIRS:
+        raise ValueError("too many features meet")
+    axes = one.ndim
+    shape = (*torch.broadcast_shapes(one.shape[:-2], other.shape[:-2]), one.shape[-2], other.shape[-1])
+    summed = axes - 1 in varying(one) or axes - 2 in varying(other)
+    if not summed:
+        return _products(call, a.select(-2, 0), b.select(-2, 0), one, other).expand(shape)
+    for labels, axis, partner in ((one, axes - 1, other), (other, axes - 2, one)):
+        if axis in varying(labels) and not bool((partner > 0).any()):
+            call.keep(labels, "it is multiplied with numbers that cannot be removed")
+    call.features.join(a, b)
+    return _sums(call, one, other, shape)
+
+
+def _products(call: Call, a: Tensor, b: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Where nothing is added up but numbers of the same features: each product belongs to its two factors."""
+    for mine, whole, theirs in ((a, one, other), (b, other, one)):
+        if not bool((theirs > 0).any()):
+            lead = [x for x in varying(whole) if x < whole.ndim - 2 and theirs.shape[x] > 1]
+            if lead:
+                call.keep(whole, "it is multiplied with numbers that cannot be removed")
+                return plain(torch.broadcast_shapes(a.shape, b.shape))
+            return mine
+    return paired(call, a, b, product=True)
+
+
+def _sums(call: Call, one: Tensor, other: Tensor, shape: Sequence[int]) -> Tensor:
+    """Where different features are added up: what comes out belongs to all of them, matrix by matrix."""
+    lead = [a for a in range(len(shape) - 2) if any(a in varying(t) for t in (one, other))]
+    matrices = [t for t in (one, other) if bool((t > 0).any())]
+    if not lead or len(matrices) < 2 or any(not set(lead) <= set(varying(t)) for t in matrices):
+        for labels in matrices:
+            call.keep(labels, "it is multiplied with other features, and the products are added up")
+        return plain(shape)
+    both = [mixed(call, t, [-1, -2], "it is multiplied with other features") for t in matrices]
+    found = paired(call, compact(both[0]), compact(both[1]), product=False)
+    call.features.heads.append(found[found > 0])
+    return found.expand(shape)

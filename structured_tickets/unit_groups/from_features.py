@@ -1,0 +1,181 @@
+"""Units of a network whose features were followed: channels of convolutions, heads and neurons of linear layers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structured_tickets.features.calls import LayerCall
+from structured_tickets.features.features import Both, Contraction, Features, Gate, Through
+from structured_tickets.features.following import Following
+from structured_tickets.networks.registry import ModelSpec
+from structured_tickets.unit_groups.operations import is_depthwise, is_plain_conv, is_prunable_norm
+from structured_tickets.unit_groups.unit import Slice, UnitGroup, rows
+
+
+def channels_of(model: nn.Module, following: Following, spec: ModelSpec, stem: bool) -> list[UnitGroup]:
+    """Return one group per convolution, as `channel_groups` does."""
+    left_dense = {spec.classifier} if stem else {spec.classifier, spec.stem}
+    convs = {n: m for n, m in model.named_modules() if is_plain_conv(m) and n not in left_dense}
+    logits = _logits(following)
+    outside = _outside(following)
+    calls = {c.layer.rpartition(".")[0]: c for c in following.calls if c.layer not in outside}
+    convs = {n: m for n, m in convs.items() if n in calls and not bool(logits[calls[n].given].any())}
+    firsts = {n: int(calls[n].given[0]) for n in convs}
+    owner = _owners(following.features, convs, calls)
+    joined: dict[str, list[Slice]] = {n: [] for n in convs}
+    owned = set()
+    for name, call in calls.items():
+        layer: Any = model.get_submodule(name)
+        if name in convs:
+            biased = layer.bias is not None and not _is_only_normalised(following, call.given)
+            owners = _owners_of_depthwise(owner, call, firsts, convs) if is_depthwise(layer) else {}
+            if owners:
+                owned.add(name)
+                for own, index in owners.items():
+                    bias = [Slice(name, 0, index, "bias", ranked=False)] if biased else []
+                    joined[own] += [Slice(name, 0, index), *bias]
+            elif biased:
+                joined[name].append(rows(name, layer.out_channels, "bias", ranked=False))
+        elif isinstance(layer, nn.BatchNorm2d) and layer.affine and is_prunable_norm(layer):
+            for own, index in _whole_layers(owner[call.read.clamp(min=0)], firsts, convs).items():
+                joined[own] += [Slice(name, 0, index, param, ranked=False) for param in ("weight", "bias")]
+    return [UnitGroup(n, "channel", (rows(n, m.out_channels), *joined[n])) for n, m in convs.items() if n not in owned]
+
+
+def _logits(following: Following) -> Tensor:
+    """Which features are logits, or are added into them: bool [count + 1]."""
+    features = following.features
+    flags = torch.zeros(features.count + 1, dtype=torch.bool)
+    for found, why in features.reasons:
+        if why == "it is one of the logits":
+            flags[found] = True
+    for event in reversed(features.events):
+        if isinstance(event, Through) and not event.nonzero:
+            flags[event.sources[flags[event.features]]] = True
+    return flags
+
+
+def _owners(features: Features, convs: Mapping[str, Any], calls: Mapping[str, LayerCall]) -> Tensor:
+    """The filter that each feature is zero with, as the number of that filter's own feature; 0 if there is none."""
+    owner = torch.zeros(features.count + 1, dtype=torch.long)
+    firsts = {n: int(calls[n].given[0]) for n in convs}
+    for event in features.events:
+        if isinstance(event, Contraction):
+            name = event.weight.rpartition(".")[0]
+            if name in convs:
+                found = _owners_of_depthwise(owner, calls[name], firsts, convs) if is_depthwise(convs[name]) else {}
+                owner[event.rows] = owner[event.columns] if found else event.rows
+        elif isinstance(event, Gate):
+            owner[event.features] = owner[event.sources]
+        elif isinstance(event, Both):
+            one, other = owner[event.one], owner[event.other]
+            owner[event.features] = torch.where(one > 0, one, other)
+        elif not event.nonzero:
+            owner[event.features] = _shared(owner[event.sources], event.features)
+    return owner
+
+
+def _shared(owners: Tensor, features: Tensor) -> Tensor:
+    """The owner that all sources of each feature have; 0 if they have several. One entry for each source."""
+    names, which = features.unique(return_inverse=True)
+    lowest = torch.full((len(names),), torch.iinfo(torch.long).max).scatter_reduce(0, which, owners, "amin")
+    highest = torch.zeros(len(names), dtype=torch.long).scatter_reduce(0, which, owners, "amax")
+    return torch.where(lowest == highest, highest, 0)[which]
+
+
+def _owners_of_depthwise(
+    owner: Tensor, call: LayerCall, firsts: Mapping[str, int], convs: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Return the convolutions whose channels a depth-wise one filters; none, if it filters others, too."""
+    found = _whole_layers(owner[call.read.clamp(min=0)], firsts, convs)
+    return found if sum(index.numel() for index in found.values()) == len(call.read) else {}
+
+
+def _whole_layers(line: Tensor, firsts: Mapping[str, int], convs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the convolutions of which every filter is in the line, all equally often: int64 [filters, times]."""
+    found = {}
+    for name, first in firsts.items():
+        filters = convs[name].out_channels
+        places = ((line >= first) & (line < first + filters)).nonzero().flatten()
+        which = line[places] - first
+        times = which.bincount(minlength=filters)
+        if len(places) and bool((times == times[0]).all()):
+            found[name] = places[which.argsort(stable=True)].view(filters, -1)
+    return found
+
+
+def _is_only_normalised(following: Following, given: Tensor) -> bool:
+    """True if nothing but one normalisation with weights reads these features."""
+    readers = set()
+    first = int(given[0])
+    for event in following.features.events:
+        sources = {Through: "sources", Gate: "sources", Both: "one", Contraction: "columns"}[type(event)]
+        if bool((getattr(event, sources) == first).any()) or (
+            isinstance(event, Both) and bool((event.other == first).any())
+        ):
+            readers.add((type(event), getattr(event, "parameters", None)))
+    return len(readers) == 1 and all(kind is Gate and names for kind, names in readers)
+
+
+def linear_units(model: nn.Module, following: Following, spec: ModelSpec) -> list[UnitGroup]:
+    """Return heads, then neurons: sets of rows and columns of linear layers that can be removed together.
+
+    A set that attention's products of matrices join is a head; others are neurons.
+    """
+    features = following.features
+    sets, whole = features.sets(layers=True), features.whole(layers=True)
+    heads = {int(n) for found in features.heads for n in sets[found].unique()}
+    members: dict[int, list[tuple[str, int, int]]] = defaultdict(list)
+    for weight, axis, line in _lines(following):
+        for position, number in enumerate(sets[line.clamp(min=0)].tolist()):
+            if int(line[position]) > 0 and not whole[number]:
+                members[number].append((weight, axis, position))
+    outside = _outside(following)
+    alike: dict[tuple, list[dict[tuple[str, int], list[int]]]] = defaultdict(list)
+    for number, found in members.items():
+        places: dict[tuple[str, int], list[int]] = defaultdict(list)
+        for weight, axis, position in found:
+            places[weight, axis].append(position)
+        kind = "head" if number in heads else "neuron"
+        key = (kind, *sorted((*k, len(v)) for k, v in places.items()))
+        axes = {axis for _, axis in places}
+        layers = {weight.rpartition(".")[0] for weight, _ in places}
+        linear = all(isinstance(model.get_submodule(n), nn.Linear) for n in layers)
+        if linear and axes == {0, 1} and spec.classifier not in layers and not outside & {w for w, _ in places}:
+            alike[key].append(places)
+    groups = [_group(model, key[0], units) for key, units in alike.items() if len(units) > 1]
+    order = {n: k for k, (n, _) in enumerate(model.named_parameters())}
+    return sorted(groups, key=lambda g: (g.kind != "head", order[g.root.name]))
+
+
+def _outside(following: Following) -> set[str]:
+    """Weights that are used without their layer."""
+    return {e.weight for e in following.features.events if isinstance(e, Contraction) and not e.inside}
+
+
+def _lines(following: Following) -> Iterator[tuple[str, int, Tensor]]:
+    """Rows and columns of each linear layer, with the feature of each position."""
+    seen = set()
+    for event in following.features.events:
+        if isinstance(event, Contraction) and event.weight not in seen:
+            seen.add(event.weight)
+            yield event.weight, 0, event.rows
+            yield event.weight, 1, event.columns
+
+
+def _group(model: nn.Module, kind: str, units: list[dict[tuple[str, int], list[int]]]) -> UnitGroup:
+    order = {n: k for k, (n, _) in enumerate(model.named_parameters())}
+    keys = sorted(units[0], key=lambda k: (k[1], order[k[0]]))
+    units = sorted(units, key=lambda u: u[keys[0]])
+    slices = tuple(_slice(weight, axis, torch.tensor([u[weight, axis] for u in units])) for weight, axis in keys)
+    return UnitGroup(slices[0].layer, kind, slices)
+
+
+def _slice(name: str, axis: int, index: Tensor) -> Slice:
+    layer, _, param = name.rpartition(".")
+    return Slice(layer, axis, index, param)

@@ -1,0 +1,324 @@
+"""Networks whose units only following their features finds: right ones, silent when pruned, and really removed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from structured_tickets.base.errors import UsageError
+from structured_tickets.networks.registry import ModelSpec
+from structured_tickets.shrinking.shrink import shrink
+from structured_tickets.unit_groups.find import features_of, unit_groups
+from structured_tickets.unit_groups.unit import masks_of_units
+
+
+def conv(given, out, size=3, **more):
+    return nn.Sequential(
+        nn.Conv2d(given, out, size, padding=size // 2, bias=False, **more), nn.BatchNorm2d(out), nn.SiLU()
+    )
+
+
+class Cnn(nn.Module):
+    """A stem, what a subclass puts in the middle, and a classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.fc = conv(3, 8), nn.Linear(12, 5)
+        self.build()
+
+    def forward(self, x):
+        return self.fc(self.middle(self.stem(x)).mean((2, 3)))
+
+
+class Listed(Cnn):
+    """Parts in a list, split and put together again."""
+
+    def build(self):
+        self.first, self.parts = conv(8, 16), nn.ModuleList([conv(8, 8), conv(8, 8)])
+        self.last = conv(32, 12, 1)
+
+    def middle(self, x):
+        y = list(self.first(x).chunk(2, 1))
+        for part in self.parts:
+            y.append(part(y[-1]))
+        return self.last(torch.cat(y, 1))
+
+
+class Upwards(Cnn):
+    """A layer that widens before a normalisation of two tensors side by side."""
+
+    def build(self):
+        self.down, self.up, self.skip = (
+            nn.Conv2d(8, 16, 3, 2, 1),
+            nn.ConvTranspose2d(16, 24, 2, 2),
+            nn.Conv2d(8, 10, 3, 1, 1),
+        )
+        self.norm, self.last = nn.BatchNorm2d(34), nn.Conv2d(34, 12, 3, padding=1)
+
+    def middle(self, x):
+        return self.last(self.norm(torch.cat([self.up(self.down(x).relu()), self.skip(x).relu()], 1)).relu())
+
+
+class Unfolded(Cnn):
+    """Pixels become channels by slices."""
+
+    def build(self):
+        self.a, self.skip, self.norm = nn.Conv2d(8, 6, 3, 1, 1), nn.Conv2d(8, 10, 3, 2, 1), nn.BatchNorm2d(34)
+        self.last = nn.Conv2d(34, 12, 3, padding=1)
+
+    def middle(self, x):
+        y = self.a(x).relu()
+        u = torch.cat([y[..., ::2, ::2], y[..., 1::2, ::2], y[..., ::2, 1::2], y[..., 1::2, 1::2]], 1)
+        return self.last(self.norm(torch.cat([u, self.skip(x).relu()], 1)).relu())
+
+
+class Noisy(Cnn):
+    """Asks whether it trains."""
+
+    def build(self):
+        self.a, self.b = conv(8, 16), conv(16, 12)
+
+    def middle(self, x):
+        x = F.dropout(self.a(x), 0.1, self.training)
+        if self.training:
+            x = x * (torch.rand(len(x), 1, 1, 1) > 0.1)
+        return self.b(x)
+
+
+class Called(Cnn):
+    """A layer is called twice, with a normalisation of its own each time."""
+
+    def build(self):
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.Conv2d(8, 12, 1)
+        self.first, self.second = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+    def middle(self, x):
+        return self.b(self.second(self.a(self.first(self.a(x)).relu())).relu())
+
+
+class Gates(Cnn):
+    """A gated linear unit, a slope for each channel, a gain for each channel."""
+
+    def build(self):
+        self.a, self.glu, self.b, self.slopes = conv(8, 32), nn.GLU(1), conv(16, 10), nn.PReLU(10)
+        self.gain, self.c = nn.Parameter(torch.rand(10, 1, 1)), conv(10, 12)
+
+    def middle(self, x):
+        return self.c(self.slopes(self.b(self.glu(self.a(x)))) * self.gain)
+
+
+class Attention(nn.Module):
+    """As it is written by hand."""
+
+    def __init__(self, dim=24, heads=4):
+        super().__init__()
+        self.heads, self.head_dim = heads, dim // heads
+        self.query, self.key, self.value = (nn.Linear(dim, dim) for _ in range(3))
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        batch, tokens, _ = x.shape
+        q, k, v = (f(x).view(batch, tokens, self.heads, -1).transpose(1, 2) for f in (self.query, self.key, self.value))
+        x = (q @ k.transpose(-1, -2) * self.head_dim**-0.5).softmax(-1) @ v
+        return self.out(x.transpose(1, 2).reshape(batch, tokens, -1))
+
+
+class Fixed(Attention):
+    """The head's size is taken from the width of what comes in: fewer heads would get larger ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Linear(24, 72)
+
+    def forward(self, x):
+        b, n, c = x.shape
+        q, k, v = self.query(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c))
+
+
+class ViT(nn.Module):
+    def __init__(self, attention=Attention):
+        super().__init__()
+        self.embed, self.token = nn.Conv2d(3, 24, 4, 4), nn.Parameter(torch.rand(1, 1, 24))
+        self.place, self.mixers = nn.Parameter(torch.rand(1, 5, 24)), nn.ModuleList([attention(), attention()])
+        self.norms = nn.ModuleList([nn.LayerNorm(24) for _ in range(4)])
+        self.wide, self.narrow = (nn.ModuleList([nn.Linear(*s) for _ in range(2)]) for s in ((24, 40), (40, 24)))
+        self.fc = nn.Linear(24, 5)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.place
+        for k, mixer in enumerate(self.mixers):
+            x = x + mixer(self.norms[2 * k](x))
+            x = x + self.narrow[k](F.gelu(self.wide[k](self.norms[2 * k + 1](x))))
+        return self.fc(x[:, 0])
+
+
+CNNS = {
+    Listed: {"first.0", "parts.0.0", "parts.1.0", "last.0"},
+    Upwards: {"down", "skip", "last"},
+    Unfolded: {"a", "skip", "last"},
+    Noisy: {"a.0", "b.0"},
+    Called: {"a", "b"},
+    Gates: {"a.0", "b.0", "c.0"},
+}
+NETWORKS = [*CNNS, ViT, lambda: ViT(Fixed)]
+
+
+def made(build):
+    """A network as after some training: normalisations that shift, statistics that are no longer those of new ones."""
+    torch.manual_seed(0)
+    model = build()
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.LayerNorm)):
+        for name, low in (("weight", 0.5), ("bias", -0.4), ("running_mean", -0.3), ("running_var", 0.5)):
+            if getattr(norm, name, None) is not None:
+                getattr(norm, name).data.uniform_(low, low + 0.7)
+    stem = "stem.0" if isinstance(model, Cnn) else "embed"
+    model.spec = ModelSpec(type(model).__name__, stem, "fc", "", image=(3, 8, 8))
+    return model
+
+
+def pruned(model, share=0.5):
+    """Masks that keep some units of each group, and the units."""
+    groups, draw = unit_groups(model), torch.Generator().manual_seed(1)
+    kept = {g.name: torch.rand(g.units, generator=draw) < share for g in groups}
+    for flags in kept.values():
+        flags[0], flags[-1] = True, False
+    return groups, kept, masks_of_units(groups, kept, dict(model.named_parameters()))
+
+
+def masked(model, masks):
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            twin.get_parameter(name).mul_(mask)
+    return twin
+
+
+def images():
+    return torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("kind", CNNS)
+def test_the_channels_of_a_cnn_are_found_by_what_it_does(kind):
+    model = made(kind)
+    assert features_of(model) is not None, "its modules tell enough"
+    assert {g.name for g in unit_groups(model)} == CNNS[kind]
+
+
+def test_a_normalisation_belongs_to_the_channel_that_it_normalises():
+    found = {
+        g.name: {(s.layer, tuple(s.index.flatten().tolist())) for s in g.slices} for g in unit_groups(made(Upwards))
+    }
+    assert ("norm", tuple(range(24, 34))) in found["skip"] and not any(layer == "norm" for layer, _ in found["down"])
+    found = {g.name: {s.layer: s.index.tolist() for s in g.slices} for g in unit_groups(made(Unfolded))}
+    assert found["a"]["norm"] == [[k, k + 6, k + 12, k + 18] for k in range(6)]
+    assert found["skip"]["norm"] == [[24 + k] for k in range(10)]
+
+
+def test_heads_and_neurons_are_found_by_what_is_computed():
+    groups = {g.name: g for g in unit_groups(made(ViT))}
+    assert [(g.kind, g.units) for g in groups.values()] == [("head", 4), ("head", 4), ("neuron", 40), ("neuron", 40)]
+    head = groups["mixers.0.query"]
+    assert {s.layer for s in head.slices} == {f"mixers.0.{n}" for n in ("query", "key", "value", "out")}
+    assert head.slices[-1].axis == 1 and head.slices[0].index[1].tolist() == list(range(6, 12))
+
+
+@pytest.mark.parametrize("build", NETWORKS)
+@pytest.mark.parametrize("training", [False, True])
+@torch.no_grad()
+def test_without_pruned_units_it_computes_the_same_and_stays_the_users_module(build, training):
+    model = made(build).train(training)
+    _, _, masks = pruned(model)
+    small = shrink(model, masks).network
+    whole = masked(model, masks)
+    assert type(small) is type(model) and small.training == training
+    assert sum(p.numel() for p in small.parameters()) < sum(int(p.count_nonzero()) for p in whole.parameters()) + 1
+    torch.manual_seed(3)
+    wanted = whole(images())
+    if build is Noisy and training:
+        return  # how many numbers dropout draws depends on how many there are
+    torch.manual_seed(3)
+    torch.testing.assert_close(small(images()), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", CNNS)
+@torch.no_grad()
+def test_nothing_moves_when_a_pruned_unit_is_disturbed(kind):
+    """The entries of a normalisation too, and none but those are zero."""
+    model = made(kind).eval()
+    groups, kept, masks = pruned(model)
+    whole = masked(model, masks)
+    before = whole(images())
+    readers = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)}
+    assert before.isfinite().all() and readers
+    small = shrink(whole, masks)
+    for name, axes in small.cuts.items():
+        for axis, index in axes.items():
+            gone = torch.ones(whole.state_dict()[name].shape[axis], dtype=torch.bool)
+            gone[index] = False
+            if axis == 1 or name.endswith(("running_mean", "running_var")):
+                whole.state_dict()[name].movedim(axis, 0)[gone] += 1.0
+    torch.testing.assert_close(whole(images()), before, rtol=1e-4, atol=1e-5)
+    assert {g.name for g in groups} == kept.keys()
+
+
+def test_a_head_that_the_forward_pass_does_not_let_go_is_only_not_computed():
+    model = made(lambda: ViT(Fixed))
+    _, kept, masks = pruned(model)
+    small = shrink(model, masks).network
+    left = int(kept["mixers.0.query"].sum())
+    assert small.mixers[0].heads == 4 and small.mixers[0].out.weight.shape == (24, 6 * left)
+    assert made(ViT).mixers[0].heads == 4 and small.wide[0].weight.shape[0] == int(kept["wide.0"].sum())
+    _, kept, masks = pruned(free := made(ViT))
+    assert shrink(free, masks).network.mixers[0].heads == int(kept["mixers.0.query"].sum())
+
+
+class Sorted(Cnn):
+    """An operation that nothing is known of."""
+
+    def build(self):
+        self.a, self.b, self.c = conv(8, 16), conv(16, 16), conv(16, 12)
+
+    def middle(self, x):
+        y = self.a(x)
+        return self.c(self.b(y.sort(dim=1).values) + y.cumsum(1))
+
+
+@torch.no_grad()
+def test_what_an_unknown_operation_reads_stays_whole():
+    model = made(Sorted).eval()
+    following = features_of(model)
+    assert {"sort", "cumsum"} <= set(following.unknown)
+    _, kept, masks = pruned(model)
+    small = shrink(model, masks).network
+    torch.testing.assert_close(small(images()), masked(model, masks)(images()), rtol=1e-4, atol=1e-5)
+    assert small.c[0].weight.shape[1] == int(kept["b.0"].sum()) or small.c[0].weight.shape[1] == 16
+
+
+class Deciding(Cnn):
+    def build(self):
+        self.a = conv(8, 12)
+
+    def middle(self, x):
+        return self.a(x if x.sum() > 0 else -x)
+
+
+def test_a_network_that_decides_by_its_images_is_refused_in_a_line():
+    with pytest.raises(
+        UsageError, match="the channels of Deciding cannot be followed: its forward pass cannot be recorded"
+    ):
+        unit_groups(made(Deciding))
+
+
+def test_no_random_number_is_drawn_and_nothing_is_left_on_the_network():
+    model = made(Noisy)
+    before, attributes = torch.get_rng_state(), set(vars(model))
+    state = copy.deepcopy(model.state_dict())
+    unit_groups(model)
+    assert torch.equal(torch.get_rng_state(), before) and set(vars(model)) == attributes
+    assert all(torch.equal(v, state[n]) for n, v in model.state_dict().items()) and model.training
