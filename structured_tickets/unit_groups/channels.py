@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from structured_tickets.base.errors import UsageError, first_line
@@ -122,6 +123,8 @@ class ChannelSources(ChannelTags):
             return self._normalised(str(node.target), called, tags)
         if isinstance(called, nn.Linear):
             return torch.full((*tags.shape[:-1], called.out_features), OTHER, dtype=torch.float64)
+        if called is F.linear and len(args) > 1 and isinstance(args[1], Tensor):
+            return torch.full((*tags.shape[:-1], args[1].shape[0]), OTHER, dtype=torch.float64)
         if called in ADDITIONS and len(args) == 2 and not kwargs:
             return _sum(*args)
         if called in PRODUCTS and len(args) == 2 and not kwargs:
