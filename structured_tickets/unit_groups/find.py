@@ -116,14 +116,16 @@ def features_of(model: nn.Module, image: Sequence[int] | None = None) -> Followi
 
 
 def _needed_following(model: nn.Module, image: Sequence[int] | None) -> Following | None:
-    reason = None
+    reason: Exception | None = None
     try:
         if image is None or _weights_found(model) >= LITTLE:
             return None
-    except UsageError as error:
-        reason = error
+    except Exception as error:  # whatever the network's code, or the names that it gives its layers, lead to
         if image is None:
-            return None
+            if isinstance(error, UsageError):
+                return None
+            raise
+        reason = error
     following = Following()
     try:
         for training in (False, True):
