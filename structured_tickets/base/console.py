@@ -74,13 +74,18 @@ def rank_here() -> int:
     return int(os.environ.get("RANK", "0")) if started_by_torchrun() else 0
 
 
+def is_terminal() -> bool:
+    """True if messages go to a terminal that can be drawn on; notebooks and servers replace the stream by their own."""
+    asked = getattr(sys.stderr, "isatty", None)
+    return bool(asked and asked()) and os.environ.get("TERM") != "dumb"
+
+
 def start_logging(quiet: bool, verbose: bool) -> None:
     """Log to stderr at the wanted level; of several processes the first one speaks for all, but for their errors."""
     level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
-    terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-    console = _ConsoleHandler(sys.stderr)
+    console = _ConsoleHandler(sys.stderr or io.StringIO())  # none in a program without a console
     console.setLevel(level if rank_here() == 0 else logging.ERROR)
-    console.setFormatter(_ConsoleFormatter(colour=terminal and "NO_COLOR" not in os.environ))
+    console.setFormatter(_ConsoleFormatter(colour=is_terminal() and "NO_COLOR" not in os.environ))
     log.handlers = [console]
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
     log.propagate = False
