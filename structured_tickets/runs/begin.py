@@ -18,7 +18,7 @@ from structured_tickets.base.environment import describe_environment
 from structured_tickets.base.errors import UsageError
 from structured_tickets.base.text_tables import counted
 from structured_tickets.base.untrusted_tensors import save_atomically
-from structured_tickets.base.weights import cloned_state, network_digest
+from structured_tickets.base.weights import cloned_state, digest_of, network_digest
 from structured_tickets.data.fingerprint import completed, describe_data, fingerprint
 from structured_tickets.networks import sources_of
 from structured_tickets.networks.precision import name_of
@@ -113,6 +113,7 @@ def _describe(setup: Setup, run: RunState, folder: RunFolder) -> None:
     folder.write_settings(run.args)
     environment = describe_environment(setup.args.words, setup.device, name_of(setup.precision))
     about: dict[str, Any] = {"data": run.data, "network": network_digest(setup.model)}
+    about |= {"initial_weights": digest_of(run.init_weight)[:16]}  # by which a report sees that seeds share them
     about |= {"sources": run.sources} if run.sources else {}  # files of the user's network, as the run began with them
     folder.write_environment(environment | about)
 

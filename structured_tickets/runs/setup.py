@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn, optim
 
+from structured_tickets.base.console import log_warnings
 from structured_tickets.base.distributed import ALONE, World
 from structured_tickets.base.environment import has_cpp_compiler, numerics
 from structured_tickets.base.errors import DataError, MachineError, UsageError
@@ -21,7 +22,8 @@ from structured_tickets.base.untrusted_tensors import as_state_dict, load_tensor
 from structured_tickets.base.weights import is_of_the_data
 from structured_tickets.data.catalog import DATASETS, load_splits
 from structured_tickets.data.loader import BatchLoader, Loaders, make_loaders
-from structured_tickets.networks import build_model
+from structured_tickets.networks import build_model, runs_a_file
+from structured_tickets.networks.fixed_start import starts_the_same
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.networks.precision import choose_precision
 from structured_tickets.networks.pretrained import load_pretrained_weights
@@ -135,12 +137,12 @@ def set_up(args: argparse.Namespace, world: World = ALONE) -> Setup:
         DataError: Data or weights are missing or unreadable.
         UsageError: The device, the network, its units, the images' size and the batches do not go together.
     """
-    model, loaders, classes, precision = _loaded(args)
+    model, loaders, classes, precision, said = _loaded(args)
     for loader in loaders:
         loader.share = (world.rank, world.size)
     groups = groups_from(args, model, loaders[0].image_size)
     setup = Setup(args, model, loaders, classes, precision, groups, world)
-    args.warnings += warnings_for(setup.rules, model, groups)
+    args.warnings += [*said, *warnings_for(setup.rules, model, groups)]
     return setup
 
 
@@ -154,11 +156,13 @@ def setup_model_dataset(args: Any) -> tuple[nn.Module, Any, Any, Any]:
         DataError: Data or weights are missing or unreadable.
         UsageError: The device, the network, the images' size and the batches do not go together.
     """
-    model, loaders, _, _ = _loaded(args)
+    model, loaders, _, _, said = _loaded(args)
+    log_warnings(said)
     return model, *loaders
 
 
-def _loaded(args: Any) -> tuple[nn.Module, Loaders, tuple[str, ...], torch.dtype]:
+def _loaded(args: Any) -> tuple[nn.Module, Loaders, tuple[str, ...], torch.dtype, list[str]]:
+    """Network, loaders, names of the classes, number type, and sentences that warn about the network."""
     settings = vars(args)
     choose_kernels(settings.get("deterministic", False))
     device = choose_device(settings.get("gpu", 0))
@@ -170,13 +174,31 @@ def _loaded(args: Any) -> tuple[nn.Module, Loaders, tuple[str, ...], torch.dtype
     seed = settings.get("seed") or 0
     seed_everything(seed)
     model = build_model(args.arch, len(splits.classes), size)
+    said = _warnings_of_a_fixed_start(model, settings, len(splits.classes), size, seed)
     load_start_weights(model, settings)
     model.normalize = Normalize(splits.mean, splits.std)
     _check_last_batch(model, len(splits.train), args.batch_size, size)
     model.to(device)
     precision = choose_precision(settings.get("precision", "auto"), device)
     prepare_for_speed(model, precision, settings.get("compile", False))
-    return model, make_loaders(splits, args.batch_size, device, source.flip, seed), tuple(splits.classes), precision
+    loaders = make_loaders(splits, args.batch_size, device, source.flip, seed)
+    return model, loaders, tuple(splits.classes), precision, said
+
+
+def _warnings_of_a_fixed_start(
+    model: nn.Module, settings: dict[str, Any], classes: int, size: int, seed: int
+) -> list[str]:
+    """A sentence if a user's network, just built, is the same for every seed, and no file is to give its weights."""
+    arch, file = settings["arch"], settings.get("init")
+    if not runs_a_file(arch) or (file and Path(file).exists()):
+        return []
+    reason = starts_the_same(model, lambda: build_model(arch, classes, size), seed)
+    if not reason:
+        return []
+    return [
+        f"--seed does not change the initial weights of {Path(arch).name}: {reason}. Runs with other seeds start from "
+        "the same weights and differ only in their batches. Leave the seed to --seed"
+    ]
 
 
 def _check_last_batch(model: nn.Module, images: int, batch_size: int, image_size: int) -> None:
