@@ -22,6 +22,7 @@ from structured_tickets.base.weights import cloned_state, digest_of, network_dig
 from structured_tickets.data.fingerprint import completed, describe_data, fingerprint
 from structured_tickets.networks import sources_of
 from structured_tickets.networks.precision import name_of
+from structured_tickets.networks.pretrained import load_initial_weights
 from structured_tickets.pruning.methods import CONTROLS, SQUEEZE_GOAL
 from structured_tickets.runs.compared_run import ControlSource
 from structured_tickets.runs.dense_store import DenseStore
@@ -30,7 +31,7 @@ from structured_tickets.runs.folder import RunFolder
 from structured_tickets.runs.next_masks import control_masks
 from structured_tickets.runs.reporter import Reporter
 from structured_tickets.runs.same_run import check_same_run, warn_of_changed_code
-from structured_tickets.runs.setup import Setup, load_initial_weights
+from structured_tickets.runs.setup import Setup
 from structured_tickets.runs.state import RunState
 from structured_tickets.runs.trackers import Trackers, trackers_of
 from structured_tickets.settings.identity import identity_of, identity_of_round_0, settings_of
@@ -95,7 +96,7 @@ def _begun(
     setup: Setup, run: RunState, folder: RunFolder, source: ControlSource | None, store: DenseStore | None
 ) -> RunState:
     """Start a new run. A control, or a run whose round 0 is in the dense store, starts after round 0."""
-    choose_initial_weights(setup.model, setup.args.init, folder)
+    choose_initial_weights(setup.model, setup.args.init, folder, setup.args.pretrained_key)
     run.init_weight = cloned_state(setup.model)
     if source is not None:
         warn_of_changed_code(source.dense.sources, run.sources, "The control trains another network than the ticket")
@@ -222,15 +223,19 @@ def continued(run: RunState, found: RunState, numerics: Mapping[str, Any]) -> Ru
     return replace(found, args=run.args, contents=contents, round_0=round_0, sources=sources)
 
 
-def choose_initial_weights(model: nn.Module, file: str | None, folder: RunFolder) -> None:
+def choose_initial_weights(model: nn.Module, file: str | None, folder: RunFolder, key: str | None = None) -> None:
     """Put the weights of `file` (`--init`) into the model; where there is no such file, the model's own are kept there.
 
     Without a name it is a file in the run's folder, which is written, never read.
+
+    Args:
+        key: Where in the file the weights are, if it has several.
     """
     path = Path(file) if file else folder.path / "init.pth.tar"
     if file and path.exists():
-        load_initial_weights(model, path)
-        log.info("loaded initial weights from %s", path)
+        load_initial_weights(model, path, key)
     else:
+        if file and key:
+            log.warning("--pretrained_key has no effect: there was no file %s yet, so it is written", path)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_atomically(cloned_state(model), path)

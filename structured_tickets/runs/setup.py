@@ -16,14 +16,13 @@ from torch import nn, optim
 from structured_tickets.base.console import log_warnings
 from structured_tickets.base.distributed import ALONE, World
 from structured_tickets.base.environment import has_cpp_compiler, numerics
-from structured_tickets.base.errors import DataError, MachineError, UsageError
+from structured_tickets.base.errors import MachineError, UsageError
 from structured_tickets.base.randomness import seed_everything
-from structured_tickets.base.untrusted_tensors import as_state_dict, load_tensors
-from structured_tickets.base.weights import is_of_the_data
 from structured_tickets.data.catalog import DATASETS, load_splits
 from structured_tickets.data.loader import BatchLoader, Loaders, make_loaders
 from structured_tickets.networks import build_model, runs_a_file
 from structured_tickets.networks.fixed_start import starts_the_same
+from structured_tickets.networks.input_statistics import Statistics
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.networks.precision import choose_precision
 from structured_tickets.networks.pretrained import load_pretrained_weights
@@ -150,7 +149,7 @@ def setup_model_dataset(args: Any) -> tuple[nn.Module, Any, Any, Any]:
     """Build the model (`model.normalize` set) and the train, validation and test loaders.
 
     Reads `arch`, `dataset`, `data`, `batch_size` and, where given, `image_size`, `seed`, `gpu`, `workers`,
-    `image_store`, `precision`, `compile`, `deterministic`, `vit_pretrained` and `pretrained`.
+    `image_store`, `precision`, `compile`, `deterministic`, `vit_pretrained`, `pretrained` and `pretrained_key`.
 
     Raises:
         DataError: Data or weights are missing or unreadable.
@@ -175,8 +174,8 @@ def _loaded(args: Any) -> tuple[nn.Module, Loaders, tuple[str, ...], torch.dtype
     seed_everything(seed)
     model = build_model(args.arch, len(splits.classes), size)
     said = _warnings_of_a_fixed_start(model, settings, len(splits.classes), size, seed)
-    load_start_weights(model, settings)
-    model.normalize = Normalize(splits.mean, splits.std)
+    wanted = load_start_weights(model, settings)
+    model.normalize = Normalize(*(wanted or (splits.mean, splits.std)))
     _check_last_batch(model, len(splits.train), args.batch_size, size)
     model.to(device)
     precision = choose_precision(settings.get("precision", "auto"), device)
@@ -220,11 +219,17 @@ def _check_last_batch(model: nn.Module, images: int, batch_size: int, image_size
             ) from error
 
 
-def load_start_weights(model: nn.Module, settings: dict[str, Any]) -> None:
-    """Put pretrained weights in place where the settings ask for them; the classifier stays fresh unless `fc`."""
+def load_start_weights(model: nn.Module, settings: dict[str, Any]) -> Statistics | None:
+    """Put pretrained weights in place where the settings ask for them; the classifier stays fresh unless `fc`.
+
+    Returns:
+        Mean and standard deviation of the images that the weights want; None where they want none in particular.
+    """
     file, from_file = settings.get("pretrained"), settings.get("prune_type") == "pt"
-    if settings.get("vit_pretrained") or (from_file and file):
-        load_pretrained_weights(model, model.spec, file, with_classifier=settings.get("fc", False))  # type: ignore[arg-type]
+    if not (settings.get("vit_pretrained") or (from_file and file)):
+        return None
+    spec: Any = model.spec
+    return load_pretrained_weights(model, spec, file, settings.get("fc", False), settings.get("pretrained_key"))
 
 
 def choose_kernels(deterministic: bool) -> None:
@@ -260,22 +265,3 @@ def prepare_for_speed(model: nn.Module, precision: torch.dtype, compiled: bool =
         if on_cpu and not has_cpp_compiler():
             raise UsageError("argument --compile: needs a C++ compiler; none was found (g++, clang++ or CXX)")
         model.compile()
-
-
-def load_initial_weights(model: nn.Module, file: Path) -> None:
-    """Load a state dict that `--init` names; normalisation constants stay the data set's own.
-
-    Raises:
-        DataError: The file cannot be read, or holds another network.
-    """
-    failure = f"--init {file}: not a readable state dict"
-    if not file.is_file():  # a pipe would be waited for without end
-        raise DataError(f"--init {file}: no regular file")
-    found = load_tensors(file, failure)
-    found = as_state_dict(found.get("state_dict", found) if isinstance(found, dict) else found, failure)
-    state = {k: v for k, v in found.items() if not is_of_the_data(k)}
-    own = {k: v.shape for k, v in model.state_dict().items() if not is_of_the_data(k)}
-    wrong = sorted(k for k in own.keys() | state.keys() if own.get(k) != getattr(state.get(k), "shape", None))
-    if wrong:
-        raise DataError(f"--init {file}: another network's weights (first difference: {wrong[0]})")
-    model.load_state_dict(state, strict=False)
