@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
+from _compat_pickle import IMPORT_MAPPING
 from collections import OrderedDict
 from typing import Any
 
@@ -23,6 +24,7 @@ PLAIN = frozenset(
     + ["decimal.Decimal", "fractions.Fraction", "uuid.UUID", "ipaddress.IPv4Address"]
 )
 MOST = 100  # different classes in a file
+MODULES = sys.stdlib_module_names | set(IMPORT_MAPPING)  # the latter as files of torch name them: as Python 2 did
 
 REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed")
 MISUSED = re.compile(r"stand_in_(\d+)'")
@@ -97,4 +99,4 @@ class StandIns:
 
 def may_stand_in(name: str) -> bool:
     """True if files that mean well hold objects of this class: no function of Python's, which would run something."""
-    return name in PLAIN or name.partition(".")[0] not in sys.stdlib_module_names
+    return name in PLAIN or name.partition(".")[0] not in MODULES

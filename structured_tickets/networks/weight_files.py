@@ -22,6 +22,9 @@ from torch import Tensor
 from structured_tickets.base.errors import DataError, first_line
 from structured_tickets.base.stand_ins import StandIn
 from structured_tickets.base.untrusted_tensors import load_foreign_tensors
+from structured_tickets.base.weights import effective_state
+
+DEEPEST = 16  # keys, one within the other
 
 # Words in a place whose weights are a second choice: averages over the steps before, and those that follow a teacher.
 SECOND = frozenset(["average", "averaged", "avg", "ema", "polyak", "shadow", "slow", "student", "swa", "target"])
@@ -82,6 +85,8 @@ def read_weight_file(file: str | Path, failure: str) -> WeightFile:
         return WeightFile(path, tensors, dict.fromkeys(tensors, ""))
     found, unread = load_foreign_tensors(path, failure)
     tensors, keys, settings, networks = _flattened(found)
+    tensors = _unmasked(tensors)
+    keys = {name: keys.get(name, keys.get(f"{name}_orig", "")) for name in tensors}
     if not tensors and networks:
         raise DataError(f"{failure}: {_about_a_network(path, *networks[0])}")
     if not tensors:
@@ -111,7 +116,8 @@ Networks = list[tuple[tuple[Any, ...], str]]
 def _flattened(found: Any) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Mapping[Any, Any]], Networks]:
     """Tensors by full name, the keys of each, dictionaries with settings, and networks by their keys.
 
-    A dictionary that is there several times counts once, at the first place: a file can make many of a few.
+    A dictionary that is there several times counts once, at the first place: a file can make many of a few. What lies
+    deeper than trainers put anything is left out, for the same reason.
     """
     tensors: dict[str, Tensor] = {}
     keys: dict[str, str] = {}
@@ -119,14 +125,14 @@ def _flattened(found: Any) -> tuple[dict[str, Tensor], dict[str, str], dict[str,
     networks: Networks = []
     seen: set[int] = set()
     waiting: list[tuple[tuple[Any, ...], Any]] = [((), found)]
-    while waiting:  # no recursion: containers may be nested without end
+    while waiting:
         path, value = waiting.pop()
         if isinstance(value, StandIn):
             if value.is_network:
                 networks.append((path, value.name))
                 continue
             value = value.state
-        if not isinstance(value, Mapping | list | tuple) or id(value) in seen:
+        if not isinstance(value, Mapping | list | tuple) or id(value) in seen or len(path) > DEEPEST:
             continue
         seen.add(id(value))
         where = ".".join(map(str, path))
@@ -141,6 +147,13 @@ def _flattened(found: Any) -> tuple[dict[str, Tensor], dict[str, str], dict[str,
                 keys.setdefault(full, where)
         waiting += [((*path, key), inner) for key, inner in reversed(pairs) if not isinstance(inner, Tensor)]
     return tensors, keys, settings, networks
+
+
+def _unmasked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, weights that torch's pruning has masked (`X_orig`, `X_mask`) as `X`, their product."""
+    pairs = [(value, tensors.get(f"{n[:-5]}_mask")) for n, value in tensors.items() if n.endswith("_orig")]
+    whole = all(mask is not None and mask.shape == value.shape for value, mask in pairs)
+    return effective_state(tensors) if pairs and whole else tensors
 
 
 def weights_for(own: Iterable[str], found: WeightFile, key: str | None = None) -> Weights:
@@ -172,9 +185,11 @@ def weights_for(own: Iterable[str], found: WeightFile, key: str | None = None) -
 def _places(own: frozenset[str], found: WeightFile) -> Counter[str]:
     """Beginning of full names -> how many of them end in a name of the network's own; in the order of the file."""
     counts: Counter[str] = Counter()
+    longest = max(map(len, own), default=0)
     for name in found.tensors:
         starts = [0, *(match.end() for match in re.finditer(r"\.", name))]
-        counts.update(name[: max(0, start - 1)] for start in starts if name[start:] in own)
+        near = [start for start in starts if len(name) - start <= longest]  # names can be of megabytes
+        counts.update(name[: max(0, start - 1)] for start in near if name[start:] in own)
     return counts
 
 

@@ -137,7 +137,7 @@ MODEL = (
         "and student): its keys, with dots between",
         WEIGHTS_FILE,
         metavar="KEY",
-        read=Condition(lambda a: a.pretrained or a.init, "with --pretrained or --init"),
+        read=Condition(lambda a: bool(a.pretrained or a.init), "with --pretrained or --init"),
     ),
     Flag(
         "fc",
