@@ -99,15 +99,21 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     return tuple(mean.tolist()), tuple(torch.where(std > 1e-6, std, 1.0).tolist())
 
 
-def with_validation(train: ImageSet, test: ImageSet, classes: Sequence[str], statistics: Any = None) -> Splits:
-    """The splits, a tenth of `train` being held out for validation.
+def with_validation(
+    train: ImageSet, test: ImageSet, classes: Sequence[str], statistics: Any = None, val: ImageSet | None = None
+) -> Splits:
+    """The splits, a tenth of `train` being held out for validation unless there are images for that.
 
     Args:
         statistics: (mean, std) of each channel; None: those of the training images.
+        val: The images for validation, if they are a part of their own.
 
     Raises:
         DataError: There are too few images for that.
     """
+    if val is not None:
+        mean, std = statistics or channel_statistics(train.sample(STATISTICS_SAMPLE))
+        return Splits(train, val, test, mean, std, tuple(classes))
     rest, held_out = split_indices(len(train))
     if not len(held_out):
         raise DataError(f"{len(train)} training images are too few: a tenth of them is held out for validation")
