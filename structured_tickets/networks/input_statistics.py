@@ -89,7 +89,8 @@ def _said_by_the_library(model: nn.Module, spec: ModelSpec) -> tuple[Statistics,
     declared = getattr(model, "pretrained_cfg", None)
     if isinstance(declared, dict) and any(declared.get(key) for key in ("url", "file", "hf_hub_id")):
         statistics = _among(declared)
-        return (statistics, f"timm's configuration of {spec.name}") if statistics else None
+        name = declared.get("architecture") or spec.name
+        return (statistics, f"timm's configuration of {name}") if statistics else None
     return None
 
 
