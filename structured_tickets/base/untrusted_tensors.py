@@ -20,6 +20,8 @@ from structured_tickets.base.stand_ins import StandIns
 CODE = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)")
 
 
+FRAMED = "Unsupported operand 149"  # what begins a pickle of protocol 4 or later
+
 CODE_BY_FORMAT = {"TorchScript": "a TorchScript archive", "legacy .tar format": "of a format that torch 0.4 gave up"}
 
 
@@ -79,6 +81,8 @@ def _reason(error: Exception) -> str:
         return f"it is {kind}, which could run code; nothing of it is loaded"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if FRAMED in said:
+        return "it is pickled in a newer form than torch's own. Save it again by torch.save, without pickle_protocol"
     if isinstance(error, pickle.UnpicklingError | EOFError):
         return "it is not a file of tensors and plain values; nothing of it is loaded"
     return first_line(error)

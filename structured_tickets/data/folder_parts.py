@@ -33,6 +33,8 @@ def find_parts(root: Path, wanted: str) -> dict[str, Path]:
     Raises:
         DataError: A part is missing, or could be two folders. The message names what is there.
     """
+    if root.is_file():
+        raise DataError(f"{root} is a file. Unpack it, and name the folder by --data; {wanted}")
     folders = _folders(root)
     found: dict[str, Path] = {}
     for part, names in NAMES.items():
@@ -70,7 +72,9 @@ def other_folders(root: Path, parts: Collection[Path]) -> list[Path]:
 
 def _way_out(folders: Collection[Path], found: dict[str, Path]) -> str:
     """What the user can do about a missing part."""
-    for inner in itertools.islice((f for f in folders if f not in found.values()), MOST_SEARCHED):
+    others = [folder for folder in folders if folder not in found.values()]
+    below = (inner for folder in others for inner in _folders(folder))
+    for inner in itertools.islice(itertools.chain(others, below), MOST_SEARCHED):
         if all(any(f.name.lower() in NAMES[part] for f in _folders(inner)) for part in NEEDED):
             return f"{inner.name} has them: use --data {inner}"
     if "train" in found and "val" in found:

@@ -16,7 +16,7 @@ from structured_tickets.base.errors import DataError, first_line
 from structured_tickets.base.weights import is_of_the_data
 from structured_tickets.networks.input_statistics import Statistics, wanted_statistics
 from structured_tickets.networks.registry import ModelSpec, spec_of
-from structured_tickets.networks.weight_files import WeightFile, Weights, read_weight_file, weights_for
+from structured_tickets.networks.weight_files import NOT_LEARNED, WeightFile, Weights, read_weight_file, weights_for
 
 log = logging.getLogger("rsst.models")
 
@@ -94,6 +94,7 @@ def load_initial_weights(model: nn.Module, file: str | Path, key: str | None = N
     state = {name: value for name, value in chosen.state.items() if not is_of_the_data(name)}
     own = model.state_dict()
     wrong = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
+    extra: list[str] = []
     heads = _other_heads(model, state)
     if wrong and all(_layer(name) in heads for name in wrong):
         there, here = (int(values[f"{min(heads)}.weight"].shape[0]) for values in (state, own))
@@ -103,18 +104,19 @@ def load_initial_weights(model: nn.Module, file: str | Path, key: str | None = N
         )
     if not wrong:
         missing, unexpected = model.load_state_dict(state, strict=False)
-        wrong = sorted([*unexpected, *(name for name in missing if _is_needed(name))])
+        extra = [name for name in unexpected if not _is_needed(name)]
+        wrong = sorted(name for name in [*unexpected, *missing] if _is_needed(name))
     if wrong:
         raise DataError(f"--init {file}: another network's weights (first difference: {wrong[0]})")
-    _report(found, chosen, [])
+    _report(found, chosen, extra)
     kinds = _other_types(model, state)
     converted = f", converted from {kinds}" if kinds else ""
     log.info("loaded initial weights from %s (%s)%s", file, chosen.where, converted)
 
 
 def _is_needed(name: str) -> bool:
-    """True if a network cannot do without a tensor. Batches are counted from 0 if the file does not count them."""
-    return not is_of_the_data(name) and not name.endswith("num_batches_tracked")
+    """True if a tensor is more than a count or an index, with which a network starts anyway."""
+    return not is_of_the_data(name) and name.rpartition(".")[2] not in NOT_LEARNED
 
 
 def _layer(name: str) -> str:
@@ -162,7 +164,7 @@ def _load(model: nn.Module, weights: Mapping[str, Tensor], source: str, heads: s
         raise DataError(f"the weights of {source} do not fit the model: {reason}") from error
     missing = [name for name in missing if _is_needed(name) and _layer(name) not in heads]
     parts = {name.partition(".")[0] for name in model.state_dict()}
-    foreign = [name for name in unexpected if name.partition(".")[0] in parts]
+    foreign = [name for name in unexpected if name.partition(".")[0] in parts and _is_needed(name)]
     if missing or foreign:
         raise DataError(
             f"the weights of {source} do not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}"

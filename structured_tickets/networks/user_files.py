@@ -42,9 +42,13 @@ class _Folder:
         self._owned: dict[str, bool] = {}
 
     def owns(self, top: str) -> bool:
-        """True if the folder has a module or package of this name. Modules of Python that are loaded stay Python's."""
+        """True if the folder has a module or package of this name.
+
+        Modules of Python that are loaded stay Python's, and this program's package stays its own.
+        """
         if top not in self._owned:
             taken = top in sys.stdlib_module_names and top in sys.modules and not self._made(top)
+            taken |= top == __name__.partition(".")[0]
             self._owned[top] = not taken and any(_has_module(folder, top) for folder in self.search)
         return self._owned[top]
 
@@ -109,10 +113,10 @@ class _Folder:
     def forget_if_changed(self) -> None:
         """Import the folder's modules anew if the file of one is not what was run."""
         if any(_digest(file) != digest for file, digest in self.sources.items()):
-            for name, module in self.modules.items():
-                if sys.modules.get(name) is module:
+            ours = [n for n, m in self.modules.items() if isinstance(getattr(m.__spec__, "loader", None), _Loader)]
+            for name in ours:  # others were imported by the program around
+                if sys.modules.get(name) is self.modules.pop(name):
                     del sys.modules[name]
-            self.modules.clear()
             self.sources.clear()
         self._owned.clear()
 

@@ -26,6 +26,11 @@ from structured_tickets.base.weights import effective_state
 
 DEEPEST = 16  # keys, one within the other
 
+# What counters, older versions of layers and averages leave in state dicts: no network needs it from a file.
+NOT_LEARNED = frozenset(
+    ["attn_mask", "n_averaged", "num_batches_tracked", "relative_position_index", "total_ops", "total_params"]
+)
+
 # Words in a place whose weights are a second choice: averages over the steps before, and those that follow a teacher.
 SECOND = frozenset(["average", "averaged", "avg", "ema", "polyak", "shadow", "slow", "student", "swa", "target"])
 LAST = frozenset(["init", "initial", "optimizer"])

@@ -75,6 +75,7 @@ REFUSED = {
         ("set/Train", "set/test"),
         ["holds set, but no folder train", "set has them: use --data", "/set"],
     ),
+    "two folders deep": (("a/set/train", "a/set/test"), ["set has them: use --data", "/a/set"]),
     "twice": (("train", "Training", "test"), ["has Training and train, and one folder has to be train"]),
     "train within train": (
         ("train/train", "test/test"),
@@ -92,6 +93,12 @@ def test_what_is_there_and_what_to_do_is_named(kind, tmp_path):
         load_splits("imagefolder", tmp_path, 8)
     assert all(text in str(caught.value) for text in wanted), str(caught.value)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_archive_has_to_be_unpacked(tmp_path):
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"photos.zip is a file\. Unpack it"):
+        load_splits("imagefolder", tmp_path / "photos.zip", 8)
 
 
 def test_classes_that_differ_in_capitals_are_named(said, tmp_path):

@@ -149,6 +149,17 @@ def test_a_helper_that_has_changed_is_imported_anew_and_others_are_not(tmp_path)
     assert known["net.py"] == sources_of(arch)["net.py"] and known["utils.py"] != sources_of(arch)["utils.py"]
 
 
+def test_modules_that_the_program_around_has_imported_stay_when_the_file_changes(tmp_path, monkeypatch):
+    arch = written(tmp_path, first="import notes_of_mine", helpers={"notes_of_mine.py": "seen = []\n"})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import notes_of_mine
+
+    build_model(arch, 10, 8)
+    (tmp_path / "net.py").write_text((tmp_path / "net.py").read_text() + "# a note\n")
+    build_model(arch, 10, 8)
+    assert sys.modules.pop("notes_of_mine") is notes_of_mine
+
+
 def test_sources_are_known_of_what_was_imported_here(tmp_path):
     (tmp_path / "never.py").write_text("x = 1")
     (tmp_path / "wrong.py").write_text("x = (")

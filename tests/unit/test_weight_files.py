@@ -205,6 +205,19 @@ def test_tensors_of_other_parts_are_named_and_left(state, said, tmp_path):
     assert "no such part: m.projector.0.weight" in said()
 
 
+def test_counters_of_other_tools_are_no_part_of_a_network(state, said, tmp_path):
+    torch.save(state | {"stem.total_ops": torch.ones(1), "body.0.total_params": torch.ones(1)}, tmp_path / "w.pth")
+    for load in (load_initial_weights, lambda net, file: load_pretrained_weights(net, SPEC, file)):
+        load(Net(), tmp_path / "w.pth")
+    assert said().count("no such part: stem.total_ops, body.0.total_params") == 2
+
+
+def test_a_newer_pickle_is_refused_with_a_way_out(state, tmp_path):
+    torch.save(state, tmp_path / "w.pth", pickle_protocol=4)
+    with pytest.raises(DataError, match=r"Save it again by torch\.save, without pickle_protocol"):
+        load_initial_weights(Net(), tmp_path / "w.pth")
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
