@@ -13,6 +13,7 @@ import builtins
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,9 +22,11 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 DIGITS = 16  # of a hash
 
+_TEXTS: WeakKeyDictionary[ModuleType, str] = WeakKeyDictionary()  # module -> hash of the text that was run
 _LOCK = threading.RLock()  # what is imported is the same for all threads
 
 
@@ -31,11 +34,13 @@ class _Folder:
     """What is imported from a user's folder.
 
     Args:
-        search: Where absolute imports look: the file's own folder, and the one that holds its package.
+        own: Where absolute imports look: the file's own folder, and the one that holds its package.
+        further: Where they look then: folders of the project around. A folder without `__init__.py` is no package
+            there: it may be the clone of a library.
     """
 
-    def __init__(self, search: Sequence[Path]) -> None:
-        self.search = tuple(search)
+    def __init__(self, own: Sequence[Path], further: Sequence[Path]) -> None:
+        self.own, self.search = tuple(own), (*own, *further)
         self.modules: dict[str, ModuleType] = {}
         self.sources: dict[Path, str] = {}  # file -> hash of the text that was run
         self.builtins = {**vars(builtins), "__import__": self._import}
@@ -49,7 +54,7 @@ class _Folder:
         if top not in self._owned:
             taken = top in sys.stdlib_module_names and top in sys.modules and not self._made(top)
             taken |= top == __name__.partition(".")[0]
-            self._owned[top] = not taken and any(_has_module(folder, top) for folder in self.search)
+            self._owned[top] = not taken and any(_has_module(f, top, f in self.own) for f in self.search)
         return self._owned[top]
 
     def _made(self, name: str) -> bool:
@@ -76,11 +81,17 @@ class _Folder:
                 sys.meta_path.remove(self)  # type: ignore[arg-type]
                 for path in paths:
                     sys.path.remove(path)
-                self.modules |= {n: m for n, m in list(sys.modules.items()) if self.owns(_top(n)) and self._made(n)}
+                self._note({n: m for n, m in list(sys.modules.items()) if self.owns(_top(n)) and self._made(n)})
                 clashing = {_top(name) for name in others}
                 for name in [n for n in self.modules if _top(n) in clashing]:
                     sys.modules.pop(name, None)
                 sys.modules.update(others)
+
+    def _note(self, modules: dict[str, ModuleType]) -> None:
+        self.modules |= modules
+        for module in modules.values():
+            if file := getattr(module, "__file__", None):
+                self.sources[Path(file)] = _TEXTS.setdefault(module, _digest(Path(file)))
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
         """Find one of the folder's modules (Python's protocol of finders)."""
@@ -140,12 +151,14 @@ class _Loader(SourceFileLoader):
 
     def exec_module(self, module: ModuleType) -> None:
         source = self.get_data(self.path)
-        self.folder.sources[Path(self.path)] = hashlib.sha256(source).hexdigest()[:DIGITS]
+        _TEXTS[module] = hashlib.sha256(source).hexdigest()[:DIGITS]
+        self.folder.sources[Path(self.path)] = _TEXTS[module]
         module.__dict__["__builtins__"] = self.folder.builtins
         exec(self.source_to_code(source, self.path), module.__dict__)
 
 
 _FOLDERS: dict[tuple[Path, ...], _Folder] = {}
+_RUN: dict[Path, _Folder] = {}  # file -> the folder with which it was run last
 
 
 @contextmanager
@@ -158,9 +171,9 @@ def imported(file: str | Path) -> Iterator[ModuleType]:
         Exception: Whatever the code raises.
     """
     path = Path(file).resolve()
-    depth = _package_depth(path)
+    depth, whole = _package_depths(path)
     package = path.parts[len(path.parts) - 1 - depth : -1]
-    folder = _folder_of(path, depth)
+    folder = _RUN[path] = _folder_of(path, depth, whole)
     with _LOCK:
         folder.forget_if_changed()
         with folder.first():
@@ -175,41 +188,42 @@ def sources_of(file: str | Path) -> dict[str, str]:
     The file's own is among them; empty if it was not imported in this process.
     """
     path = Path(file).resolve()
-    try:
-        folder = _folder_of(path, _package_depth(path))
-    except (OSError, SyntaxError, ValueError):  # it was changed since
+    if path not in _RUN:
         return {}
-    root = folder.search[-1]
-    here = {p: digest for p, digest in folder.sources.items() if p.is_relative_to(root)}
-    return {p.relative_to(root).as_posix(): digest for p, digest in sorted(here.items())}
+    folder = _RUN[path]
+    return {os.path.relpath(p, folder.own[-1]).replace(os.sep, "/"): d for p, d in sorted(folder.sources.items())}
 
 
-def _folder_of(path: Path, depth: int) -> _Folder:
-    search = (path.parent, path.parents[depth]) if depth else (path.parent,)
-    return _FOLDERS.setdefault(search, _Folder(search))
+def _folder_of(path: Path, depth: int, whole: int) -> _Folder:
+    own = [path.parent, *([path.parents[depth]] if depth else [])]
+    further = [path.parents[whole]] if whole else []
+    further += [Path.cwd()] if path.is_relative_to(Path.cwd()) else []
+    further = [folder for folder in dict.fromkeys(further) if folder not in own]
+    return _FOLDERS.setdefault((*own, *further), _Folder(own, further))
 
 
-def _package_depth(path: Path) -> int:
-    """Number of packages that a file is in, one inside the other; 0 if it has no relative imports, and needs none.
+def _package_depths(path: Path) -> tuple[int, int]:
+    """Number of packages that a file has to be in for its relative imports, one inside the other, and that it is in.
 
     Raises:
         SyntaxError, ValueError: It is not Python.
         OSError: It cannot be read.
     """
+    most = len(path.parents) - 1
+    whole = 0
+    while whole < most and (path.parents[whole] / "__init__.py").is_file():
+        whole += 1
     nodes = ast.walk(ast.parse(path.read_bytes(), str(path)))
     level = max((node.level for node in nodes if isinstance(node, ast.ImportFrom)), default=0)
-    if not level:
-        return 0
-    said = 0
-    while (path.parents[said] / "__init__.py").is_file() and said < len(path.parents) - 1:
-        said += 1
-    return min(max(level, said), len(path.parents) - 1)
+    return min(max(level, whole), most) if level else 0, whole
 
 
-def _has_module(folder: Path, name: str) -> bool:
+def _has_module(folder: Path, name: str, without_init: bool) -> bool:
     if (folder / f"{name}.py").is_file() or next(folder.glob(f"{name}.*.so"), None) is not None:
         return True
     inside = folder / name
+    if (inside / "__init__.py").is_file() or not without_init:
+        return (inside / "__init__.py").is_file()
     return inside.is_dir() and any(next(inside.glob(p), None) for p in ("*.py", "*/*.py"))
 
 

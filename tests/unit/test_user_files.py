@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.commands import run, tiny
 
+from structured_tickets.base.errors import UsageError
 from structured_tickets.networks import build_model, sources_of
 from structured_tickets.networks.user_files import imported
 from structured_tickets.networks.user_files import sources_of as sources_of_file
@@ -106,6 +107,23 @@ def test_relative_imports_are_those_of_the_package_that_the_folder_is(init, take
     arch = written(tmp_path, "nets/small/net.py", first=first, pooled="x = pooled(x)", helpers=helpers)
     assert build_model(arch, 10, 8)(IMAGES).shape == (2, 10)
     assert "nets/small/net.py" in sources_of(arch) and "nets/common.py" in sources_of(arch)
+
+
+def test_a_project_around_the_folder_is_searched_too(taken, tmp_path, monkeypatch):
+    helpers = {"models/__init__.py": "", "models/blocks.py": POOLED.format(how="mean"), "utils.py": "x = 1\n"}
+    helpers |= {"timm/setup.py": "raise SystemExit\n"}  # a clone of a library
+    first = "from models.blocks import pooled\nfrom utils import x\nfrom timm import create_model"
+    arch = written(tmp_path, "models/net.py", first=first, pooled="x = pooled(x)", helpers=helpers)
+    assert build_model(arch, 10, 8)(IMAGES).shape == (2, 10)
+    (tmp_path / "models/__init__.py").unlink()
+    (tmp_path / "models/net.py").write_text(
+        (tmp_path / "models/net.py").read_text().replace("from models.blocks", "from blocks")
+    )
+    with pytest.raises(UsageError, match="cannot import name 'x' from 'utils'"):
+        build_model(arch, 10, 8)
+    monkeypatch.chdir(tmp_path)
+    assert build_model(arch, 10, 8)(IMAGES).shape == (2, 10)
+    assert set(sources_of(arch)) == {"net.py", "blocks.py", "../utils.py"}
 
 
 def test_a_relative_import_in_the_forward_pass_is_found(tmp_path):
