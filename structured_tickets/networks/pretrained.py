@@ -70,7 +70,7 @@ def load_pretrained_weights(
     if wanted is None:
         log.warning(
             "%s does not say how its images were normalised. The mean and standard deviation of the training images "
-            "are used, which may cost accuracy",
+            "are used. If the weights want others, save them in the file beside the weights, as lists mean and std",
             source,
         )
         return None
@@ -167,7 +167,7 @@ def _load(model: nn.Module, weights: Mapping[str, Tensor], source: str, heads: s
     foreign = [name for name in unexpected if name.partition(".")[0] in parts and _is_needed(name)]
     if missing or foreign:
         raise DataError(
-            f"the weights of {source} do not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}"
+            f"the weights of {source} do not fit the model: missing {_first(missing)}, unexpected {_first(unexpected)}"
         )
     return list(unexpected)
 
@@ -204,6 +204,10 @@ def _other_types(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
     pairs = ((value, own.get(name)) for name, value in weights.items())
     kinds = {str(v.dtype) for v, o in pairs if o is not None and o.is_floating_point() and o.dtype != v.dtype}
     return " and ".join(sorted(kind.removeprefix("torch.") for kind in kinds))
+
+
+def _first(names: Sequence[str]) -> str:
+    return f"{list(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _few(names: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class Weights:
         state: By the network's own names, as far as it has them.
         where: The place in words, for the log.
         place: What the full names begin with.
-        others: Other places with weights of the same network.
+        others: Other places with weights of the same network, under the same key if one was given.
         left: Full names of tensors of the same dictionary that are in no such place.
     """
 
@@ -184,7 +184,7 @@ def weights_for(own: Iterable[str], found: WeightFile, key: str | None = None) -
         raise DataError(f"argument --pretrained_key: {said}")
     wanted = [place for place in wanted if counts[place] == max(counts[p] for p in wanted)]
     place = min(wanted, key=_preference)  # of equals the first one
-    return _weights_at(place, [p for p in places if p != place], found, names)
+    return _weights_at(place, [p for p in wanted if p != place], places, found, names)
 
 
 def _places(own: frozenset[str], found: WeightFile) -> Counter[str]:
@@ -203,7 +203,9 @@ def _preference(place: str) -> int:
     return 2 if words & LAST else 1 if words & SECOND else 0
 
 
-def _weights_at(place: str, others: list[str], found: WeightFile, own: frozenset[str]) -> Weights:
+def _weights_at(
+    place: str, others: Sequence[str], places: Sequence[str], found: WeightFile, own: frozenset[str]
+) -> Weights:
     start = f"{place}." if place else ""
     under = [name for name in found.tensors if name.startswith(start)]
     keys = {found.keys[name] for name in under if name.removeprefix(start) in own} or {place}
@@ -212,7 +214,7 @@ def _weights_at(place: str, others: list[str], found: WeightFile, own: frozenset
     prefix = place.removeprefix(key).removeprefix(".")
     parts = [f"key {key}"] if key else []
     parts += [f"prefix {prefix}. taken off"] if prefix else []
-    known = tuple(f"{other}." for other in [*others, place] if other)
+    known = tuple(f"{other}." for other in [*places, place] if other)
     left = [n for n in found.tensors if found.keys[n] in keys and not n.startswith(known)] if place else []
     state = {name.removeprefix(start): found.tensors[name] for name in names}
     return Weights(state, ", ".join(parts) or "top level of the file", place, tuple(others), tuple(left))

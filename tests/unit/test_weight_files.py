@@ -191,6 +191,7 @@ def test_of_plain_and_averaged_weights_one_is_taken_and_the_other_can_be(first, 
     for wanted in (key, second.split(".")[0]):
         load_pretrained_weights(net, SPEC, tmp_path / "w.pth", key=wanted)
         assert torch.equal(net.stem.weight, others["stem.weight"])
+    assert said().count("more than once") == 1, "who names a key has chosen"
     with pytest.raises(DataError, match=rf"--pretrained_key: .*w.pth has no weights .* under nothing.*{first}"):
         load_initial_weights(net, tmp_path / "w.pth", "nothing")
 
