@@ -13,10 +13,11 @@ from _compat_pickle import IMPORT_MAPPING
 from collections import OrderedDict
 from typing import Any
 
-# Classes of Python that hold values and do nothing when they are made.
+# Classes of Python that hold values, or what may be called later, and do nothing when they are made.
 PLAIN = frozenset(
     [f"builtins.{n}" for n in ("bool", "bytes", "dict", "float", "frozenset", "int", "list", "object", "slice", "str")]
-    + ["builtins.tuple", "builtins.range", "argparse.Namespace", "types.SimpleNamespace"]
+    + [f"builtins.{n}" for n in ("Ellipsis", "NotImplemented", "bytearray", "complex", "range", "set", "tuple", "type")]
+    + ["argparse.Namespace", "types.SimpleNamespace", "functools.partial"]
     + [f"collections.{n}" for n in ("ChainMap", "UserDict", "UserList", "defaultdict", "deque")]
     + [f"datetime.{n}" for n in ("date", "datetime", "time", "timedelta", "timezone")]
     + [f"{m}.{n}" for m in ("pathlib", "pathlib._local") for n in ("Path", "PosixPath", "PurePath", "PurePosixPath")]
@@ -39,12 +40,15 @@ class StandIn:
     """
 
     name = ""
+    state: dict[Any, Any]
 
     def __new__(cls, *args: object) -> Any:
-        return object.__new__(cls)
+        made = object.__new__(cls)
+        made.state = {}  # here, because a file can make objects without initialising them
+        return made
 
     def __init__(self, *args: object) -> None:
-        self.state: dict[Any, Any] = {}
+        pass
 
     def __setstate__(self, state: Any) -> None:
         self.state = state if isinstance(state, dict) else {}

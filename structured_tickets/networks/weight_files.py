@@ -95,7 +95,9 @@ def read_weight_file(file: str | Path, failure: str) -> WeightFile:
     if not tensors and networks:
         raise DataError(f"{failure}: {_about_a_network(path, *networks[0])}")
     if not tensors:
-        raise DataError(f"{failure}: it holds no state dict")
+        arrays = any(name.endswith(".ndarray") for name in unread)
+        hint = ", only arrays of NumPy. Save a dictionary of tensors (torch.from_numpy)" if arrays else ""
+        raise DataError(f"{failure}: it holds no state dict{hint}")
     return WeightFile(path, tensors, keys, settings, tuple(unread))
 
 
