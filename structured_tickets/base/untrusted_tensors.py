@@ -20,6 +20,7 @@ from structured_tickets.base.stand_ins import StandIns
 CODE = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)")
 
 
+OLD_NETWORK = "Only persistent_load of storage is allowed"  # torch's older format names the code of networks
 FRAMED = "Unsupported operand 149"  # what begins a pickle of protocol 4 or later
 
 CODE_BY_FORMAT = {"TorchScript": "a TorchScript archive", "legacy .tar format": "of a format that torch 0.4 gave up"}
@@ -81,6 +82,12 @@ def _reason(error: Exception) -> str:
         return f"it is {kind}, which could run code; nothing of it is loaded"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if OLD_NETWORK in said:
+        return (
+            "it holds a network as an object, which cannot be loaded without running its code. If you trust it, save "
+            "its weights instead, in Python and where its code can be imported: torch.save(torch.load(FILE, "
+            "weights_only=False).state_dict(), 'weights.pth')"
+        )
     if FRAMED in said:
         return "it is pickled in a newer form than torch's own. Save it again by torch.save, without pickle_protocol"
     if isinstance(error, pickle.UnpicklingError | EOFError):

@@ -138,7 +138,6 @@ PLACES = {
         lambda s: {"m": s, "t": [Pair(1, 2), Phase.LAST, complex(1), slice(1), {1}, b"a", type(None), ...]},
         "key m",
     ),
-    "a loss": (lambda s: {"m": s, "loss": nn.CrossEntropyLoss(torch.ones(3))}, "key m"),
     "kinds of torch": (lambda s: {"m": s, "x": [torch.device("cpu"), torch.Size([1]), torch.float16]}, "key m"),
     "without counted batches": (lambda s: {k: v for k, v in s.items() if "num_batches" not in k}, "top level"),
 }
@@ -212,6 +211,14 @@ def test_tensors_of_other_parts_are_named_and_left(state, said, tmp_path):
     torch.save({"m": named("backbone.", state) | {"projector.0.weight": torch.ones(1)}}, tmp_path / "w.pth")
     load_initial_weights(Net(), tmp_path / "w.pth")
     assert "no such part: m.projector.0.weight" in said()
+
+
+def test_a_network_in_torchs_older_format_is_refused_too(state, tmp_path):
+    torch.save({"net": Net()}, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(DataError, match=r"holds a network as an object.*\.state_dict\(\), 'weights.pth'\)"):
+        load_initial_weights(Net(), tmp_path / "w.pth")
+    torch.save({"m": state, "loss": nn.CrossEntropyLoss()}, tmp_path / "w.pth")  # beside weights it is no matter
+    load_initial_weights(Net(), tmp_path / "w.pth")
 
 
 def test_counters_of_other_tools_are_no_part_of_a_network(state, said, tmp_path):
