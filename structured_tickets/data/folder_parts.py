@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from structured_tickets.base.errors import DataError
-from structured_tickets.data.image_sets import few
+from structured_tickets.base.text_tables import few
 
 # Part -> what its folder may be called, in capitals too.
 NAMES = {

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from structured_tickets.base.errors import DataError
+from structured_tickets.base.text_tables import few
 from structured_tickets.data.decoded_images import Decoding, one_line, open_images
 from structured_tickets.data.folder_parts import JUNK, find_parts, other_folders, require_classes_at_the_top
 from structured_tickets.data.image_sets import (
     ImageSet,
     Splits,
     empty_classes,
-    few,
     require_every_class,
     with_validation,
 )

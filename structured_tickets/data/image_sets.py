@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from structured_tickets.base.errors import DataError
+from structured_tickets.base.text_tables import few
 from structured_tickets.data.decoded_images import Decoding, Images, LazyImages, one_line, require_memory
 from structured_tickets.data.table_sets import CIFAR10, CIFAR100, TableFormat, checked_labels, find_table
 
@@ -132,11 +133,6 @@ def empty_classes(found: Iterable[str], classes: Iterable[str]) -> list[str]:
     """The classes of which there is no image; `found` is the class of each image."""
     present = set(found)
     return [name for name in classes if name not in present]
-
-
-def few(names: Sequence[str]) -> str:
-    """The first names of many, for a message."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def require_every_class(found: Iterable[str], classes: Sequence[str], where: object) -> None:

@@ -13,14 +13,13 @@ from timm.models import vision_transformer
 from torch import Tensor, nn
 
 from structured_tickets.base.errors import DataError, first_line
+from structured_tickets.base.text_tables import few
 from structured_tickets.base.weights import is_of_the_data
 from structured_tickets.networks.input_statistics import Statistics, wanted_statistics
 from structured_tickets.networks.registry import ModelSpec, spec_of
 from structured_tickets.networks.weight_files import NOT_LEARNED, WeightFile, Weights, read_weight_file, weights_for
 
 log = logging.getLogger("rsst.models")
-
-MOST_SHOWN = 5  # names in a message
 
 
 def load_pretrained_weights(
@@ -51,7 +50,10 @@ def load_pretrained_weights(
     if file is not None:
         source, found = str(file), read_weight_file(file, f"cannot read weights from {file}")
         chosen = weights_for(_names_of(model, spec, with_classifier), found, key)
-        weights = timm.models.clean_state_dict(chosen.state)
+        known = not chosen.state.keys().isdisjoint(model.state_dict())
+        weights = (
+            chosen.state if known else timm.models.clean_state_dict(chosen.state)
+        )  # of a format that timm converts
     elif spec.pretrained is not None:
         source, weights = spec.pretrained, _weights_from_timm(spec.pretrained)
     else:
@@ -183,9 +185,9 @@ def _report(found: WeightFile, chosen: Weights, extra: Sequence[str]) -> None:
             others,
         )
     if left := [*chosen.left, *extra]:
-        log.warning("%s: not used, because the network has no such part: %s", found.file, _few(left))
+        log.warning("%s: not used, because the network has no such part: %s", found.file, few(left))
     if found.unread:
-        log.info("%s: left unread, because only tensors are loaded: %s", found.file, _few(found.unread))
+        log.info("%s: left unread, because only tensors are loaded: %s", found.file, few(found.unread))
 
 
 def _about_a_head(model: nn.Module, head: str, weights: Mapping[str, Tensor]) -> str:
@@ -208,10 +210,6 @@ def _other_types(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
 
 def _first(names: Sequence[str]) -> str:
     return f"{list(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:MOST_SHOWN]) + (f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else "")
 
 
 def _shown(values: Sequence[float]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from structured_tickets.base.atomic_files import lock
 from structured_tickets.base.errors import DataError
+from structured_tickets.base.text_tables import few
 from structured_tickets.base.untrusted_text import check, is_mapping, is_number, is_words, parse_json
 from structured_tickets.reports.runs import Collection, Group, Limits, Run, in_words, worded
 from structured_tickets.runs.read import is_run, read_environment, read_metrics, read_result, read_rounds, read_settings
@@ -114,8 +115,7 @@ def _same_starts(groups: Iterable[Group]) -> list[str]:
     if not same:
         return []
     return [
-        "Runs with different seeds started from the same weights, so they differ only in their batches: "
-        f"{'; '.join(same)}."
+        f"Runs with different seeds started from the same weights, so they differ only in their batches: {few(same)}."
     ]
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from structured_tickets.base.errors import UsageError
+from structured_tickets.base.text_tables import few
 from structured_tickets.data.fingerprint import difference
-from structured_tickets.data.image_sets import few
 from structured_tickets.runs.state import RunState
 
 log = logging.getLogger("rsst")

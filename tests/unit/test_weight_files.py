@@ -158,6 +158,16 @@ def test_the_weights_are_found_and_it_is_said_where(kind, old, state, said, tmp_
     assert said().count(where) == 2 and "more than once" not in said()
 
 
+def test_a_part_that_is_called_like_a_wrapper_is_a_part(state, tmp_path):
+    def wrapped():
+        return nn.ModuleDict({"module": Net(), "model": nn.Linear(2, 2)})
+
+    source, net = wrapped(), wrapped()
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "w.pth")
+    load_pretrained_weights(net, ModelSpec("own", "", ""), tmp_path / "w.pth")
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in source.state_dict().items())
+
+
 def test_safetensors_are_read_for_every_flag(state, tmp_path, said):
     save_file(named("module.", state), tmp_path / "w.safetensors")
     net = Net()
