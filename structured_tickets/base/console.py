@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -56,6 +57,17 @@ def _in_one_line(text: str) -> str:
     return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
 
 
+class _UntilThereIsAFile(logging.Handler):
+    """Keeps what is said before the file of the log can be opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: deque[logging.LogRecord] = deque(maxlen=1000)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
 class _ConsoleHandler(logging.StreamHandler):
     """Writes above a progress bar instead of through it."""
 
@@ -74,14 +86,19 @@ def rank_here() -> int:
     return int(os.environ.get("RANK", "0")) if started_by_torchrun() else 0
 
 
+def is_terminal() -> bool:
+    """True if messages go to a terminal that can be drawn on; notebooks and servers replace the stream by their own."""
+    asked = getattr(sys.stderr, "isatty", None)
+    return bool(asked and asked()) and os.environ.get("TERM") != "dumb"
+
+
 def start_logging(quiet: bool, verbose: bool) -> None:
     """Log to stderr at the wanted level; of several processes the first one speaks for all, but for their errors."""
     level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
-    terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-    console = _ConsoleHandler(sys.stderr)
+    console = _ConsoleHandler(sys.stderr or io.StringIO())  # none in a program without a console
     console.setLevel(level if rank_here() == 0 else logging.ERROR)
-    console.setFormatter(_ConsoleFormatter(colour=terminal and "NO_COLOR" not in os.environ))
-    log.handlers = [console]
+    console.setFormatter(_ConsoleFormatter(colour=is_terminal() and "NO_COLOR" not in os.environ))
+    log.handlers = [console, _UntilThereIsAFile()]
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
     log.propagate = False
 
@@ -104,7 +121,7 @@ class _LogFile(logging.FileHandler):
 
 
 def log_to_file(path: Path) -> None:
-    """Append everything to a file as well, with the time.
+    """Append everything to a file as well, with the time; also what was said since the program began.
 
     Raises:
         StorageError: It cannot be opened.
@@ -114,6 +131,10 @@ def log_to_file(path: Path) -> None:
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for early in [h for h in log.handlers if isinstance(h, _UntilThereIsAFile)]:
+        log.removeHandler(early)
+        for record in early.records:
+            handler.handle(record)
     log.addHandler(handler)
 
 

@@ -22,3 +22,8 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: boo
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     place = str.rjust if right else str.ljust
     return "\n".join("  ".join(place(c, w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def few(names: Sequence[str]) -> str:
+    """Return the first names of many, for a message."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

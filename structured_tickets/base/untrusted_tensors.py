@@ -6,7 +6,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,31 +15,63 @@ from torch import Tensor, nn
 
 from structured_tickets.base.atomic_files import replacing
 from structured_tickets.base.errors import DataError, first_line
+from structured_tickets.base.stand_ins import StandIns
 
 CODE = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)")
 
 
+OLD_NETWORK = "Only persistent_load of storage is allowed"  # torch's older format names the code of networks
+FRAMED = "Unsupported operand 149"  # what begins a pickle of protocol 4 or later
+
 CODE_BY_FORMAT = {"TorchScript": "a TorchScript archive", "legacy .tar format": "of a format that torch 0.4 gave up"}
 
 
-def load_tensors(path: Path, failure: str, also: Sequence[type] = ()) -> Any:
+def load_tensors(path: Path, failure: str) -> Any:
     """`torch.load` without unpickling code.
 
     Args:
         failure: What a message begins with, such as "cannot read the checkpoint run/0checkpoint.pth.tar".
-        also: Classes that are taken for plain values, besides torch's own list.
 
     Raises:
         DataError: The file is not one of tensors and plain values, or claims more values than it holds.
     """
+    return _load(path, failure, None)
+
+
+def load_foreign_tensors(path: Path, failure: str) -> tuple[Any, list[str]]:
+    """Read a file of another program, without unpickling code: objects beside its tensors become `StandIn`s.
+
+    Returns:
+        What the file holds, and the names of the classes that were left unread.
+
+    Raises:
+        DataError: As `load_tensors`; also if the file would call functions of Python.
+    """
+    unread = StandIns()
+    found = _load(path, failure, unread)
+    return found, list(unread.classes)
+
+
+def _load(path: Path, failure: str, unread: StandIns | None) -> Any:
     try:
         _check_archive(path)
-        with torch.serialization.safe_globals(list(also)), warnings.catch_warnings(action="ignore"):
-            found = torch.load(path, map_location="cpu", weights_only=True)
+        found = _tensors_of(path, unread)
         _refuse_false_claims(found)
     except Exception as error:  # torch raises a wide family for damaged files
         raise DataError(f"{failure}: {_reason(error)}") from error
     return found
+
+
+def _tensors_of(path: Path, unread: StandIns | None) -> Any:
+    """Raises: Exception, of many kinds, for damaged files, and for objects that nothing may stand for."""
+    while True:
+        also: list[Any] = [(kind, name) for name, kind in unread.classes.items()] if unread else []
+        try:
+            with torch.serialization.safe_globals(also), warnings.catch_warnings(action="ignore"):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            if unread is None or not unread.learn(error):
+                raise
 
 
 def _reason(error: Exception) -> str:
@@ -50,6 +82,14 @@ def _reason(error: Exception) -> str:
         return f"it is {kind}, which could run code; nothing of it is loaded"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if OLD_NETWORK in said:
+        return (
+            "it holds a network as an object, which cannot be loaded without running its code. If you trust it, save "
+            "its weights instead, in Python and where its code can be imported: torch.save(torch.load(FILE, "
+            "weights_only=False).state_dict(), 'weights.pth')"
+        )
+    if FRAMED in said:
+        return "it is pickled in a newer form than torch's own. Save it again by torch.save, without pickle_protocol"
     if isinstance(error, pickle.UnpicklingError | EOFError):
         return "it is not a file of tensors and plain values; nothing of it is loaded"
     return first_line(error)

@@ -28,3 +28,22 @@ def digest_of(values: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def effective_weight(state: Mapping[str, Tensor], name: str) -> Tensor:
+    """A parameter's value in a state dict that may hold it plainly or as torch's pruning does (`_orig` and `_mask`).
+
+    Raises:
+        KeyError: The state holds neither; the message names the parameter.
+    """
+    if name in state:
+        return state[name]
+    if f"{name}_orig" in state:
+        return state[f"{name}_orig"] * state[f"{name}_mask"]
+    raise KeyError(f"no weights for {name} in the given state")
+
+
+def effective_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without pruning keys: every pair `X_orig`, `X_mask` becomes `X`, their product."""
+    names = (k.removesuffix("_orig") for k in state if not (k.endswith("_mask") and f"{k[:-5]}_orig" in state))
+    return {n: effective_weight(state, n) for n in names}

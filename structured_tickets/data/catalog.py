@@ -58,7 +58,10 @@ DATASETS: dict[str, DataSource] = {
         _reader("imagenet", FOLDER_SETS), 224, True, "1.3 million photographs: train/<class>/* and val/<class>/*"
     ),
     "imagefolder": DataSource(
-        _reader("imagefolder", FOLDER_SETS), 32, True, "your own train/<class>/* and test/<class>/*"
+        _reader("imagefolder", FOLDER_SETS),
+        32,
+        True,
+        "your own train/<class>/*, test/<class>/* and maybe val/<class>/*",
     ),
     "digits": DataSource(_reader("digits"), 16, False, "1,797 handwritten digits that come with scikit-learn"),
 }

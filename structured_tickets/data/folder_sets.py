@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import mimetypes
 import os
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 
 from structured_tickets.base.errors import DataError
+from structured_tickets.base.text_tables import few
 from structured_tickets.data.decoded_images import Decoding, one_line, open_images
+from structured_tickets.data.folder_parts import JUNK, find_parts, other_folders, require_classes_at_the_top
 from structured_tickets.data.image_sets import (
     ImageSet,
     Splits,
     empty_classes,
-    few,
     require_every_class,
     with_validation,
 )
@@ -28,17 +30,32 @@ log = logging.getLogger("rsst.data")
 
 Files = list[tuple[str, str]]  # the path of an image, and the name of its class
 
+LOOKED_INTO = 10  # folders of a folder that is not read, to tell whether it holds images
+SAMPLED = 1000  # images of a part that are looked for in another
+MOST_COMPARED = 5000  # images in which they are looked for, all of the same size as one of them
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 WANTED = "what is wanted is <part>/<class>/* in the folder that --data names, with at least one image per class"
 
 
 def read_imagefolder(root: Path, size: int, decoding: Decoding) -> Splits:
-    """`train/<class>/*` and `test/<class>/*`; a tenth of train is held out for validation."""
-    train, test = _class_files(root / "train"), _class_files(root / "test")
-    absent = empty_classes([name for _, name in test], _classes(train))
-    if absent:
-        log.warning("%s has no image of %s: the accuracy says nothing about it", root / "test", few(absent))
-    return _load(root, {"train": train, "test": test}, size, decoding)
+    """`train/<class>/*`, `test/<class>/*` and, if it is there, `val/<class>/*`; else a tenth of train is held out."""
+    found = find_parts(root, WANTED)
+    for folder in found.values():
+        require_classes_at_the_top(folder, found.values())
+    parts = {folder.name: _class_files(folder) for folder in found.values()}
+    train, *others = parts
+    for part in others:
+        _require_known_classes(root, part, parts[part], train, parts[train])
+        absent = empty_classes([name for _, name in parts[part]], _classes(parts[train]))
+        if absent:
+            log.warning("%s has no image of %s: the accuracy says nothing about it", root / part, few(absent))
+    _warn_of_classes_within_classes(root / train, parts[train])
+    if unread := [f.name for f in other_folders(root, found.values()) if _holds_images(f)]:
+        log.warning("%s: folders of images that are not read: %s", root, few(unread))
+    for part in others:
+        _warn_of_shared_images(root, train, part, parts)
+    return _load(root, parts, size, decoding)
 
 
 def read_imagenet(root: Path, size: int, decoding: Decoding) -> Splits:
@@ -138,7 +155,7 @@ def _class_folders(folder: Path) -> tuple[list[str], list[str]]:
     """The names of the classes, and of files beside them."""
     try:
         with os.scandir(folder) as entries:
-            found = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+            found = [(entry.name, entry.is_dir()) for entry in entries if not _is_nobodys(entry.name)]
     except OSError as error:
         reason = f"cannot be read ({one_line(error)})" if folder.is_dir() else "does not exist"
         raise DataError(f"{folder} {reason}; {WANTED}") from error
@@ -159,7 +176,7 @@ def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
         raise DataError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
     for root, folders, names in os.walk(top, followlinks=True, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not _is_nobodys(name)]
         for name in folders:
             if (Path(root) / name).is_symlink():
                 _refuse_circle(Path(top), Path(root) / name)
@@ -179,6 +196,11 @@ def is_image_file(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
+def _is_nobodys(name: str) -> bool:
+    """True for hidden files and folders, and those that systems and archives make beside a user's."""
+    return name.startswith(".") or name in JUNK
+
+
 def _may_be_meant(name: str) -> bool:
     """Whether somebody may take this file for an image of the set: it is no text, and no cache of a file manager."""
     kind = mimetypes.guess_type(name)[0] or ""
@@ -190,21 +212,90 @@ def _classes(files: Files) -> list[str]:
     return sorted({name for _, name in files})
 
 
+def _require_known_classes(root: Path, part: str, files: Files, train: str, known: Files) -> None:
+    """Refuse a part with classes that are not in the training part.
+
+    Raises:
+        DataError: It has some.
+    """
+    unknown = sorted(set(_classes(files)) - set(_classes(known)))
+    if not unknown:
+        return
+    there = {name.lower(): name for name in _classes(known)}
+    other = [there[name.lower()] for name in unknown if name.lower() in there]
+    hint = f". {train} has {few(other)}: the names of a class have to be equal, capitals included" if other else ""
+    raise DataError(f"{root}/{part} has classes that {root}/{train} lacks: {few(unknown)}{hint}")
+
+
+def _warn_of_classes_within_classes(folder: Path, files: Files) -> None:
+    """Say so if all images lie a level deeper than usual, several folders to a class: those may be the classes."""
+    below: dict[str, set[str]] = {}
+    for path, name in files:
+        below.setdefault(name, set()).add(Path(path).relative_to(folder / name).parts[0])
+    if any(is_image_file(inner) for inners in below.values() for inner in inners):
+        return
+    several = [f"{name}/{inner}" for name in sorted(below) for inner in sorted(below[name]) if len(below[name]) > 1]
+    if several:
+        words = (
+            "%s: the classes are %s, and their images lie in folders below (%s). If those are the classes, move them up"
+        )
+        log.warning(words, folder, few(sorted(below)), few(several))
+
+
+def _holds_images(folder: Path) -> bool:
+    """True if there are images in a folder, or in the first few of its folders."""
+    inside = itertools.islice((f for f in other_folders(folder, ())), LOOKED_INTO)
+    return any(is_image_file(name) for f in (folder, *inside) if os.access(f, os.R_OK) for name in os.listdir(f))  # noqa: PTH208
+
+
+def _warn_of_shared_images(root: Path, train: str, part: str, parts: dict[str, Files]) -> None:
+    """Say so if files of a part are in the training part too, as far as a sample shows."""
+    by_size: dict[int, list[str]] = {}
+    for path, _ in parts[part][:: 1 + len(parts[part]) // SAMPLED]:
+        by_size.setdefault(_size(path), []).append(path)
+    near = [path for path, _ in parts[train] if _size(path) in by_size][:MOST_COMPARED]
+    seen = {_content(path) for path in near}
+    shared = [path for size in {*map(_size, near)} for path in by_size[size] if _content(path) in seen]
+    if shared:
+        names = few([os.path.relpath(path, root) for path in sorted(shared)])
+        log.warning("%s: images of %s are in %s too, so its accuracy is too high: %s", root, part, train, names)
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size  # noqa: PTH116 (a Path for each of a million files takes seconds)
+    except OSError:  # said later, of the image
+        return -1
+
+
+def _content(path: str) -> bytes:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).digest() if Path(path).is_file() else path.encode()
+    except (OSError, UnicodeEncodeError):
+        return os.fsencode(path)
+
+
 def _load(root: Path, parts: dict[str, Files], size: int, decoding: Decoding, statistics: Any = None) -> Splits:
-    """The splits of a training and a test part, which are called after their folders under `root`."""
-    train, test = parts
+    """The splits of a training part, a test part and maybe one for validation between them.
+
+    Args:
+        parts: By the names of their folders under `root`.
+    """
+    train, *others = parts
     classes = _classes(parts[train])
     if len(classes) < 2:
         raise DataError(f"{root}/{train} has one class alone, {classes[0]}: there is nothing to tell apart; {WANTED}")
-    unknown = sorted(set(_classes(parts[test])) - set(classes))
-    if unknown:
-        raise DataError(f"{root}/{test} has classes that {root}/{train} lacks: {few(unknown)}")
+    for part in others:
+        _require_known_classes(root, part, parts[part], train, parts[train])
     index = {name: k for k, name in enumerate(classes)}
     sets = [
         _from_files([(path, index[name]) for path, name in files], size, root, part, decoding)
         for part, files in parts.items()
     ]
-    return with_validation(sets[0], sets[1], classes, statistics)
+    validation = sets[1] if len(sets) > 2 else None
+    if validation is not None:
+        log.info("%s: %d images for validation, none of %s is held out", root / others[0], len(validation), train)
+    return with_validation(sets[0], sets[-1], classes, statistics, validation)
 
 
 def _from_files(files: Sequence[tuple[str, int]], size: int, root: Path, part: str, decoding: Decoding) -> ImageSet:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from structured_tickets.base.errors import DataError
+from structured_tickets.base.text_tables import few
 from structured_tickets.data.decoded_images import Decoding, Images, LazyImages, one_line, require_memory
 from structured_tickets.data.table_sets import CIFAR10, CIFAR100, TableFormat, checked_labels, find_table
 
@@ -99,15 +100,21 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     return tuple(mean.tolist()), tuple(torch.where(std > 1e-6, std, 1.0).tolist())
 
 
-def with_validation(train: ImageSet, test: ImageSet, classes: Sequence[str], statistics: Any = None) -> Splits:
-    """The splits, a tenth of `train` being held out for validation.
+def with_validation(
+    train: ImageSet, test: ImageSet, classes: Sequence[str], statistics: Any = None, val: ImageSet | None = None
+) -> Splits:
+    """The splits, a tenth of `train` being held out for validation unless there are images for that.
 
     Args:
         statistics: (mean, std) of each channel; None: those of the training images.
+        val: The images for validation, if they are a part of their own.
 
     Raises:
         DataError: There are too few images for that.
     """
+    if val is not None:
+        mean, std = statistics or channel_statistics(train.sample(STATISTICS_SAMPLE))
+        return Splits(train, val, test, mean, std, tuple(classes))
     rest, held_out = split_indices(len(train))
     if not len(held_out):
         raise DataError(f"{len(train)} training images are too few: a tenth of them is held out for validation")
@@ -126,11 +133,6 @@ def empty_classes(found: Iterable[str], classes: Iterable[str]) -> list[str]:
     """The classes of which there is no image; `found` is the class of each image."""
     present = set(found)
     return [name for name in classes if name not in present]
-
-
-def few(names: Sequence[str]) -> str:
-    """The first names of many, for a message."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def require_every_class(found: Iterable[str], classes: Sequence[str], where: object) -> None:

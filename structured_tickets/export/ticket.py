@@ -20,11 +20,12 @@ from structured_tickets.base.atomic_files import write_atomically
 from structured_tickets.base.errors import DataError, RunError, StorageError, UsageError
 from structured_tickets.base.text_tables import text_table
 from structured_tickets.export.deployed import LARGEST_IMAGE, load, save
-from structured_tickets.networks import build_model, runs_a_file
+from structured_tickets.networks import build_model, runs_a_file, sources_of
 from structured_tickets.networks.hosted import normalize_of, put_normalize
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.pruning.usable_units import note_what_had_units
 from structured_tickets.runs.folder import RunFolder
+from structured_tickets.runs.same_run import warn_of_changed_code
 from structured_tickets.runs.state import RunState
 from structured_tickets.shrinking.cost import Cost, cost_of
 from structured_tickets.shrinking.kept_units import kept_units_of, structure_of
@@ -107,7 +108,9 @@ def _network(run: RunState, arch: str | None, file: Path) -> nn.Module:
         raise DataError(f"{file} does not say which network it holds, for images of how many pixels")
     if runs_a_file(named) and arch is None:
         raise UsageError(f"argument --arch: the network comes from {named}: name it again, since its code will be run")
-    return build_model(arch or named, len(run.classes), size)
+    model = build_model(arch or named, len(run.classes), size)
+    warn_of_changed_code(run.sources, sources_of(arch or named), "The exported network is that of the changed code")
+    return model
 
 
 def export(

@@ -56,6 +56,15 @@ def parse_arch(text: str) -> str:
     return f"{Path(file).resolve()}:{factory}"
 
 
+def sources_of(arch: str) -> dict[str, str]:
+    """Return hashes of the code that built this network from a user's file, by file; empty for all other networks."""
+    if not runs_a_file(arch):
+        return {}
+    from structured_tickets.networks import user_files
+
+    return user_files.sources_of(arch.rpartition(":")[0])
+
+
 def runs_a_file(arch: str) -> bool:
     """Whether building this network runs code of a user's file."""
     return arch not in MODELS and not arch.startswith(LIBRARIES)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.networks.attention import with_separate_heads
 from structured_tickets.networks.first_pass import first_pass, spec_of_layers
 from structured_tickets.networks.hosted import Hosted, hosted
+from structured_tickets.networks.user_files import imported
 
 SIZE_WORDS = ("img_size", "image_size")  # what factories call the images' side
 
@@ -110,25 +109,19 @@ def from_torchvision(name: str, num_classes: int, img_size: int) -> nn.Module:
 
 def _from_file(arch: str, num_classes: int, img_size: int) -> nn.Module:
     file, _, factory = arch.rpartition(":")
-    spec = importlib.util.spec_from_file_location(f"user_model_{Path(file).stem}", file)
-    if spec is None or spec.loader is None or not Path(file).is_file():
+    if not Path(file).is_file():
         raise UsageError(f"argument --arch: no such file: {file}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickles look their module up there
-    sys.path.insert(0, str(Path(file).resolve().parent))
     try:
-        spec.loader.exec_module(module)
-        build = getattr(module, factory, None)
-        if not callable(build):
-            named = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-            raise _unknown(f"{file}:", factory, named)
-        return build(num_classes=num_classes, **_size_for(build, img_size))
+        with imported(file) as module:
+            build = getattr(module, factory, None)
+            if not callable(build):
+                named = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+                raise _unknown(f"{file}:", factory, named)
+            return build(num_classes=num_classes, **_size_for(build, img_size))
     except UsageError:
         raise
     except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise _not_buildable(arch, error) from error
-    finally:
-        sys.path.pop(0)
 
 
 def _size_for(build: Callable[..., Any], img_size: int) -> dict[str, int]:

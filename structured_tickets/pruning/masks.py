@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from structured_tickets.base.weights import effective_state, effective_weight  # noqa: F401 (masks' own vocabulary)
 from structured_tickets.unit_groups.unit import parameter_name, parameter_of
 
 Mask = dict[str, Tensor]
@@ -115,25 +116,6 @@ class MaskPair:
     def alive(self) -> Mask:
         """All but the dead weights, as a 0/1 mask by parameter name."""
         return {n: 1 - dead.float() for n, dead in self.dead.items()}
-
-
-def effective_weight(state: Mapping[str, Tensor], name: str) -> Tensor:
-    """A parameter's value in a state dict that may hold it plainly or as torch's pruning does (`_orig` and `_mask`).
-
-    Raises:
-        KeyError: The state holds neither; the message names the parameter.
-    """
-    if name in state:
-        return state[name]
-    if f"{name}_orig" in state:
-        return state[f"{name}_orig"] * state[f"{name}_mask"]
-    raise KeyError(f"no weights for {name} in the given state")
-
-
-def effective_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without pruning keys: every pair `X_orig`, `X_mask` becomes `X`, their product."""
-    names = (k.removesuffix("_orig") for k in state if not (k.endswith("_mask") and f"{k[:-5]}_orig" in state))
-    return {n: effective_weight(state, n) for n in names}
 
 
 def in_place_of(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

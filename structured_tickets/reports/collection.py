@@ -9,6 +9,7 @@ from typing import Any
 
 from structured_tickets.base.atomic_files import lock
 from structured_tickets.base.errors import DataError
+from structured_tickets.base.text_tables import few
 from structured_tickets.base.untrusted_text import check, is_mapping, is_number, is_words, parse_json
 from structured_tickets.reports.runs import Collection, Group, Limits, Run, in_words, worded
 from structured_tickets.runs.read import is_run, read_environment, read_metrics, read_result, read_rounds, read_settings
@@ -100,7 +101,22 @@ def _collection(
     groups, repeated = _groups(runs)
     if repeated:
         notes.append(f"Left out, since another run has the same settings and seed: {', '.join(repeated)}.")
+    notes += _same_starts(groups)
     return Collection(path.resolve().name, path, axes, groups, runs, dense, command, notes, limits)
+
+
+def _same_starts(groups: Iterable[Group]) -> list[str]:
+    """A sentence if runs with different seeds have noted the same initial weights, and no file gave them."""
+    same = []
+    for group in groups:
+        starts = [_noted(run, "initial_weights") for run in group.runs if not run.args.get("init")]
+        known = [start[0] for start in starts if start]
+        same += [group.title] if len(set(known)) < len(known) else []
+    if not same:
+        return []
+    return [
+        f"Runs with different seeds started from the same weights, so they differ only in their batches: {few(same)}."
+    ]
 
 
 def _told_apart(runs: list[Run], name: str, key: str, known: Sequence[str]) -> tuple[list[Run], list[str]]:

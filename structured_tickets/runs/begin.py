@@ -18,9 +18,11 @@ from structured_tickets.base.environment import describe_environment
 from structured_tickets.base.errors import UsageError
 from structured_tickets.base.text_tables import counted
 from structured_tickets.base.untrusted_tensors import save_atomically
-from structured_tickets.base.weights import cloned_state, network_digest
+from structured_tickets.base.weights import cloned_state, digest_of, network_digest
 from structured_tickets.data.fingerprint import completed, describe_data, fingerprint
+from structured_tickets.networks import sources_of
 from structured_tickets.networks.precision import name_of
+from structured_tickets.networks.pretrained import load_initial_weights
 from structured_tickets.pruning.methods import CONTROLS, SQUEEZE_GOAL
 from structured_tickets.pruning.usable_units import in_words
 from structured_tickets.runs.compared_run import ControlSource
@@ -29,8 +31,8 @@ from structured_tickets.runs.dry_run import expected_squeeze
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.runs.next_masks import control_masks
 from structured_tickets.runs.reporter import Reporter
-from structured_tickets.runs.same_run import check_same_run
-from structured_tickets.runs.setup import Setup, load_initial_weights
+from structured_tickets.runs.same_run import check_same_run, warn_of_changed_code
+from structured_tickets.runs.setup import Setup
 from structured_tickets.runs.state import RunState
 from structured_tickets.runs.trackers import Trackers, trackers_of
 from structured_tickets.settings.identity import identity_of, identity_of_round_0, settings_of
@@ -49,6 +51,7 @@ def new_run(setup: Setup) -> RunState:
         processes=setup.world.size,
         contents=describe_data(setup.loaders, list(setup.classes)),
         precision=name_of(setup.precision),
+        sources=sources_of(setup.args.arch),
     )
 
 
@@ -94,9 +97,10 @@ def _begun(
     setup: Setup, run: RunState, folder: RunFolder, source: ControlSource | None, store: DenseStore | None
 ) -> RunState:
     """Start a new run. A control, or a run whose round 0 is in the dense store, starts after round 0."""
-    choose_initial_weights(setup.model, setup.args.init, folder)
+    choose_initial_weights(setup.model, setup.args.init, folder, setup.args.pretrained_key)
     run.init_weight = cloned_state(setup.model)
     if source is not None:
+        warn_of_changed_code(source.dense.sources, run.sources, "The control trains another network than the ticket")
         run = source.begin(run, setup.names, setup.image_size)
         run.following = control_masks(setup, source, 0)
         log.info("control %s: round 0 is that of %s", setup.args.control, source.folder.path)
@@ -110,7 +114,10 @@ def _describe(setup: Setup, run: RunState, folder: RunFolder) -> None:
     """Write the settings of the run, and what it runs on."""
     folder.write_settings(run.args)
     environment = describe_environment(setup.args.words, setup.device, name_of(setup.precision))
-    folder.write_environment(environment | {"data": run.data, "network": network_digest(setup.model)})
+    about: dict[str, Any] = {"data": run.data, "network": network_digest(setup.model)}
+    about |= {"initial_weights": digest_of(run.init_weight)[:16]}  # by which a report sees that seeds share them
+    about |= {"sources": run.sources} if run.sources else {}  # files of the user's network, as the run began with them
+    folder.write_environment(environment | about)
 
 
 def _introduce(setup: Setup, folder: RunFolder) -> None:
@@ -206,21 +213,32 @@ def continued(run: RunState, found: RunState, numerics: Mapping[str, Any]) -> Ru
             found.processes,
             run.processes,
         )
+    warn_of_changed_code(
+        found.sources,
+        run.sources,
+        "The rest of the run uses the changed code. For one code throughout, start again with another --save_dir",
+    )
+    sources = found.sources or run.sources  # checkpoints of older versions have none
     round_0 = found.round_0
     if round_0.get("numerics", numerics) != numerics:
         round_0 = {**round_0, "numerics": {}}  # part of it was computed otherwise
-    return replace(found, args=run.args, contents=completed(run.contents, found.contents), round_0=round_0)
+    contents = completed(run.contents, found.contents)
+    return replace(found, args=run.args, contents=contents, round_0=round_0, sources=sources)
 
 
-def choose_initial_weights(model: nn.Module, file: str | None, folder: RunFolder) -> None:
+def choose_initial_weights(model: nn.Module, file: str | None, folder: RunFolder, key: str | None = None) -> None:
     """Put the weights of `file` (`--init`) into the model; where there is no such file, the model's own are kept there.
 
     Without a name it is a file in the run's folder, which is written, never read.
+
+    Args:
+        key: Where in the file the weights are, if it has several.
     """
     path = Path(file) if file else folder.path / "init.pth.tar"
     if file and path.exists():
-        load_initial_weights(model, path)
-        log.info("loaded initial weights from %s", path)
+        load_initial_weights(model, path, key)
     else:
+        if file and key:
+            log.warning("--pretrained_key has no effect: there was no file %s yet, so it is written", path)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_atomically(cloned_state(model), path)

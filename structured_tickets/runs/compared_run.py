@@ -68,13 +68,14 @@ class ControlSource:
         check_same_data(
             self.dense, run.data, run.contents, f"the run in {self.folder.path} was on other images or labels"
         )
-        begun = replace(self.dense, args=run.args, tracker_id=run.tracker_id, classes=run.classes)
+        own = {k: getattr(run, k) for k in ("args", "tracker_id", "classes", "sources")}
+        begun = replace(self.dense, **own)
         if CONTROLS[self.args.control].fresh:
             drawn, of_data = self._new_weights(len(run.classes), image_size)
             if same := [n for n in names if torch.equal(drawn[n], self.dense.init_weight[n])]:
                 raise UsageError(f"argument --control: {self.args.arch} always begins with the same {same[0]}")
-            own = {n: v for n, v in drawn.items() if n not in of_data}
-            begun.init_weight = {n: own.get(n, value).clone() for n, value in run.init_weight.items()}
+            weights = {n: v for n, v in drawn.items() if n not in of_data}
+            begun.init_weight = {n: weights.get(n, value).clone() for n, value in run.init_weight.items()}
         return begun
 
     def _new_weights(self, classes: int, image_size: int) -> tuple[dict[str, Tensor], frozenset[str]]:

@@ -6,8 +6,6 @@ import csv
 import io
 import json
 import logging
-import os
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from structured_tickets.base.atomic_files import append, write_atomically
+from structured_tickets.base.console import is_terminal
 from structured_tickets.base.text_tables import text_table
 from structured_tickets.pruning.shares import Shares
 from structured_tickets.runs.rows import Row
@@ -42,7 +41,7 @@ class Reporter:
     def __init__(self, folder: Path, tracker: Trackers, quiet: bool = False) -> None:
         self.folder = folder
         self.tracker = tracker
-        self.bars = sys.stderr.isatty() and not quiet and os.environ.get("TERM") != "dumb"
+        self.bars = is_terminal() and not quiet
 
     def restore(self, history: Sequence[Row], rounds: Sequence[Row]) -> None:
         """Make the files say exactly what the checkpoint says."""

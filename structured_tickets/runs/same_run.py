@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from structured_tickets.base.errors import UsageError
+from structured_tickets.base.text_tables import few
 from structured_tickets.data.fingerprint import difference
 from structured_tickets.runs.state import RunState
+
+log = logging.getLogger("rsst")
 
 
 def check_same_run(
@@ -36,3 +40,16 @@ def check_same_data(run: RunState, data: str, contents: Mapping[str, Any], other
     different = difference(run.contents, contents)
     if different or run.data != data:
         raise UsageError(f"argument --data: {otherwise}" + (f": {different}" if different else ""))
+
+
+def warn_of_changed_code(then: Mapping[str, str], now: Mapping[str, str], consequence: str) -> None:
+    """Warn if files that build a user's network have changed since the run began.
+
+    Args:
+        then, now: Hashes of the code, by file. Files that only one of them has are not compared: which files are
+            imported follows from the others.
+        consequence: What that means here.
+    """
+    changed = [file for file, digest in then.items() if now.get(file, digest) != digest]
+    if changed:
+        log.warning("the code of the network has changed since the run began: %s. %s", few(changed), consequence)

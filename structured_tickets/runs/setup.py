@@ -14,16 +14,18 @@ from typing import Any
 import torch
 from torch import nn, optim
 
+from structured_tickets.base.console import log_warnings
 from structured_tickets.base.distributed import ALONE, World
 from structured_tickets.base.environment import has_cpp_compiler, numerics
-from structured_tickets.base.errors import DataError, MachineError, UsageError
+from structured_tickets.base.errors import MachineError, UsageError
 from structured_tickets.base.modes import set_mode
 from structured_tickets.base.randomness import seed_everything
-from structured_tickets.base.untrusted_tensors import as_state_dict, load_tensors
 from structured_tickets.data.catalog import DATASETS, load_splits
 from structured_tickets.data.loader import BatchLoader, Loaders, make_loaders
-from structured_tickets.networks import build_model, spec_of
-from structured_tickets.networks.hosted import of_the_data, put_normalize
+from structured_tickets.networks import build_model, runs_a_file, spec_of
+from structured_tickets.networks.fixed_start import starts_the_same
+from structured_tickets.networks.hosted import put_normalize
+from structured_tickets.networks.input_statistics import Statistics
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.networks.precision import choose_precision
 from structured_tickets.networks.pretrained import load_pretrained_weights
@@ -141,12 +143,12 @@ def set_up(args: argparse.Namespace, world: World = ALONE) -> Setup:
         DataError: Data or weights are missing or unreadable.
         UsageError: The device, the network, its units, the images' size and the batches do not go together.
     """
-    model, loaders, classes, precision = _loaded(args)
+    model, loaders, classes, precision, said = _loaded(args)
     for loader in loaders:
         loader.share = (world.rank, world.size)
     units = units_from(args, model, loaders[0].image_size)
     setup = Setup(args, model, loaders, classes, precision, units.groups, world, units.whole, units.remark)
-    args.warnings += warnings_for(setup.rules, model, units.groups)
+    args.warnings += [*said, *warnings_for(setup.rules, model, units.groups)]
     return setup
 
 
@@ -154,17 +156,19 @@ def setup_model_dataset(args: Any) -> tuple[nn.Module, Any, Any, Any]:
     """Build the model (`model.normalize` set) and the train, validation and test loaders.
 
     Reads `arch`, `dataset`, `data`, `batch_size` and, where given, `image_size`, `seed`, `gpu`, `workers`,
-    `image_store`, `precision`, `compile`, `deterministic`, `vit_pretrained` and `pretrained`.
+    `image_store`, `precision`, `compile`, `deterministic`, `vit_pretrained`, `pretrained` and `pretrained_key`.
 
     Raises:
         DataError: Data or weights are missing or unreadable.
         UsageError: The device, the network, the images' size and the batches do not go together.
     """
-    model, loaders, _, _ = _loaded(args)
+    model, loaders, _, _, said = _loaded(args)
+    log_warnings(said)
     return model, *loaders
 
 
-def _loaded(args: Any) -> tuple[nn.Module, Loaders, tuple[str, ...], torch.dtype]:
+def _loaded(args: Any) -> tuple[nn.Module, Loaders, tuple[str, ...], torch.dtype, list[str]]:
+    """Network, loaders, names of the classes, number type, and sentences that warn about the network."""
     settings = vars(args)
     choose_kernels(settings.get("deterministic", False))
     device = choose_device(settings.get("gpu", 0))
@@ -176,13 +180,31 @@ def _loaded(args: Any) -> tuple[nn.Module, Loaders, tuple[str, ...], torch.dtype
     seed = settings.get("seed") or 0
     seed_everything(seed)
     model = build_model(args.arch, len(splits.classes), size)
-    load_start_weights(model, settings)
-    put_normalize(model, Normalize(splits.mean, splits.std))
+    said = _warnings_of_a_fixed_start(model, settings, len(splits.classes), size, seed)
+    wanted = load_start_weights(model, settings)
+    put_normalize(model, Normalize(*(wanted or (splits.mean, splits.std))))
     _check_last_batch(model, len(splits.train), args.batch_size, size)
     model.to(device)
     precision = choose_precision(settings.get("precision", "auto"), device)
     prepare_for_speed(model, precision, settings.get("compile", False))
-    return model, make_loaders(splits, args.batch_size, device, source.flip, seed), tuple(splits.classes), precision
+    loaders = make_loaders(splits, args.batch_size, device, source.flip, seed)
+    return model, loaders, tuple(splits.classes), precision, said
+
+
+def _warnings_of_a_fixed_start(
+    model: nn.Module, settings: dict[str, Any], classes: int, size: int, seed: int
+) -> list[str]:
+    """A sentence if a user's network, just built, is the same for every seed, and no file is to give its weights."""
+    arch, file = settings["arch"], settings.get("init")
+    if not runs_a_file(arch) or (file and Path(file).exists()):
+        return []
+    reason = starts_the_same(model, lambda: build_model(arch, classes, size), seed)
+    if not reason:
+        return []
+    return [
+        f"--seed does not change the initial weights of {Path(arch).name}: {reason}. Runs with other seeds start from "
+        "the same weights and differ only in their batches. Leave the seed to --seed"
+    ]
 
 
 def _check_last_batch(model: nn.Module, images: int, batch_size: int, image_size: int) -> None:
@@ -205,11 +227,17 @@ def _check_last_batch(model: nn.Module, images: int, batch_size: int, image_size
             ) from error
 
 
-def load_start_weights(model: nn.Module, settings: dict[str, Any]) -> None:
-    """Put pretrained weights in place where the settings ask for them; the classifier stays fresh unless `fc`."""
+def load_start_weights(model: nn.Module, settings: dict[str, Any]) -> Statistics | None:
+    """Put pretrained weights in place where the settings ask for them; the classifier stays fresh unless `fc`.
+
+    Returns:
+        Mean and standard deviation of the images that the weights want; None where they want none in particular.
+    """
     file, from_file = settings.get("pretrained"), settings.get("prune_type") == "pt"
-    if settings.get("vit_pretrained") or (from_file and file):
-        load_pretrained_weights(model, spec_of(model), file, with_classifier=settings.get("fc", False))
+    if not (settings.get("vit_pretrained") or (from_file and file)):
+        return None
+    spec = spec_of(model)
+    return load_pretrained_weights(model, spec, file, settings.get("fc", False), settings.get("pretrained_key"))
 
 
 def choose_kernels(deterministic: bool) -> None:
@@ -245,23 +273,3 @@ def prepare_for_speed(model: nn.Module, precision: torch.dtype, compiled: bool =
         if on_cpu and not has_cpp_compiler():
             raise UsageError("argument --compile: needs a C++ compiler; none was found (g++, clang++ or CXX)")
         model.compile()
-
-
-def load_initial_weights(model: nn.Module, file: Path) -> None:
-    """Load a state dict that `--init` names; normalisation constants stay the data set's own.
-
-    Raises:
-        DataError: The file cannot be read, or holds another network.
-    """
-    failure = f"--init {file}: not a readable state dict"
-    if not file.is_file():  # a pipe would be waited for without end
-        raise DataError(f"--init {file}: no regular file")
-    found = load_tensors(file, failure)
-    found = as_state_dict(found.get("state_dict", found) if isinstance(found, dict) else found, failure)
-    of_data = of_the_data(model)
-    state = {k: v for k, v in found.items() if k not in of_data}
-    own = {k: v.shape for k, v in model.state_dict().items() if k not in of_data}
-    wrong = sorted(k for k in own.keys() | state.keys() if own.get(k) != getattr(state.get(k), "shape", None))
-    if wrong:
-        raise DataError(f"--init {file}: another network's weights (first difference: {wrong[0]})")
-    model.load_state_dict(state, strict=False)

@@ -41,6 +41,7 @@ class RunState:
         classes: Names of the classes, in the order of the logits.
         round_0: Where a `--dense_store` has this run's round 0 (`address`), whether it came from there (`shared`), and
             what its bits depend on besides the settings (`numerics`); empty without a store.
+        sources: Hashes of the code of a user's network that the run began with, by file.
         processes: How many processes trained it; `other_rng`: random states of all of them but the first.
     """
 
@@ -70,6 +71,7 @@ class RunState:
     processes: int = 1
     other_rng: list[dict[str, Any]] = field(default_factory=list)
     contents: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
     version: int = VERSION
 
     @property

@@ -132,6 +132,14 @@ MODEL = (
         metavar="FILE",
     ),
     Flag(
+        "pretrained_key",
+        "where in the file of --pretrained or --init the weights are, if it holds several (plain and averaged, teacher "
+        "and student): its keys, with dots between",
+        WEIGHTS_FILE,
+        metavar="KEY",
+        read=Condition(lambda a: bool(a.pretrained or a.init), "with --pretrained or --init"),
+    ),
+    Flag(
         "fc",
         "with --prune_type pt: take the classifier from the file too, instead of a fresh one",
         EVERY_ROUND,

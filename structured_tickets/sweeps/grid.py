@@ -286,7 +286,8 @@ def _dense_jobs(jobs: Sequence[Job], out: Path) -> dict[str, Job]:
     for job in jobs:
         args = parse_args(job.words)
         if args.control == "none" and not runs_a_file(args.arch):
-            alike = [identity_of_round_0(args), args.init, args.pretrained, str(Path(args.data).resolve())]
+            files = [args.init, args.pretrained, args.pretrained_key]
+            alike = [identity_of_round_0(args), *files, str(Path(args.data).resolve())]
             key = hashlib.sha256(json.dumps(alike, sort_keys=True).encode()).hexdigest()[:8]
             groups.setdefault(key, []).append(job)
     found: dict[str, Job] = {}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
-import sys
 
 from tqdm import tqdm
 
+from structured_tickets.base.console import is_terminal
 from structured_tickets.base.errors import DataError
 from structured_tickets.runs.read import read_metrics
 from structured_tickets.sweeps.grid import Job
@@ -28,7 +27,7 @@ class LiveView:
 
     def __init__(self, total: int, before: int, quiet: bool = False) -> None:
         self.total, self.done, self.quiet = total, before, quiet
-        self.draws = sys.stderr.isatty() and not quiet and os.environ.get("TERM") != "dumb"
+        self.draws = is_terminal() and not quiet
         self._bars: dict[str, tqdm] = {}
         self._whole = tqdm(
             total=total,

@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from types import FrameType
 
 from structured_tickets.base.errors import DataError, Interrupted
+from structured_tickets.base.signals import STOPPING, handle, restore
 from structured_tickets.runs.read import read_result
 from structured_tickets.sweeps.executors import (
     Executor,
@@ -97,7 +98,7 @@ class StopSignals:
     number: int | None = None
 
     def __enter__(self) -> StopSignals:
-        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        self._before = handle(STOPPING, self._note)
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -106,8 +107,7 @@ class StopSignals:
             signal.signal(each, signal.SIG_DFL)
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        restore(self._before)
 
 
 def _schedule(

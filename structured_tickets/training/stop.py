@@ -11,10 +11,13 @@ import torch
 
 from structured_tickets.base.distributed import ALONE, World
 from structured_tickets.base.errors import Interrupted
+from structured_tickets.base.signals import STOPPING, handle, restore
 
 
 class StopRequest:
     """Turns the first Ctrl-C or SIGTERM into a wish that the training loop grants after the step; the second kills.
+
+    In a thread of another program no signal is waited for: that program has its own way to stop.
 
     Args:
         world: Processes that stop together, whichever of them has got the signal.
@@ -23,7 +26,7 @@ class StopRequest:
     def __init__(self, world: World = ALONE) -> None:
         self.world = world
         self.signal: int | None = None
-        self._before = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
+        self._before = handle(STOPPING, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
@@ -33,8 +36,7 @@ class StopRequest:
 
     def restore(self) -> None:
         """Hand the signals back to whoever had them."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        restore(self._before)
         if self.signal is not None and self.world.size > 1:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, again: what has stopped may still say so
 

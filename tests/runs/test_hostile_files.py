@@ -211,6 +211,7 @@ WRONG = {
     "step": [[1]],
     "partial": [[], {"loss": "x"}],
     "contents": [3, {"training": 1}, {"training": {"images": 1, "files": "", "classes": {"a": [1, 2, 3]}}}],
+    "sources": [3, {"net.py": 1}, {1: "a"}],
     "other_rng": [{}, [{}]],
     "state_dict": [[], {}, {"a": 1}, {1: torch.ones(1)}, "x", {"a_orig": torch.ones(1)}, {"fc.weight": torch.ones(3)}],
     "optimizer": [[], {"state": 3}, {"state": {}, "param_groups": [{"params": "x"}]}],

@@ -44,6 +44,7 @@ VALUES = {
     "arch": ["res56s"],
     "init": ["i.pth"],
     "pretrained": ["{file}"],
+    "pretrained_key": ["state_dict"],
     "control_of": ["there"],
     "save_dir": ["there"],
     "checkpoint": ["{file}"],
