@@ -56,7 +56,7 @@ def random_structure(model: nn.Module, gone: float, only: Callable[[UnitGroup], 
 
 def share_of_macs(model: nn.Module, masks: Mask) -> float:
     groups = unit_groups(model)
-    return cost_of(model, groups, masks, SIZE).macs / cost_of(model, groups, {}, SIZE).macs
+    return cost_of(model, masks, SIZE).macs / cost_of(model, {}, SIZE).macs
 
 
 def times_macs(seconds: harness.Times, name: str, share: float) -> tuple[str, str, float]:

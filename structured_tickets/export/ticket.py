@@ -254,7 +254,7 @@ def _run_pt2(path: Path, images: Tensor) -> Tensor:
 def _measure(ticket: Ticket, structure: dict[str, Tensor], small: nn.Module, file: Path, size: int) -> list[dict]:
     """Return a row each for the dense, the masked and the compact network."""
     groups = unit_groups(ticket.masked)
-    dense, cut = (cost_of(ticket.masked, groups, masks, size) for masks in ({}, structure))
+    dense, cut = (cost_of(ticket.masked, masks, size) for masks in ({}, structure))
     whole = {n: v.contiguous().clone() for n, v in ticket.masked.state_dict().items()}
     dense_bytes, cut_bytes = len(safetensors.torch.save(whole)), file.stat().st_size
     dense_network = copy.deepcopy(ticket.masked)

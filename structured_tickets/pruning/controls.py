@@ -47,7 +47,7 @@ def controlled(
     if kind == "same":
         return pair
     if kind == "narrow":
-        return narrow_pair(model, groups, cost_of(model, groups, pair.structure, image_size).macs, image_size)
+        return narrow_pair(model, groups, cost_of(model, pair.structure, image_size).macs, image_size)
     parts = (seed, CONTROL_STREAM, 1 + state) if kind == "redrawn" else (seed, CONTROL_STREAM)
     return permuted_pair(pair, groups, targets, torch.Generator().manual_seed(mixed_seed(*parts)))
 
@@ -138,7 +138,7 @@ def narrow_pair(model: nn.Module, groups: Sequence[UnitGroup], macs: int, size: 
         low, high, best = 0.0, 1.0, (float("inf"), 1.0)
         for _ in range(NARROWING_STEPS):
             middle = (low + high) / 2
-            found = cost_of(model, groups, structure(middle), size).macs
+            found = cost_of(model, structure(middle), size).macs
             best = min(best, (abs(found - macs), middle))
             low, high = (middle, high) if found < macs else (low, middle)
         shares[kind] = best[1]

@@ -94,7 +94,7 @@ def _rounds(setup: Setup) -> list[str]:
     exact = layer_wise and all(g.kind in ("head", "neuron") and g.kind in rules.targets for g in groups)
     lines = [f"rounds ({'exact' if exact else 'estimated from the initial weights'})"]
     for state, pair in enumerate(simulate_rounds(model, groups, rules, setup.args.pruning_times)):
-        cost: Cost = cost_of(model, groups, {} if pair is None else pair.structure, setup.image_size)
+        cost: Cost = cost_of(model, {} if pair is None else pair.structure, setup.image_size)
         units = ", ".join(f"{kept}/{of} {kind}s" for kind, (kept, of) in kept_per_kind(groups, pair).items())
         density = shares(pair, setup.names, rules).kept
         macs = f"{cost.macs / 1e6:.1f} M MACs"

@@ -32,7 +32,7 @@ def judge(
         following: The masks of the next round.
     """
     last = run.history[-1]
-    cost = cost_of(setup.model, setup.groups, pair.structure if pair else {}, setup.image_size)
+    cost = cost_of(setup.model, pair.structure if pair else {}, setup.image_size)
     prunable = sum(following.current[n].numel() for n in setup.names)
     return RoundRow(
         round=run.state,

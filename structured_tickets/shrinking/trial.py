@@ -39,7 +39,7 @@ def check_units(model: nn.Module, groups: Sequence[UnitGroup], image: int | Sequ
             wanted = functional_call(network, {n: parameters[n] * m for n, m in masks.items()}, (images,))
             found = shrink(network, masks, image=image_shape(image)).network(images)
             difference = (found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
-            cost_of(network, groups, masks, image)
+            cost_of(network, masks, image)
         except Exception as error:  # whatever the network's code raises
             reason = first_line(error)
             raise _coupled(model, f"cannot be computed ({type(error).__name__}: {reason})") from error

@@ -103,7 +103,7 @@ def test_blocks_change_places():
 def test_the_small_dense_network_has_the_macs_of_the_ticket_and_is_narrowed_alike(arch):
     model, groups, (pair,) = found(arch, MATCHED[arch])
     dense = control("small_dense", pair, model, groups, MATCHED[arch])
-    macs, wanted = (cost_of(model, groups, p.structure, 16).macs for p in (dense, pair))
+    macs, wanted = (cost_of(model, p.structure, 16).macs for p in (dense, pair))
     assert abs(macs - wanted) < 0.03 * wanted
     assert equal(dense.structure, {n: dense.current[n] for n in dense.structure}), "nothing is doomed"
     for kind in MATCHED[arch]:

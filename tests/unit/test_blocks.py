@@ -117,7 +117,7 @@ def test_the_structure_is_what_no_unit_drops(targets, struct):
     assert sum(isinstance(m, Constant) for m in small.modules()) == 3
     assert (small(IMAGES) - torch.func.functional_call(model, state, (IMAGES,))).abs().max() <= 1e-5
     if targets == "head,mlp,block":
-        assert cost_of(model, groups, pair.structure, 16).parameters == sum(p.numel() for p in small.parameters())
+        assert cost_of(model, pair.structure, 16).parameters == sum(p.numel() for p in small.parameters())
 
 
 def test_the_largest_share_leaves_one_block():

@@ -150,7 +150,7 @@ def test_the_counted_cost_of_a_mask_is_that_of_the_shrunk_network(arch, share):
     set_fused_attention(small, fused=False)
     with FlopCounterMode(display=False) as counter:
         small(IMAGES[:1])
-    cost = cost_of(model, groups, masks, 32)
+    cost = cost_of(model, masks, 32)
     assert cost.parameters == sum(p.numel() for p in small.parameters())
     assert cost.macs == counter.get_total_flops() / 2
 
@@ -169,7 +169,7 @@ def test_masks_fit_under_every_key(arch, style):
     assert found.cuts.keys() == wanted.cuts.keys() != set()
     for name, value in wanted.network.state_dict().items():
         assert torch.equal(value, found.network.state_dict()[name]), name
-    assert cost_of(model, groups, named(masks, style), 32) == cost_of(model, groups, masks, 32)
+    assert cost_of(model, named(masks, style), 32) == cost_of(model, masks, 32)
 
 
 @pytest.mark.parametrize("arch", MICRO)
@@ -213,7 +213,7 @@ def test_what_the_documented_functions_return_can_be_shrunk(arch):
 )
 def test_masks_that_do_not_fit_are_refused_in_a_line(wrong, said):
     model, groups = whole("micro_cnn")
-    for use in (lambda: shrink(model, wrong), lambda: cost_of(model, groups, wrong, 32)):
+    for use in (lambda: shrink(model, wrong), lambda: cost_of(model, wrong, 32)):
         with pytest.raises(ValueError, match=said) as error:
             use()
         assert "\n" not in str(error.value)

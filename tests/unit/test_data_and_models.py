@@ -162,7 +162,7 @@ def test_macs_of_the_dense_network_are_torchs(arch):
     set_fused_attention(model, fused=False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.rand(1, 3, 32, 32))
-    cost = cost_of(model, unit_groups(model), {}, 32)
+    cost = cost_of(model, {}, 32)
     assert cost.macs == counter.get_total_flops() / 2
     assert cost.parameters == sum(p.numel() for p in model.parameters())
 
@@ -170,7 +170,7 @@ def test_macs_of_the_dense_network_are_torchs(arch):
 @torch.no_grad()
 def test_cost_of_a_vit_structure_is_that_of_the_smaller_network():
     model, groups, pair = structure_of("vit_tiny", 0.3)
-    cost = cost_of(model, groups, pair.structure, 32)
+    cost = cost_of(model, pair.structure, 32)
     smaller = build_model("vit_tiny", 10, 32)
     for block in smaller.blocks:
         block.attn = timm.layers.Attention(192, num_heads=2, attn_head_dim=64, qkv_bias=True)
@@ -184,14 +184,14 @@ def test_cost_of_a_vit_structure_is_that_of_the_smaller_network():
 
 def test_cost_of_a_resnet_structure_leaves_out_inputs_that_nothing_feeds():
     model, groups, pair = structure_of("res20s", 0.5)
-    cost = cost_of(model, groups, pair.structure, 32)
+    cost = cost_of(model, pair.structure, 32)
     conv2 = model.layer3[2].conv2
     kept = kept_per_kind(groups, pair)["channel"]
     masks = pair.structure
     fed = masks["layer3.2.conv1.weight"].flatten(1).any(1)
     alone = int((masks["layer3.2.conv2.weight"] * fed.view(1, -1, 1, 1)).sum())
     assert alone < int(masks["layer3.2.conv2.weight"].sum()) < conv2.weight.numel()
-    dense = cost_of(model, groups, {}, 32)
+    dense = cost_of(model, {}, 32)
     assert kept[0] < kept[1]
     filters = sum(int(m.sum()) for n, m in masks.items() if ".conv" in n)
     assert cost.parameters < dense.parameters - (267264 - filters)
@@ -203,20 +203,20 @@ def test_a_row_of_zeros_alone_keeps_its_bias():
     groups = unit_groups(model)
     mask = torch.ones_like(model.blocks[0].mlp.fc1.weight)
     mask[:100] = 0
-    whole = cost_of(model, groups, {}, 32).parameters
+    whole = cost_of(model, {}, 32).parameters
     columns = torch.ones_like(model.blocks[0].mlp.fc2.weight)
     both = {"blocks.0.mlp.fc1.weight": mask, "blocks.0.mlp.fc2.weight": columns}
     for masks in ({"blocks.0.mlp.fc1.weight": mask}, both):
-        assert whole - cost_of(model, groups, masks, 32).parameters == 100 * 192
+        assert whole - cost_of(model, masks, 32).parameters == 100 * 192
     columns[:, :100] = 0
-    assert whole - cost_of(model, groups, both, 32).parameters == 100 * (192 + 192 + 1), "nobody hears it"
+    assert whole - cost_of(model, both, 32).parameters == 100 * (192 + 192 + 1), "nobody hears it"
 
 
 def test_counting_leaves_the_model_alone():
     model, groups, pair = structure_of("res20s", 0.5)
     model.train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    cost_of(model, groups, pair.structure, 32)
+    cost_of(model, pair.structure, 32)
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -246,6 +246,6 @@ def test_weights_that_are_pruned_one_by_one_are_no_macs():
     model = build_model("micro_cnn", 10, 8)
     mask = torch.ones_like(model.layer1[0].conv1.weight)
     mask[:, 0, 0, 0] = 0
-    whole, cut = (cost_of(model, unit_groups(model), masks, 8) for masks in ({}, {"layer1.0.conv1.weight": mask}))
+    whole, cut = (cost_of(model, masks, 8) for masks in ({}, {"layer1.0.conv1.weight": mask}))
     assert whole.parameters - cut.parameters == 16
     assert whole.macs - cut.macs == 16 * 8 * 8, "each of them meets every position"

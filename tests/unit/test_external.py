@@ -459,7 +459,7 @@ def test_macs_of_transposed_convolutions_and_of_layers_that_are_called_again():
             return super().forward(x) + super().forward(x)
 
     model = Net(nn.Conv2d(3, 4, 3, padding=1), nn.ConvTranspose2d(4, 2, 2, 2), nn.Conv2d(2, 1, 1))
-    assert cost_of(model, [], {}, 8).macs == 2 * (64 * 4 * 3 * 9 + 64 * 4 * 2 * 4 + 256 * 2)
+    assert cost_of(model, {}, 8).macs == 2 * (64 * 4 * 3 * 9 + 64 * 4 * 2 * 4 + 256 * 2)
 
 
 ATTENTION = [
@@ -505,11 +505,11 @@ def test_macs_count_windows_and_patches_that_lie_along_the_batch_axis(arch):
     torch.manual_seed(0)
     model = build_model(arch, 10, 64)
     groups, parameters = unit_groups(model), dict(model.named_parameters())
-    assert cost_of(model, groups, {}, 64).macs == counted_macs(model)
+    assert cost_of(model, {}, 64).macs == counted_macs(model)
     heads = [g for g in groups if g.kind == "head" and g.units > 1]
     masks = masks_of_units(groups, {g.name: torch.arange(g.units) > 0 for g in heads}, parameters)
     if "nest" not in arch and "twins" not in arch:  # their heads cannot be cut, which is found out before a run
-        assert heads and cost_of(model, groups, masks, 64).macs == counted_macs(shrink(model, masks).network)
+        assert heads and cost_of(model, masks, 64).macs == counted_macs(shrink(model, masks).network)
 
 
 class OnLastAxis(nn.Module):
@@ -681,7 +681,7 @@ def test_what_is_counted_of_any_network_is_what_is_left_of_it(net, kept):
     masks = masks_of_units(groups, flags, dict(model.named_parameters()))
     small = shrink(model, masks).network
     for network, these in ((model, {}), (small, masks)):
-        found = cost_of(model, groups, these, 8)
+        found = cost_of(model, these, 8)
         assert (found.parameters, found.macs) == (
             sum(p.numel() for p in network.parameters()),
             counted_macs(network, 8),
@@ -754,10 +754,7 @@ def test_an_mlp_of_the_network_itself_keeps_one_neuron_that_adds_nothing():
     small = shrink(model, masks).network
     torch.testing.assert_close(small(images), wanted)
     assert [n for n, _ in small.named_children()] == [n for n, _ in model.named_children()]
-    assert (
-        small.fc1.weight.shape == (1, 16)
-        and cost_of(model, groups, masks, 8).macs == counted_macs(small, 8) - 2 * 16 * 16
-    )
+    assert small.fc1.weight.shape == (1, 16) and cost_of(model, masks, 8).macs == counted_macs(small, 8) - 2 * 16 * 16
 
 
 @pytest.mark.parametrize(
@@ -829,7 +826,7 @@ def test_parameters_are_those_of_the_cut_network_where_convolutions_are_grouped(
     kept = {groups[0].name: torch.arange(8) < 5}
     masks = masks_of_units(groups, kept, dict(model.named_parameters()))
     small = shrink(model, masks).network
-    assert cost_of(model, groups, masks, 8).parameters == sum(p.numel() for p in small.parameters())
+    assert cost_of(model, masks, 8).parameters == sum(p.numel() for p in small.parameters())
 
 
 class Chain(nn.Module):
