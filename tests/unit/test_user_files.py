@@ -47,6 +47,16 @@ def written(folder, name="net.py", first="", pooled="x = x.mean((2, 3))", helper
     return f"{folder / name}:net"
 
 
+@pytest.fixture(autouse=True)
+def _users_modules_go_with_their_folder(tmp_path):
+    """Tests that come after have a `utils` of their own."""
+    yield
+    for name, module in list(sys.modules.items()):
+        places = [getattr(module, "__file__", None) or "", *(getattr(module, "__path__", None) or ())]
+        if any(str(place).startswith(str(tmp_path)) for place in places):
+            sys.modules.pop(name, None)
+
+
 @pytest.fixture
 def taken(monkeypatch):
     """Modules of the names that users take too, as this program's root has them."""
