@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,14 +59,15 @@ def program_of(model: nn.Module, image: Sequence[int], training: bool) -> Progra
     Raises:
         UsageError: What the network does depends on the values of an image, or its code fails.
     """
-    like = next(model.parameters())
+    network = copy.deepcopy(model)  # its code may note what it has seen
+    like = next(network.parameters())
     images = torch.zeros(2, *image, device=like.device, dtype=like.dtype)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operation for a whole layer, of which nothing can be followed
     try:
-        with in_mode(model, training), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with in_mode(network, training), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
-            exported = torch.export.export(model, (images,), strict=False)
+            exported = torch.export.export(network, (images,), strict=False)
     except Exception as error:  # whatever the network's code does with a value that is not there
         name = type(model).__name__
         raise UsageError(

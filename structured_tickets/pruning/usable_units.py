@@ -82,7 +82,7 @@ def usable_units(
         change_notes(model, replace(spec, has_units=False))
         groups = _rows_of_layers(model, spec, stem, transformer)
     left = [part for g in groups for part in (_rows_of(model, g) if g.name in stays else [g])]
-    reasons = _reasons_of_layers(model, spec, groups)
+    reasons = _reasons_of_layers(model, spec, groups, transformer)
     for group in groups:
         own = dict.fromkeys(sorted(weights_of(group)), stays[group.name]) if group.name in stays else {}
         reasons |= own | _frozen_layers(model, group)
@@ -202,9 +202,11 @@ def _rows_of_layers(model: nn.Module, spec: ModelSpec, stem: bool, transformer: 
     return [_rows_of_layer(model, n) for n in convs or (n for n, m in layers.items() if isinstance(m, nn.Linear))]
 
 
-def _reasons_of_layers(model: nn.Module, spec: ModelSpec, groups: Sequence[UnitGroup]) -> dict[str, str]:
+def _reasons_of_layers(
+    model: nn.Module, spec: ModelSpec, groups: Sequence[UnitGroup], transformer: bool
+) -> dict[str, str]:
     """Return the layers with weights that are in no group: layer -> the reason."""
-    found = left_alone(model, spec, groups, is_transformer(model), stem=" (--conv1 prunes it, too)")
+    found = left_alone(model, spec, groups, transformer, stem=" (--conv1 prunes it, too)")
     torchs = [n for n in found if isinstance(model.get_submodule(n), nn.MultiheadAttention)]
     inside = tuple(f"{n}." for n in torchs)
     reasons = {n: r for n, r in found.items() if not n.startswith(inside)} | dict.fromkeys(torchs, TORCHS_ATTENTION)

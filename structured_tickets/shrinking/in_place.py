@@ -295,7 +295,8 @@ def _adapt(layer: nn.Module, name: str, have: Tensor, want: Tensor, axis: int) -
     """Let a layer take the features `want` of those that it gets, or let it give `want` where it has `have`."""
     if torch.equal(have, want) or hasattr(layer, name):
         return
-    layer.add_module(name, Rearranged(have, want, axis))
+    own = next(iter((*layer.parameters(), *layer.buffers())))
+    layer.add_module(name, Rearranged(have, want, axis).to(own.device))
     if name == READ:
         layer.register_forward_pre_hook(_read)
     else:

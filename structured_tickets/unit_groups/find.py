@@ -7,6 +7,7 @@ the operations that run (`features.following`), which takes seconds, however the
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
@@ -118,7 +119,9 @@ def features_of(model: nn.Module, image: Sequence[int] | None = None) -> Followi
 def _needed_following(model: nn.Module, image: Sequence[int] | None) -> Following | None:
     reason: Exception | None = None
     try:
-        if image is None or _weights_found(model) >= LITTLE:
+        if (
+            image is None or _weights_found(copy.deepcopy(model)) >= LITTLE
+        ):  # tracing runs its code, which may take notes
             return None
     except Exception as error:  # whatever the network's code, or the names that it gives its layers, lead to
         if image is None:

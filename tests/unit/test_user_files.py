@@ -47,6 +47,18 @@ def written(folder, name="net.py", first="", pooled="x = x.mean((2, 3))", helper
     return f"{folder / name}:net"
 
 
+@pytest.fixture(autouse=True)
+def _users_modules_go_with_their_folder(tmp_path):
+    """Tests that come after have a `utils` of their own."""
+    yield
+    places = {
+        name: [vars(module).get("__file__") or "", *(vars(module).get("__path__") or ())]
+        for name, module in list(sys.modules.items())
+    }
+    for name in [n for n, found in places.items() if any(str(place).startswith(str(tmp_path)) for place in found)]:
+        sys.modules.pop(name, None)
+
+
 @pytest.fixture
 def taken(monkeypatch):
     """Modules of the names that users take too, as this program's root has them."""

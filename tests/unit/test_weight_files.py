@@ -26,6 +26,7 @@ from structured_tickets.base.errors import DataError
 from structured_tickets.base.stand_ins import may_stand_in
 from structured_tickets.networks import ModelSpec, build_model
 from structured_tickets.networks.pretrained import load_initial_weights, load_pretrained_weights
+from structured_tickets.networks.registry import spec_of
 from structured_tickets.runs.folder import RunFolder
 
 SPEC = ModelSpec("own", "stem", "head")
@@ -389,7 +390,7 @@ def test_a_file_that_repeats_itself_is_read_in_a_moment(tmp_path):
 
 def wanted(file, arch=None):
     model = build_model(arch, 10, 32) if arch else Net()
-    return load_pretrained_weights(model, model.spec, file)
+    return load_pretrained_weights(model, spec_of(model), file)
 
 
 HALVES = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
