@@ -55,7 +55,6 @@ def random_structure(model: nn.Module, gone: float, only: Callable[[UnitGroup], 
 
 
 def share_of_macs(model: nn.Module, masks: Mask) -> float:
-    groups = unit_groups(model)
     return cost_of(model, masks, SIZE).macs / cost_of(model, {}, SIZE).macs
 
 

@@ -30,7 +30,6 @@ from structured_tickets.runs.state import RunState
 from structured_tickets.shrinking.cost import Cost, cost_of
 from structured_tickets.shrinking.kept_units import kept_units_of, structure_of
 from structured_tickets.shrinking.shrink import shrink
-from structured_tickets.unit_groups.find import unit_groups
 
 log = logging.getLogger("rsst")
 
@@ -253,7 +252,6 @@ def _run_pt2(path: Path, images: Tensor) -> Tensor:
 
 def _measure(ticket: Ticket, structure: dict[str, Tensor], small: nn.Module, file: Path, size: int) -> list[dict]:
     """Return a row each for the dense, the masked and the compact network."""
-    groups = unit_groups(ticket.masked)
     dense, cut = (cost_of(ticket.masked, masks, size) for masks in ({}, structure))
     whole = {n: v.contiguous().clone() for n, v in ticket.masked.state_dict().items()}
     dense_bytes, cut_bytes = len(safetensors.torch.save(whole)), file.stat().st_size

@@ -27,8 +27,8 @@ class Cost:
 
     Attributes:
         parameters: Number of values that are trained, or frozen.
-        macs: Multiply-accumulates for one image: of convolutions, linear and recurrent layers, attention's products, and
-            of what puts channels back in their places.
+        macs: Multiply-accumulates for one image: of convolutions, linear and recurrent layers, of attention's products,
+            and of what puts channels back in their places.
     """
 
     parameters: int

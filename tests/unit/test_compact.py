@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pruning_utils import extract_mask, prune_model_custom_fillback, pruning_model, remove_prune
 from structured_tickets.networks import MODELS, build_model
-from structured_tickets.networks.layers import Normalize
+from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.networks.registry import ModelSpec
 from structured_tickets.networks.vision_transformer import frugal, set_fused_attention
 from structured_tickets.pruning.masks import by_parameter
@@ -143,10 +143,10 @@ def test_what_was_cut_can_be_put_back(arch):
 @pytest.mark.parametrize("arch", SMALL)
 @pytest.mark.parametrize("share", [0.34, 0.67])
 def test_the_counted_cost_of_a_mask_is_that_of_the_shrunk_network(arch, share):
-    """By torch's own counter; the runner's reads masks only."""
+    """In the layout in which it runs, in which channels are put in their places by products."""
     model, groups = whole(arch)
     masks = random_structure(model, 7, share, groups=groups)
-    small = copy.deepcopy(shrink(model, masks).network)
+    small = channels_side_by_side(copy.deepcopy(shrink(model, masks).network))
     set_fused_attention(small, fused=False)
     with FlopCounterMode(display=False) as counter:
         small(IMAGES[:1])
@@ -212,7 +212,7 @@ def test_what_the_documented_functions_return_can_be_shrunk(arch):
     ],
 )
 def test_masks_that_do_not_fit_are_refused_in_a_line(wrong, said):
-    model, groups = whole("micro_cnn")
+    model, _ = whole("micro_cnn")
     for use in (lambda: shrink(model, wrong), lambda: cost_of(model, wrong, 32)):
         with pytest.raises(ValueError, match=said) as error:
             use()

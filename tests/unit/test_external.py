@@ -20,14 +20,14 @@ from structured_tickets.networks import build_model, spec_of
 from structured_tickets.networks.attention import with_separate_heads
 from structured_tickets.networks.building import parse_arch
 from structured_tickets.networks.first_pass import spec_of_layers
-from structured_tickets.networks.layers import Normalize, normalised
+from structured_tickets.networks.layers import Normalize, channels_side_by_side, normalised
 from structured_tickets.networks.vision_transformer import set_fused_attention
 from structured_tickets.programs import export
 from structured_tickets.pruning.collect_evidence import collect_evidence
 from structured_tickets.pruning.criteria import CRITERIA
 from structured_tickets.shrinking.cost import cost_of
 from structured_tickets.shrinking.cuts import Shrunk
-from structured_tickets.shrinking.inserted_layers import Constant
+from structured_tickets.shrinking.inserted_layers import Constant, Place
 from structured_tickets.shrinking.shrink import shrink
 from structured_tickets.shrinking.trial import check_units
 from structured_tickets.unit_groups.channels import channel_groups
@@ -484,15 +484,21 @@ class Products(TorchFunctionMode):
 
 @torch.no_grad()
 def counted_macs(model, size=64):
-    """Of convolutions, linear layers and attention, as they are called."""
+    """Of convolutions, linear layers and attention, as they are called, and of what puts channels in their places."""
+    model = channels_side_by_side(copy.deepcopy(model))
     set_fused_attention(model.eval(), True)
     macs = []
 
     def count(layer, args, output):
         macs.append(output.numel() * layer.weight[0].numel())
 
+    def placed(place, args, output):
+        if place.around is None and args[0].is_contiguous(memory_format=torch.channels_last):
+            macs.append(output.numel() * args[0].shape[1])
+
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     handles = [layer.register_forward_hook(count) for layer in layers]
+    handles += [m.register_forward_hook(placed) for m in model.modules() if isinstance(m, Place)]
     with Products() as products:
         model(torch.rand(1, 3, size, size))
     for handle in handles:
