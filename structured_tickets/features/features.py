@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,7 @@ class Contraction:
         rows: Feature that each row computes, int64 [rows].
         axes: Of rows and columns in the weight.
         inside: The layer itself computes it, and not another module with the layer's weights.
+        grouped: True if rows read some of the columns each, all of which are kept whole.
         depthwise: True if row r reads feature r of `columns`, and the weight has no axis for columns.
     """
 
@@ -75,6 +76,7 @@ class Contraction:
     axes: tuple[int, int] = (0, 1)
     depthwise: bool = False
     inside: bool = True
+    grouped: bool = False
 
 
 Event = Through | Both | Gate | Contraction
@@ -166,7 +168,7 @@ class Features:
             elif isinstance(event, Both):
                 flags[event.features[flags[event.one] & flags[event.other]]] = True
             elif isinstance(event, Gate):
-                flags[event.features[_any_left(masks, event.parameters)(event.places)]] = True
+                flags[event.features[_left_of_any(masks, event.parameters, event.places)]] = True
             else:
                 kept = _left(masks, event.weight, event.axes[0], len(event.rows))
                 kept = kept | (_left(masks, event.bias, 0, len(event.rows)) if event.bias else False)
@@ -180,6 +182,8 @@ class Features:
             flags[features] = True
         for event in reversed(self.events):
             if isinstance(event, Contraction):
+                if event.grouped:
+                    continue
                 wanted = flags[event.rows] & alive[event.rows]
                 if event.depthwise:
                     read = wanted & _left(masks, event.weight, event.axes[0], len(event.rows))
@@ -210,12 +214,11 @@ def _left(masks: Mapping[str, Tensor], name: str, axis: int, size: int) -> Tenso
     return mask.movedim(axis, 0).reshape(size, -1).any(1).cpu()
 
 
-def _any_left(masks: Mapping[str, Tensor], names: tuple[str, ...]) -> Callable[[Tensor], Tensor]:
-    """Return which entries some of these parameters' masks leave; all, if one of them has no mask."""
+def _left_of_any(masks: Mapping[str, Tensor], names: tuple[str, ...], places: Tensor) -> Tensor:
+    """Which entries the mask of one of these parameters leaves: bool [places]; all, if one has no mask."""
     if not names or any(name not in masks for name in names):
-        return lambda places: torch.ones_like(places, dtype=torch.bool)
-    left = torch.stack([masks[name].flatten().bool().cpu() for name in names]).any(0)
-    return lambda places: left[places]
+        return torch.ones_like(places, dtype=torch.bool)
+    return torch.stack([masks[name].flatten().bool().cpu() for name in names]).any(0)[places]
 
 
 def _columns_read(masks: Mapping[str, Tensor], event: Contraction, wanted: Tensor) -> Tensor:

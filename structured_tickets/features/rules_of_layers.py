@@ -55,7 +55,9 @@ def _layer(
     elif groups > 1:
         call.keep(torch.cat([rows, columns]), "its layer's groups must stay equally large")
     inside = call.inside(call.node, weight)
-    features.events.append(Contraction(weight, bias, columns, rows, axes, depthwise or groups > 1, inside))
+    features.events.append(
+        Contraction(weight, bias, columns, rows, axes, depthwise, inside, groups > 1 and not depthwise)
+    )
     call.made = LayerCall(weight, columns, rows)
     return rows
 

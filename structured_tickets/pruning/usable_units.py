@@ -14,7 +14,7 @@ from structured_tickets.base.text_tables import some_of
 from structured_tickets.networks.hosted import change_notes, is_hosted
 from structured_tickets.networks.registry import ModelSpec, spec_of
 from structured_tickets.shrinking.trial import check_units
-from structured_tickets.unit_groups.find import is_transformer, unit_groups
+from structured_tickets.unit_groups.find import features_of, is_transformer, unit_groups
 from structured_tickets.unit_groups.kinds import kind_of
 from structured_tickets.unit_groups.left_alone import ALWAYS, left_alone, weights_of
 from structured_tickets.unit_groups.operations import is_plain_conv
@@ -149,7 +149,7 @@ def _groups_that_stay(model: nn.Module, groups: Sequence[UnitGroup], image_size:
     Raises:
         UsageError: Channels cannot be removed.
     """
-    shared = _shared_parameters(model)
+    shared = set[str]() if features_of(model) is not None else _shared_parameters(model)  # features are cut in both
     stays = {g.name: SHARED for g in groups if any(s.name in shared for s in g.slices)}
     others = [g for g in groups if g.name not in stays]
     try:

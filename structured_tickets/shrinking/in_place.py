@@ -204,16 +204,14 @@ class _Cutter:
             if not whole:
                 raise ValueError(f"{event.weight} is used without its layer")
             return _positions(leaving)
+        if event.grouped:  # whole, as its groups have to stay equally large
+            return _positions(leaving)
         rows = _at_least_one(_positions(_flags(event.rows, self.room.needed) & leaving))
         columns = rows
         if not event.depthwise:
             read = torch.stack([_flags(e.columns, self.room.needed) for e in events]).any(0)
             columns = _at_least_one(_positions(read & arriving))
             rows = self._worth_placing(event, rows, columns, leaving)
-        elif len(event.columns) != len(event.rows) or event.axes != (0, 0):
-            rows, columns = _positions(leaving), _positions(arriving)
-        if isinstance(layers[0], _ConvNd) and layers[0].groups > 1 and not event.depthwise:
-            rows, columns = torch.arange(len(event.rows)), torch.arange(len(event.columns))
         axes = {0: rows} if event.depthwise else {event.axes[0]: rows, event.axes[1]: columns}
         self._tensor(event.weight, axes)
         for layer in layers:

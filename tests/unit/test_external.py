@@ -799,7 +799,7 @@ def test_unstructured_rsst_is_said_to_squeeze_nothing_whoevers_the_vit_is(arch, 
     ids=["small_sisters.py:alexnet", "my_model.py:net", "alexnet", "resnet18"],
 )
 def test_a_network_of_which_little_can_be_pruned_is_warned_of(arch, percent, tmp_path, capsys):
-    assert main_imp_fillback.main([*tiny(tmp_path / "run", arch=arch, image_size=32), "--dry_run"]) == 0
+    assert main_imp_fillback.main([*tiny(tmp_path / "run", arch=arch, image_size=64), "--dry_run"]) == 0
     error = capsys.readouterr().err
     assert error.count(" of the parameters are in layers that can be pruned. ") == (percent is not None)
     assert error.count(f"only {percent}% of the parameters are in layers") == (percent is not None)
