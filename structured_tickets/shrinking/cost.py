@@ -54,16 +54,12 @@ def cost_of(model: nn.Module, masks: Mapping[str, Tensor], image: int | Sequence
     """
     shape = image_shape(image)
     small = shrink(model, masks, image=shape).network if masks else copy.deepcopy(model)
-    return counted(channels_side_by_side(small), shape)
+    return _counted(channels_side_by_side(small).requires_grad_(False), shape)
 
 
 @torch.no_grad()
-def counted(network: nn.Module, image: Sequence[int]) -> Cost:
-    """Run a network on one image in evaluation mode, and count; it is left as it was.
-
-    Args:
-        image: (channels, height, width).
-    """
+def _counted(network: nn.Module, image: Sequence[int]) -> Cost:
+    """Run a network, of which nothing needs a gradient, on one image of this shape in evaluation mode, and count."""
     like = next(network.parameters())
     images = torch.ones(1, *image, device=like.device, dtype=like.dtype)
     with FlopCounterMode(display=False) as counter, in_mode(network, training=False), _in_counted_operations(network):

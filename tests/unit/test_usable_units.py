@@ -113,7 +113,7 @@ def test_units_that_nobody_needs_are_not_missed():
     assert unit_groups(model) == [] and not spec_of(model).has_units
     masks = {"one.0.weight": torch.zeros(12, 8, 3, 3)}
     dense, pruned = (cost_of(model, these, 8) for these in ({}, masks))
-    assert dense.parameters - pruned.parameters == 12 * 8 * 9 and dense.macs - pruned.macs == 12 * 8 * 9 * 64
+    assert dense == pruned, "nothing is removed"
     assert usable_units(model, 8, needed=False, stem=True).groups[0].name == "stem.0.weight"
 
 
