@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -74,11 +75,13 @@ def _in_counted_operations(network: nn.Module) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with (
-            sdpa_kernel(SDPBackend.MATH),
-            torch.backends.mkldnn.flags(enabled=torch.backends.mkldnn.is_available() and not recurrent),
-            torch.compiler.set_stance("force_eager"),
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if recurrent:  # else one operation of oneDNN's, which is not counted
+                stack.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")  # setting the flags warns of hardware that is not there
+                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
