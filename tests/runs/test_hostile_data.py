@@ -450,7 +450,7 @@ def test_a_batch_of_one_pixel_is_refused_before_the_run(photos, capsys):
     assert run_on(photos, batch_size=8, quiet=True, **words) == 2
     line = capsys.readouterr().err
     assert "argument --batch_size: 8 leaves a batch of one of the 9 training images" in line and line.count("\n") == 1
-    assert run_on(photos, batch_size=7, **words) == 0
+    assert run_on(photos, batch_size=7, lr=1e-4, **words) == 0  # at a rate at which so few pixels do not diverge
 
 
 def test_looking_at_the_last_batch_draws_no_random_number(photos):
