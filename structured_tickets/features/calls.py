@@ -39,7 +39,6 @@ class Call:
     Attributes:
         node: The call.
         labels_of: Labels of another node's tensor.
-        value_of: Its value, if it depends on nothing that is trained or seen.
         name_of: Its name, if it is a parameter or buffer.
         inside: Whether a call is made by the module that owns a parameter.
         features: New ones are numbered there.
@@ -49,7 +48,6 @@ class Call:
 
     node: fx.Node
     labels_of: Callable[[fx.Node], Any]
-    value_of: Callable[[fx.Node], Any]
     name_of: Callable[[Any], str]
     inside: Callable[[fx.Node, str], bool]
     features: Features

@@ -51,7 +51,6 @@ def program_of(model: nn.Module, image: Sequence[int], training: bool) -> Progra
 
     The network is not changed, and no random number is drawn.
 
-
     Args:
         image: (channels, height, width).
         training: In training mode, or in evaluation mode.

@@ -144,10 +144,8 @@ class Features:
         found = self._found.get(layers)
         if found is None or len(found) <= self.count:
             parts = [torch.empty(2, 0, dtype=torch.long), *self._pairs, *(self._inside if layers else [])]
-            pairs = torch.cat(parts, dim=1).numpy()
-            edges = coo_matrix(([True] * pairs.shape[1], (pairs[0], pairs[1])), shape=(self.count + 1,) * 2)
-            found = torch.from_numpy(connected_components(edges, directed=False)[1]).long()
-            self._found[layers] = found
+            pairs = torch.cat(parts, dim=1)
+            found = self._found[layers] = _connected(pairs, self.count + 1)
         return found
 
     def whole(self, layers: bool) -> Tensor:
@@ -201,9 +199,14 @@ class Features:
 def sets_of(one: Tensor, other: Tensor) -> Tensor:
     """Number, from 0, of the connected set that each pair of features belongs to: int64 [pairs]."""
     nodes, pairs = torch.stack([one, other]).unique(return_inverse=True)
-    edges = coo_matrix(([True] * pairs.shape[1], (pairs[0].numpy(), pairs[1].numpy())), shape=(len(nodes),) * 2)
-    found = torch.from_numpy(connected_components(edges, directed=False)[1]).long()
-    return found[pairs[0]] if len(nodes) else torch.empty(0, dtype=torch.long)
+    return _connected(pairs, len(nodes))[pairs[0]] if len(nodes) else torch.empty(0, dtype=torch.long)
+
+
+def _connected(pairs: Tensor, count: int) -> Tensor:
+    """Number of the set of each node, of those that pairs (int64 [2, pairs]) connect: int64 [count]."""
+    one, other = pairs.numpy()
+    edges = coo_matrix(([True] * len(one), (one, other)), shape=(count, count))
+    return torch.from_numpy(connected_components(edges, directed=False)[1]).long()
 
 
 def _left(masks: Mapping[str, Tensor], name: str, axis: int, size: int) -> Tensor:

@@ -174,7 +174,7 @@ class _Interpreter:
             return self._unlabelled(node)
         name = packet(node.target)
         own, inside = self.following, self.program.is_of_its_layer
-        call = Call(node, self._labels, self._value, self._name, inside, own.features, own.tensors)
+        call = Call(node, self._labels, self._name, inside, own.features, own.tensors)
         try:
             rule = RULES.get(name)
             if node.target is operator.getitem:
@@ -264,9 +264,6 @@ class _Interpreter:
 
     def _labels(self, node: fx.Node) -> Any:
         return self.env[node]
-
-    def _value(self, node: fx.Node) -> Any:
-        return self.values.get(node)
 
     def _name(self, node: Any) -> str:
         return self.names.get(node, "") if isinstance(node, fx.Node) else ""

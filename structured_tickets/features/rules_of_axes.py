@@ -15,25 +15,21 @@ from structured_tickets.features.rules_of_numbers import fresh, mixed
 
 def average(call: Call) -> Tensor:
     """A mean, a maximum, a spread: over features it depends on how many there are."""
-    labels = call.labels(0)
-    axes = call.argument(1, "dim")
-    axes = list(range(labels.ndim)) if axes is None or axes == [] else axes
-    axes = [axes] if isinstance(axes, int) else list(axes)
-    keepdim = len(call.shape) == labels.ndim
-    inside = {a % labels.ndim for a in axes} & set(varying(labels))
-    if inside:
-        return mixed(call, labels, axes, "it is averaged with other features", keepdim)
-    return without(labels, axes, keepdim)
+    return _reduced(call, call.argument(1, "dim"), "it is averaged with other features")
 
 
 def norm(call: Call) -> Tensor:
     """A vector's length."""
+    return _reduced(call, call.argument(2, "dim"), "its length together with other features is computed")
+
+
+def _reduced(call: Call, axes: Any, why: str) -> Tensor:
+    """Axes (None or an empty list: all) are left out: where features lie along them, they have to stay whole."""
     labels = call.labels(0)
-    axes = call.argument(2, "dim")
-    axes = list(range(labels.ndim)) if axes is None else [axes] if isinstance(axes, int) else list(axes)
+    axes = [axes] if isinstance(axes, int) else list(axes or range(labels.ndim))
     keepdim = len(call.shape) == labels.ndim
     if {a % labels.ndim for a in axes} & set(varying(labels)):
-        return mixed(call, labels, axes, "its length together with other features is computed", keepdim)
+        return mixed(call, labels, axes, why, keepdim)
     return without(labels, axes, keepdim)
 
 

@@ -65,11 +65,11 @@ def cut_layer(layer: nn.Module, name: str, kept: Mapping[str, Mapping[int, Tenso
             continue
         shorter = {axis: index for axis, index in axes.items() if len(index) < value.shape[axis]}
         if shorter:
-            setattr(layer, param, _of_the_same_type(value, cut_value(value.detach(), shorter)))
+            setattr(layer, param, of_the_same_type(value, cut_value(value.detach(), shorter)))
             cuts.setdefault(f"{name}.{param}", {}).update(shorter)
 
 
-def _of_the_same_type(value: Tensor, smaller: Tensor) -> Tensor:
+def of_the_same_type(value: Tensor, smaller: Tensor) -> Tensor:
     """Return `smaller` as a parameter in the memory layout of `value` if that is one; as it is if it is a buffer."""
     if not isinstance(value, nn.Parameter):
         return smaller

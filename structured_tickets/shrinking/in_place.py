@@ -21,7 +21,7 @@ from structured_tickets.features.calls import LayerCall
 from structured_tickets.features.exported import first_names
 from structured_tickets.features.features import Contraction
 from structured_tickets.features.following import Following
-from structured_tickets.shrinking.cuts import Cuts, Shrunk, cut_value
+from structured_tickets.shrinking.cuts import Cuts, Shrunk, cut_value, of_the_same_type
 from structured_tickets.shrinking.inserted_layers import Rearranged
 
 SAME = 1e-4  # of the logits, relative to the largest
@@ -283,8 +283,7 @@ def _cut_tensor(
         return value
     cuts.setdefault(f"{owner}.{param}" if owner else param, {}).update(shorter)
     if shared is None:
-        smaller = cut_value(value.detach(), shorter).contiguous()
-        shared = nn.Parameter(smaller, value.requires_grad) if isinstance(value, nn.Parameter) else smaller
+        shared = of_the_same_type(value, cut_value(value.detach(), shorter))
     setattr(module, param, shared)
     return shared
 

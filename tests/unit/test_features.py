@@ -293,6 +293,14 @@ def test_a_head_that_the_forward_pass_does_not_let_go_is_only_not_computed():
     assert shrink(free, masks).network.mixers[0].heads == int(kept["mixers.0.query"].sum())
 
 
+def test_what_is_cut_keeps_the_memory_layout_in_which_it_trains_faster():
+    model = made(Listed).to(memory_format=torch.channels_last)
+    _, _, masks = pruned(model)
+    small = shrink(model, masks).network
+    weights = [m.weight for m in small.modules() if isinstance(m, nn.Conv2d)]
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+
+
 class Sorted(Cnn):
     """An operation that nothing is known of."""
 
