@@ -18,9 +18,11 @@ from structured_tickets.base.untrusted_text import check, is_mapping, is_words, 
 from structured_tickets.networks import build_model, runs_a_file
 from structured_tickets.networks.hosted import put_normalize
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
+from structured_tickets.networks.registry import note_channel_units
 from structured_tickets.pruning.usable_units import note_what_had_units
 from structured_tickets.shrinking.kept_units import structure_of
 from structured_tickets.shrinking.shrink import shrink
+from structured_tickets.unit_groups.kinds import CHANNEL_UNITS, FILTER
 
 FORMAT = 1
 LARGEST_IMAGE = 4096  # pixels a side: a file must not make a network that fills the memory
@@ -57,6 +59,7 @@ def load(folder: str | Path, arch: str | None = None) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             model = build_model(arch or config["arch"], len(config["classes"]), config["image_size"])
         put_normalize(model, Normalize((0.0,) * 3, (1.0,) * 3))
+        note_channel_units(model, config.get("channel_units", FILTER), (3, config["image_size"], config["image_size"]))
         note_what_had_units(model, config["kept"])
         network = shrink(model, structure_of(model, config["kept"])).network
         network.load_state_dict(tensors)
@@ -78,6 +81,7 @@ def _config(file: Path) -> dict[str, Any]:
         raise DataError(f"{file.parent} was written by another version of this program")
     size, kept = config.get("image_size"), config.get("kept")
     check(isinstance(config.get("arch"), str), "a network's name as arch")
+    check(config.get("channel_units", FILTER) in CHANNEL_UNITS, f"one of {', '.join(CHANNEL_UNITS)} as channel_units")
     check(is_words(config.get("classes")), "names as classes")
     check(isinstance(size, int) and 0 < size <= LARGEST_IMAGE, "a number of pixels as image_size")
     check(is_mapping(kept) and all(isinstance(units, list) for units in kept.values()), "lists of units as kept")

@@ -23,10 +23,12 @@ from structured_tickets.export.deployed import LARGEST_IMAGE, load, save
 from structured_tickets.networks import build_model, runs_a_file, sources_of
 from structured_tickets.networks.hosted import normalize_of, put_normalize
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
+from structured_tickets.networks.registry import note_channel_units
 from structured_tickets.pruning.usable_units import note_what_had_units
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.runs.same_run import warn_of_changed_code
 from structured_tickets.runs.state import RunState
+from structured_tickets.settings.conditions import channel_units_of
 from structured_tickets.shrinking.cost import Cost, cost_of
 from structured_tickets.shrinking.kept_units import kept_units_of, structure_of
 from structured_tickets.shrinking.shrink import shrink
@@ -108,6 +110,7 @@ def _network(run: RunState, arch: str | None, file: Path) -> nn.Module:
     if runs_a_file(named) and arch is None:
         raise UsageError(f"argument --arch: the network comes from {named}: name it again, since its code will be run")
     model = build_model(arch or named, len(run.classes), size)
+    note_channel_units(model, channel_units_of(run.args), (3, size, size))
     warn_of_changed_code(run.sources, sources_of(arch or named), "The exported network is that of the changed code")
     return model
 
@@ -171,6 +174,7 @@ def _description(ticket: Ticket, kept: dict[str, list[int]], classes: int) -> di
         "mean": normalize.mean.flatten().tolist(),
         "std": normalize.std.flatten().tolist(),
         "kept": kept,
+        "channel_units": channel_units_of(ticket.run.args),
         "settings": ticket.run.args,
     }
 

@@ -72,6 +72,12 @@ class Call:
         return found
 
     @property
+    def module(self) -> str:
+        """Name of the module whose code makes the call."""
+        stack: Any = self.node.meta.get("nn_module_stack") or {"": ("", None)}
+        return list(stack.values())[-1][0]
+
+    @property
     def shape(self) -> torch.Size:
         """Shape of what comes out."""
         return self.node.meta["val"].shape

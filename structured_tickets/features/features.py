@@ -79,6 +79,22 @@ class Contraction:
     grouped: bool = False
 
 
+@dataclass(frozen=True)
+class Padding:
+    """Features that are always zero, put before and after others.
+
+    Attributes:
+        module: Name of the module whose code does it.
+        before, after: int64 [zeros].
+        line: All features that there are along the axis then: int64 [positions].
+    """
+
+    module: str
+    before: Tensor
+    after: Tensor
+    line: Tensor
+
+
 Event = Through | Both | Gate | Contraction
 
 
@@ -89,12 +105,14 @@ class Features:
         count: Their number; they are numbered from 1.
         heads: Those that products of matrices of features gave: weights of attention.
         events: How they are computed.
+        paddings: Those that are always zero.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self.events: list[Event] = []
         self.heads: list[Tensor] = []
+        self.paddings: list[Padding] = []
         self._named: dict[str, int] = {}
         self._pairs: list[Tensor] = []
         self._inside: list[Tensor] = []

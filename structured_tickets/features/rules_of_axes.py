@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from structured_tickets.features.calls import Call, packet
-from structured_tickets.features.features import ZERO
-from structured_tickets.features.labels import plain, varying, without
+from structured_tickets.features.features import Padding
+from structured_tickets.features.labels import line_along, plain, varying, without
 from structured_tickets.features.rules_of_numbers import fresh, mixed
 
 
@@ -59,21 +59,16 @@ def padding(call: Call) -> Tensor:
         for axis in grown:
             labels = labels.narrow(axis, 0, 1)
         return (labels if zeros or mode != "constant" else fresh(call.features, labels)).expand(shape)
-    call.keep(labels, "channels are added to it by their number")
-    if not zeros or len(channels) > 1:
-        return plain(shape)
     axis = channels[0]
+    line = line_along(labels, axis)
     before, after = pads[2 * (labels.ndim - 1 - axis) :][:2]
-    for other in grown:
-        if other != axis:
-            labels = labels.narrow(other, 0, 1)
-    target = [labels.shape[a] if a == axis else s for a, s in enumerate(shape)]
-    labels = labels.expand(target)
-    ends = [
-        torch.full((1,) * labels.ndim, ZERO).expand([n if a == axis else s for a, s in enumerate(shape)])
-        for n in (before, after)
-    ]
-    return torch.cat([ends[0], labels, ends[1]], axis)
+    if not zeros or line is None or min(before, after) < 0:
+        call.keep(labels, "channels are added to it, or left out, by their number")
+        return plain(shape)
+    first, last = (call.features.new(n, f"zeros {k} of {call.node.name}") for k, n in enumerate((before, after)))
+    line = torch.cat([first, line, last])
+    call.features.paddings.append(Padding(call.module, first, last, line))
+    return line.view([-1 if a == axis else 1 for a in range(labels.ndim)]).expand(shape)
 
 
 def softmax(call: Call) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from structured_tickets.base.errors import BadType, BadValue, UsageError, first_line
 from structured_tickets.base.modes import in_mode
+from structured_tickets.interface.arguments import one_of
 from structured_tickets.interface.foreign import (
     image_shape,
     in_plain_words,
@@ -22,9 +23,10 @@ from structured_tickets.interface.ticket import SmallGraph
 from structured_tickets.interface.units import Units
 from structured_tickets.networks.attention import with_separate_heads
 from structured_tickets.networks.first_pass import layers_called, spec_of_layers
-from structured_tickets.networks.registry import ModelSpec, spec_of
+from structured_tickets.networks.registry import ModelSpec, note_channel_units, spec_of
 from structured_tickets.shrinking.trial import check_units
 from structured_tickets.unit_groups.find import channel_groups, is_transformer, unit_groups
+from structured_tickets.unit_groups.kinds import CHANNEL_UNITS, FILTER
 from structured_tickets.unit_groups.left_alone import left_alone, weights_of
 from structured_tickets.unit_groups.unit import UnitGroup
 
@@ -38,6 +40,7 @@ def units(
     *,
     stem: bool = False,
     exclude: Sequence[str] = (),
+    channel_units: str = FILTER,
 ) -> Units:
     """Find the units of a network: its channels, or, in a transformer, its attention heads, MLP neurons and blocks.
 
@@ -54,6 +57,8 @@ def units(
             shape. May be left out if the network says which images it takes (timm's, torchvision's ViT).
         stem: Let the channels of the first convolution be pruned, too.
         exclude: Layers to leave alone: names, also of modules that contain them ("layer4").
+        channel_units: What a channel is. "filter": each filter of a convolution by itself. "stream": a channel of all
+            tensors that are added or normalised together, with all that writes or reads it. That takes seconds.
 
     Returns:
         An immutable value; `print` it.
@@ -70,6 +75,7 @@ def units(
         images = random_images(shape, twin)
         logits, called = _called(twin, images)
         spec = _spec(network, twin, logits.shape[1], called)
+        note_channel_units(twin, one_of(channel_units, tuple(CHANNEL_UNITS), "channel_units"), shape)
         found = _groups(network, twin, spec, stem, shape)
         excluded = _excluded(found, exclude, type(network).__name__)
         groups = [g for g in found if not excluded & weights_of(g)]

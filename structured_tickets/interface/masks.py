@@ -90,7 +90,7 @@ class Masks:
         return {g.name: self._flags(g).nonzero().flatten().tolist() for g in self.groups}
 
     def _flags(self, group: UnitGroup) -> Tensor:
-        return kept_units(group, self.pair.structure[group.root.name])
+        return kept_units(group, self.pair.structure)
 
     def apply_(self, model: nn.Module) -> None:
         """Set all weights outside the structure to zero, in place (Refill; it also hardens what `Penalty` trained).

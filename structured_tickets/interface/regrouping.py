@@ -18,7 +18,7 @@ from structured_tickets.interface.units import Units, require_same, require_unit
 from structured_tickets.pruning.criteria import CRITERIA, CRITERIA_BATCHES
 from structured_tickets.pruning.decide import decide
 from structured_tickets.pruning.rules import SORTING_MODES, RoundRules
-from structured_tickets.unit_groups.kinds import kind_of
+from structured_tickets.unit_groups.kinds import FILTER, STREAM, kind_of
 from structured_tickets.unit_groups.unit import parameter_of
 
 RATE_MODES = ("round", "target")
@@ -39,6 +39,7 @@ def regroup(
     kinds: Sequence[str] | None = None,
     sorting: str | None = None,
     min_units: int = 0,
+    round_units: int = 1,
     criterion_batches: int = CRITERIA_BATCHES,
 ) -> Masks:
     """Decide which units stay, by the weights that the network has now.
@@ -62,6 +63,8 @@ def regroup(
         sorting: For heads and neurons. "layer-wise" (default): each layer keeps the same share. "global": the best of
             the whole network stay; a layer may lose all.
         min_units: Units that every layer keeps at least.
+        round_units: Every layer keeps a multiple of so many channels, neurons or features of heads, such as 8 or 16,
+            which processors compute at once; over the network the total stays that of the rule.
         criterion_batches: Number of batches to read.
 
     Raises:
@@ -71,19 +74,10 @@ def regroup(
     network = unwrapped(model)
     require_same(require_units(units), network, "the units")
     chosen = _kinds(units, kinds, previous)
-    _check_effect(chosen, mlp_rate=mlp_rate, block_rate=block_rate, sorting=sorting, min_units=min_units or None)
-    rate = share(rate, "rate")
-    rules = _rules(
-        chosen,
-        rate,
-        rate_mode,
-        mlp_rate,
-        block_rate,
-        criterion,
-        criterion_batches,
-        sorting=sorting,
-        min_units=min_units,
-    )
+    counts = {"sorting": sorting, "min_units": min_units, "round_units": round_units}
+    _check_effect(chosen, mlp_rate=mlp_rate, block_rate=block_rate, **counts)
+    rates = share(rate, "rate"), rate_mode, mlp_rate, block_rate
+    rules = _rules(units, chosen, rates, (criterion, criterion_batches), **counts)
     return _decided(network, units, rules, batches, previous)
 
 
@@ -106,17 +100,16 @@ class _Rules(RoundRules):
 
 
 def _rules(
+    units: Units,
     kinds: tuple[str, ...],
-    rate: float,
-    rate_mode: str,
-    mlp_rate: float | None,
-    block_rate: float | None,
-    criterion: str,
-    batches: int,
-    sorting: str | None,
-    min_units: int,
+    rates: tuple[float, str, float | None, float | None],
+    scores: tuple[str, int],
+    **counts: Any,
 ) -> _Rules:
-    """The arguments, checked, as rules of a round."""
+    """The arguments of `regroup`, checked, as rules of a round."""
+    rate, rate_mode, mlp_rate, block_rate = rates
+    criterion, batches = scores
+    sorting = SORTING_MODES[0] if counts["sorting"] is None else counts["sorting"]
     return _Rules(
         struct="rsst",
         rate=rate,
@@ -125,8 +118,10 @@ def _rules(
         targets=kinds,
         mlp_prune_ratio=rate if mlp_rate is None else share(mlp_rate, "mlp_rate"),
         block_prune_ratio=rate if block_rate is None else share(block_rate, "block_rate"),
-        sorting_mode=one_of(SORTING_MODES[0] if sorting is None else sorting, SORTING_MODES, "sorting"),
-        min_units=natural(min_units, "min_units"),
+        sorting_mode=one_of(sorting, SORTING_MODES, "sorting"),
+        min_units=natural(counts["min_units"], "min_units"),
+        round_units=natural(counts["round_units"], "round_units", least=1),
+        channel_units=STREAM if any(g.writers for g in units) else FILTER,
         criteria_batches=natural(batches, "criterion_batches", least=1),
     )
 
@@ -167,11 +162,14 @@ def _but_blocks(units: Units) -> Sequence[str]:
     return [kind for kind in units.kinds if not kind_of(kind).holds_units] or units.kinds
 
 
+NOTHING = {"min_units": 0, "round_units": 1}
+"""Argument -> the value that asks for nothing; None where it is not named."""
 READ_BY = {
     "mlp_rate": ("neuron",),
     "block_rate": ("block",),
     "sorting": ("head", "neuron"),
     "min_units": ("channel", "head", "neuron"),
+    "round_units": ("channel", "head", "neuron"),
 }
 """Argument -> kinds of unit on which it has an effect."""
 
@@ -179,7 +177,7 @@ READ_BY = {
 def _check_effect(chosen: Sequence[str], **given: object) -> None:
     """Raises: BadValue, for an argument that has no effect on these kinds of unit."""
     for name, value in given.items():
-        if value is not None and not set(READ_BY[name]) & set(chosen):
+        if value not in (None, NOTHING.get(name)) and not set(READ_BY[name]) & set(chosen):
             wanted = " or ".join(f"{kind}s" for kind in READ_BY[name])
             raise BadValue(f"{name}: has no effect here, since no {wanted} are pruned; leave it out")
 

@@ -23,7 +23,7 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.stride = stride
-        self.padding = (channels - in_channels) // 2
+        self.padding = ((channels - in_channels) // 2,) * 2  # before and after; a smaller network may need others
         self.downsample: nn.Module | None = None
         if projection and stride != 1:
             self.downsample = nn.Sequential(
@@ -35,7 +35,7 @@ class BasicBlock(nn.Module):
             return self.downsample(x)
         if self.stride == 1:
             return x
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding))
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, *self.padding))
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))

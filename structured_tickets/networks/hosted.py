@@ -169,11 +169,6 @@ def of_the_data(model: nn.Module) -> frozenset[str]:
     return frozenset(f"{normalize_place(model)}.{name}" for name in ("mean", "std"))
 
 
-def change_notes(model: nn.Module, spec: ModelSpec) -> None:
-    """Replace the notes on a network that has a host."""
-    vars(model)[ROW] = spec
-
-
 def is_hosted(model: nn.Module) -> bool:
     """Return whether a network has a host, so that notes on it can be changed."""
     return isinstance(model, Hosted)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from structured_tickets.base.errors import UsageError
@@ -31,6 +31,7 @@ class ModelSpec:
         has_units: False if no units are removed from the network, only weights one by one.
         image: (channels, height, width) of the images that it was built for; None if its layers tell enough without.
         outputs: Number of outputs while it trains, of which the first are the logits.
+        channel_units: What a channel is as a unit: a row of `unit_groups.kinds.CHANNEL_UNITS`.
     """
 
     name: str = ""
@@ -42,6 +43,7 @@ class ModelSpec:
     has_units: bool = True
     outputs: int = 1
     image: tuple[int, int, int] | None = None
+    channel_units: str = "filter"
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,17 @@ def spec_of(model: nn.Module) -> ModelSpec:
     own = vars(model)
     spec = own.get(ROW, own.get("spec"))
     return spec if isinstance(spec, ModelSpec) else ModelSpec()
+
+
+def change_notes(model: nn.Module, spec: ModelSpec) -> None:
+    """Replace what is noted on a network."""
+    vars(model)[ROW] = spec
+
+
+def note_channel_units(model: nn.Module, channel_units: str, image: tuple[int, int, int]) -> None:
+    """Note on a network what a channel is as a unit, and (channels, height, width) of its images."""
+    if channel_units != spec_of(model).channel_units:
+        change_notes(model, replace(spec_of(model), channel_units=channel_units, image=image))
 
 
 def require_size(name: str, img_size: int, at_least: int = 1, multiple_of: int = 1) -> None:

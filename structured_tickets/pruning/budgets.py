@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the command line reads this table, and must not wait for torch
     from torch import Tensor
 
-    from structured_tickets.unit_groups.unit import UnitGroup
+    from structured_tickets.unit_groups.unit import Slice, UnitGroup
 
 Scores = Mapping[str, "Tensor"]
 Budget = Callable[[Sequence["UnitGroup"], Scores, Mapping[str, "Tensor"]], dict[str, int]]
@@ -54,20 +54,40 @@ def density_budget(
     *,
     fillback_rate: float = 0.0,
     min_units: int = 0,
+    before: Mapping[str, Tensor] | None = None,
 ) -> dict[str, int]:
     """As many units as the group's element-wise mask would fill, plus a share of the others.
 
-    With `num = mask.sum() / weights_per_unit`, `int(num + (units - num) * fillback_rate)` stay, at least one.
+    With `num = mask.sum() / weights_per_unit`, `int(num + (units - num) * fillback_rate)` stay, at least one. The units
+    of a stream have weights in each layer that computes it.
+
+    Args:
+        before: The structure until now, where it has removed inputs of layers: a unit has no weights in these.
     """
     import torch
 
     counts = {}
     for group in groups:
-        mask = current_mask[group.root.name]
-        filled = mask.sum(dtype=torch.float64).item() / (mask.numel() / group.units)
+        left = sum(_weights_of(current_mask[s.name], s) for s in group.computing)
+        whole = before or {s.name: torch.ones_like(current_mask[s.name]) for s in group.computing}
+        room = sum(_room_of_a_unit(whole[s.name], s) for s in group.computing)
+        filled = left / room
         kept = math.floor(filled + (group.units - filled) * fillback_rate + 1e-9)
         counts[group.name] = min(group.units, max(1, min_units, kept))
     return counts
+
+
+def _weights_of(mask: Tensor, part: Slice) -> float:
+    """Ones of a mask in the units of a slice."""
+    import torch
+
+    sums = mask.sum([d for d in range(mask.ndim) if d != part.axis], dtype=torch.float64)
+    return sums.cpu()[part.index.flatten()].sum().item()
+
+
+def _room_of_a_unit(mask: Tensor, part: Slice) -> float:
+    """Weights that a unit could have: of all inputs that a mask leaves."""
+    return float(mask.amax(part.axis).sum()) * part.index.shape[1]
 
 
 BUDGETS: dict[str, Callable[..., dict[str, int]]] = {
@@ -77,6 +97,6 @@ BUDGETS: dict[str, Callable[..., dict[str, int]]] = {
 }
 
 
-def budget(name: str, **settings: float) -> Budget:
+def budget(name: str, **settings: Any) -> Budget:
     """A row of `BUDGETS` with its settings filled in."""
     return partial(BUDGETS[name], **settings)

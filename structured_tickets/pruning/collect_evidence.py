@@ -41,7 +41,7 @@ def collect_evidence(
     """
     if CRITERIA[criterion].reads == "weights":
         return Evidence(weights, current_mask)
-    layers = list(dict.fromkeys(g.root.layer for g in groups))
+    layers = list(dict.fromkeys(s.layer for g in groups for s in g.computing))
     with_gradients = CRITERIA[criterion].reads == "gradients"
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[]):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from structured_tickets.pruning.masks import by_parameter, effective_weight
-from structured_tickets.unit_groups.unit import Slice
+from structured_tickets.unit_groups.unit import UnitGroup, kept_units
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Evidence:
         """The trained parameter of that name, masked if the state is."""
         return effective_weight(self.weights, name)
 
-    def cut_units(self, part: Slice) -> Tensor:
+    def cut_units(self, group: UnitGroup) -> Tensor:
         """Units without a weight other than zero, bool [units], on the CPU; none where weights are not known."""
         if not self.weights:
-            return torch.zeros(part.index.shape[0], dtype=torch.bool)
-        return ~part.units_with_weights((self.weight(part.name) != 0).float())
+            return torch.zeros(group.units, dtype=torch.bool)
+        return ~kept_units(group, {s.name: (self.weight(s.name) != 0).float() for s in group.computing})

@@ -53,7 +53,7 @@ def faded_units(
     doomed, alive = pair.doomed, pair.alive
     faded = {}
     for group in groups:
-        outside = ~kept_units(group, pair.structure[group.root.name])
+        outside = ~kept_units(group, pair.structure)
         outside &= torch.stack([s.units_with_weights(doomed[s.name].float()) for s in group.slices]).any(0)
         for layer in dict.fromkeys(s.layer for s in group.slices):
             parts = [s for s in group.slices if s.layer == layer]
@@ -81,6 +81,6 @@ def doomed_whole(groups: Sequence[UnitGroup], pair: MaskPair, targets: Sequence[
     """
     current = pair.current
     units = [g for g in groups if g.kind in targets]
-    left = {g.name: ~kept_units(g, current[g.root.name]) | kept_units(g, pair.structure[g.root.name]) for g in units}
+    left = {g.name: ~kept_units(g, current) | kept_units(g, pair.structure) for g in units}
     revived = {n: 1 - rest for n, rest in masks_of_units(units, left, current).items()}
     return MaskPair({n: torch.maximum(m, revived.get(n, m)) for n, m in current.items()}, pair.structure)

@@ -23,9 +23,17 @@ CUT = -2.0
 
 
 def score_units(groups: Sequence[UnitGroup], evidence: Evidence, criterion: str) -> dict[str, Tensor]:
-    """Group name -> float64 [units]; the higher stays. Blocks differ in size: what sums over weights is per weight."""
-    scores = {g.name: CRITERIA[criterion].score(evidence, g.root) for g in groups}
-    if CRITERIA[criterion].reads == "weights":
+    """Group name -> float64 [units]; the higher stays.
+
+    Of a stream the score is the mean over all members that the criterion reads, so that the length does not count.
+    Blocks differ in size: what sums over weights is per weight.
+    """
+    rule = CRITERIA[criterion]
+    scores = {}
+    for group in groups:
+        parts = [rule.score(evidence, s) for s in (group.weighed if rule.reads == "weights" else group.computing)]
+        scores[group.name] = parts[0] if len(parts) == 1 else torch.stack(parts).mean(0)
+    if rule.reads == "weights":
         for group in (g for g in groups if kind_of(g.kind).holds_units):
             scores[group.name] /= evidence.weight(group.root.name).numel()
     return scores
@@ -70,8 +78,8 @@ def regroup(
     scored = [g for g in groups if g.kind in budgets]
     scores = score_units(scored, evidence, criterion)
     for group in scored:
-        alive = kept_units(group, current_mask[group.root.name])
-        scores[group.name] = _removed_last(scores[group.name], alive, evidence.cut_units(group.root))
+        alive = kept_units(group, current_mask)
+        scores[group.name] = _removed_last(scores[group.name], alive, evidence.cut_units(group))
     counts: dict[str, int] = {}
     for kind, rule in budgets.items():
         counts |= rule([g for g in scored if g.kind == kind], scores, current_mask)

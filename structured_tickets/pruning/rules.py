@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from structured_tickets.pruning.budgets import BUDGETS, Budget, budget
 from structured_tickets.pruning.methods import METHODS, Method
-from structured_tickets.unit_groups.kinds import kind_of
+from structured_tickets.pruning.widths import in_multiples
+from structured_tickets.unit_groups.kinds import FILTER, STREAM, kind_of
+
+if TYPE_CHECKING:  # the command line reads this table, and must not wait for torch
+    from torch import Tensor
 
 SORTING_MODES = tuple(name for name in BUDGETS if name != "density")
 TARGET_KINDS = {"head": ("head",), "mlp": ("neuron",), "both": ("head", "neuron"), "block": ("block",)}
@@ -29,6 +35,7 @@ class RoundRules:
     Attributes:
         structured: Whether units are dropped whole; without it masks stay element-wise (ViT only).
         targets: Kinds of unit that are dropped.
+        round_units: The features that a layer keeps are a multiple of this.
     """
 
     struct: str
@@ -42,6 +49,8 @@ class RoundRules:
     sorting_mode: str = "layer-wise"
     fillback_rate: float = 0.0
     min_units: int = 0
+    channel_units: str = FILTER
+    round_units: int = 1
     rsst_dead: str = "zero"
     reg_target: str = "weight"
     criteria_batches: int = 4
@@ -65,16 +74,32 @@ class RoundRules:
         }
         return {kind: rates.get(kind, self.rate) for kind in self.targets}
 
-    def budgets(self, state: int) -> dict[str, Budget]:
-        """How many units of each kind stay after round `state`."""
+    @property
+    def removes_inputs(self) -> bool:
+        """Whether a dropped unit takes its inputs of other prunable layers with it: the channel of a stream does."""
+        return self.structured and self.channel_units == STREAM
+
+    def gone(self, state: int) -> float:
+        """Share of the channels that is gone after round `state`."""
+        return self.share(self.ratios["channel"], state)
+
+    def budgets(self, state: int, structure: Mapping[str, Tensor] | None = None) -> dict[str, Budget]:
+        """How many units of each kind stay after round `state`.
+
+        Args:
+            structure: What the rounds before have left, by parameter name.
+        """
         fillback = 0.0 if self.method.squeezes else self.fillback_rate
         if "channel" in self.targets:
-            return {"channel": budget("density", fillback_rate=fillback, min_units=self.min_units)}
+            before = structure if self.removes_inputs else None
+            rule = budget("density", fillback_rate=fillback, min_units=self.min_units, before=before)
+            return {"channel": in_multiples(rule, self.round_units, self.min_units)}
         budgets = {}
         for kind, rate in self.ratios.items():
             ratio = self.share(rate, state) * (1 - fillback)
             if kind_of(kind).holds_units:
                 budgets[kind] = budget("global", ratio=ratio)
             else:
-                budgets[kind] = budget(self.sorting_mode, ratio=ratio, min_units=self.min_units)
+                rule = budget(self.sorting_mode, ratio=ratio, min_units=self.min_units)
+                budgets[kind] = in_multiples(rule, self.round_units, self.min_units)
         return budgets

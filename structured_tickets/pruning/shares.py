@@ -35,7 +35,7 @@ def kept_per_group(groups: Sequence[UnitGroup], pair: MaskPair | None) -> dict[s
     """Group name -> (units with anything left in the structure, units)."""
     if pair is None:
         return {g.name: (g.units, g.units) for g in groups}
-    return {g.name: (int(kept_units(g, pair.structure[g.root.name]).sum()), g.units) for g in groups}
+    return {g.name: (int(kept_units(g, pair.structure).sum()), g.units) for g in groups}
 
 
 def kept_per_kind(groups: Sequence[UnitGroup], pair: MaskPair | None) -> dict[str, list[int]]:

@@ -11,8 +11,8 @@ from torch import nn
 from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.base.modes import in_mode
 from structured_tickets.base.text_tables import some_of
-from structured_tickets.networks.hosted import change_notes, is_hosted
-from structured_tickets.networks.registry import ModelSpec, spec_of
+from structured_tickets.networks.hosted import is_hosted
+from structured_tickets.networks.registry import ModelSpec, change_notes, spec_of
 from structured_tickets.shrinking.trial import check_units
 from structured_tickets.unit_groups.find import features_of, is_transformer, unit_groups
 from structured_tickets.unit_groups.kinds import kind_of

@@ -29,8 +29,10 @@ from structured_tickets.networks.input_statistics import Statistics
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.networks.precision import choose_precision
 from structured_tickets.networks.pretrained import load_pretrained_weights
+from structured_tickets.networks.registry import note_channel_units
 from structured_tickets.networks.vision_transformer import set_fused_attention
 from structured_tickets.pruning.rules import RoundRules
+from structured_tickets.settings.conditions import channel_units_of
 from structured_tickets.settings.interpret import (
     learning_rate_from,
     loss_from,
@@ -146,6 +148,7 @@ def set_up(args: argparse.Namespace, world: World = ALONE) -> Setup:
     model, loaders, classes, precision, said = _loaded(args)
     for loader in loaders:
         loader.share = (world.rank, world.size)
+    note_channel_units(model, channel_units_of(vars(args)), (3, loaders[0].image_size, loaders[0].image_size))
     units = units_from(args, model, loaders[0].image_size)
     setup = Setup(args, model, loaders, classes, precision, units.groups, world, units.whole, units.remark)
     args.warnings += [*said, *warnings_for(setup.rules, model, units.groups)]

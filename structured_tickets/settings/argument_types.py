@@ -97,6 +97,11 @@ def rounds_to_keep(text: str) -> int | None:
     return None if text.lower() in ("all", "none") else int(count(1)(text))
 
 
+def lanes(text: str) -> int | str:
+    """A parser of auto, or of a whole number of lanes."""
+    return "auto" if text.lower() == "auto" else int(count(1, 1024)(text))
+
+
 def milestones(text: str) -> tuple[int, ...]:
     try:
         values = tuple(int(part) for part in text.split(",") if part.strip())

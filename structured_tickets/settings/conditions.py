@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from structured_tickets.networks import family_of
 from structured_tickets.pruning.criteria import CRITERIA
 from structured_tickets.pruning.methods import METHODS
 from structured_tickets.pruning.rules import kinds_of
+from structured_tickets.unit_groups.kinds import FILTER, STREAM
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,17 @@ def prunes_kind(args: argparse.Namespace, *kinds: str) -> bool:
 def counts_units_by_layer(args: argparse.Namespace) -> bool:
     """True if units are pruned of which a layer has several: channels, heads or neurons."""
     return prunes_kind(args, "head", "neuron") or (prunes_units(args) and family_of(args.arch) == "cnn")
+
+
+def prunes_channels(args: argparse.Namespace) -> bool:
+    """True if whole channels are pruned, as far as the name of the network tells."""
+    return prunes_units(args) and family_of(args.arch) != "vit"
+
+
+def channel_units_of(settings: Mapping[str, Any]) -> str:
+    """What a channel is as a unit in a run of these settings, which may be those of an earlier version."""
+    wanted = settings.get("channel_units", FILTER)
+    return STREAM if wanted == STREAM and prunes_channels(argparse.Namespace(**settings)) else FILTER
 
 
 def shrinks_units(args: argparse.Namespace) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from structured_tickets.base.environment import numbers_at_once
 from structured_tickets.data.catalog import DATASETS, IMAGE_STORES
 from structured_tickets.networks import MODELS
 from structured_tickets.pruning.criteria import CRITERIA, CRITERIA_BATCHES
@@ -25,6 +26,7 @@ from structured_tickets.settings.argument_types import (
     SIZE,
     architecture,
     count,
+    lanes,
     milestones,
     path_text,
     prune_targets,
@@ -39,6 +41,7 @@ from structured_tickets.settings.conditions import (
     WITH_RSST,
     Condition,
     counts_units_by_layer,
+    prunes_channels,
     prunes_kind,
     prunes_transformer_units,
     prunes_units,
@@ -59,6 +62,7 @@ from structured_tickets.settings.flag import (
 )
 from structured_tickets.training.optimization import LR_SCHEDULES, OPTIMIZERS
 from structured_tickets.training.penalty.schedules import SCHEDULES
+from structured_tickets.unit_groups.kinds import CHANNEL_UNITS, FILTER
 
 # Name of a preset -> its flags, which must be among those that round 0 does not read.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -310,6 +314,28 @@ PRUNING = (
         AFTER_ROUND_0,
         type=NATURAL,
         default=0,
+        read=Condition(
+            counts_units_by_layer,
+            "when channels, heads or neurons are pruned (--regroup; for a ViT with refill or rsst: --vit_structured)",
+        ),
+    ),
+    Flag(
+        "channel_units",
+        "of a CNN: " + _rows(CHANNEL_UNITS.items()),
+        AFTER_ROUND_0,
+        default=FILTER,
+        choices=CHANNEL_UNITS,
+        read=Condition(prunes_channels, "when channels of a CNN are pruned (--regroup with element-wise methods)"),
+    ),
+    Flag(
+        "round_units",
+        "keep a multiple of so many channels, neurons or features of heads (1, 8, 16) in each layer; "
+        "auto: as many as the processor computes at once",
+        AFTER_ROUND_0,
+        type=lanes,
+        default="1",
+        metavar="N",
+        derived=lambda a: numbers_at_once(a.gpu) if a.round_units == "auto" else a.round_units,
         read=Condition(
             counts_units_by_layer,
             "when channels, heads or neurons are pruned (--regroup; for a ViT with refill or rsst: --vit_structured)",

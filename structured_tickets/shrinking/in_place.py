@@ -21,6 +21,7 @@ from structured_tickets.features.calls import LayerCall
 from structured_tickets.features.exported import first_names
 from structured_tickets.features.features import Contraction
 from structured_tickets.features.following import Following
+from structured_tickets.features.paddings import settable
 from structured_tickets.shrinking.cuts import Cuts, Shrunk, cut_value, of_the_same_type
 from structured_tickets.shrinking.inserted_layers import Rearranged
 
@@ -68,6 +69,7 @@ def shrink_in_place(
             small = copy.deepcopy(network)
             _Cutter(small, room, cuts, names).cut(following)
             _set_numbers(small, following, room, attributes)
+            _set_paddings(small, following, room)
             return Shrunk(small, cuts)
 
         try:
@@ -124,10 +126,15 @@ def _ways(following: Following, masks: Mapping[str, Tensor]) -> Iterator[tuple[R
         heads[wires[found]] = True
     there = whole.clone()
     there[wires[1:][needed[1:]]] = True
+    padded = torch.zeros_like(whole)
+    for padding in features.paddings:
+        padded[wires[padding.line[padding.line > 0]]] = True
     if bool(heads.any()) and not bool(there[heads].all()):
         for attributes in ("heads", "all"):
             yield Room(there[wires], needed), attributes
     yield Room((there | heads)[wires], needed), ""
+    if bool(padded.any()):
+        yield Room((there | heads | padded)[wires], needed), ""
     yield Room(torch.ones_like(needed), needed), ""
 
 
@@ -326,6 +333,14 @@ def _set_numbers(small: nn.Module, following: Following, room: Room, which: str)
         width = len(line) // len(mine)
         for name in dict.fromkeys((owner, owner.rpartition(".")[0])):
             _renumber(small.get_submodule(name), len(mine), left, width, which)
+
+
+def _set_paddings(small: nn.Module, following: Following, room: Room) -> None:
+    """Set attributes that say how many zeros are put around channels."""
+    for padding in following.features.paddings:
+        left = tuple(int(room.there[zeros].sum()) for zeros in (padding.before, padding.after))
+        for module, attribute, others in settable(small, padding):
+            setattr(module, attribute, type(getattr(module, attribute))((*others, *left)))
 
 
 def _renumber(module: nn.Module, before: int, after: int, width: int, which: str) -> None:

@@ -16,9 +16,12 @@ from torch import nn
 from structured_tickets.base.errors import UsageError
 from structured_tickets.features.exported import program_of
 from structured_tickets.features.following import Following
+from structured_tickets.features.paddings import settable
 from structured_tickets.networks.registry import ModelSpec, spec_of
 from structured_tickets.unit_groups.channels import channel_groups as channels_of_modules
 from structured_tickets.unit_groups.from_features import channels_of, linear_units
+from structured_tickets.unit_groups.kinds import STREAM
+from structured_tickets.unit_groups.streams import streams_of
 from structured_tickets.unit_groups.transformer import is_vit_model, neuron_groups, vit_groups
 from structured_tickets.unit_groups.unit import UnitGroup, parameter_of, ranked_names
 
@@ -62,7 +65,8 @@ def channel_groups(
     following = features_of(model, image)
     if following is None:
         return channels_of_modules(model, conv1, spec)
-    return channels_of(model, following, spec or spec_of(model), conv1)
+    found = streams_of if spec_of(model).channel_units == STREAM else channels_of
+    return found(model, following, spec or spec_of(model), conv1)
 
 
 def is_transformer(model: nn.Module, image: Sequence[int] | None = None) -> bool:
@@ -95,7 +99,7 @@ def _mixes_features(model: nn.Module, groups: Sequence[UnitGroup]) -> bool:
 
 
 def features_of(model: nn.Module, image: Sequence[int] | None = None) -> Following | None:
-    """Return the features of a network whose units are not found more easily; None for others.
+    """Return the features of a network whose units are not found more easily, or are streams; None for others.
 
     Args:
         image: (channels, height, width) of the images that the network takes; default: what its notes say.
@@ -117,6 +121,8 @@ def features_of(model: nn.Module, image: Sequence[int] | None = None) -> Followi
 
 
 def _needed_following(model: nn.Module, image: Sequence[int] | None) -> Following | None:
+    if spec_of(model).channel_units == STREAM:
+        return _all_followed(model, image or ())
     reason: Exception | None = None
     try:
         if (
@@ -129,17 +135,27 @@ def _needed_following(model: nn.Module, image: Sequence[int] | None) -> Followin
                 return None
             raise
         reason = error
-    following = Following()
     try:
-        for training in (False, True):
-            following.follow(program_of(model, image, training))
+        following = _all_followed(model, image)
     except UsageError as error:
         if reason is None:  # the easy way found something
             return None
         raise error from reason
-    following.keep_what_makes_no_tensor()
     if reason is None and not _is_transformer(model, linear_units(model, following, spec_of(model))):
         return None
+    return following
+
+
+def _all_followed(model: nn.Module, image: Sequence[int]) -> Following:
+    """Raises: UsageError, if the network's forward pass cannot be recorded."""
+    following = Following()
+    for training in (False, True):
+        following.follow(program_of(model, image, training))
+    for padding in following.features.paddings:
+        if not any(settable(model, padding)):
+            for zeros in (padding.before, padding.after):
+                following.features.keep_whole(zeros, "zeros are added by their number")
+    following.keep_what_makes_no_tensor()
     return following
 
 

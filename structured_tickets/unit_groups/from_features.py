@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,16 @@ from structured_tickets.networks.registry import ModelSpec
 from structured_tickets.unit_groups.operations import is_depthwise, is_plain_conv, is_prunable_norm
 from structured_tickets.unit_groups.unit import Slice, UnitGroup, rows
 
+Places: TypeAlias = dict[tuple[str, int], list[int]]
+"""(Parameter, axis) -> positions of one unit."""
+
 
 def channels_of(model: nn.Module, following: Following, spec: ModelSpec, stem: bool) -> list[UnitGroup]:
     """Return one group per convolution, as `channel_groups` does."""
     left_dense = {spec.classifier} if stem else {spec.classifier, spec.stem}
     convs = {n: m for n, m in model.named_modules() if is_plain_conv(m) and n not in left_dense}
     logits = _logits(following)
-    outside = _outside(following)
+    outside = outside_of_layers(following)
     calls = {c.layer.rpartition(".")[0]: c for c in following.calls if c.layer not in outside}
     convs = {n: m for n, m in convs.items() if n in calls and not bool(logits[calls[n].given].any())}
     firsts = {n: int(calls[n].given[0]) for n in convs}
@@ -63,6 +66,9 @@ def _logits(following: Following) -> Tensor:
 def _owners(features: Features, convs: Mapping[str, Any], calls: Mapping[str, LayerCall]) -> Tensor:
     """The filter that each feature is zero with, as the number of that filter's own feature; 0 if there is none."""
     owner = torch.zeros(features.count + 1, dtype=torch.long)
+    zeros = torch.zeros(features.count + 1, dtype=torch.bool)
+    for padding in features.paddings:
+        zeros[torch.cat([padding.before, padding.after])] = True
     firsts = {n: int(calls[n].given[0]) for n in convs}
     for event in features.events:
         if isinstance(event, Contraction):
@@ -76,7 +82,8 @@ def _owners(features: Features, convs: Mapping[str, Any], calls: Mapping[str, La
             one, other = owner[event.one], owner[event.other]
             owner[event.features] = torch.where(one > 0, one, other)
         elif not event.nonzero:
-            owner[event.features] = _shared(owner[event.sources], event.features)
+            real = ~zeros[event.sources]
+            owner[event.features[real]] = _shared(owner[event.sources[real]], event.features[real])
     return owner
 
 
@@ -128,19 +135,11 @@ def linear_units(model: nn.Module, following: Following, spec: ModelSpec) -> lis
     A set that attention's products of matrices join is a head; others are neurons.
     """
     features = following.features
-    sets, whole = features.sets(layers=True), features.whole(layers=True)
+    sets = features.sets(layers=True)
     heads = {int(n) for found in features.heads for n in sets[found].unique()}
-    members: dict[int, list[tuple[str, int, int]]] = defaultdict(list)
-    for weight, axis, line in _lines(following):
-        for position, number in enumerate(sets[line.clamp(min=0)].tolist()):
-            if int(line[position]) > 0 and not whole[number]:
-                members[number].append((weight, axis, position))
-    outside = _outside(following)
-    alike: dict[tuple, list[dict[tuple[str, int], list[int]]]] = defaultdict(list)
-    for number, found in members.items():
-        places: dict[tuple[str, int], list[int]] = defaultdict(list)
-        for weight, axis, position in found:
-            places[weight, axis].append(position)
+    outside = outside_of_layers(following)
+    alike: dict[tuple, list[Places]] = defaultdict(list)
+    for number, places in places_of_units(following, _lines(following)).items():
         kind = "head" if number in heads else "neuron"
         key = (kind, *sorted((*k, len(v)) for k, v in places.items()))
         axes = {axis for _, axis in places}
@@ -153,7 +152,24 @@ def linear_units(model: nn.Module, following: Following, spec: ModelSpec) -> lis
     return sorted(groups, key=lambda g: (g.kind != "head", order[g.root.name]))
 
 
-def _outside(following: Following) -> set[str]:
+def places_of_units(following: Following, lines: Iterable[tuple[str, int, Tensor]]) -> dict[int, Places]:
+    """Return the places of each set of features that can be removed, by its number.
+
+    Args:
+        lines: (parameter, axis, feature of each position along the axis, or less than 1 where there is none).
+    """
+    features = following.features
+    sets, whole = features.sets(layers=True), features.whole(layers=True)
+    members: dict[int, Places] = defaultdict(lambda: defaultdict(list))
+    for name, axis, line in lines:
+        numbers = sets[line.clamp(min=0)]
+        places = ((line > 0) & ~whole[numbers]).nonzero().flatten()
+        for position, number in zip(places.tolist(), numbers[places].tolist(), strict=True):
+            members[number][name, axis].append(position)
+    return members
+
+
+def outside_of_layers(following: Following) -> set[str]:
     """Weights that are used without their layer."""
     return {e.weight for e in following.features.events if isinstance(e, Contraction) and not e.inside}
 

@@ -25,6 +25,13 @@ class Kind:
     by_weight: bool = False
 
 
+FILTER, STREAM = "filter", "stream"
+CHANNEL_UNITS = {
+    FILTER: "each filter of a convolution by itself",
+    STREAM: "a channel of all tensors that are added or normalised together, with everything that writes or reads it",
+}
+"""What a channel is, as a unit."""
+
 KINDS: dict[str, Kind] = {
     "channel": Kind("Channel", "Channel Pruning", "Convolution layers"),
     "head": Kind("Head", "Attention Head Pruning", "Attention layers"),

@@ -36,7 +36,7 @@ def left_alone(
         uncalled: Layers that are not called in a forward pass.
         stem: What is said of the first layer besides.
     """
-    pruned = set().union(*map(weights_of, groups))
+    pruned = {s.layer for g in groups for s in g.slices}
     kinds = _ConvNd | nn.Linear | nn.MultiheadAttention
     layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and n not in pruned}
     first = FIRST + ("" if transformer else stem)

@@ -54,17 +54,30 @@ class Slice:
 class UnitGroup:
     """Units of one kind in one place of the network, and all slices that belong to them.
 
-    Criteria score the first slice: its layer computes the outputs of the units.
+    Attributes:
+        writers: Of a stream, how many of its first slices compute it. 0: the units are not those of a stream, and the
+            first slice computes them.
     """
 
     name: str
     kind: str
     slices: tuple[Slice, ...]
+    writers: int = 0
 
     @property
     def root(self) -> Slice:
         """First slice of the group."""
         return self.slices[0]
+
+    @property
+    def computing(self) -> tuple[Slice, ...]:
+        """Slices whose layers compute the units: criteria on feature maps score their outputs."""
+        return self.slices[: max(1, self.writers)]
+
+    @property
+    def weighed(self) -> tuple[Slice, ...]:
+        """Slices that criteria on weights score: the first one; of a stream, all that global L1 ranks."""
+        return tuple(s for s in self.slices if s.ranked) if self.writers else self.slices[:1]
 
     @property
     def units(self) -> int:
@@ -108,9 +121,9 @@ def kinds(groups: Sequence[UnitGroup]) -> list[str]:
     return list(dict.fromkeys(g.kind for g in groups))
 
 
-def kept_units(group: UnitGroup, mask: Tensor) -> Tensor:
-    """Return which units have a one in the mask of the group's first slice: bool [units]."""
-    return group.root.units_with_weights(mask)
+def kept_units(group: UnitGroup, masks: Mapping[str, Tensor]) -> Tensor:
+    """Return which units have a one in the masks (by parameter name) of what computes them: bool [units]."""
+    return torch.stack([s.units_with_weights(masks[s.name]) for s in group.computing]).any(0)
 
 
 def masks_of_units(

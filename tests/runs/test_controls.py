@@ -62,7 +62,7 @@ def test_a_permuted_ticket_keeps_its_counts_and_its_units_whole(arch, kind):
         ours, theirs = getattr(other, field), getattr(pair, field)
         assert {n: int(m.sum()) for n, m in ours.items()} == {n: int(m.sum()) for n, m in theirs.items()}, field
     for group in groups:
-        flags = kept_units(group, other.structure[group.root.name])
+        flags = kept_units(group, other.structure)
         for part in group.slices:
             lines = other.structure[part.name].movedim(part.axis, 0)[part.index].flatten(1)
             assert torch.equal(lines.bool().any(1), flags) and torch.equal(lines.bool().all(1), flags), part.name
@@ -91,7 +91,7 @@ def test_blocks_change_places():
     model, groups, (pair,) = found("vit_tiny", ("block",), "refill", block_prune_ratio=0.4)
     others = [control("random_structure", pair, model, groups, ("block",), seed=s) for s in range(5)]
     blocks = [g for g in groups if g.kind == "block"]
-    counts = [sum(int(kept_units(g, p.structure[g.root.name]).sum()) for g in blocks) for p in (pair, *others)]
+    counts = [sum(int(kept_units(g, p.structure).sum()) for g in blocks) for p in (pair, *others)]
     assert len(set(counts)) == 1 and 0 < counts[0] < len(blocks)
     assert not all(same(o, pair) for o in others)
 
@@ -111,7 +111,7 @@ def test_the_small_dense_network_has_the_macs_of_the_ticket_and_is_narrowed_alik
         assert all(len({kept for kept, units in counts if units == size}) == 1 for size in {u for _, u in counts})
         assert max(kept / units for kept, units in counts) - min(kept / units for kept, units in counts) < 0.07
     for group in groups:
-        flags = kept_units(group, dense.structure[group.root.name])
+        flags = kept_units(group, dense.structure)
         assert bool(flags[0]) and not bool(flags.int().diff().clamp(min=0).any()), "the first units"
 
 

@@ -89,7 +89,7 @@ def test_ranked_names_come_in_module_order_and_leave_normalisation_out():
 
 def test_kept_units_reads_the_mask_of_the_first_slice():
     group = UnitGroup("layer", "neuron", (Slice("layer", 0, torch.tensor([[0], [1], [2]])),))
-    assert kept_units(group, torch.tensor([[0, 0], [0, 1], [1, 1]])).tolist() == [False, True, True]
+    assert kept_units(group, {group.root.name: torch.tensor([[0, 0], [0, 1], [1, 1]])}).tolist() == [False, True, True]
 
 
 def test_l1_keeps_an_exact_count_and_of_ties_the_first():

@@ -58,10 +58,10 @@ def test_in_a_network_doomed_units_are_doomed_in_every_weight_and_follow_one_lam
     whole = doomed_whole(groups, pair, UNITS)
     seen = 0
     for group in groups:
-        inside = kept_units(group, pair.structure[group.root.name])
+        inside = kept_units(group, pair.structure)
         for part in group.slices:
             doomed = whole.doomed[part.name].movedim(part.axis, 0)[part.index].flatten(1)
-            gone = (~inside) & kept_units(group, pair.current[group.root.name])
+            gone = (~inside) & kept_units(group, pair.current)
             assert bool(doomed[gone].all()) and not bool(doomed[~gone].any()), part.name
             seen += int(gone.sum()) * (part.param == "bias")
     assert seen > 4, "BatchNorm's and the convolutions' biases too"
