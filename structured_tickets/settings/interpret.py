@@ -15,9 +15,10 @@ from structured_tickets.networks.registry import spec_of
 from structured_tickets.pruning.methods import CONTROLS, METHODS
 from structured_tickets.pruning.rules import TARGET_KINDS, RoundRules, kinds_of
 from structured_tickets.pruning.usable_units import FROZEN, UsableUnits, usable_units
+from structured_tickets.settings.conditions import channel_units_of
 from structured_tickets.training.optimization import OPTIMIZERS, LearningRate
 from structured_tickets.unit_groups.find import is_transformer
-from structured_tickets.unit_groups.kinds import KINDS, kind_of
+from structured_tickets.unit_groups.kinds import FILTER, KINDS, kind_of
 from structured_tickets.unit_groups.unit import UnitGroup, kinds, parameter_of, ranked_names
 
 LITTLE = 0.5  # of the parameters
@@ -96,7 +97,8 @@ def rules_from(args: argparse.Namespace, groups: Sequence[UnitGroup]) -> RoundRu
     is_cnn = "channel" in kinds(groups)
     structured = args.regroup or (METHODS[args.struct].regroups and (args.vit_structured or is_cnn))
     targets = ("channel",) if is_cnn else kinds_of(args.vit_prune_target)
-    found: dict[str, Any] = {"structured": structured, "targets": targets}
+    units = channel_units_of(vars(args)) if is_cnn else FILTER
+    found: dict[str, Any] = {"structured": structured, "targets": targets, "channel_units": units}
     named = (field.name for field in fields(RoundRules) if field.name not in found)
     return RoundRules(**{name: getattr(args, name) for name in named}, **found)
 
