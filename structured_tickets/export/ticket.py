@@ -38,6 +38,7 @@ log = logging.getLogger("rsst")
 TOLERANCE = 1e-4  # of the logits, relative to the largest (or to 1)
 LATENCY_BATCHES = (1, 64)
 REPEATS = 15
+SLOWER = 1.05  # times the latency of the dense network; less is noise
 
 
 class ExportError(RunError):
@@ -160,7 +161,32 @@ def export(
     rows = _measure(ticket, structure, small, out / "model.safetensors", size)
     write_atomically(json.dumps(rows, indent=1) + "\n", out / "export.json")
     log.info("wrote %s", out)
+    if advice := _advice(ticket, kept, small, rows, multiple):
+        log.warning("%s", advice)
     return _table(rows)
+
+
+def _advice(ticket: Ticket, kept: dict[str, list[int]], small: nn.Module, rows: list[dict], multiple: int) -> str:
+    """Return what to do about a compact network that is slower than the dense one, with the best that there is."""
+    dense, _, compact = rows
+    batch = LATENCY_BATCHES[-1]
+    before, now = (row[f"latency_ms_batch_{batch}"] for row in (dense, compact))
+    if compact["parameters"] == dense["parameters"] or now <= SLOWER * before:
+        return ""
+    names, networks = ["smallest"], [small]
+    for more in (m for m in (8, 16) if m != multiple):
+        units = kept_units_of(ticket.masked, ticket.structure, more)
+        if units != kept:
+            names.append(f"--round_to {more}")
+            networks.append(shrink(ticket.masked, structure_of(ticket.masked, units)).network.eval())
+    images = ticket.run.args["image_size"]
+    found = latencies([channels_side_by_side(copy.deepcopy(n)) for n in networks], batch, images)
+    seconds, name = min(zip(found, names, strict=True))
+    best = f"{name} is the fastest here ({1e3 * seconds:.1f} ms). " if name != "smallest" else ""
+    return (
+        f"the compact network is slower than the dense one: {now:.1f} ms instead of {before:.1f} for {batch} images. "
+        f"{best}Prune with --channel_units stream and --round_units 8 for a network that is faster"
+    )
 
 
 def _description(ticket: Ticket, kept: dict[str, list[int]], classes: int) -> dict[str, Any]:

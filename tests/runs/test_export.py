@@ -186,3 +186,15 @@ def test_damaged_or_hostile_files_are_refused(runs, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({**config, **wrong}))
         with pytest.raises(DataError):
             load(tmp_path)
+
+
+def test_a_network_that_became_slower_is_named_with_the_best_there_is(runs, tmp_path, monkeypatch, capsys):
+    measured = iter([[0.010, 0.010, 0.012], [0.010, 0.010, 0.012], [0.012, 0.007, 0.008]])
+    monkeypatch.setattr(ticket_files, "latencies", lambda networks, batch, size: next(measured)[: len(networks)])
+    assert export.main([str(runs["micro_cnn"]), "--out", str(tmp_path)]) == 0
+    error = capsys.readouterr().err
+    assert "slower than the dense one: 12.0 ms instead of 10.0 for 64 images" in error
+    assert "--round_to 8 is the fastest here (7.0 ms)" in error
+    monkeypatch.setattr(ticket_files, "latencies", lambda networks, batch, size: [0.010] * len(networks))
+    assert export.main([str(runs["micro_cnn"]), "--out", str(tmp_path)]) == 0
+    assert "slower" not in capsys.readouterr().err
