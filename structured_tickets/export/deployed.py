@@ -57,7 +57,7 @@ def load(folder: str | Path, arch: str | None = None) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             model = build_model(arch or config["arch"], len(config["classes"]), config["image_size"])
         put_normalize(model, Normalize((0.0,) * 3, (1.0,) * 3))
-        note_what_had_units(model, config["kept"])
+        note_what_had_units(model, config["kept"], config.get("followed", False))
         network = shrink(model, structure_of(model, config["kept"])).network
         network.load_state_dict(tensors)
     except (OSError, ValueError, RuntimeError, UsageError, safetensors.SafetensorError) as error:
@@ -77,6 +77,7 @@ def _config(file: Path) -> dict[str, Any]:
     if config.get("format") != FORMAT:
         raise DataError(f"{file.parent} was written by another version of this program")
     size, kept = config.get("image_size"), config.get("kept")
+    check(isinstance(config.get("followed", False), bool), "true or false as followed")
     check(isinstance(config.get("arch"), str), "a network's name as arch")
     check(is_words(config.get("classes")), "names as classes")
     check(isinstance(size, int) and 0 < size <= LARGEST_IMAGE, "a number of pixels as image_size")

@@ -81,7 +81,7 @@ def read_ticket(folder: Path, state: int | None = None, best: bool = False, arch
     put_normalize(model, Normalize((0.0,) * 3, (1.0,) * 3))
     groups = run.rounds[-1].get("kept_per_layer") if run.rounds else None
     if groups and isinstance(groups, dict):  # the first runs did not note them
-        note_what_had_units(model, groups)
+        note_what_had_units(model, groups, run.followed)
     structure = run.structure
     weights = {n: v * structure[n] if n in structure else v for n, v in run.state_dict.items()}
     try:
@@ -171,6 +171,7 @@ def _description(ticket: Ticket, kept: dict[str, list[int]], classes: int) -> di
         "mean": normalize.mean.flatten().tolist(),
         "std": normalize.std.flatten().tolist(),
         "kept": kept,
+        **({"followed": True} if ticket.run.followed else {}),
         "settings": ticket.run.args,
     }
 

@@ -31,6 +31,8 @@ class ModelSpec:
         has_units: False if no units are removed from the network, only weights one by one.
         image: (channels, height, width) of the images that it was built for; None if its layers tell enough without.
         outputs: Number of outputs while it trains, of which the first are the logits.
+        followed: True if its features are followed although its layers, or the graph of its modules, seem to tell its
+            units: these could not be removed.
     """
 
     name: str = ""
@@ -41,6 +43,7 @@ class ModelSpec:
     whole: frozenset[str] = frozenset()
     has_units: bool = True
     outputs: int = 1
+    followed: bool = False
     image: tuple[int, int, int] | None = None
 
 

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.shrinking.cost import cost_of, image_shape
 from structured_tickets.shrinking.shrink import shrink
+from structured_tickets.unit_groups.find import share_features
 from structured_tickets.unit_groups.unit import UnitGroup, masks_of_units
 
 KEPT = (0.7, 0.4)  # fraction of the units, in turn
@@ -50,6 +51,7 @@ def check_units(model: nn.Module, groups: Sequence[UnitGroup], image: int | Sequ
 def _with_used_norms(model: nn.Module, draw: torch.Generator) -> nn.Module:
     """Return a copy whose batch normalisations look trained: new ones are the identity, and hide mistakes."""
     network = copy.deepcopy(model)
+    share_features(model, network)
     for norm in (m for m in network.modules() if isinstance(m, nn.BatchNorm2d)):
         for name, low, high in (("weight", 0.5, 1.5), ("bias", -0.3, 0.3), ("running_mean", -0.3, 0.3)):
             value = getattr(norm, name)

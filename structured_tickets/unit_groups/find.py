@@ -24,7 +24,8 @@ from structured_tickets.unit_groups.unit import UnitGroup, parameter_of, ranked_
 
 LITTLE = 0.5
 """Share of the weights of layers: where fewer are in units that are found easily, others are looked for."""
-_followed: WeakKeyDictionary[nn.Module, Following | UsageError | None] = WeakKeyDictionary()
+_followed: WeakKeyDictionary[nn.Module, dict[bool, Following | UsageError | None]] = WeakKeyDictionary()
+"""Network -> what following it gave; apart for one whose notes ask for it."""
 
 
 def unit_groups(model: nn.Module, prune_stem: bool = False, blocks: bool = False) -> list[UnitGroup]:
@@ -37,7 +38,7 @@ def unit_groups(model: nn.Module, prune_stem: bool = False, blocks: bool = False
     Raises:
         UsageError: The units of the network cannot be followed.
     """
-    if _is_known_transformer(model) or not spec_of(model).has_units:
+    if _is_told_by_layers(model) or not spec_of(model).has_units:
         return vit_groups(model, prune_stem, blocks)
     following = features_of(model)
     spec = spec_of(model)
@@ -71,7 +72,7 @@ def is_transformer(model: nn.Module, image: Sequence[int] | None = None) -> bool
     False if its only MLPs are a classifier or weigh channels (squeeze and excitation): such are parts of CNNs. True,
     too, of a network without any units, as noted on it: nothing in its graph has to be followed then.
     """
-    if _is_known_transformer(model) or not spec_of(model).has_units:
+    if _is_told_by_layers(model) or not spec_of(model).has_units:
         return True
     try:
         following = features_of(model, image)
@@ -82,6 +83,10 @@ def is_transformer(model: nn.Module, image: Sequence[int] | None = None) -> bool
 
 def _is_transformer(model: nn.Module, groups: Sequence[UnitGroup]) -> bool:
     return any(g.kind == "head" for g in groups) or _mixes_features(model, groups)
+
+
+def _is_told_by_layers(model: nn.Module) -> bool:
+    return not spec_of(model).followed and _is_known_transformer(model)
 
 
 def _is_known_transformer(model: nn.Module) -> bool:
@@ -103,20 +108,31 @@ def features_of(model: nn.Module, image: Sequence[int] | None = None) -> Followi
     Raises:
         UsageError: They cannot be followed.
     """
-    if _is_known_transformer(model) or not spec_of(model).has_units:
+    spec = spec_of(model)
+    if _is_told_by_layers(model) or not spec.has_units:
         return None
-    if model not in _followed:
+    known = _followed.setdefault(model, {})
+    if spec.followed not in known:
         try:
-            _followed[model] = _needed_following(model, image or spec_of(model).image)
+            known[spec.followed] = _needed_following(model, image or spec.image, spec.followed)
         except UsageError as error:
-            _followed[model] = error
-    found = _followed[model]
+            known[spec.followed] = error
+    found = known[spec.followed]
     if isinstance(found, UsageError):
         raise found
     return found
 
 
-def _needed_following(model: nn.Module, image: Sequence[int] | None) -> Following | None:
+def share_features(known: nn.Module, other: nn.Module) -> None:
+    """Let a network have the features that were found in another, of which one is a copy of the other."""
+    if known in _followed:
+        _followed[other] = _followed[known]
+
+
+def _needed_following(model: nn.Module, image: Sequence[int] | None, asked: bool) -> Following | None:
+    """Follow a network whose modules do not tell enough, or whose notes ask for it."""
+    if asked and image is not None:
+        return _follow(model, image)
     reason: Exception | None = None
     try:
         if (
@@ -129,17 +145,22 @@ def _needed_following(model: nn.Module, image: Sequence[int] | None) -> Followin
                 return None
             raise
         reason = error
-    following = Following()
     try:
-        for training in (False, True):
-            following.follow(program_of(model, image, training))
+        following = _follow(model, image)
     except UsageError as error:
         if reason is None:  # the easy way found something
             return None
         raise error from reason
-    following.keep_what_makes_no_tensor()
     if reason is None and not _is_transformer(model, linear_units(model, following, spec_of(model))):
         return None
+    return following
+
+
+def _follow(model: nn.Module, image: Sequence[int]) -> Following:
+    following = Following()
+    for training in (False, True):
+        following.follow(program_of(model, image, training))
+    following.keep_what_makes_no_tensor()
     return following
 
 
