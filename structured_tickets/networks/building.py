@@ -35,7 +35,8 @@ def build_model(name: str, num_classes: int, img_size: int) -> nn.Module:
 def parse_arch(text: str) -> str:
     """A name for `build_model`: a row of `MODELS`, `timm/<name>`, `torchvision/<name>`, `hf/<name>`, `file.py:factory`.
 
-    The path of a file or, after `hf/`, of a folder becomes absolute. Whether another library has the network shows when it is built.
+    The path of a file or, after `hf/`, of a folder becomes absolute. Whether another library has the network shows when
+    it is built.
 
     Raises:
         ValueError: It is none of these; the message says what is wrong.

@@ -1,4 +1,4 @@
-"""Networks of other libraries and of users: `timm/<name>`, `torchvision/<name>`, `hf/<name>`, `path/to/file.py:factory`."""
+"""Networks of other libraries (`timm/<name>`, `torchvision/<name>`, `hf/<name>`) and of users (`file.py:factory`)."""
 
 from __future__ import annotations
 

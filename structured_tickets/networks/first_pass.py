@@ -85,7 +85,9 @@ def _evaluated(network: nn.Module, arch: str, num_classes: int, img_size: int) -
         ) from error
     logits = found if type(found) in (tuple, list) else logits_of(found)  # of several, it is not known which is judged
     if not _are_logits(logits, num_classes):
-        raise UsageError(f"argument --arch: {arch} gives {_shown(logits)} for two images, not logits {(2, num_classes)}")
+        raise UsageError(
+            f"argument --arch: {arch} gives {_shown(logits)} for two images, not logits {(2, num_classes)}"
+        )
     if len(takes) > 1 and all(takes):
         raise UsageError(
             f"argument --arch: {arch} calls its `normalize` {len(takes)} times in a forward pass, not once"

@@ -57,7 +57,7 @@ class Hosted(nn.Module):
             return getattr(bare(self), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in bare(self)._modules:  # a layer of the network that is replaced
+        if name != "__dict__" and name in bare(self)._modules:  # a layer of the network that is replaced
             setattr(bare(self), name, value)
             self._modules[name] = bare(self)._modules[name]
         else:

@@ -80,7 +80,9 @@ def renamed(network: nn.Module, state: Mapping[str, Tensor], source: str) -> dic
 
 def is_of_transformers(network: nn.Module) -> bool:
     """Return whether a network is one of transformers', without importing it."""
-    return any(c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(network).__mro__)
+    return any(
+        c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(network).__mro__
+    )
 
 
 def _imported() -> Any:
@@ -117,7 +119,9 @@ def _config(name: str) -> Any:
         return transformers.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the file holds
         if folder.is_dir():
-            raise UsageError(f"argument --arch: {arch}: its config.json cannot be read ({first_line(error)})") from error
+            raise UsageError(
+                f"argument --arch: {arch}: its config.json cannot be read ({first_line(error)})"
+            ) from error
         raise UsageError(
             f"argument --arch: {arch} is neither a folder nor a model whose configuration was downloaded before. Save "
             "its config.json in a folder, and give --arch hf/FOLDER"

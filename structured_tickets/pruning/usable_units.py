@@ -74,7 +74,9 @@ def usable_units(
     groups, stays = trial.groups, trial.stays
     if trial.error is not None:
         if needed:
-            raise UsageError(f"{trial.error}. To prune its weights one by one instead, use --struct imp") from trial.error
+            raise UsageError(
+                f"{trial.error}. To prune its weights one by one instead, use --struct imp"
+            ) from trial.error
         remark = str(trial.error).removeprefix("argument --arch: ")
     if not groups and not needed and is_hosted(model):
         change_notes(model, replace(spec, has_units=False))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
-from torch.func import functional_call
+from torch import Tensor, nn
 
 from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.shrinking.cost import cost_of, image_shape
@@ -37,7 +36,7 @@ def check_units(model: nn.Module, groups: Sequence[UnitGroup], image: int | Sequ
         kept = {g.name: torch.rand(g.units, generator=draw) < fraction for g in groups}
         try:
             masks = masks_of_units(groups, kept, parameters)
-            wanted = functional_call(network, {n: parameters[n] * m for n, m in masks.items()}, (images,))
+            wanted = _masked(network, masks)(images)
             found = shrink(network, masks, image=image_shape(image)).network(images)
             difference = (found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
             cost_of(network, masks, image)
@@ -46,6 +45,14 @@ def check_units(model: nn.Module, groups: Sequence[UnitGroup], image: int | Sequ
             raise _coupled(model, f"cannot be computed ({type(error).__name__}: {reason})") from error
         if not float(difference) <= TOLERANCE:
             raise _coupled(model, f"differs from the masked network by {float(difference):.2g} of its logits")
+
+
+def _masked(network: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    masked = copy.deepcopy(network)
+    parameters = dict(masked.named_parameters())
+    for name, mask in masks.items():
+        parameters[name].mul_(mask)
+    return masked
 
 
 def _with_used_norms(model: nn.Module, draw: torch.Generator) -> nn.Module:

@@ -134,13 +134,13 @@ def test_what_does_not_fit_is_an_error_and_a_pooler_is_named(folder, caplog):
     assert "not used, because the network has no such part: pooler.dense.weight" in caplog.text
     folder("vit", num_hidden_layers=2)
     deeper = build_model(f"hf/{path}", 10, 8)
-    with pytest.raises(DataError, match="do not fit the model: missing .*vit"):
+    with pytest.raises(DataError, match=r"do not fit the model: missing .*vit"):
         load_pretrained_weights(deeper, spec_of(deeper), file)
-    safetensors.torch.save_file({n: v for n, v in bare(deeper).state_dict().items()}, file)
+    safetensors.torch.save_file(dict(bare(deeper).state_dict()), file)
     with pytest.raises(DataError, match="do not fit the model"):
         load_pretrained_weights(model, spec_of(model), file)
     larger = build_model(f"hf/{path}", 10, 16)
-    with pytest.raises(DataError, match="do not fit the model: size mismatch for vit.embeddings.position_embeddings"):
+    with pytest.raises(DataError, match=r"do not fit the model: size mismatch for vit\.embeddings\.position_embeddings"):
         load_pretrained_weights(larger, spec_of(larger), file)
 
 
@@ -179,5 +179,7 @@ def test_without_transformers_the_command_that_installs_it_is_named(monkeypatch)
     for name in [n for n in sys.modules if n.partition(".")[0] == "transformers"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(importlib.sys.modules, "transformers", None)
-    with pytest.raises(UsageError, match=r'needs the package transformers, which is not installed: pip install "\.\[hf\]"'):
+    with pytest.raises(
+        UsageError, match=r'needs the package transformers, which is not installed: pip install "\.\[hf\]"'
+    ):
         build_model("hf/vit", 10, 32)
