@@ -11,6 +11,7 @@ from torch import nn
 from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.base.modes import in_mode
 from structured_tickets.base.text_tables import some_of
+from structured_tickets.features.exported import first_names
 from structured_tickets.networks.hosted import change_notes, is_hosted
 from structured_tickets.networks.registry import ModelSpec, spec_of
 from structured_tickets.shrinking.trial import check_units
@@ -282,7 +283,9 @@ def _reasons_of_layers(
     found = left_alone(model, spec, groups, transformer, stem=" (--conv1 prunes it, too)")
     torchs = [n for n in found if isinstance(model.get_submodule(n), nn.MultiheadAttention)]
     inside = tuple(f"{n}." for n in torchs)
-    reasons = {n: r for n, r in found.items() if not n.startswith(inside)} | dict.fromkeys(torchs, TORCHS_ATTENTION)
+    pruned, first = {s.name for g in groups for s in g.slices if s.ranked}, first_names(model)
+    others = {n: r for n, r in found.items() if first.get(f"{n}.weight") not in pruned}  # under another name
+    reasons = {n: r for n, r in others.items() if not n.startswith(inside)} | dict.fromkeys(torchs, TORCHS_ATTENTION)
     return reasons | {n: FROZEN for n in reasons if _is_frozen(model.get_submodule(n))}
 
 

@@ -140,7 +140,9 @@ def test_what_does_not_fit_is_an_error_and_a_pooler_is_named(folder, caplog):
     with pytest.raises(DataError, match="do not fit the model"):
         load_pretrained_weights(model, spec_of(model), file)
     larger = build_model(f"hf/{path}", 10, 16)
-    with pytest.raises(DataError, match=r"do not fit the model: size mismatch for vit\.embeddings\.position_embeddings"):
+    with pytest.raises(
+        DataError, match=r"do not fit the model: size mismatch for vit\.embeddings\.position_embeddings"
+    ):
         load_pretrained_weights(larger, spec_of(larger), file)
 
 
