@@ -60,7 +60,7 @@ def load(folder: str | Path, arch: str | None = None) -> nn.Module:
             model = build_model(arch or config["arch"], len(config["classes"]), config["image_size"])
         put_normalize(model, Normalize((0.0,) * 3, (1.0,) * 3))
         note_channel_units(model, config.get("channel_units", FILTER), (3, config["image_size"], config["image_size"]))
-        note_what_had_units(model, config["kept"])
+        note_what_had_units(model, config["kept"], config.get("followed", False))
         network = shrink(model, structure_of(model, config["kept"])).network
         network.load_state_dict(tensors)
     except (OSError, ValueError, RuntimeError, UsageError, safetensors.SafetensorError) as error:
@@ -80,6 +80,7 @@ def _config(file: Path) -> dict[str, Any]:
     if config.get("format") != FORMAT:
         raise DataError(f"{file.parent} was written by another version of this program")
     size, kept = config.get("image_size"), config.get("kept")
+    check(isinstance(config.get("followed", False), bool), "true or false as followed")
     check(isinstance(config.get("arch"), str), "a network's name as arch")
     check(config.get("channel_units", FILTER) in CHANNEL_UNITS, f"one of {', '.join(CHANNEL_UNITS)} as channel_units")
     check(is_words(config.get("classes")), "names as classes")

@@ -24,6 +24,7 @@ from structured_tickets.networks import build_model, runs_a_file, sources_of
 from structured_tickets.networks.hosted import normalize_of, put_normalize
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.networks.registry import note_channel_units
+from structured_tickets.pruning.masks import hardened_state
 from structured_tickets.pruning.usable_units import note_what_had_units
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.runs.same_run import warn_of_changed_code
@@ -84,9 +85,9 @@ def read_ticket(folder: Path, state: int | None = None, best: bool = False, arch
     put_normalize(model, Normalize((0.0,) * 3, (1.0,) * 3))
     groups = run.rounds[-1].get("kept_per_layer") if run.rounds else None
     if groups and isinstance(groups, dict):  # the first runs did not note them
-        note_what_had_units(model, groups)
+        note_what_had_units(model, groups, run.followed)
     structure = run.structure
-    weights = {n: v * structure[n] if n in structure else v for n, v in run.state_dict.items()}
+    weights = hardened_state(model, run.state_dict, structure)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -201,6 +202,7 @@ def _description(ticket: Ticket, kept: dict[str, list[int]], classes: int) -> di
         "std": normalize.std.flatten().tolist(),
         "kept": kept,
         "channel_units": channel_units_of(ticket.run.args),
+        **({"followed": True} if ticket.run.followed else {}),
         "settings": ticket.run.args,
     }
 

@@ -20,7 +20,7 @@ from structured_tickets.features.exported import Program
 from structured_tickets.features.features import Features, Through
 from structured_tickets.features.labels import compact, plain, shortened, varying
 from structured_tickets.features.rules_of_axes import taken_axes
-from structured_tickets.features.rules_of_numbers import combined
+from structured_tickets.features.rules_of_numbers import combined, mixed
 from structured_tickets.features.tables import (
     BY_NUMBER,
     BY_PLACE,
@@ -234,8 +234,7 @@ class _Interpreter:
         axis = call.argument(1, "dim", 0) % parts[0].ndim
         if all(set(varying(p)) <= {axis} for p in parts):
             return None
-        if any(axis in varying(p) for p in parts):
-            raise ValueError("features lie along both axes")
+        parts = [mixed(call, p, [axis], "it lies along two axes") if axis in varying(p) else p for p in parts]
         found = parts[0].narrow(axis, 0, 1)
         for part in parts[1:]:
             found = shortened(combined(call, found, part.narrow(axis, 0, 1), product=False, shape=found.shape))

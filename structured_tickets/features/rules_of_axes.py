@@ -38,8 +38,9 @@ def pooling(call: Call) -> Any:
     labels, value = call.labels(0), call.node.meta["val"]
     shape = value.shape if isinstance(value, Tensor) else value[0].shape
     changed = [a for a, size in enumerate(shape) if size != labels.shape[a]] or list(range(2, labels.ndim))
-    if set(changed) & set(varying(labels)):
-        raise ValueError("features are pooled with each other")
+    together = set(changed) & set(varying(labels))
+    if together:
+        labels = mixed(call, labels, together, "it is pooled with other features")
     for axis in set(changed) | {a for a in range(labels.ndim) if labels.stride(a) == 0}:
         labels = labels.narrow(axis, 0, 1)
     found = labels.expand(shape)

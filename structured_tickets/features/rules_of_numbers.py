@@ -103,9 +103,12 @@ def combined(call: Call, one: Tensor, other: Tensor, product: bool, shape: torch
     if not bool((one > 0).any()):
         one, other = other, one
     if not bool((other > 0).any()):
-        if any(other.shape[a] > 1 for a in varying(one)) and bool((other == OTHER).any()):
+        bound = [a for a in varying(one) if other.shape[a] > 1] if bool((other == OTHER).any()) else []
+        if bound and len(bound) == len(varying(one)):
             call.keep(one, "it is combined with numbers that cannot be removed")
             return plain(shape)
+        if bound:  # what lies along the other axes is removed with all along these
+            call.features.join(compact(one), compact(without(one, bound, keepdim=True)))
         return (one if product else fresh(call.features, one)).expand(shape)
     return paired(call, compact(one), compact(other), product).expand(shape)
 

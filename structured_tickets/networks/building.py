@@ -13,7 +13,7 @@ from structured_tickets.networks.registry import MODELS
 if TYPE_CHECKING:
     from torch import nn
 
-LIBRARIES = ("timm/", "torchvision/")
+LIBRARIES = ("timm/", "torchvision/", "hf/")
 
 
 def build_model(name: str, num_classes: int, img_size: int) -> nn.Module:
@@ -33,13 +33,16 @@ def build_model(name: str, num_classes: int, img_size: int) -> nn.Module:
 
 
 def parse_arch(text: str) -> str:
-    """A name for `build_model`: a row of `MODELS`, `timm/<name>`, `torchvision/<name>` or `file.py:factory`.
+    """A name for `build_model`: a row of `MODELS`, `timm/<name>`, `torchvision/<name>`, `hf/<name>`, `file.py:factory`.
 
-    The file's path becomes absolute. Whether another library has the network shows when it is built.
+    The path of a file or, after `hf/`, of a folder becomes absolute. Whether another library has the network shows when
+    it is built.
 
     Raises:
         ValueError: It is none of these; the message says what is wrong.
     """
+    if text.startswith("hf/") and os.path.isfile(os.path.join(text[3:], "config.json")):  # noqa: PTH113, PTH118
+        return f"hf/{Path(text[3:]).resolve()}"
     if text in MODELS or text.startswith(LIBRARIES):
         return text
     file, _, factory = text.rpartition(":")
@@ -49,7 +52,7 @@ def parse_arch(text: str) -> str:
         near = difflib.get_close_matches(text, MODELS, 1, cutoff=0.5)
         hint = f" (did you mean {near[0]}, timm/{text} or torchvision/{text}?)" if near else ""
         raise ValueError(
-            f"{text!r} is not one of {', '.join(MODELS)}, timm/NAME, torchvision/NAME, FILE.py:FACTORY{hint}"
+            f"{text!r} is not one of {', '.join(MODELS)}, timm/NAME, torchvision/NAME, hf/NAME, FILE.py:FACTORY{hint}"
         )
     if not os.path.isfile(file):  # noqa: PTH113 (a Path would not answer for a name that is too long)
         raise ValueError(f"no such file: {file}")

@@ -1,4 +1,4 @@
-"""Networks of other libraries and of users: `timm/<name>`, `torchvision/<name>`, `path/to/file.py:factory`."""
+"""Networks of other libraries (`timm/<name>`, `torchvision/<name>`, `hf/<name>`) and of users (`file.py:factory`)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.networks.attention import with_separate_heads
 from structured_tickets.networks.first_pass import first_pass, spec_of_layers
 from structured_tickets.networks.hosted import Hosted, hosted
+from structured_tickets.networks.hugging_face import from_hugging_face
 from structured_tickets.networks.user_files import imported
 
 SIZE_WORDS = ("img_size", "image_size")  # what factories call the images' side
@@ -36,6 +37,8 @@ def build_external(arch: str, num_classes: int, img_size: int) -> Hosted:
         network = _from_timm(name, num_classes, img_size)
     elif library == "torchvision":
         network = from_torchvision(name, num_classes, img_size)
+    elif library == "hf":
+        network = from_hugging_face(name, num_classes, img_size)
     else:
         network = _from_file(arch, num_classes, img_size)
     _require_a_network(network, arch)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.base.modes import in_mode
+from structured_tickets.networks.hosted import logits_of
 from structured_tickets.networks.registry import ModelSpec
 
 
@@ -74,7 +75,7 @@ def _evaluated(network: nn.Module, arch: str, num_classes: int, img_size: int) -
             in_mode(network, False),
             torch.no_grad(),
         ):
-            logits = network(images.clone())
+            found = network(images.clone())
     except ImportError as error:
         raise UsageError(f"argument --arch: {arch} cannot be run: {first_line(error)}") from error
     except Exception as error:  # whatever the network's code raises
@@ -82,9 +83,11 @@ def _evaluated(network: nn.Module, arch: str, num_classes: int, img_size: int) -
         raise UsageError(
             f"argument --arch: {arch} cannot take images of {img_size} pixels ({reason}); try another --image_size"
         ) from error
-    if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_classes):
-        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise UsageError(f"argument --arch: {arch} gives {found} for two images, not logits {(2, num_classes)}")
+    logits = found if type(found) in (tuple, list) else logits_of(found)  # of several, it is not known which is judged
+    if not _are_logits(logits, num_classes):
+        raise UsageError(
+            f"argument --arch: {arch} gives {_shown(logits)} for two images, not logits {(2, num_classes)}"
+        )
     if len(takes) > 1 and all(takes):
         raise UsageError(
             f"argument --arch: {arch} calls its `normalize` {len(takes)} times in a forward pass, not once"
@@ -102,15 +105,21 @@ def _outputs_in_training(network: nn.Module, arch: str, num_classes: int, img_si
             f"argument --arch: {arch} cannot be trained on images of {img_size} pixels ({first_line(error)}). Try "
             "another --image_size"
         ) from error
-    several = isinstance(outputs, tuple | list)
-    logits = outputs[0] if several and outputs else outputs
-    if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_classes):
-        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    logits = logits_of(outputs)
+    if not _are_logits(logits, num_classes):
         raise UsageError(
-            f"argument --arch: {arch} gives {found} for two images while it trains, not logits {(2, num_classes)}. "
-            "Return the logits, or a tuple that begins with them"
+            f"argument --arch: {arch} gives {_shown(logits)} for two images while it trains, not logits "
+            f"{(2, num_classes)}. Return the logits, or a tuple that begins with them"
         )
-    return len(outputs) if several else 1
+    return len(outputs) if isinstance(outputs, tuple | list) else 1
+
+
+def _are_logits(found: Any, num_classes: int) -> bool:
+    return isinstance(found, Tensor) and found.shape == (2, num_classes)
+
+
+def _shown(found: Any) -> str:
+    return str(tuple(found.shape)) if isinstance(found, Tensor) else type(found).__name__
 
 
 @contextmanager

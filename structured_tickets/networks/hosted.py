@@ -6,10 +6,10 @@ The network itself stays as it was made: its class, `forward`, `train`, hooks, a
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from structured_tickets.networks.registry import ROW, ModelSpec
 
@@ -27,6 +27,21 @@ PLACE = "_place_of_normalize"
 NETWORK = "_hosted_network"
 
 
+def logits_of(output: Any) -> Any:
+    """Return the logits among what a network gives.
+
+    They are the first of several outputs, which some networks give while they train, and `logits` of an object that
+    has them under this name, as networks of transformers give.
+    """
+    if isinstance(output, Tensor | fx.Proxy):
+        return output
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]
+    if isinstance(output, tuple | list) and not hasattr(output, "logits"):
+        return output[0] if output else output
+    return getattr(output, "logits", output)
+
+
 class Hosted(nn.Module):
     """A network behind a layer that normalises images; its layers and parameters have the names that they have in it.
 
@@ -42,7 +57,7 @@ class Hosted(nn.Module):
             return getattr(bare(self), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in bare(self)._modules:  # a layer of the network that is replaced
+        if name != "__dict__" and name in bare(self)._modules:  # a layer of the network that is replaced
             setattr(bare(self), name, value)
             self._modules[name] = bare(self)._modules[name]
         else:
@@ -58,16 +73,13 @@ class Hosted(nn.Module):
         bare(self).training = mode
 
     def forward(self, images: Any) -> Any:
-        """Return the logits [batch, classes] of images [batch, 3, height, width] in [0, 1].
-
-        Of several outputs, which some networks give while they train, the first one are the logits.
-        """
+        """Return the logits [batch, classes] of images [batch, 3, height, width] in [0, 1]: see `logits_of`."""
         network, place = bare(self), normalize_place(self)
         if place not in network._modules:
             images = self._modules[place](images)  # type: ignore[misc]
         # While a graph is traced, a call of a module is noted as one, and this one is no part of the host.
         output = network._call_impl(images) if isinstance(images, fx.Proxy) else network(images)
-        return output[0] if isinstance(output, tuple | list) else output
+        return logits_of(output)
 
     def train(self, mode: bool = True) -> Hosted:
         """Set the mode as the network itself does."""

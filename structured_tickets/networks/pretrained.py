@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from structured_tickets.base.errors import DataError, first_line
 from structured_tickets.base.text_tables import few
 from structured_tickets.networks.hosted import bare, of_the_data
+from structured_tickets.networks.hugging_face import is_of_transformers, renamed
 from structured_tickets.networks.input_statistics import Statistics, wanted_statistics
 from structured_tickets.networks.registry import ModelSpec, spec_of
 from structured_tickets.networks.weight_files import NOT_LEARNED, WeightFile, Weights, read_weight_file, weights_for
@@ -50,10 +51,7 @@ def load_pretrained_weights(
     if file is not None:
         source, found = str(file), read_weight_file(file, f"cannot read weights from {file}")
         chosen = weights_for(_names_of(model, spec, with_classifier), found, key)
-        known = not chosen.state.keys().isdisjoint(model.state_dict())
-        weights = (
-            chosen.state if known else timm.models.clean_state_dict(chosen.state)
-        )  # of a format that timm converts
+        weights = _in_own_names(model, chosen.state, source)
     elif spec.pretrained is not None:
         source, weights = spec.pretrained, _weights_from_timm(spec.pretrained)
     else:
@@ -129,6 +127,14 @@ def _is_needed(name: str, of_data: frozenset[str]) -> bool:
 
 def _layer(name: str) -> str:
     return name.rpartition(".")[0]
+
+
+def _in_own_names(model: nn.Module, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Return the weights of a file in the names, and forms, that the network or its library knows."""
+    if is_of_transformers(bare(model)):
+        return renamed(bare(model), state, source)
+    known = not state.keys().isdisjoint(model.state_dict())
+    return state if known else timm.models.clean_state_dict(state)  # of a format that timm converts
 
 
 def _names_of(model: nn.Module, spec: ModelSpec, with_classifier: bool) -> list[str]:

@@ -32,6 +32,8 @@ class ModelSpec:
         image: (channels, height, width) of the images that it was built for; None if its layers tell enough without.
         outputs: Number of outputs while it trains, of which the first are the logits.
         channel_units: What a channel is as a unit: a row of `unit_groups.kinds.CHANNEL_UNITS`.
+        followed: True if its features are followed although its layers, or the graph of its modules, seem to tell its
+            units: these could not be removed.
     """
 
     name: str = ""
@@ -42,6 +44,7 @@ class ModelSpec:
     whole: frozenset[str] = frozenset()
     has_units: bool = True
     outputs: int = 1
+    followed: bool = False
     image: tuple[int, int, int] | None = None
     channel_units: str = "filter"
 

@@ -44,7 +44,7 @@ OPTIONAL = {
     "search": Part(("optuna",), "sweep --search"),
     "ray": Part(("ray",), "sweep --executor ray"),
     "tensorboard": Part(("tensorboard",), "run --tensorboard"),
-    "hf": Part(("pyarrow",), "data sets in parquet files"),
+    "hf": Part(("pyarrow", "transformers"), "data sets in parquet files, --arch hf/NAME"),
 }
 COMPILER = "run --compile on a processor"
 MODULES = {"pillow": "PIL", "PyYAML": "yaml", "scikit-learn": "sklearn"}  # others are imported by their own name

@@ -8,13 +8,12 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils import prune
 
 from structured_tickets.base.modes import in_mode
 from structured_tickets.pruning.criteria import CRITERIA, CRITERIA_BATCHES
 from structured_tickets.pruning.evidence import Evidence, FeatureStatistics
-from structured_tickets.pruning.masks import effective_state, in_place_of
+from structured_tickets.pruning.masks import called_with, effective_state, in_place_of
 from structured_tickets.unit_groups.unit import UnitGroup
 
 
@@ -83,7 +82,7 @@ def _statistics(
     handles = [model.get_submodule(layer).register_forward_hook(recorder(layer)) for layer in layers]
     try:
         with torch.set_grad_enabled(gradients):
-            logits = functional_call(model, state, (images.detach().clone().requires_grad_(gradients),))
+            logits = called_with(model, state, (images.detach().clone().requires_grad_(gradients),))
     finally:
         for handle in handles:
             handle.remove()

@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils import prune
 
 from structured_tickets.base.weights import effective_state, effective_weight  # noqa: F401 (masks' own vocabulary)
+from structured_tickets.features.exported import first_names
 from structured_tickets.unit_groups.unit import parameter_name, parameter_of
 
 Mask = dict[str, Tensor]
@@ -136,6 +139,23 @@ def in_place_of(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Ten
     return state
 
 
+def called_with(model: nn.Module, state: Mapping[str, Tensor], args: tuple) -> Any:
+    """Call a model with other parameters and buffers, whatever its modules share.
+
+    `torch.func.functional_call` alone leaves a module that is there under several names without its parameters.
+
+    Args:
+        state: First name of each parameter and buffer -> what to use instead.
+    """
+    places: dict[tuple[int, str], str] = {}
+    first = first_names(model)
+    for name in first:
+        layer, _, param = name.rpartition(".")
+        places.setdefault((id(model.get_submodule(layer)), param), name)
+    values = {name: state[first[name]] for name in places.values() if first[name] in state}
+    return functional_call(model, values, args, tie_weights=False)
+
+
 def pruning_state(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `effective_state`: masked parameters under the keys with which torch's pruning saves them."""
     out: dict[str, Tensor] = {}
@@ -145,6 +165,17 @@ def pruning_state(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> d
         else:
             out[name] = value
     return out
+
+
+def hardened_state(model: nn.Module, state: Mapping[str, Tensor], structure: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict of plain weights with zeros outside a structure, under all names of a shared parameter.
+
+    Args:
+        structure: First name of a parameter -> 0/1.
+    """
+    first = {n.removesuffix("_orig"): owner.removesuffix("_orig") for n, owner in first_names(model).items()}
+    owner = {name: first.get(name, name) for name in state}
+    return {n: v * structure[owner[n]] if owner[n] in structure else v for n, v in state.items()}
 
 
 def top_mask(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor] | None, keep: int) -> Mask:

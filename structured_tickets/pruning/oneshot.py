@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from structured_tickets.base.errors import UsageError
@@ -26,6 +25,7 @@ from structured_tickets.networks.vision_transformer import fused_attention
 from structured_tickets.pruning.masks import (
     Mask,
     as_current,
+    called_with,
     count_ones,
     effective_state,
     in_place_of,
@@ -122,7 +122,7 @@ def _gradients(
     """Gradient of the loss summed over the batches, with respect to `leaves`."""
     total = [torch.zeros_like(leaf) for leaf in leaves.values()]
     for images, labels in task.batches:
-        output = functional_call(task.model, state, (images.to(task.device),)) / temperature
+        output = called_with(task.model, state, (images.to(task.device),)) / temperature
         parts = _slopes(task.loss(output, labels.to(task.device)), leaves)
         total = [t + p for t, p in zip(total, parts, strict=True)]
     return total
@@ -148,7 +148,7 @@ def grasp_scores(task: Task) -> dict[str, Tensor]:
     flow = [g.detach() for g in _gradients(task, state, leaves, GRASP_TEMPERATURE)]
     product = [torch.zeros_like(leaf) for leaf in leaves.values()]
     for images, labels in task.batches:
-        output = functional_call(task.model, state, (images.to(task.device),)) / GRASP_TEMPERATURE
+        output = called_with(task.model, state, (images.to(task.device),)) / GRASP_TEMPERATURE
         loss = task.loss(output, labels.to(task.device))
         slopes = _slopes(loss, leaves, create_graph=True)
         inner = sum((s * f).sum() for s, f in zip(slopes, flow, strict=True))
@@ -199,7 +199,7 @@ def synflow_scores(task: Task, masks: Mapping[str, Tensor], shape: torch.Size) -
             values[name] = torch.zeros_like(value).double() if name.endswith(ADDED) else value.abs().double()
     leaves = {n: (values[n] * masks[n]).requires_grad_() for n in task.names}
     ones = torch.ones(1, *shape, dtype=torch.float64, device=task.device)
-    output = functional_call(task.model, in_place_of(task.model, values | leaves), (ones,)).sum()
+    output = called_with(task.model, in_place_of(task.model, values | leaves), (ones,)).sum()
     gradients = _slopes(output, leaves)
     scores = {n: (g * w).detach().abs() for (n, w), g in zip(leaves.items(), gradients, strict=True)}
     if not all(bool(s.isfinite().all()) for s in scores.values()):

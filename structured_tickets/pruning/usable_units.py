@@ -11,10 +11,11 @@ from torch import nn
 from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.base.modes import in_mode
 from structured_tickets.base.text_tables import some_of
+from structured_tickets.features.exported import first_names
 from structured_tickets.networks.hosted import is_hosted
 from structured_tickets.networks.registry import ModelSpec, change_notes, spec_of
 from structured_tickets.shrinking.trial import check_units
-from structured_tickets.unit_groups.find import features_of, is_transformer, unit_groups
+from structured_tickets.unit_groups.find import features_of, is_transformer, share_features, unit_groups
 from structured_tickets.unit_groups.kinds import kind_of
 from structured_tickets.unit_groups.left_alone import ALWAYS, left_alone, weights_of
 from structured_tickets.unit_groups.operations import is_plain_conv
@@ -28,6 +29,8 @@ CANNOT_BE_REMOVED = {
     "block": "its branch cannot be left out, because the forward pass reads more than its output",
 }
 """Kind of unit -> why a layer stays whole whose units turn out to hang together."""
+MUCH = 0.1
+"""Share of the weights of a transformer's linear layers: where more stay whole, its features are followed."""
 SHARED = "shares its weights with another layer, whose units would not be the same"
 TORCHS_ATTENTION = (
     "torch's own attention, whose heads cannot be removed. Write it with two linear layers qkv and proj, and the "
@@ -68,25 +71,89 @@ def usable_units(
     spec, remark = _without_notes(model), ""
     with in_mode(model, True):
         pass  # a network may freeze layers when it is told to train
+    trial = _best_trial(model, spec, image_size, stem, blocks)
+    groups, stays = trial.groups, trial.stays
+    if trial.error is not None:
+        if needed:
+            raise UsageError(
+                f"{trial.error}. To prune its weights one by one instead, use --struct imp"
+            ) from trial.error
+        remark = str(trial.error).removeprefix("argument --arch: ")
+    if not groups and not needed and is_hosted(model):
+        change_notes(model, replace(spec, has_units=False))
+        groups = _rows_of_layers(model, spec, stem, trial.transformer)
+    left = [part for g in groups for part in (_rows_of(model, g) if g.name in stays else [g])]
+    reasons = _reasons_of_layers(model, spec, groups, trial.transformer)
+    for group in groups:
+        own = dict.fromkeys(sorted(weights_of(group)), stays[group.name]) if group.name in stays else {}
+        reasons |= own | _frozen_layers(model, group)
+    return UsableUnits([g for g in left if not _frozen_layers(model, g)], reasons, remark)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Units that one way of looking finds, and what came of trying to remove them.
+
+    Attributes:
+        notes: What is to be noted on the network.
+        transformer: Its units are heads and neurons.
+        stays: Groups whose units cannot be removed -> the reason.
+        error: Why there are no groups.
+    """
+
+    notes: ModelSpec
+    transformer: bool
+    groups: list[UnitGroup]
+    stays: dict[str, str]
+    error: UsageError | None = None
+
+
+def _best_trial(model: nn.Module, spec: ModelSpec, image_size: int, stem: bool, blocks: bool) -> _Trial:
+    """Return the trial of the easy way or, where that leaves much whole, of following features if it removes more."""
+    easy = _trial(model, spec, image_size, stem, blocks)
+    if is_hosted(model) and not blocks and _leaves_much(model, easy) and not _is_followed(model):
+        other = _trial(model, replace(spec, followed=True), image_size, stem, blocks)
+        if _removable(model, other) > _removable(model, easy):
+            return other
+        change_notes(model, easy.notes)
+    return easy
+
+
+def _trial(model: nn.Module, notes: ModelSpec, image_size: int, stem: bool, blocks: bool) -> _Trial:
+    if is_hosted(model):
+        change_notes(model, notes)
     transformer, stays = is_transformer(model), dict[str, str]()
     try:
         groups = _found(model, stem, blocks)
         if is_hosted(model):
             stays = _groups_that_stay(model, groups, image_size)
-            change_notes(model, replace(spec, whole=frozenset(stays)))
+            notes = replace(notes, whole=frozenset(stays))
+            change_notes(model, notes)
     except UsageError as error:
-        if needed:
-            raise UsageError(f"{error}. To prune its weights one by one instead, use --struct imp") from error
-        groups, remark = [], str(error).removeprefix("argument --arch: ")
-    if not groups and not needed and is_hosted(model):
-        change_notes(model, replace(spec, has_units=False))
-        groups = _rows_of_layers(model, spec, stem, transformer)
-    left = [part for g in groups for part in (_rows_of(model, g) if g.name in stays else [g])]
-    reasons = _reasons_of_layers(model, spec, groups, transformer)
-    for group in groups:
-        own = dict.fromkeys(sorted(weights_of(group)), stays[group.name]) if group.name in stays else {}
-        reasons |= own | _frozen_layers(model, group)
-    return UsableUnits([g for g in left if not _frozen_layers(model, g)], reasons, remark)
+        return _Trial(notes, transformer, [], {}, error)
+    return _Trial(notes, transformer, groups, stays)
+
+
+def _leaves_much(model: nn.Module, trial: _Trial) -> bool:
+    """True if channels cannot be removed, or if heads and neurons that can go leave many weights of linear layers."""
+    if trial.error is not None or not trial.transformer:
+        return trial.error is not None
+    layers = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != trial.notes.classifier]
+    weights = sum(p.numel() for m in layers for p in m.parameters() if p.ndim > 1)
+    return _removable(model, trial) < (1 - MUCH) * weights
+
+
+def _removable(model: nn.Module, trial: _Trial) -> int:
+    """Number of weights in units that can be removed."""
+    names = {s.name for g in trial.groups if g.name not in trial.stays for s in g.slices if s.ranked}
+    return sum(parameter_of(model, name).numel() for name in names)
+
+
+def _is_followed(model: nn.Module) -> bool:
+    try:
+        return features_of(model) is not None
+    except UsageError:
+        return True
 
 
 def _found(model: nn.Module, stem: bool, blocks: bool) -> list[UnitGroup]:
@@ -96,7 +163,11 @@ def _found(model: nn.Module, stem: bool, blocks: bool) -> list[UnitGroup]:
         UsageError: They cannot be found.
     """
     try:  # in a copy, since tracing runs the network's code, which may keep what it is given
-        return unit_groups(copy.deepcopy(model) if is_hosted(model) else model, stem, blocks)
+        network = copy.deepcopy(model) if is_hosted(model) else model
+        share_features(model, network)
+        groups = unit_groups(network, stem, blocks)
+        share_features(network, model)
+        return groups
     except UsageError:
         raise
     except Exception as error:  # whatever the network's code, or the names that it gives its layers, lead to
@@ -119,15 +190,18 @@ def in_words(whole: Mapping[str, str], remark: str) -> list[str]:
     return [*said, *([f"nothing is removed, weights are pruned one by one: {remark}"] if remark else [])]
 
 
-def note_what_had_units(model: nn.Module, groups: Iterable[str]) -> None:
+def note_what_had_units(model: nn.Module, groups: Iterable[str], followed: bool = False) -> None:
     """Note on a network that the program did not make that only these groups had units in its run.
 
     Args:
         groups: Names of unit groups, and of rows of weights, which are no units.
+        followed: The run's notes said that features are followed.
     """
     if not is_hosted(model):
         return
-    spec, kept = _without_notes(model), {name for name in groups if not name.endswith(".weight")}
+    spec = replace(_without_notes(model), followed=followed)
+    change_notes(model, spec)
+    kept = {name for name in groups if not name.endswith(".weight")}
     if not kept:
         change_notes(model, replace(spec, has_units=False))
     elif is_transformer(model):
@@ -137,7 +211,7 @@ def note_what_had_units(model: nn.Module, groups: Iterable[str]) -> None:
 
 def _without_notes(model: nn.Module) -> ModelSpec:
     """Return the notes on a network, without what an earlier trial has shown."""
-    spec = replace(spec_of(model), whole=frozenset(), has_units=True)
+    spec = replace(spec_of(model), whole=frozenset(), has_units=True, followed=False)
     if is_hosted(model):
         change_notes(model, spec)
     return spec
@@ -209,7 +283,9 @@ def _reasons_of_layers(
     found = left_alone(model, spec, groups, transformer, stem=" (--conv1 prunes it, too)")
     torchs = [n for n in found if isinstance(model.get_submodule(n), nn.MultiheadAttention)]
     inside = tuple(f"{n}." for n in torchs)
-    reasons = {n: r for n, r in found.items() if not n.startswith(inside)} | dict.fromkeys(torchs, TORCHS_ATTENTION)
+    pruned, first = {s.name for g in groups for s in g.slices if s.ranked}, first_names(model)
+    others = {n: r for n, r in found.items() if first.get(f"{n}.weight") not in pruned}  # under another name
+    reasons = {n: r for n, r in others.items() if not n.startswith(inside)} | dict.fromkeys(torchs, TORCHS_ATTENTION)
     return reasons | {n: FROZEN for n in reasons if _is_frozen(model.get_submodule(n))}
 
 

@@ -23,6 +23,7 @@ from structured_tickets.data.fingerprint import completed, describe_data, finger
 from structured_tickets.networks import sources_of
 from structured_tickets.networks.precision import name_of
 from structured_tickets.networks.pretrained import load_initial_weights
+from structured_tickets.networks.registry import spec_of
 from structured_tickets.pruning.methods import CONTROLS, SQUEEZE_GOAL
 from structured_tickets.pruning.usable_units import in_words
 from structured_tickets.runs.compared_run import ControlSource
@@ -52,6 +53,7 @@ def new_run(setup: Setup) -> RunState:
         contents=describe_data(setup.loaders, list(setup.classes)),
         precision=name_of(setup.precision),
         sources=sources_of(setup.args.arch),
+        followed=spec_of(setup.model).followed,
     )
 
 

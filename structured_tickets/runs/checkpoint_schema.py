@@ -189,5 +189,6 @@ LATER_FIELDS: dict[str, tuple[Check, str]] = {
     "contents": (is_record, "a description of the data"),
     "processes": _COUNT,
     "sources": (_is_dict_of(_WORD[0]), "hashes by file"),
+    "followed": (lambda value: isinstance(value, bool), "true or false"),
     "other_rng": (_is_list_of(are_random_states), "states of random generators"),
 }

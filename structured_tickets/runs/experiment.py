@@ -165,7 +165,7 @@ class Experiment:
         last = run.rounds[-1]["round"]
         # The state may be that of a later round, interrupted when more rounds were wanted.
         ended = run if run.state == last else RunFolder.load(folder.checkpoint(last))
-        folder.save_value(final_network(ended), folder.ticket)
+        folder.save_value(final_network(self.setup.model, ended), folder.ticket)
         draw_kept_units(run.rounds, folder.path)
         folder.write_result(result_of(run, is_control=self.source is not None))
         log.info("finished %s. Final network: %s", counted(len(run.rounds), "round"), folder.ticket)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from structured_tickets.pruning.masks import pruning_state
+from torch import nn
+
+from structured_tickets.pruning.masks import hardened_state, pruning_state
 from structured_tickets.runs.rows import seconds_of
 from structured_tickets.runs.state import RunState
 
 
-def final_network(run: RunState) -> dict[str, Any]:
-    """Return the weights of the round that `run` has ended, hardened, under torch's pruning keys: `ticket.pth.tar`."""
+def final_network(model: nn.Module, run: RunState) -> dict[str, Any]:
+    """Return the weights of the round that `run` has ended, hardened, under torch's pruning keys: `ticket.pth.tar`.
+
+    Args:
+        model: The run's network.
+    """
     structure = run.structure
-    hard = {n: v * structure[n] if n in structure else v for n, v in run.state_dict.items()}
+    hard = hardened_state(model, run.state_dict, structure)
     return {
         "arch": run.args["arch"],
         "round": run.state,

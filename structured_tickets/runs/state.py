@@ -42,6 +42,7 @@ class RunState:
         round_0: Where a `--dense_store` has this run's round 0 (`address`), whether it came from there (`shared`), and
             what its bits depend on besides the settings (`numerics`); empty without a store.
         sources: Hashes of the code of a user's network that the run began with, by file.
+        followed: The notes on the network say that its features are followed (`ModelSpec`).
         processes: How many processes trained it; `other_rng`: random states of all of them but the first.
     """
 
@@ -72,6 +73,7 @@ class RunState:
     other_rng: list[dict[str, Any]] = field(default_factory=list)
     contents: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+    followed: bool = False
     version: int = VERSION
 
     @property

@@ -114,8 +114,8 @@ DATA = (
 MODEL = (
     Flag(
         "arch",
-        f"network: {', '.join(MODELS)}; timm/NAME or torchvision/NAME; your own: FILE.py:FACTORY, called with "
-        "num_classes (and img_size, if it takes it)",
+        f"network: {', '.join(MODELS)}; timm/NAME or torchvision/NAME; hf/NAME or hf/FOLDER (transformers); your own: "
+        "FILE.py:FACTORY, called with num_classes (and img_size, if it takes it)",
         EVERY_ROUND,
         type=architecture,
         default="res20s",

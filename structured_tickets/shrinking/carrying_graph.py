@@ -93,7 +93,8 @@ class CarryingGraph:
 
     def _insert(self, layer: nn.Module, sources: tuple[fx.Node, ...], before: fx.Node) -> fx.Node:
         self._inserted += 1
-        name = f"{type(layer).__name__.lower()}_{self._inserted}"
+        while hasattr(self.network, name := f"{type(layer).__name__.lower()}_{self._inserted}"):
+            self._inserted += 1  # a layer of the network's own is called so
         self.network.add_submodule(name, layer.to(next(self.network.parameters()).device))
         with self.network.graph.inserting_before(before):
             return self.network.graph.call_module(name, sources)

@@ -196,6 +196,9 @@ class _Cutter:
                 self._norm(call)
         for name, labels in following.parameters.items():
             self._parameter(name, labels)
+        for first, names in self.names.items():
+            if first in self.cuts:
+                self.cuts.update({n: self.cuts[first] for n in names if n not in self.cuts})
 
     def _layer(self, events: Sequence[Contraction]) -> Tensor:
         """Cut a layer but its bias; return the rows that it computes.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
-from torch.func import functional_call
+from torch import Tensor, nn
 
 from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.shrinking.cost import cost_of, image_shape
 from structured_tickets.shrinking.shrink import shrink
+from structured_tickets.unit_groups.find import share_features
 from structured_tickets.unit_groups.unit import UnitGroup, masks_of_units
 
 KEPT = (0.7, 0.4)  # fraction of the units, in turn
@@ -36,7 +36,7 @@ def check_units(model: nn.Module, groups: Sequence[UnitGroup], image: int | Sequ
         kept = {g.name: torch.rand(g.units, generator=draw) < fraction for g in groups}
         try:
             masks = masks_of_units(groups, kept, parameters)
-            wanted = functional_call(network, {n: parameters[n] * m for n, m in masks.items()}, (images,))
+            wanted = _masked(network, masks)(images)
             found = shrink(network, masks, image=image_shape(image)).network(images)
             difference = (found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
             cost_of(network, masks, image)
@@ -47,9 +47,18 @@ def check_units(model: nn.Module, groups: Sequence[UnitGroup], image: int | Sequ
             raise _coupled(model, f"differs from the masked network by {float(difference):.2g} of its logits")
 
 
+def _masked(network: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    masked = copy.deepcopy(network)
+    parameters = dict(masked.named_parameters())
+    for name, mask in masks.items():
+        parameters[name].mul_(mask)
+    return masked
+
+
 def _with_used_norms(model: nn.Module, draw: torch.Generator) -> nn.Module:
     """Return a copy whose batch normalisations look trained: new ones are the identity, and hide mistakes."""
     network = copy.deepcopy(model)
+    share_features(model, network)
     for norm in (m for m in network.modules() if isinstance(m, nn.BatchNorm2d)):
         for name, low, high in (("weight", 0.5, 1.5), ("bias", -0.3, 0.3), ("running_mean", -0.3, 0.3)):
             value = getattr(norm, name)

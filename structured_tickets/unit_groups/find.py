@@ -27,7 +27,8 @@ from structured_tickets.unit_groups.unit import UnitGroup, parameter_of, ranked_
 
 LITTLE = 0.5
 """Share of the weights of layers: where fewer are in units that are found easily, others are looked for."""
-_followed: WeakKeyDictionary[nn.Module, Following | UsageError | None] = WeakKeyDictionary()
+_followed: WeakKeyDictionary[nn.Module, dict[bool, Following | UsageError | None]] = WeakKeyDictionary()
+"""Network -> what following it gave; apart for one whose notes ask for it."""
 
 
 def unit_groups(model: nn.Module, prune_stem: bool = False, blocks: bool = False) -> list[UnitGroup]:
@@ -40,7 +41,7 @@ def unit_groups(model: nn.Module, prune_stem: bool = False, blocks: bool = False
     Raises:
         UsageError: The units of the network cannot be followed.
     """
-    if _is_known_transformer(model) or not spec_of(model).has_units:
+    if _is_told_by_layers(model) or not spec_of(model).has_units:
         return vit_groups(model, prune_stem, blocks)
     following = features_of(model)
     spec = spec_of(model)
@@ -75,7 +76,7 @@ def is_transformer(model: nn.Module, image: Sequence[int] | None = None) -> bool
     False if its only MLPs are a classifier or weigh channels (squeeze and excitation): such are parts of CNNs. True,
     too, of a network without any units, as noted on it: nothing in its graph has to be followed then.
     """
-    if _is_known_transformer(model) or not spec_of(model).has_units:
+    if _is_told_by_layers(model) or not spec_of(model).has_units:
         return True
     try:
         following = features_of(model, image)
@@ -86,6 +87,10 @@ def is_transformer(model: nn.Module, image: Sequence[int] | None = None) -> bool
 
 def _is_transformer(model: nn.Module, groups: Sequence[UnitGroup]) -> bool:
     return any(g.kind == "head" for g in groups) or _mixes_features(model, groups)
+
+
+def _is_told_by_layers(model: nn.Module) -> bool:
+    return not spec_of(model).followed and _is_known_transformer(model)
 
 
 def _is_known_transformer(model: nn.Module) -> bool:
@@ -107,22 +112,31 @@ def features_of(model: nn.Module, image: Sequence[int] | None = None) -> Followi
     Raises:
         UsageError: They cannot be followed.
     """
-    if _is_known_transformer(model) or not spec_of(model).has_units:
+    spec = spec_of(model)
+    if _is_told_by_layers(model) or not spec.has_units:
         return None
-    if model not in _followed:
+    known, asked = _followed.setdefault(model, {}), spec.followed or spec.channel_units == STREAM
+    if asked not in known:
         try:
-            _followed[model] = _needed_following(model, image or spec_of(model).image)
+            known[asked] = _needed_following(model, image or spec.image, asked)
         except UsageError as error:
-            _followed[model] = error
-    found = _followed[model]
+            known[asked] = error
+    found = known[asked]
     if isinstance(found, UsageError):
         raise found
     return found
 
 
-def _needed_following(model: nn.Module, image: Sequence[int] | None) -> Following | None:
-    if spec_of(model).channel_units == STREAM:
-        return _all_followed(model, image or ())
+def share_features(known: nn.Module, other: nn.Module) -> None:
+    """Let a network have the features that were found in another, of which one is a copy of the other."""
+    if known in _followed:
+        _followed[other] = _followed[known]
+
+
+def _needed_following(model: nn.Module, image: Sequence[int] | None, asked: bool) -> Following | None:
+    """Follow a network whose modules do not tell enough, or whose notes ask for it."""
+    if asked and image is not None:
+        return _follow(model, image)
     reason: Exception | None = None
     try:
         if (
@@ -136,7 +150,7 @@ def _needed_following(model: nn.Module, image: Sequence[int] | None) -> Followin
             raise
         reason = error
     try:
-        following = _all_followed(model, image)
+        following = _follow(model, image)
     except UsageError as error:
         if reason is None:  # the easy way found something
             return None
@@ -146,7 +160,7 @@ def _needed_following(model: nn.Module, image: Sequence[int] | None) -> Followin
     return following
 
 
-def _all_followed(model: nn.Module, image: Sequence[int]) -> Following:
+def _follow(model: nn.Module, image: Sequence[int]) -> Following:
     """Raises: UsageError, if the network's forward pass cannot be recorded."""
     following = Following()
     for training in (False, True):

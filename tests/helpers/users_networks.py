@@ -202,7 +202,7 @@ def helped(num_classes: int) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """By the width of its input over the number of heads: it cannot have fewer heads."""
+    """By the width of its input over the number of heads."""
 
     def __init__(self, width: int, heads: int = 3) -> None:
         super().__init__()
@@ -247,6 +247,93 @@ class Vit(nn.Module):
 
 def vit(num_classes: int) -> nn.Module:
     return Vit(num_classes)
+
+
+def kept_vit(num_classes: int) -> nn.Module:
+    """The size of a head is an attribute."""
+
+    class Kept(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            batch, tokens, _ = x.shape
+            qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, 8).permute(2, 0, 3, 1, 4)
+            return self.proj(F.scaled_dot_product_attention(*qkv).transpose(1, 2).reshape(batch, tokens, -1))
+
+    network = Vit(num_classes)
+    for block in network.blocks:
+        block.attn = Kept(24)
+    return network
+
+
+class DecidingVit(Vit):
+    """Looks at its images to choose a way, so that its features cannot be followed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if float(x.mean()) < 2 else -x)
+
+
+def vit_that_decides(num_classes: int) -> nn.Module:
+    return DecidingVit(num_classes)
+
+
+class Looped(Vit):
+    """One block under three names."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.blocks = nn.Sequential(*[self.blocks[0]] * 3)
+
+
+def looped(num_classes: int) -> nn.Module:
+    return Looped(num_classes)
+
+
+class Pyramid(Plain):
+    """Pools a map in squares of several sizes, side by side."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.head = nn.Linear(12 * 5, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.two(self.one(self.stem(x)))
+        return self.head(torch.cat([F.adaptive_avg_pool2d(x, k).flatten(1) for k in (1, 2)], 1))
+
+
+def pyramid(num_classes: int) -> nn.Module:
+    return Pyramid(num_classes)
+
+
+class Placing(Plain):
+    """A layer has the name of one that the program inserts."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.place_1, self.select_1 = conv(12, 12), conv(12, 12)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.two(self.one(self.stem(x)))
+        x = x + self.place_1(x)
+        return (x + self.select_1(x)).mean((2, 3))
+
+
+def placing(num_classes: int) -> nn.Module:
+    return Placing(num_classes)
+
+
+class Output(dict):
+    """Logits beside other things, as networks of some libraries give them."""
+
+    logits = property(lambda self: self["logits"])
+
+
+class Described(Plain):
+    def forward(self, x: Tensor) -> Output:
+        x = self.features(x)
+        return Output(hidden=x, logits=self.head(x))
+
+
+def described(num_classes: int) -> nn.Module:
+    return Described(num_classes)
 
 
 def vit_of_torch(num_classes: int) -> nn.Module:

@@ -13,6 +13,7 @@ from helpers.interruptions import stopped_again_and_again
 from structured_tickets.export.deployed import load
 from structured_tickets.programs import export
 from structured_tickets.runs.folder import RunFolder
+from structured_tickets.shrinking.cost import cost_of
 
 FILE = ROOT / "tests" / "helpers" / "users_networks.py"
 BOTH = {"vit_structured": True, "vit_prune_target": "both"}
@@ -128,7 +129,30 @@ def test_methods_that_prune_weights_need_no_units(factory, struct, criteria, tmp
     assert load(tmp_path / "out", f"{FILE}:{factory}")(torch.rand(2, 3, 8, 8)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("factory", ["vit", "vit_of_torch"])
+@pytest.mark.parametrize("factory", ["vit", "looped", "pyramid", "vit_that_shares", "described"])
+@pytest.mark.parametrize("struct", ["rsst", pytest.param("refill", marks=pytest.mark.slow)])
+def test_units_that_only_following_features_removes_are_removed_in_runs_and_exports(factory, struct, tmp_path):
+    heads = {"vit_structured": True, "vit_prune_target": "both", "mlp_prune_ratio": 0.5}
+    settings = {"struct": struct, **({} if factory in ("pyramid", "described") else heads)}
+    assert run(*words(tmp_path / "run", factory, **settings)) == 0
+    reached = state(tmp_path / "run", 1)
+    assert reached.followed == (factory != "described")
+    row, arch = reached.rounds[-1], f"{FILE}:{factory}"
+    assert any(0 < kept < units for kept, units in row["kept_units"].values())
+    out = ["--out", str(tmp_path / "out"), "--quiet", "--arch", arch]
+    assert export.main([str(tmp_path / "run"), *out]) == 0, "the compact network gives what the masked one does"
+    cost = cost_of(load(tmp_path / "out", arch), {}, 8)
+    assert (cost.macs, cost.parameters) == (row["macs"], row["parameters"]) and row["macs"] < reached.rounds[0]["macs"]
+
+
+def test_a_run_whose_features_are_followed_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    settings = {"vit_structured": True, "vit_prune_target": "both", "struct": "rsst", "epochs": 2, "decreasing_lr": 9}
+    assert run(*words(tmp_path / "whole", "vit", **settings)) == 0
+    assert stopped_again_and_again(monkeypatch, 9, lambda _: words(tmp_path / "broken", "vit", **settings)) >= 1
+    assert_same_runs(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.parametrize("factory", ["vit_that_decides", "vit_of_torch"])
 def test_neurons_are_pruned_where_heads_have_to_stay(factory, tmp_path, capsys):
     assert run(*words(tmp_path / "heads", factory, vit_structured=True)) == 2
     assert "has no heads that can be pruned, only neurons. Choose mlp" in capsys.readouterr().err
@@ -155,7 +179,7 @@ def test_neurons_are_pruned_where_heads_have_to_stay(factory, tmp_path, capsys):
         ("all_frozen", {"struct": "imp"}, "are frozen (requires_grad=False). Leave some of them to be trained"),
         ("deciding", {}, "To prune its weights one by one instead, use --struct imp"),
         ("deciding", {"struct": "imp", "regroup": True}, "cannot be followed"),
-        ("vit_that_shares", {"vit_structured": True, "vit_prune_target": "mlp"}, "has no neurons that can be pruned"),
+        ("vit_of_torch", {"vit_structured": True}, "has no heads that can be pruned, only neurons. Choose mlp"),
     ],
 )
 def test_what_cannot_be_done_is_said_with_what_to_change(factory, settings, message, tmp_path, capsys):

@@ -23,8 +23,63 @@ def network(factory):
     return build_model(factory if factory in ("res20s", "vit_tiny") else f"{FILE}:{factory}", 10, 8)
 
 
-def test_heads_that_cannot_be_removed_do_not_stop_neurons():
+def removed(model, groups):
+    """Half of the units dropped: the logits of the masked network, and of the smaller one."""
+    draw = torch.Generator().manual_seed(0)
+    parameters = dict(model.named_parameters())
+    kept = {g.name: torch.rand(g.units, generator=draw) < 0.5 for g in groups}
+    masks = masks_of_units(groups, kept, parameters)
+    small, images = shrink(model, masks).network.eval(), torch.rand(2, 3, 8, 8)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            parameters[name].mul_(mask)
+        return model.eval()(images), small(images), small
+
+
+def test_features_are_followed_where_heads_cannot_be_removed_as_their_layers_tell():
     model = network("vit")
+    found = usable_units(model, 8, needed=True)
+    assert kinds(found.groups) == ["head", "neuron"] and spec_of(model).followed
+    assert in_words(found.whole, found.remark) == []
+    wanted, logits, small = removed(model, found.groups)
+    torch.testing.assert_close(logits, wanted)
+    assert small.get_submodule("blocks.0.attn.qkv").out_features < 72
+    easy = network("kept_vit")
+    assert kinds(usable_units(easy, 8, needed=True).groups) == ["head", "neuron"] and not spec_of(easy).followed
+
+
+def test_features_are_followed_where_channels_cannot_be_removed_in_the_graph_of_modules():
+    model = network("pyramid")
+    found = usable_units(model, 8, needed=True)
+    assert kinds(found.groups) == ["channel"] and spec_of(model).followed
+    wanted, logits, _ = removed(model, found.groups)
+    torch.testing.assert_close(logits, wanted)
+
+
+def test_a_block_under_several_names_has_its_units_once():
+    model = network("looped")
+    found = usable_units(model, 8, needed=True)
+    assert [(g.kind, g.name) for g in found.groups] == [("head", "blocks.0.attn.qkv"), ("neuron", "blocks.0.mlp.fc1")]
+    assert not any(name.startswith("blocks") for name in found.whole)
+    wanted, logits, _ = removed(model, found.groups)
+    torch.testing.assert_close(logits, wanted)
+    assert isinstance(model.get_submodule("blocks.2.attn.qkv").weight, torch.nn.Parameter)
+
+
+def test_layers_may_have_the_names_of_those_that_are_inserted():
+    model = network("placing")
+    wanted, logits, _ = removed(model, usable_units(model, 8, needed=True).groups)
+    torch.testing.assert_close(logits, wanted)
+
+
+def test_logits_may_be_a_part_of_an_object():
+    model = network("described")
+    assert model(torch.rand(2, 3, 8, 8)).shape == (2, 10)
+    assert kinds(usable_units(model, 8, needed=True).groups) == ["channel"]
+
+
+def test_heads_that_cannot_be_removed_do_not_stop_neurons():
+    model = network("vit_that_decides")
     found = usable_units(model, 8, needed=True)
     assert [(g.name, g.kind) for g in found.groups] == [
         ("blocks.0.attn.qkv.weight", "row"),
@@ -45,7 +100,7 @@ def test_heads_that_cannot_be_removed_do_not_stop_neurons():
 
 @torch.no_grad()
 def test_a_head_that_stays_is_not_cut_where_all_its_weights_are_gone():
-    model = network("vit").eval()
+    model = network("vit_that_decides").eval()
     found = usable_units(model, 8, needed=True)
     parameters = dict(model.named_parameters())
     masks = masks_of_units(found.groups, {}, parameters)
@@ -67,13 +122,21 @@ def test_torchs_own_attention_stays_and_is_named():
     }
 
 
-def test_layers_that_share_weights_are_pruned_one_by_one_and_once():
+def test_layers_that_share_weights_are_pruned_once_or_stay():
     model = network("vit_that_shares")
     found = usable_units(model, 8, needed=False)
-    assert {found.whole[f"blocks.{k}.mlp.{layer}"] for k in (0, 1) for layer in ("fc1", "fc2")} == {SHARED}
+    assert [(g.kind, g.units) for g in found.groups] == [("head", 3), ("head", 3), ("neuron", 48)]
+    assert not any("mlp" in name for name in found.whole)
     names = ranked_names(model, found.groups)
     assert len(names) == len(set(names)) and "blocks.0.mlp.fc1.weight" in names
     assert "blocks.1.mlp.fc1.weight" not in names
+    wanted, logits, _ = removed(model, found.groups)
+    torch.testing.assert_close(logits, wanted)
+    model = network("vit_that_decides")
+    one, other = (model.get_submodule(f"blocks.{k}.mlp") for k in (0, 1))
+    other.fc1.weight, other.fc2.weight = one.fc1.weight, one.fc2.weight
+    whole = usable_units(model, 8, needed=False).whole
+    assert {whole[f"blocks.{k}.mlp.{layer}"] for k in (0, 1) for layer in ("fc1", "fc2")} == {SHARED}
 
 
 def test_frozen_layers_and_what_is_pruned_with_them_are_left_out():
