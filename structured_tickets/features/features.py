@@ -99,6 +99,7 @@ class Features:
         self._pairs: list[Tensor] = []
         self._inside: list[Tensor] = []
         self._whole: list[tuple[Tensor, str]] = []
+        self._placed: list[Tensor] = []
         self._found: dict[bool, Tensor] = {}
 
     def new(self, number: int, name: str = "") -> Tensor:
@@ -129,6 +130,10 @@ class Features:
         if len(found):
             self._whole.append((found, why))
 
+    def keep_in_place(self, features: Tensor) -> None:
+        """Features whose places in tensors have to stay; they can be zeros, which nothing computes."""
+        self._placed.append(features[features > 0].unique())
+
     @property
     def reasons(self) -> list[tuple[Tensor, str]]:
         """What cannot be removed, and why."""
@@ -150,9 +155,16 @@ class Features:
 
     def whole(self, layers: bool) -> Tensor:
         """Which sets cannot be removed: bool [sets]."""
+        return self._flagged(layers, [features for features, _ in self._whole])
+
+    def there(self) -> Tensor:
+        """Which wires stay in tensors, whatever is removed: bool [wires]."""
+        return self._flagged(False, [*(features for features, _ in self._whole), *self._placed])
+
+    def _flagged(self, layers: bool, lines: list[Tensor]) -> Tensor:
         sets = self.sets(layers)
         flags = torch.zeros(int(sets.max()) + 1, dtype=torch.bool)
-        for features, _ in self._whole:
+        for features in lines:
             flags[sets[features]] = True
         return flags
 
