@@ -100,6 +100,7 @@ class Features:
         self._inside: list[Tensor] = []
         self._whole: list[tuple[Tensor, str]] = []
         self._placed: list[Tensor] = []
+        self._numbers: list[Tensor] = []
         self._found: dict[bool, Tensor] = {}
 
     def new(self, number: int, name: str = "") -> Tensor:
@@ -110,6 +111,20 @@ class Features:
             if name:
                 self._named[name] = first
         return torch.arange(first, first + number)
+
+    def new_numbers(self, number: int, name: str) -> Tensor:
+        """Number the features that are the numbers of a parameter: int64 [number]."""
+        found = self.new(number, name)
+        self._numbers.append(found[[0, -1]])
+        return found
+
+    def are_numbers(self, labels: Tensor) -> bool:
+        """Return whether all features among these labels are numbers of parameters."""
+        found = labels[labels > 0]
+        known = torch.zeros_like(found, dtype=torch.bool)
+        for first, last in self._numbers:
+            known |= (found >= first) & (found <= last)
+        return bool(known.all())
 
     def join(self, one: Tensor, other: Tensor, layer: bool = False) -> None:
         """Features, pair by pair, that can only be removed together; numbers that are no features are left out.

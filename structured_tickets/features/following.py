@@ -118,7 +118,7 @@ class _Interpreter:
     def _numbered(self, name: str, shape: torch.Size) -> Tensor:
         features = self.following.features
         if name not in self.following.parameters:
-            labels = features.new(shape.numel(), name)
+            labels = features.new_numbers(shape.numel(), name)
             features.events.append(Through(labels, labels, nonzero=True))
             self.following.parameters[name] = labels.view(shape)
         return self.following.parameters[name]
