@@ -117,6 +117,8 @@ class Features:
         self._pairs: list[Tensor] = []
         self._inside: list[Tensor] = []
         self._whole: list[tuple[Tensor, str]] = []
+        self._placed: list[Tensor] = []
+        self._numbers: list[Tensor] = []
         self._found: dict[bool, Tensor] = {}
 
     def new(self, number: int, name: str = "") -> Tensor:
@@ -127,6 +129,20 @@ class Features:
             if name:
                 self._named[name] = first
         return torch.arange(first, first + number)
+
+    def new_numbers(self, number: int, name: str) -> Tensor:
+        """Number the features that are the numbers of a parameter: int64 [number]."""
+        found = self.new(number, name)
+        self._numbers.append(found[[0, -1]])
+        return found
+
+    def are_numbers(self, labels: Tensor) -> bool:
+        """Return whether all features among these labels are numbers of parameters."""
+        found = labels[labels > 0]
+        known = torch.zeros_like(found, dtype=torch.bool)
+        for first, last in self._numbers:
+            known |= (found >= first) & (found <= last)
+        return bool(known.all())
 
     def join(self, one: Tensor, other: Tensor, layer: bool = False) -> None:
         """Features, pair by pair, that can only be removed together; numbers that are no features are left out.
@@ -146,6 +162,10 @@ class Features:
         found = features[features > 0].unique()
         if len(found):
             self._whole.append((found, why))
+
+    def keep_in_place(self, features: Tensor) -> None:
+        """Features whose places in tensors have to stay; they can be zeros, which nothing computes."""
+        self._placed.append(features[features > 0].unique())
 
     @property
     def reasons(self) -> list[tuple[Tensor, str]]:
@@ -168,9 +188,16 @@ class Features:
 
     def whole(self, layers: bool) -> Tensor:
         """Which sets cannot be removed: bool [sets]."""
+        return self._flagged(layers, [features for features, _ in self._whole])
+
+    def there(self) -> Tensor:
+        """Which wires stay in tensors, whatever is removed: bool [wires]."""
+        return self._flagged(False, [*(features for features, _ in self._whole), *self._placed])
+
+    def _flagged(self, layers: bool, lines: list[Tensor]) -> Tensor:
         sets = self.sets(layers)
         flags = torch.zeros(int(sets.max()) + 1, dtype=torch.bool)
-        for features, _ in self._whole:
+        for features in lines:
             flags[sets[features]] = True
         return flags
 

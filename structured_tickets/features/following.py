@@ -60,27 +60,23 @@ class Following:
         _Interpreter(self, program).run()
 
     def keep_what_makes_no_tensor(self) -> None:
-        """Keep whole what cannot be removed so that every tensor stays a rectangle of numbers.
+        """Keep in their places those features without which a tensor would be no rectangle of numbers.
 
-        In each tensor, the sets of features that can be removed must lie one after another along a single axis.
+        In each tensor, the sets of features that can leave it must lie one after another along a single axis, of which
+        no part is taken by its place.
         """
         sets_of = self.features.sets(layers=False)
         features = self.features
         checks = [(t, None) for t in self.tensors if t.numel()] + [(t, a) for t, a in self.fixed if t.numel()]
         while True:
-            whole, found = features.whole(layers=False), False
+            there, found = features.there(), False
             for labels, axis in checks:
                 small = compact(labels)
                 sets = torch.where(small > 0, sets_of[small.clamp(min=0)], 0)
-                sets = torch.where(whole[sets] | (small <= 0), -1, sets)
+                sets = torch.where(there[sets] | (small <= 0), -1, sets)
                 lying = [a for a in range(sets.ndim) if bool((sets != sets.narrow(a, 0, 1)).any())]
                 if len(lying) > 1 or axis in lying:
-                    why = (
-                        "its features lie across two axes of a tensor"
-                        if axis is None
-                        else "a part of it is taken by its place"
-                    )
-                    features.keep_whole(small[sets >= 0], why)
+                    features.keep_in_place(small[sets >= 0])
                     found = True
             if not found:
                 return
@@ -127,7 +123,7 @@ class _Interpreter:
     def _numbered(self, name: str, shape: torch.Size) -> Tensor:
         features = self.following.features
         if name not in self.following.parameters:
-            labels = features.new(shape.numel(), name)
+            labels = features.new_numbers(shape.numel(), name)
             features.events.append(Through(labels, labels, nonzero=True))
             self.following.parameters[name] = labels.view(shape)
         return self.following.parameters[name]

@@ -100,6 +100,7 @@ def combined(call: Call, one: Tensor, other: Tensor, product: bool, shape: torch
     """Labels of a sum or product of two tensors that are made equally large first."""
     shape = call.shape if shape is None else shape
     one, other = equally_many_axes(one, other)
+    one, other = without_what_is_repeated(call, one, other), without_what_is_repeated(call, other, one)
     if not bool((one > 0).any()):
         one, other = other, one
     if not bool((other > 0).any()):
@@ -111,6 +112,18 @@ def combined(call: Call, one: Tensor, other: Tensor, product: bool, shape: torch
             call.features.join(compact(one), compact(without(one, bound, keepdim=True)))
         return (one if product else fresh(call.features, one)).expand(shape)
     return paired(call, compact(one), compact(other), product).expand(shape)
+
+
+def without_what_is_repeated(call: Call, one: Tensor, other: Tensor) -> Tensor:
+    """The first labels, or none if they are numbers of a parameter each of which meets several features.
+
+    These features do not belong together by that; the number stays.
+    """
+    several = [a for a in varying(other) if a not in varying(one)]
+    if not several or not bool((one > 0).any()) or not call.features.are_numbers(one):
+        return one
+    call.keep(one, "it is combined with several features")
+    return plain(one.shape)
 
 
 def equally_many_axes(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

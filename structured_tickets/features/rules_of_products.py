@@ -9,7 +9,13 @@ from torch import Tensor, fx
 
 from structured_tickets.features.calls import Call
 from structured_tickets.features.labels import compact, plain, shortened, varying
-from structured_tickets.features.rules_of_numbers import equally_many_axes, fresh, mixed, paired
+from structured_tickets.features.rules_of_numbers import (
+    equally_many_axes,
+    fresh,
+    mixed,
+    paired,
+    without_what_is_repeated,
+)
 
 MOST_PAIRS = 10_000_000
 """Of features that are multiplied with each other in one product of matrices; where there are more, they stay whole."""
@@ -34,6 +40,7 @@ def attention(call: Call) -> Tensor:
 
 def _with_mask(call: Call, weights: Tensor, mask: Tensor) -> Tensor:
     one, other = shortened(weights), shortened(mask)
+    other = without_what_is_repeated(call, other, one)
     if not bool((other > 0).any()):
         if any(
             call.labels_of(call.argument(3, "attn_mask")).shape[a - weights.ndim] > 1

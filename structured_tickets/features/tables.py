@@ -55,7 +55,7 @@ POOLING = _names(
     """
     _upsample_nearest_exact2d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
     adaptive_max_pool2d avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool2d_with_indices
-    max_pool3d upsample_bicubic2d upsample_bilinear2d upsample_nearest2d
+    max_pool3d upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d
     """
 )
 """Changes the sizes of the last axes; numbers of one channel stay in it."""

@@ -135,9 +135,15 @@ def _trial(model: nn.Module, notes: ModelSpec, image_size: int, stem: bool, bloc
 
 
 def _leaves_much(model: nn.Module, trial: _Trial) -> bool:
-    """True if channels cannot be removed, or if heads and neurons that can go leave many weights of linear layers."""
-    if trial.error is not None or not trial.transformer:
-        return trial.error is not None
+    """True if units cannot be removed, or if heads and neurons that can go leave many weights of linear layers.
+
+    The latter is not asked of timm's and torchvision's networks: their attention is told by its layers, and following
+    large ones takes a minute.
+    """
+    if trial.error is not None or trial.stays:
+        return True
+    if not trial.transformer or trial.notes.name.startswith(("timm/", "torchvision/")):
+        return False
     layers = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != trial.notes.classifier]
     weights = sum(p.numel() for m in layers for p in m.parameters() if p.ndim > 1)
     return _removable(model, trial) < (1 - MUCH) * weights

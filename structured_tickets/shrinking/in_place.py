@@ -120,11 +120,11 @@ def _ways(following: Following, masks: Mapping[str, Tensor]) -> Iterator[tuple[R
     wires = features.sets(layers=False)
     alive = features.alive(masks)
     needed = features.needed(masks, alive)
-    whole = features.whole(layers=False)
-    heads = torch.zeros(len(whole), dtype=torch.bool)
+    stay = features.there()
+    heads = torch.zeros(len(stay), dtype=torch.bool)
     for found in features.heads:
         heads[wires[found]] = True
-    there = whole.clone()
+    there = stay.clone()
     there[wires[1:][needed[1:]]] = True
     padded = torch.zeros_like(whole)
     for padding in features.paddings:

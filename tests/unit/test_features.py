@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -153,6 +154,49 @@ class Fixed(Attention):
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c))
 
 
+class Biased(Attention):
+    """A table with a bias for each distance and head, in which some places do not see others."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.rand(9, 4))
+        self.register_buffer("unseen", torch.zeros(1, 1, 5, 5).index_fill(3, torch.tensor([4]), -2.0))
+
+    def bias(self):
+        return self.table
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = (f(x).view(b, n, -1, self.head_dim).transpose(1, 2) for f in (self.query, self.key, self.value))
+        far = torch.arange(n)[:, None] - torch.arange(n) + n - 1
+        bias = self.bias()[far.flatten()].view(n, n, -1).permute(2, 0, 1).unsqueeze(0) + self.unseen
+        x = F.scaled_dot_product_attention(q, k, v, bias)
+        return self.out(x.transpose(1, 2).reshape(b, n, -1))
+
+
+class Resized(Biased):
+    """The table is made for other images, but for its last two rows."""
+
+    def bias(self):
+        other = F.interpolate(self.table[:-2].T[None], size=7, mode="linear")[0].T
+        square = F.interpolate(self.table[:-2].T.view(1, -1, 7, 1), size=(7, 1), mode="bilinear").flatten(2)[0].T
+        return torch.cat([(other + square) / 2, self.table[-2:]])
+
+
+class Grouped(nn.Module):
+    """Two heads of queries share keys and values; the width of queries is that of what comes in."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.out = nn.Linear(24, 48), nn.Linear(24, 24)
+
+    def forward(self, x):
+        b, n, c = x.shape
+        q, k, v = (t.reshape(b, n, -1, 6).transpose(1, 2) for t in self.query(x).split([c, 12, 12], -1))
+        x = F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
+        return self.out(x.transpose(1, 2).reshape(b, n, -1))
+
+
 class ViT(nn.Module):
     def __init__(self, attention=Attention):
         super().__init__()
@@ -180,7 +224,7 @@ CNNS = {
     Called: {"a", "b"},
     Gates: {"a.0", "b.0", "c.0"},
 }
-NETWORKS = [*CNNS, ViT, lambda: ViT(Fixed)]
+NETWORKS = [*CNNS, ViT, *(functools.partial(ViT, kind) for kind in (Fixed, Biased, Resized, Grouped))]
 
 
 def made(build):
@@ -291,6 +335,28 @@ def test_a_head_that_the_forward_pass_does_not_let_go_is_only_not_computed():
     assert made(ViT).mixers[0].heads == 4 and small.wide[0].weight.shape[0] == int(kept["wide.0"].sum())
     _, kept, masks = pruned(free := made(ViT))
     assert shrink(free, masks).network.mixers[0].heads == int(kept["mixers.0.query"].sum())
+
+
+@pytest.mark.parametrize("attention", [Biased, Resized])
+def test_a_head_takes_its_column_of_a_table_of_biases_with_it(attention):
+    model = made(lambda: ViT(attention))
+    groups, kept, masks = pruned(model)
+    assert [(g.kind, g.units) for g in groups][:2] == [("head", 4)] * 2
+    small = shrink(model, masks).network
+    assert small.mixers[0].table.shape == (9, int(kept["mixers.0.query"].sum()))
+
+
+def test_a_group_of_heads_that_share_keys_is_one_unit_that_is_not_computed():
+    model = made(lambda: ViT(Grouped))
+    groups, _, masks = pruned(model)
+    head = groups[0]
+    assert (head.kind, head.units) == ("head", 2)
+    assert [(s.layer, s.axis, s.index.shape[1]) for s in head.slices] == [
+        ("mixers.0.query", 0, 24),
+        ("mixers.0.out", 1, 12),
+    ]
+    small = shrink(model, masks).network
+    assert small.mixers[0].query.weight.shape == (24, 24) and small.mixers[0].out.weight.shape == (24, 12)
 
 
 def test_what_is_cut_keeps_the_memory_layout_in_which_it_trains_faster():
