@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks import harness, zoo_networks
 
+ALSO = ("torch_export", "saved", "onnx", "torch_pruning")
 OFF, SLOWER, LITTLE = 1e-4, 1.05, 0.5
 Row = dict[str, Any]
 
@@ -30,17 +31,17 @@ def run(args: argparse.Namespace) -> None:
     done = {row["name"] for row in read(file)} if file.exists() else set()
     names = args.names or zoo_networks.names_of_networks(file.with_suffix(".families.json"), args.cases)
     for name in [n for n in names if n not in done]:
-        row = row_of(name, args.seconds, args.gigabytes, (args.onnx, args.torch_pruning))
+        row = row_of(name, args.seconds, args.gigabytes, args.also)
         with file.open("a") as lines:
             lines.write(json.dumps(row) + "\n")
         print(f"{row['took']:5.0f} s  {name}: {in_short(row)}", flush=True)
 
 
-def row_of(name: str, seconds: float, gigabytes: float, more: tuple[bool, bool]) -> Row:
+def row_of(name: str, seconds: float, gigabytes: float, also: Sequence[str]) -> Row:
     """Measure a network in a process of its own, so that whatever happens there becomes a row."""
     context = multiprocessing.get_context("fork")  # the parent has imported torch, and uses one thread
     mine, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_measure, args=(name, theirs, gigabytes, more))
+    child = context.Process(target=_measure, args=(name, theirs, gigabytes, also))
     row: Row = {"name": name, "family": zoo_networks.family_of(name)}
     began = time.monotonic()
     child.start()
@@ -66,12 +67,12 @@ def _collect(parts: Connection, row: Row, deadline: float) -> bool:
     return False
 
 
-def _measure(name: str, parts: Connection, gigabytes: float, more: tuple[bool, bool]) -> None:
+def _measure(name: str, parts: Connection, gigabytes: float, also: Sequence[str]) -> None:
     from benchmarks import zoo_row
 
     limit = int(gigabytes * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    zoo_row.measure(name, parts.send, *more)
+    zoo_row.measure(name, parts.send, also)
 
 
 def read(file: Path) -> list[Row]:
@@ -176,8 +177,7 @@ def main() -> None:
     runs.add_argument("--cases", type=Path, help="folder with files of users, each factory of which is a network")
     runs.add_argument("--seconds", type=float, default=300, help="time for one network")
     runs.add_argument("--gigabytes", type=float, default=12, help="memory for one network")
-    runs.add_argument("--onnx", action="store_true", help="export to ONNX, too")
-    runs.add_argument("--torch_pruning", action="store_true", help="ask torch-pruning, too")
+    runs.add_argument("--also", nargs="*", choices=ALSO, default=["torch_export", "saved"], help="what else to try")
     runs.set_defaults(action=run)
     tables = parts.add_parser("table")
     tables.add_argument("file", type=Path)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,28 +33,29 @@ from structured_tickets.shrinking.shrink import shrink
 from structured_tickets.unit_groups.unit import UnitGroup, masks_of_units
 
 SIDES = (32, 64, 96, 128, 160, 192, 224, 256)
-CLASSES, BATCH, SECONDS = 10, 16, 3.0
+CLASSES, BATCH, SECONDS = 10, 16, 1.5
 Note = Callable[[dict[str, Any]], None]
 
 
-def measure(name: str, note: Note, onnx: bool = False, torch_pruning: bool = False) -> None:
+def measure(name: str, note: Note, also: Collection[str] = ()) -> None:
     """Measure a network.
 
     Args:
         name: As `--arch` takes it.
         note: Called with parts of the row as soon as they are known.
-        onnx: Export to ONNX, too, which takes long.
-        torch_pruning: Ask torch-pruning, too, whether it can make the network smaller.
+        also: Names of `MORE` to try besides, and "torch_pruning": whether that can make the network smaller.
     """
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     with _refusals(note, "build"):
         model = _smallest_images(name, note)
-    if torch_pruning:
+    if "torch_pruning" in also:
         note({"torch_pruning": _torch_pruning(copy.deepcopy(bare(model)), spec_of(model).image[1])})  # type: ignore
     with _refusals(note, "units"):
-        _prune(model, note, onnx)
+        small, masks = _prune(model, note)
+    for word in (w for w in MORE if w in also):
+        note({word: _tried(lambda word=word: MORE[word](model, small, masks))})  # type: ignore[misc]
 
 
 @contextmanager
@@ -93,11 +93,12 @@ def _smallest_images(name: str, note: Note) -> nn.Module:
     raise AssertionError
 
 
-def _prune(model: nn.Module, note: Note, onnx: bool) -> None:
+def _prune(model: nn.Module, note: Note) -> tuple[nn.Module, Mask]:
+    """Find units, remove half of them, and note what comes of it; return the smaller network."""
     side = spec_of(model).image[1]  # type: ignore[index]
-    began = time.perf_counter()
+    began = time.process_time()
     usable = usable_units(model, side, needed=True)
-    note({"outcome": "accepted", "seconds": time.perf_counter() - began})
+    note({"outcome": "accepted", "seconds": time.process_time() - began})
     groups = [g for g in usable.groups if g.kind != "row"]
     note({"share": share_in_units(model, groups), "units": _counted_units(groups), "whole": _whole(usable)})
     _randomise(model)
@@ -111,10 +112,7 @@ def _prune(model: nn.Module, note: Note, onnx: bool) -> None:
         note({"gap": relative_difference(model, small, masks, side)})
     with _refusals(note, "time"):
         note({"times": times(dense, small, side)})
-    note({"torch_export": _export(small, side)})
-    note({"saved": _saved(model, masks, side)})
-    if onnx:
-        note({"onnx": _onnx(small, side)})
+    return small, masks
 
 
 def _counted_units(groups: Sequence[UnitGroup]) -> dict[str, int]:
@@ -155,7 +153,9 @@ def _randomise(model: nn.Module) -> None:
             continue
         noise = torch.rand(value.shape, generator=draw)
         statistics_of_norm = name.endswith(("running_mean", "running_var"))
-        if not statistics_of_norm and (not isinstance(value, nn.Parameter) or bool((value != value.flatten()[0]).any())):
+        if not statistics_of_norm and (
+            not isinstance(value, nn.Parameter) or bool((value != value.flatten()[0]).any())
+        ):
             continue
         if name.endswith("running_var") or (value.ndim == 1 and name.endswith("weight")):
             value.copy_(0.5 + noise)
@@ -215,31 +215,35 @@ def _tried(action: Callable[[], object]) -> str:
     return "yes"
 
 
-def _export(small: nn.Module, side: int) -> str:
-    return _tried(lambda: torch.export.export(small, (torch.rand(2, 3, side, side),)))
+def _images_of(model: nn.Module) -> Tensor:
+    return torch.rand(2, *spec_of(model).image or (), generator=torch.Generator().manual_seed(3))
 
 
-def _onnx(small: nn.Module, side: int) -> str:
-    images = torch.rand(2, 3, side, side)
-    return _tried(lambda: torch.onnx.export(copy.deepcopy(small), (images,), dynamo=True, verbose=False))
+def _export(model: nn.Module, small: nn.Module, masks: Mask) -> None:
+    torch.export.export(small, (_images_of(model),))
 
 
-def _saved(model: nn.Module, masks: Mask, side: int) -> str:
-    """Save a compact network as `export.py` does, and read it again: "yes" if the logits are the same."""
+def _onnx(model: nn.Module, small: nn.Module, masks: Mask) -> None:
+    torch.onnx.export(copy.deepcopy(small), (_images_of(model),), dynamo=True, verbose=False)
 
-    def there_and_back() -> None:
-        name = spec_of(model).name
-        put_normalize(model, Normalize((0.0,) * 3, (1.0,) * 3))
-        small, kept = shrink(model, masks).network.eval(), kept_units_of(model, masks)
-        with tempfile.TemporaryDirectory() as folder:
-            config = {"arch": name, "classes": [str(k) for k in range(CLASSES)], "image_size": side, "kept": kept}
-            save(small, json.loads(json.dumps(config)), Path(folder))
-            again = load(folder, name)
-        images: Tensor = torch.rand(2, 3, side, side)
-        with torch.no_grad():
-            torch.testing.assert_close(again(images), small(images), rtol=1e-3, atol=1e-4)
 
-    return _tried(there_and_back)
+def _saved(model: nn.Module, small: nn.Module, masks: Mask) -> None:
+    """Save a compact network as `export.py` does, read it again, and compare the logits."""
+    spec, images = spec_of(model), _images_of(model)
+    put_normalize(model, Normalize((0.0,) * 3, (1.0,) * 3))
+    small, kept = shrink(model, masks).network.eval(), kept_units_of(model, masks)
+    config = {"arch": spec.name, "classes": list(map(str, range(CLASSES))), "image_size": images.shape[-1]}
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        save(small, {**config, "kept": kept}, Path(folder))
+        torch.testing.assert_close(load(folder, spec.name)(images), small(images), rtol=1e-3, atol=1e-4)
+
+
+MORE: dict[str, Callable[[nn.Module, nn.Module, Mask], None]] = {
+    "torch_export": _export,
+    "saved": _saved,
+    "onnx": _onnx,
+}
+"""What else can be tried with the whole and the smaller network, and the masks between them."""
 
 
 def _torch_pruning(network: nn.Module, side: int) -> str:

@@ -24,7 +24,18 @@ SHARED = (
 )
 """What a host has in common with its network, so that each sees what the other puts there."""
 PLACE = "_place_of_normalize"
+ORIGIN = "_origin"
 NETWORK = "_hosted_network"
+
+
+class Origin:
+    """What all copies of a network have in common."""
+
+    def __copy__(self) -> Origin:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Origin:
+        return self
 
 
 class Hosted(nn.Module):
@@ -129,6 +140,7 @@ def hosted(network: nn.Module, spec: ModelSpec, normalizes: bool = False) -> Hos
     vars(host)[NETWORK] = network
     nn.Module.__init__(host)
     host.training = mode
+    vars(host)[ORIGIN] = Origin()
     vars(host)[ROW], vars(host)[PLACE] = spec, "normalize" if normalizes else free_name(network, "normalize")
     if not normalizes:
         host._modules[vars(host)[PLACE]] = nn.Identity()
@@ -147,6 +159,11 @@ def free_name(network: nn.Module, name: str) -> str:
 def bare(model: nn.Module) -> nn.Module:
     """Return the network itself, without a host."""
     return vars(model).get(NETWORK, model)
+
+
+def origin_of(model: nn.Module) -> Origin | nn.Module:
+    """Return what a network that has a host shares with its copies; another network is its own."""
+    return vars(model).get(ORIGIN, model)
 
 
 def normalize_place(model: nn.Module) -> str:

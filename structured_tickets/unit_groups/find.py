@@ -16,6 +16,7 @@ from torch import nn
 from structured_tickets.base.errors import UsageError
 from structured_tickets.features.exported import program_of
 from structured_tickets.features.following import Following
+from structured_tickets.networks.hosted import origin_of
 from structured_tickets.networks.registry import ModelSpec, spec_of
 from structured_tickets.unit_groups.channels import channel_groups as channels_of_modules
 from structured_tickets.unit_groups.from_features import channels_of, linear_units
@@ -24,7 +25,8 @@ from structured_tickets.unit_groups.unit import UnitGroup, parameter_of, ranked_
 
 LITTLE = 0.5
 """Share of the weights of layers: where fewer are in units that are found easily, others are looked for."""
-_followed: WeakKeyDictionary[nn.Module, Following | UsageError | None] = WeakKeyDictionary()
+_followed: WeakKeyDictionary[object, dict[tuple, Following | UsageError | None]] = WeakKeyDictionary()
+"""What a network has in common with its copies -> shapes of the tensors of one -> its features."""
 
 
 def unit_groups(model: nn.Module, prune_stem: bool = False, blocks: bool = False) -> list[UnitGroup]:
@@ -105,15 +107,22 @@ def features_of(model: nn.Module, image: Sequence[int] | None = None) -> Followi
     """
     if _is_known_transformer(model) or not spec_of(model).has_units:
         return None
-    if model not in _followed:
+    known, image = _followed.setdefault(origin_of(model), {}), image or spec_of(model).image
+    key = _what_tells_copies_apart(model)
+    if key not in known:
         try:
-            _followed[model] = _needed_following(model, image or spec_of(model).image)
+            known[key] = _needed_following(model, image)
         except UsageError as error:
-            _followed[model] = error
-    found = _followed[model]
+            known[key] = error
+    found = known[key]
     if isinstance(found, UsageError):
         raise found
     return found
+
+
+def _what_tells_copies_apart(model: nn.Module) -> tuple:
+    """Names and shapes of all tensors: a copy from which something was removed has others."""
+    return tuple((n, v.shape) for n, v in (*model.named_parameters(), *model.named_buffers()))
 
 
 def _needed_following(model: nn.Module, image: Sequence[int] | None) -> Following | None:
