@@ -32,7 +32,7 @@ from structured_tickets.shrinking.kept_units import kept_units_of
 from structured_tickets.shrinking.shrink import shrink
 from structured_tickets.unit_groups.unit import UnitGroup, masks_of_units
 
-SIDES = (32, 64, 96, 128, 160, 192, 224, 256)
+SIDES = (32, 64, 96, 128, 160, 192, 224, 240, 256)
 CLASSES, BATCH, SECONDS = 10, 16, 1.5
 Note = Callable[[dict[str, Any]], None]
 

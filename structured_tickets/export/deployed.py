@@ -10,13 +10,13 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from structured_tickets.base.atomic_files import write_atomically
 from structured_tickets.base.errors import DataError, UsageError, first_line
 from structured_tickets.base.untrusted_text import check, is_mapping, is_words, parse_json
 from structured_tickets.networks import build_model, runs_a_file
-from structured_tickets.networks.hosted import put_normalize
+from structured_tickets.networks.hosted import is_hosted, put_normalize
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.pruning.usable_units import note_what_had_units
 from structured_tickets.shrinking.kept_units import structure_of
@@ -57,12 +57,35 @@ def load(folder: str | Path, arch: str | None = None) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             model = build_model(arch or config["arch"], len(config["classes"]), config["image_size"])
         put_normalize(model, Normalize((0.0,) * 3, (1.0,) * 3))
-        note_what_had_units(model, config["kept"])
-        network = shrink(model, structure_of(model, config["kept"])).network
+        network = _of_these_shapes(model, config["kept"], tensors)
         network.load_state_dict(tensors)
     except (OSError, ValueError, RuntimeError, UsageError, safetensors.SafetensorError) as error:
         raise DataError(f"cannot read the network in {folder}: {first_line(error)}") from error
     return channels_side_by_side(network.eval())
+
+
+def _of_these_shapes(model: nn.Module, kept: Mapping[str, list[int]], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Return the network of which the tensors are: that of the given units, in one of the ways of making it smaller.
+
+    Raises:
+        DataError: None of the ways gives these shapes.
+    """
+    shapes = {n: v.shape for n, v in tensors.items()}
+    reason: Exception | None = None
+    found = model
+    for followed in (False, True) if is_hosted(model) else (False,):
+        for spread in (None, 0):
+            try:
+                note_what_had_units(model, kept, followed)
+                found = shrink(model, structure_of(model, kept), spread=spread).network
+            except (DataError, UsageError, ValueError) as error:  # units are found in another way
+                reason = reason or error
+                continue
+            if {n: v.shape for n, v in found.state_dict().items()} == shapes:
+                return found
+    if found is model and reason is not None:
+        raise reason
+    return found
 
 
 def _config(file: Path) -> dict[str, Any]:

@@ -111,6 +111,8 @@ REARRANGEMENTS = (
     )
 )
 """Moves numbers to other places, or repeats or leaves out some, and computes nothing."""
+CHECKS = _names("_assert_tensor_metadata _assert_scalar _assert_async sym_constrain_range sym_constrain_range_for_size")
+"""Looks at a tensor, and gives none."""
 RANDOM = _names("rand randn rand_like randn_like bernoulli bernoulli_ randint randperm")
 """Draws numbers."""
 VIEWS = _names("slice select view transpose permute unsqueeze squeeze expand narrow chunk")

@@ -29,6 +29,7 @@ class ModelSpec:
         pretrained: Name of the timm model whose ImageNet weights fit this one, if any.
         whole: Attention layers and MLPs (their first layers' names) whose units cannot be removed.
         has_units: False if no units are removed from the network, only weights one by one.
+        followed: True if its features are followed although names of its layers tell of attention or MLPs.
         image: (channels, height, width) of the images that it was built for; None if its layers tell enough without.
         outputs: Number of outputs while it trains, of which the first are the logits.
     """
@@ -42,6 +43,7 @@ class ModelSpec:
     has_units: bool = True
     outputs: int = 1
     image: tuple[int, int, int] | None = None
+    followed: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from structured_tickets.base.text_tables import some_of
 from structured_tickets.networks.hosted import change_notes, is_hosted
 from structured_tickets.networks.registry import ModelSpec, spec_of
 from structured_tickets.shrinking.trial import check_units
-from structured_tickets.unit_groups.find import features_of, is_transformer, unit_groups
+from structured_tickets.unit_groups.find import LITTLE, features_of, is_transformer, share_in_units, unit_groups
 from structured_tickets.unit_groups.kinds import kind_of
 from structured_tickets.unit_groups.left_alone import ALWAYS, left_alone, weights_of
 from structured_tickets.unit_groups.operations import is_plain_conv
@@ -73,6 +73,9 @@ def usable_units(
         groups = _found(model, stem, blocks)
         if is_hosted(model):
             stays = _groups_that_stay(model, groups, image_size)
+            if transformer and not blocks:
+                groups, stays = _or_followed(model, groups, stays, image_size)
+                spec = spec_of(model)
             change_notes(model, replace(spec, whole=frozenset(stays)))
     except UsageError as error:
         if needed:
@@ -87,6 +90,29 @@ def usable_units(
         own = dict.fromkeys(sorted(weights_of(group)), stays[group.name]) if group.name in stays else {}
         reasons |= own | _frozen_layers(model, group)
     return UsableUnits([g for g in left if not _frozen_layers(model, g)], reasons, remark)
+
+
+def _or_followed(
+    model: nn.Module, groups: list[UnitGroup], stays: dict[str, str], image_size: int
+) -> tuple[list[UnitGroup], dict[str, str]]:
+    """Return groups and those that stay: where names of layers tell little, of the features if more come of these.
+
+    Then the notes on the network say so.
+    """
+    spec = spec_of(model)
+    share = share_in_units(model, [g for g in groups if g.name not in stays])
+    if share >= LITTLE:
+        return groups, stays
+    try:
+        change_notes(model, replace(spec, followed=True))
+        others = _found(model, stem=False, blocks=False)
+        other_stays = _groups_that_stay(model, others, image_size)
+        if share_in_units(model, [g for g in others if g.name not in other_stays]) > share:
+            return others, other_stays
+    except UsageError:
+        pass
+    change_notes(model, spec)
+    return groups, stays
 
 
 def _found(model: nn.Module, stem: bool, blocks: bool) -> list[UnitGroup]:
@@ -119,15 +145,18 @@ def in_words(whole: Mapping[str, str], remark: str) -> list[str]:
     return [*said, *([f"nothing is removed, weights are pruned one by one: {remark}"] if remark else [])]
 
 
-def note_what_had_units(model: nn.Module, groups: Iterable[str]) -> None:
+def note_what_had_units(model: nn.Module, groups: Iterable[str], followed: bool = False) -> None:
     """Note on a network that the program did not make that only these groups had units in its run.
 
     Args:
         groups: Names of unit groups, and of rows of weights, which are no units.
+        followed: Its features were followed although names of its layers tell of attention or MLPs.
     """
     if not is_hosted(model):
         return
     spec, kept = _without_notes(model), {name for name in groups if not name.endswith(".weight")}
+    if followed:
+        change_notes(model, spec := replace(spec, followed=True))
     if not kept:
         change_notes(model, replace(spec, has_units=False))
     elif is_transformer(model):
@@ -137,7 +166,7 @@ def note_what_had_units(model: nn.Module, groups: Iterable[str]) -> None:
 
 def _without_notes(model: nn.Module) -> ModelSpec:
     """Return the notes on a network, without what an earlier trial has shown."""
-    spec = replace(spec_of(model), whole=frozenset(), has_units=True)
+    spec = replace(spec_of(model), whole=frozenset(), has_units=True, followed=False)
     if is_hosted(model):
         change_notes(model, spec)
     return spec

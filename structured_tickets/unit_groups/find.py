@@ -8,7 +8,7 @@ the operations that run (`features.following`), which takes seconds, however the
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -19,7 +19,7 @@ from structured_tickets.features.following import Following
 from structured_tickets.networks.hosted import origin_of
 from structured_tickets.networks.registry import ModelSpec, spec_of
 from structured_tickets.unit_groups.channels import channel_groups as channels_of_modules
-from structured_tickets.unit_groups.from_features import channels_of, linear_units
+from structured_tickets.unit_groups.from_features import channels_of, linear_units, neurons_of
 from structured_tickets.unit_groups.transformer import is_vit_model, neuron_groups, vit_groups
 from structured_tickets.unit_groups.unit import UnitGroup, parameter_of, ranked_names
 
@@ -64,7 +64,8 @@ def channel_groups(
     following = features_of(model, image)
     if following is None:
         return channels_of_modules(model, conv1, spec)
-    return channels_of(model, following, spec or spec_of(model), conv1)
+    spec = spec or spec_of(model)
+    return channels_of(model, following, spec, conv1) + neurons_of(model, following, spec)
 
 
 def is_transformer(model: nn.Module, image: Sequence[int] | None = None) -> bool:
@@ -87,7 +88,7 @@ def _is_transformer(model: nn.Module, groups: Sequence[UnitGroup]) -> bool:
 
 
 def _is_known_transformer(model: nn.Module) -> bool:
-    return is_vit_model(model) or _mixes_features(model, neuron_groups(model))
+    return not spec_of(model).followed and (is_vit_model(model) or _mixes_features(model, neuron_groups(model)))
 
 
 def _mixes_features(model: nn.Module, groups: Sequence[UnitGroup]) -> bool:
@@ -127,10 +128,12 @@ def _what_tells_copies_apart(model: nn.Module) -> tuple:
 
 def _needed_following(model: nn.Module, image: Sequence[int] | None) -> Following | None:
     reason: Exception | None = None
+    easy = 0.0
     try:
-        if (
-            image is None or _weights_found(copy.deepcopy(model)) >= LITTLE
-        ):  # tracing runs its code, which may take notes
+        if image is None:
+            return None
+        copied = copy.deepcopy(model)  # tracing runs its code, which may take notes
+        if (easy := share_in_units(copied, channels_of_modules(copied, sure=True))) >= LITTLE:
             return None
     except Exception as error:  # whatever the network's code, or the names that it gives its layers, lead to
         if image is None:
@@ -147,14 +150,16 @@ def _needed_following(model: nn.Module, image: Sequence[int] | None) -> Followin
             return None
         raise error from reason
     following.keep_what_makes_no_tensor()
-    if reason is None and not _is_transformer(model, linear_units(model, following, spec_of(model))):
-        return None
+    spec = spec_of(model)
+    if reason is None and not _is_transformer(model, linear_units(model, following, spec)):
+        found = channels_of(model, following, spec, stem=False) + neurons_of(model, following, spec)
+        return following if share_in_units(model, found) > easy else None
     return following
 
 
-def _weights_found(model: nn.Module) -> float:
-    """Share of the weights of layers that are in channels which the graph of modules shows."""
-    names = ranked_names(model, channels_of_modules(model, sure=True))
+def share_in_units(model: nn.Module, groups: Iterable[UnitGroup]) -> float:
+    """Return the share of the weights of layers that are in layers which groups own weights of."""
+    names = ranked_names(model, groups)
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     weights = sum(p.numel() for m in layers for n, p in m.named_parameters(recurse=False) if n.startswith("weight"))
     return sum(parameter_of(model, name).numel() for name in names) / max(1, weights)

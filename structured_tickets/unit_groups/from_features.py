@@ -136,6 +136,8 @@ def linear_units(model: nn.Module, following: Following, spec: ModelSpec) -> lis
             if int(line[position]) > 0 and not whole[number]:
                 members[number].append((weight, axis, position))
     outside = _outside(following)
+    contractions = [e for e in features.events if isinstance(e, Contraction)]
+    depthwise = {e.weight.rpartition(".")[0] for e in contractions if e.depthwise}  # they filter neurons one by one
     alike: dict[tuple, list[dict[tuple[str, int], list[int]]]] = defaultdict(list)
     for number, found in members.items():
         places: dict[tuple[str, int], list[int]] = defaultdict(list)
@@ -145,12 +147,35 @@ def linear_units(model: nn.Module, following: Following, spec: ModelSpec) -> lis
         key = (kind, *sorted((*k, len(v)) for k, v in places.items()))
         axes = {axis for _, axis in places}
         layers = {weight.rpartition(".")[0] for weight, _ in places}
-        linear = all(isinstance(model.get_submodule(n), nn.Linear) for n in layers)
+        linear = all(isinstance(model.get_submodule(n), nn.Linear) or n in depthwise for n in layers)
         if linear and axes == {0, 1} and spec.classifier not in layers and not outside & {w for w, _ in places}:
             alike[key].append(places)
     groups = [_group(model, key[0], units) for key, units in alike.items() if len(units) > 1]
     order = {n: k for k, (n, _) in enumerate(model.named_parameters())}
     return sorted(groups, key=lambda g: (g.kind != "head", order[g.root.name]))
+
+
+def neurons_of(model: nn.Module, following: Following, spec: ModelSpec) -> list[UnitGroup]:
+    """Return the neurons of a convolutional network's linear layers as channels: those that can be removed.
+
+    The columns that read them belong to them where linear layers do, and not the classifier.
+    """
+    features = following.features
+    wires, whole = features.sets(layers=False), features.whole(layers=False)
+    known = {g.name: g for g in linear_units(model, following, spec) if g.kind == "neuron"}
+    owned = {s.name for g in known.values() for s in g.slices if s.axis == 0}
+    outside, groups = _outside(following), []
+    for event in {e.weight: e for e in features.events if isinstance(e, Contraction)}.values():
+        name, _, param = event.weight.rpartition(".")
+        layer = model.get_submodule(name)
+        if not isinstance(layer, nn.Linear) or name == spec.classifier or event.weight in outside:
+            continue
+        if name in known:
+            groups.append(UnitGroup(name, "channel", known[name].slices))
+        elif param == "weight" and event.weight not in owned and not bool(whole[wires[event.rows]].any()):
+            bias = [rows(name, len(event.rows), "bias", ranked=False)] if event.bias else []
+            groups.append(UnitGroup(name, "channel", (rows(name, len(event.rows)), *bias)))
+    return groups
 
 
 def _outside(following: Following) -> set[str]:
@@ -159,13 +184,14 @@ def _outside(following: Following) -> set[str]:
 
 
 def _lines(following: Following) -> Iterator[tuple[str, int, Tensor]]:
-    """Rows and columns of each linear layer, with the feature of each position."""
+    """Rows and columns of each layer, with the feature of each position."""
     seen = set()
     for event in following.features.events:
         if isinstance(event, Contraction) and event.weight not in seen:
             seen.add(event.weight)
             yield event.weight, 0, event.rows
-            yield event.weight, 1, event.columns
+            if not event.depthwise:
+                yield event.weight, 1, event.columns
 
 
 def _group(model: nn.Module, kind: str, units: list[dict[tuple[str, int], list[int]]]) -> UnitGroup:
