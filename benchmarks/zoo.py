@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import multiprocessing
 import resource
@@ -17,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness, zoo_networks
+from benchmarks import harness, zoo_networks, zoo_row
 
 ALSO = ("torch_export", "saved", "onnx", "torch_pruning")
 OFF, SLOWER, LITTLE = 1e-4, 1.05, 0.5
@@ -26,7 +25,6 @@ Row = dict[str, Any]
 
 def run(args: argparse.Namespace) -> None:
     """Measure the networks that the file has no line of."""
-    importlib.import_module("benchmarks.zoo_row")  # once, and not in each process
     file: Path = args.file
     done = {row["name"] for row in read(file)} if file.exists() else set()
     names = args.names or zoo_networks.names_of_networks(file.with_suffix(".families.json"), args.cases)
@@ -68,8 +66,6 @@ def _collect(parts: Connection, row: Row, deadline: float) -> bool:
 
 
 def _measure(name: str, parts: Connection, gigabytes: float, also: Sequence[str]) -> None:
-    from benchmarks import zoo_row
-
     limit = int(gigabytes * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     zoo_row.measure(name, parts.send, also)

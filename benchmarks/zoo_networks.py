@@ -12,7 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+import torchvision.models
+from timm.models import _registry
+from torchvision.models import _api
+
+from structured_tickets.networks.user_files import imported
 
 HUGGING_FACE = (
     "google/vit-base-patch16-224",
@@ -39,12 +45,8 @@ def family_of(name: str) -> str:
     """Return timm's module, torchvision's, or the file that a network comes from."""
     library, _, rest = name.partition("/")
     if library == "timm":
-        from timm.models import _registry
-
         return f"timm: {_registry._model_to_module.get(rest, '?')}"
     if library == "torchvision":
-        from torchvision.models import _api
-
         return f"torchvision: {_api.BUILTIN_MODELS[rest].__module__.rpartition('.')[2]}"
     return f"file: {Path(name.rpartition(':')[0]).stem}" if ":" in name else library
 
@@ -57,8 +59,6 @@ def _of_timm(cache: Path) -> list[str]:
 
 def _smallest_of_each_family() -> dict[str, str]:
     """Return module of timm's -> its network with the fewest parameters, of those that are not there for tests."""
-    from timm.models import _registry
-
     smallest = {}
     for module, names in sorted(_registry._module_to_models.items()):
         sizes = {n: _parameters_of(n) for n in sorted(names) if not n.startswith("test_")}
@@ -69,8 +69,6 @@ def _smallest_of_each_family() -> dict[str, str]:
 
 def _parameters_of(name: str) -> float:
     """Count the parameters of a network of timm's without memory for them; infinite if it cannot be built so."""
-    import timm
-
     with _linspace_on_cpu(), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -91,8 +89,6 @@ class _linspace_on_cpu:  # noqa: N801
 
 
 def _of_torchvision() -> list[str]:
-    import torchvision.models
-
     return [f"torchvision/{name}" for name in torchvision.models.list_models(module=torchvision.models)]
 
 
@@ -110,8 +106,6 @@ def _of_files(folder: Path) -> list[str]:
 
 def _factories(file: Path) -> list[str]:
     """Return the names of a file's functions and classes that take `num_classes`; the file is run."""
-    from structured_tickets.networks.user_files import imported
-
     with imported(str(file)) as module:
         own = {n: v for n, v in vars(module).items() if not n.startswith("_") and callable(v)}
         return [n for n, v in own.items() if _first_argument(v) == "num_classes"]

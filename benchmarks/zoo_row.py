@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import statistics
 import tempfile
 import time
@@ -250,8 +251,7 @@ def _torch_pruning(network: nn.Module, side: int) -> str:
     """Return "yes" if torch-pruning halves a network's layers and the smaller network runs, or why not."""
 
     def prune() -> None:
-        import torch_pruning as tp
-
+        tp = importlib.import_module("torch_pruning")
         whole = sum(p.numel() for p in network.parameters())
         network.eval()
         ignored = [m for m in network.modules() if isinstance(m, nn.Linear) and m.out_features == CLASSES]

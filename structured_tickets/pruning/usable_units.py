@@ -101,7 +101,9 @@ def _or_followed(
     """
     spec = spec_of(model)
     share = share_in_units(model, [g for g in groups if g.name not in stays])
-    if share >= LITTLE:
+    if share >= LITTLE or any(
+        g.kind == "head" and g.name in stays for g in groups
+    ):  # which is said, and can be changed
         return groups, stays
     try:
         change_notes(model, replace(spec, followed=True))

@@ -27,7 +27,6 @@ from structured_tickets.unit_groups.operations import (
 )
 from structured_tickets.unit_groups.tracing import traced
 
-
 MOST_PASSES = 8
 """Times that a graph is walked to find layers that compute zeros: each may show that others have to."""
 
@@ -46,18 +45,21 @@ def remove_channels(model: nn.Module, masks: Mapping[str, Tensor], lanes: int = 
     Raises:
         UsageError: The model's forward pass is no fixed graph.
     """
-    found, keeping = _removed(copy.deepcopy(model) if spread else model, masks, lanes, Keeping())
+    network = traced(model)
+    found, wished = _removed(copy.deepcopy(network) if spread else network, masks, lanes, Keeping())
+    keeping = Keeping()
     for _ in range(MOST_PASSES if spread else 0):
-        before = keeping if spread > 1 else Keeping(keeping.all)
-        found, keeping = _removed(copy.deepcopy(model), masks, lanes, before)
-        if keeping.all == before.all and (spread == 1 or keeping == before):
+        before, keeping = keeping, wished if spread > 1 else Keeping(wished.all)
+        if keeping == before:
             break
+        found, wished = _removed(copy.deepcopy(network), masks, lanes, keeping)
     return found
 
 
-def _removed(model: nn.Module, masks: Mapping[str, Tensor], lanes: int, keeping: Keeping) -> tuple[Shrunk, Keeping]:
+def _removed(
+    network: fx.GraphModule, masks: Mapping[str, Tensor], lanes: int, keeping: Keeping
+) -> tuple[Shrunk, Keeping]:
     """Return the smaller network, and which layers would have to keep channels so that none have to be moved."""
-    network = traced(model)
     tensors, origins = CarryingGraph(network, lanes, keeping), ChannelOrigins(network)
     cutter = LayerCutter(tensors, masks)
     for node in list(network.graph.nodes):

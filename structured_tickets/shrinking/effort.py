@@ -16,7 +16,7 @@ from structured_tickets.base.modes import in_mode
 from structured_tickets.networks.layers import channels_side_by_side
 
 CALL, LAYER, VIEW = 50_000, 150_000, 10_000
-"""Multiplications in whose time an operation begins, a convolution, and one that moves nothing: for one of 16 images."""
+"""Multiplications in whose time an operation begins, a convolution, and one that moves nothing: for 1 of 16 images."""
 NUMBER, GATHERED = 16, 48
 """Multiplications in whose time a number is read or written, and one that is taken from its place among others."""
 GATHERS = (torch.ops.aten.index_select,)

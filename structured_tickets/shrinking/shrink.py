@@ -23,7 +23,6 @@ from structured_tickets.shrinking.inserted_layers import INSERTED
 from structured_tickets.unit_groups.find import features_of, is_transformer, unit_groups
 from structured_tickets.unit_groups.unit import parameter_name, parameter_of
 
-
 SLOW = 0.6
 """Share of the time of the whole network: where the smallest one takes longer, another may be faster."""
 WORTH_IT = 30_000

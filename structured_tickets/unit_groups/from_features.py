@@ -155,6 +155,16 @@ def linear_units(model: nn.Module, following: Following, spec: ModelSpec) -> lis
     return sorted(groups, key=lambda g: (g.kind != "head", order[g.root.name]))
 
 
+def _read(features: Features) -> Tensor:
+    """Which features something is computed of: bool [count + 1]."""
+    flags = torch.zeros(features.count + 1, dtype=torch.bool)
+    for event in features.events:
+        for line in (getattr(event, name, None) for name in ("sources", "columns", "one", "other")):
+            if line is not None:
+                flags[line[line > 0]] = True
+    return flags
+
+
 def neurons_of(model: nn.Module, following: Following, spec: ModelSpec) -> list[UnitGroup]:
     """Return the neurons of a convolutional network's linear layers as channels: those that can be removed.
 
@@ -164,11 +174,13 @@ def neurons_of(model: nn.Module, following: Following, spec: ModelSpec) -> list[
     wires, whole = features.sets(layers=False), features.whole(layers=False)
     known = {g.name: g for g in linear_units(model, following, spec) if g.kind == "neuron"}
     owned = {s.name for g in known.values() for s in g.slices if s.axis == 0}
-    outside, groups = _outside(following), []
+    outside, read, groups = _outside(following), _read(features), []
     for event in {e.weight: e for e in features.events if isinstance(e, Contraction)}.values():
         name, _, param = event.weight.rpartition(".")
         layer = model.get_submodule(name)
         if not isinstance(layer, nn.Linear) or name == spec.classifier or event.weight in outside:
+            continue
+        if not bool(read[event.rows].any()):  # another classifier, for training
             continue
         if name in known:
             groups.append(UnitGroup(name, "channel", known[name].slices))
