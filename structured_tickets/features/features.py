@@ -190,9 +190,9 @@ class Features:
         """Which sets cannot be removed: bool [sets]."""
         return self._flagged(layers, [features for features, _ in self._whole])
 
-    def there(self) -> Tensor:
-        """Which wires stay in tensors, whatever is removed: bool [wires]."""
-        return self._flagged(False, [*(features for features, _ in self._whole), *self._placed])
+    def there(self, layers: bool = False) -> Tensor:
+        """Which wires, or units, stay in tensors, whatever is removed: bool [sets]."""
+        return self._flagged(layers, [*(features for features, _ in self._whole), *self._placed])
 
     def _flagged(self, layers: bool, lines: list[Tensor]) -> Tensor:
         sets = self.sets(layers)

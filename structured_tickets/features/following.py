@@ -24,6 +24,7 @@ from structured_tickets.features.rules_of_numbers import combined, mixed
 from structured_tickets.features.tables import (
     BY_NUMBER,
     BY_PLACE,
+    CHECKS,
     LAYERS,
     RANDOM,
     REARRANGEMENTS,
@@ -174,6 +175,8 @@ class _Interpreter:
         ):
             return self._unlabelled(node)
         name = packet(node.target)
+        if name in CHECKS:
+            return None
         own, inside = self.following, self.program.is_of_its_layer
         call = Call(node, self._labels, self._name, inside, own.features, own.tensors)
         try:

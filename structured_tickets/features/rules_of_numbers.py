@@ -80,6 +80,12 @@ def multiplication(call: Call) -> Tensor:
     return _combined(call, product=True)
 
 
+def added_product(call: Call) -> Tensor:
+    """A tensor, and the product of two others added to it."""
+    product = combined(call, call.labels(1), call.labels(2), product=True)
+    return combined(call, call.labels(0), shortened(product), product=False)
+
+
 def division(call: Call) -> Tensor:
     """A quotient: zero where the first is."""
     if not isinstance(call.argument(1), fx.Node):

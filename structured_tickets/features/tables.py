@@ -17,6 +17,7 @@ from structured_tickets.features.rules_of_layers import (
     transposed_convolution,
 )
 from structured_tickets.features.rules_of_numbers import (
+    added_product,
     addition,
     clamped,
     division,
@@ -65,6 +66,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(POOLING, pooling),
     **dict.fromkeys(_names("add add_ sub sub_ maximum minimum"), addition),
     **dict.fromkeys(_names("mul mul_"), multiplication),
+    **dict.fromkeys(_names("addcmul addcmul_"), added_product),
     **dict.fromkeys(_names("div div_"), division),
     **dict.fromkeys(_names("conv1d conv2d conv3d"), convolution),
     **dict.fromkeys(_names("conv_transpose1d conv_transpose2d conv_transpose3d"), transposed_convolution),
@@ -111,6 +113,8 @@ REARRANGEMENTS = (
     )
 )
 """Moves numbers to other places, or repeats or leaves out some, and computes nothing."""
+CHECKS = _names("_assert_tensor_metadata _assert_scalar _assert_async sym_constrain_range sym_constrain_range_for_size")
+"""Looks at a tensor, and gives none."""
 RANDOM = _names("rand randn rand_like randn_like bernoulli bernoulli_ randint randperm")
 """Draws numbers."""
 VIEWS = _names("slice select view transpose permute unsqueeze squeeze expand narrow chunk")

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from structured_tickets.networks.registry import ROW, ModelSpec
+from structured_tickets.networks.registry import ModelSpec, change_notes
 
 SHARED = (
     "_parameters",
@@ -141,7 +141,8 @@ def hosted(network: nn.Module, spec: ModelSpec, normalizes: bool = False) -> Hos
     vars(host)[NETWORK] = network
     nn.Module.__init__(host)
     host.training = mode
-    vars(host)[ROW], vars(host)[PLACE] = spec, "normalize" if normalizes else free_name(network, "normalize")
+    change_notes(host, spec)
+    vars(host)[PLACE] = "normalize" if normalizes else free_name(network, "normalize")
     if not normalizes:
         host._modules[vars(host)[PLACE]] = nn.Identity()
     _join(host)

@@ -58,6 +58,7 @@ class ModelEntry:
 
 
 MODELS: dict[str, ModelEntry] = {}
+ORIGIN = "_origin_of_the_network"
 ROW = "_row_of_the_network"
 """Attribute of a host under which it keeps the row of its network."""
 
@@ -87,6 +88,21 @@ def register_model(
     return decorate
 
 
+class Origin:
+    """What all copies of a network have in common."""
+
+    def __copy__(self) -> Origin:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Origin:
+        return self
+
+
+def origin_of(model: nn.Module) -> Origin | nn.Module:
+    """Return what a network shares with its copies, if there are notes on it; any other is its own."""
+    return vars(model).get(ORIGIN, model)
+
+
 def spec_of(model: nn.Module) -> ModelSpec:
     """Return the row of a registered or hosted network; the documents' names (`conv1`, `fc`) for any other."""
     own = vars(model)
@@ -96,6 +112,7 @@ def spec_of(model: nn.Module) -> ModelSpec:
 
 def change_notes(model: nn.Module, spec: ModelSpec) -> None:
     """Replace what is noted on a network."""
+    vars(model).setdefault(ORIGIN, Origin())
     vars(model)[ROW] = spec
 
 

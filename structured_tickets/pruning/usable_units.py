@@ -15,7 +15,7 @@ from structured_tickets.features.exported import first_names
 from structured_tickets.networks.hosted import is_hosted
 from structured_tickets.networks.registry import ModelSpec, change_notes, spec_of
 from structured_tickets.shrinking.trial import check_units
-from structured_tickets.unit_groups.find import features_of, is_transformer, share_features, unit_groups
+from structured_tickets.unit_groups.find import LITTLE, features_of, is_transformer, share_in_units, unit_groups
 from structured_tickets.unit_groups.kinds import kind_of
 from structured_tickets.unit_groups.left_alone import ALWAYS, left_alone, weights_of
 from structured_tickets.unit_groups.operations import is_plain_conv
@@ -137,13 +137,15 @@ def _trial(model: nn.Module, notes: ModelSpec, image_size: int, stem: bool, bloc
 def _leaves_much(model: nn.Module, trial: _Trial) -> bool:
     """True if units cannot be removed, or if heads and neurons that can go leave many weights of linear layers.
 
-    The latter is not asked of timm's and torchvision's networks: their attention is told by its layers, and following
+    Of timm's and torchvision's networks half of them may be left: their attention is told by its layers, and following
     large ones takes a minute.
     """
     if trial.error is not None or trial.stays:
         return True
-    if not trial.transformer or trial.notes.name.startswith(("timm/", "torchvision/")):
+    if not trial.transformer:
         return False
+    if trial.notes.name.startswith(("timm/", "torchvision/")):
+        return share_in_units(model, trial.groups) < LITTLE
     layers = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != trial.notes.classifier]
     weights = sum(p.numel() for m in layers for p in m.parameters() if p.ndim > 1)
     return _removable(model, trial) < (1 - MUCH) * weights
@@ -170,10 +172,7 @@ def _found(model: nn.Module, stem: bool, blocks: bool) -> list[UnitGroup]:
     """
     try:  # in a copy, since tracing runs the network's code, which may keep what it is given
         network = copy.deepcopy(model) if is_hosted(model) else model
-        share_features(model, network)
-        groups = unit_groups(network, stem, blocks)
-        share_features(network, model)
-        return groups
+        return unit_groups(network, stem, blocks)
     except UsageError:
         raise
     except Exception as error:  # whatever the network's code, or the names that it gives its layers, lead to

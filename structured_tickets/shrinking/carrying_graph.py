@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from structured_tickets.shrinking.inserted_layers import Place, Select
+from structured_tickets.unit_groups.operations import is_prunable_norm
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,36 @@ class Carried:
         return len(self.index) == self.total
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """Calls of layers that keep channels which are zero.
+
+    Attributes:
+        all: Names of calls whose tensors carry all channels.
+        arriving: Those that keep all that arrive.
+    """
+
+    all: frozenset[str] = frozenset()
+    arriving: frozenset[str] = frozenset()
+
+
 class CarryingGraph:
     """Change a network's graph so that every operation reads just the channels that it needs.
 
     Args:
         network: Changed in place.
         lanes: Channels that a processor computes at once.
+        keeping: Calls that keep more channels.
 
     Attributes:
+        wished: The same, and those that would have to so that no channels are put in their places or taken.
         carried: Node -> channels of its tensor; None or missing if they are not known, and all are there.
     """
 
-    def __init__(self, network: fx.GraphModule, lanes: int = 1) -> None:
+    def __init__(self, network: fx.GraphModule, lanes: int = 1, keeping: Keeping = Keeping()) -> None:
         self.network, self.lanes = network, lanes
+        self.keeping = self.wished = keeping
+        self._layers = dict(network.named_modules())
         self.carried: dict[fx.Node, Carried | None] = {}
         self._inserted = 0
 
@@ -72,11 +90,27 @@ class CarryingGraph:
         adapted, have = source, carried.index
         wanted = torch.isin(have, index)
         if not bool(wanted.all()):
+            self.wished = replace(self.wished, arriving=self.wished.arriving | {node.name})
             adapted, have = self._insert(Select(wanted.nonzero().flatten()), (adapted,), node), have[wanted]
         if len(have) < len(index):
+            self.wish_for_all(source)
             adapted = self._insert(Place(torch.searchsorted(index, have), len(index)), (adapted,), node)
         self.carried[adapted] = Carried(index, carried.total)
         node.replace_input_with(source, adapted)
+
+    def wish_for_all(self, source: fx.Node) -> None:
+        """Note that the layers which compute a tensor would have to give all channels of it."""
+        found, open_nodes, seen = set(), [source], {source}
+        while open_nodes:
+            node = open_nodes.pop()
+            layer = self._layers.get(str(node.target)) if node.op == "call_module" else None
+            if isinstance(layer, nn.Conv2d) or is_prunable_norm(layer):
+                found.add(node.name)
+                continue
+            new = [n for n in node.all_input_nodes if n not in seen]
+            seen.update(new)
+            open_nodes += new
+        self.wished = replace(self.wished, all=self.wished.all | found)
 
     def select(self, node: fx.Node, index: Tensor, total: int) -> None:
         """Make all that read a node, which carries all its channels, read just these."""

@@ -7,12 +7,13 @@ channels are restored.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from structured_tickets.shrinking.carrying_graph import Carried, CarryingGraph
+from structured_tickets.shrinking.carrying_graph import Carried, CarryingGraph, Keeping
 from structured_tickets.shrinking.channel_origins import ChannelOrigins
 from structured_tickets.shrinking.cuts import Shrunk
 from structured_tickets.shrinking.layer_cutter import CUT, LayerCutter
@@ -26,8 +27,11 @@ from structured_tickets.unit_groups.operations import (
 )
 from structured_tickets.unit_groups.tracing import traced
 
+MOST_PASSES = 8
+"""Times that a graph is walked to find layers that compute zeros: each may show that others have to."""
 
-def remove_channels(model: nn.Module, masks: Mapping[str, Tensor], lanes: int = 1) -> Shrunk:
+
+def remove_channels(model: nn.Module, masks: Mapping[str, Tensor], lanes: int = 1, spread: int = 0) -> Shrunk:
     """Return the network without its pruned channels. The model, whose layers it takes, is not to be used any more.
 
     Args:
@@ -36,18 +40,33 @@ def remove_channels(model: nn.Module, masks: Mapping[str, Tensor], lanes: int = 
         lanes: Channels that a processor computes at once. A normalised tensor that is added to another, and a sum, keep
             all channels where those that they need take as many lanes: this costs no time, and no channels have to be
             put in their places.
+        spread: 1: no channels are put in their places, where layers can compute the zeros. 2: none are taken, either.
 
     Raises:
         UsageError: The model's forward pass is no fixed graph.
     """
     network = traced(model)
-    tensors, origins = CarryingGraph(network, lanes), ChannelOrigins(network)
+    found, wished = _removed(copy.deepcopy(network) if spread else network, masks, lanes, Keeping())
+    keeping = Keeping()
+    for _ in range(MOST_PASSES if spread else 0):
+        before, keeping = keeping, wished if spread > 1 else Keeping(wished.all)
+        if keeping == before:
+            break
+        found, wished = _removed(copy.deepcopy(network), masks, lanes, keeping)
+    return found
+
+
+def _removed(
+    network: fx.GraphModule, masks: Mapping[str, Tensor], lanes: int, keeping: Keeping
+) -> tuple[Shrunk, Keeping]:
+    """Return the smaller network, and which layers would have to keep channels so that none have to be moved."""
+    tensors, origins = CarryingGraph(network, lanes, keeping), ChannelOrigins(network)
     cutter = LayerCutter(tensors, masks)
     for node in list(network.graph.nodes):
         tensors.carried[node] = _carried_after(node, cutter, tensors, origins)
     network.graph.lint()
     network.recompile()
-    return Shrunk(network, cutter.cuts)
+    return Shrunk(network, cutter.cuts), tensors.wished
 
 
 def _carried_after(

@@ -46,7 +46,7 @@ class Room:
 
 
 def shrink_in_place(
-    model: nn.Module, masks: Mapping[str, Tensor], following: Following, image: Sequence[int]
+    model: nn.Module, masks: Mapping[str, Tensor], following: Following, image: Sequence[int], spread: int = 0
 ) -> Shrunk:
     """Return a smaller network of the model's own class that computes what the model does, up to rounding.
 
@@ -56,18 +56,19 @@ def shrink_in_place(
         model: Its weights must be masked already. It is not changed.
         masks: Parameter name -> 0/1.
         image: (channels, height, width).
+        spread: 1: layers compute all that the tensors after them hold, zeros too. 2: they read all, too.
 
     Raises:
         ValueError: None of the ways gives the same logits.
     """
     names, tried = _names_of_each(model), _with_other_numbers(model, masks)
     wanted = _logits(tried, image)
-    for room, attributes in _ways(following, masks):
+    for room, attributes in _ways(following, masks, spread):
 
         def cut(network: nn.Module, room: Room = room, attributes: str = attributes) -> Shrunk:
             cuts: Cuts = {}
             small = copy.deepcopy(network)
-            _Cutter(small, room, cuts, names).cut(following)
+            _Cutter(small, room, cuts, names, spread).cut(following)
             _set_numbers(small, following, room, attributes)
             _set_paddings(small, following, room)
             return Shrunk(small, cuts)
@@ -114,19 +115,20 @@ def _logits(network: nn.Module, image: Sequence[int]) -> Tensor:
         return network(images)
 
 
-def _ways(following: Following, masks: Mapping[str, Tensor]) -> Iterator[tuple[Room, str]]:
+def _ways(following: Following, masks: Mapping[str, Tensor], spread: int) -> Iterator[tuple[Room, str]]:
     """Ever less ambitious: with fewer heads, then without touching them, then nothing but what a layer computes."""
     features = following.features
-    wires = features.sets(layers=False)
+    joined = spread > 0  # so that layers which work on each feature by itself give what they read
+    wires = features.sets(layers=joined)
     alive = features.alive(masks)
     needed = features.needed(masks, alive)
-    stay = features.there()
+    stay = features.there(layers=joined)
     heads = torch.zeros(len(stay), dtype=torch.bool)
     for found in features.heads:
         heads[wires[found]] = True
     there = stay.clone()
     there[wires[1:][needed[1:]]] = True
-    padded = torch.zeros_like(whole)
+    padded = torch.zeros_like(stay)
     for padding in features.paddings:
         padded[wires[padding.line[padding.line > 0]]] = True
     if bool(heads.any()) and not bool(there[heads].all()):
@@ -165,12 +167,14 @@ class _Cutter:
 
     Attributes:
         names: First name of a parameter or buffer -> all its names.
+        spread: 1: layers compute all that the tensors after them hold, zeros too. 2: they read all, too.
     """
 
     small: nn.Module
     room: Room
     cuts: Cuts
     names: Mapping[str, Sequence[str]]
+    spread: int = 0
 
     def cut(self, following: Following) -> None:
         """Raises: ValueError, if something cannot be cut."""
@@ -216,10 +220,10 @@ class _Cutter:
             return _positions(leaving)
         if event.grouped:  # whole, as its groups have to stay equally large
             return _positions(leaving)
-        rows = _at_least_one(_positions(_flags(event.rows, self.room.needed) & leaving))
+        rows = _at_least_one(_positions(_flags(event.rows, self._kept(1)) & leaving))
         columns = rows
         if not event.depthwise:
-            read = torch.stack([_flags(e.columns, self.room.needed) for e in events]).any(0)
+            read = torch.stack([_flags(e.columns, self._kept(2)) for e in events]).any(0)
             columns = _at_least_one(_positions(read & arriving))
             rows = self._worth_placing(event, rows, columns, leaving)
         axes = {0: rows} if event.depthwise else {event.axes[0]: rows, event.axes[1]: columns}
@@ -231,6 +235,10 @@ class _Cutter:
             _adapt(layer, GIVEN, rows, _positions(leaving), axis)
         return rows
 
+    def _kept(self, spread: int) -> Tensor:
+        """Which features layers deal with: those that are needed, or from some spread on all."""
+        return self.room.there if self.spread >= spread else self.room.needed
+
     def _worth_placing(self, event: Contraction, rows: Tensor, columns: Tensor, leaving: Tensor) -> Tensor:
         """Rows to compute: all, where putting some in their places among zeros takes no fewer multiplications."""
         all_rows, weight = _positions(leaving), self.small.get_parameter(event.weight)
@@ -241,7 +249,7 @@ class _Cutter:
 
     def _norm(self, call: LayerCall) -> None:
         arriving, leaving = _flags(call.read, self.room.there), _flags(call.given, self.room.there)
-        index = _at_least_one(_positions(_flags(call.given, self.room.needed) & leaving))
+        index = _at_least_one(_positions(_flags(call.given, self._kept(1)) & leaving))
         for name in self.names[call.layer]:
             owner, _, _ = name.rpartition(".")
             layer: Any = self.small.get_submodule(owner)

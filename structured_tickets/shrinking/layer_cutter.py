@@ -44,6 +44,8 @@ class LayerCutter:
     def _cut_filters(self, node: fx.Node, conv: nn.Conv2d, arriving: Tensor) -> Tensor:
         own = union(self._kept(node, "weight", conv.out_channels), self._kept_biases(node, conv))
         leaving = self._computed(node, own)
+        if node.name in self.tensors.keeping.all:
+            leaving = torch.arange(conv.out_channels)
         self._cut(node, conv, {"weight": {0: leaving, 1: arriving}, "bias": {0: leaving}})
         conv.in_channels, conv.out_channels = len(arriving), len(leaving)
         return leaving
@@ -52,6 +54,7 @@ class LayerCutter:
         """Cut filters together with the channels that they filter."""
         filtered = intersection(arriving, self._kept(node, "weight", conv.out_channels))
         leaving = self._computed(node, union(filtered, self._kept_biases(node, conv)))
+        leaving = self._with_kept(node, leaving, arriving, conv.out_channels)
         self.tensors.give(node, source, leaving)
         self._cut(node, conv, {"weight": {0: leaving}, "bias": {0: leaving}})
         conv.in_channels = conv.out_channels = conv.groups = len(leaving)
@@ -73,15 +76,21 @@ class LayerCutter:
         arriving = self.tensors.of(source)
         if arriving is None:
             return Carried.all_of(norm.num_features)
-        index = self._passed_on(node, norm)
+        index = self._with_kept(node, self._passed_on(node, norm), arriving.index, norm.num_features)
         self.tensors.give(node, source, index)
         self._cut(node, norm, {p: {0: index} for p in ("weight", "bias", "running_mean", "running_var")})
         norm.num_features = len(index)
         return Carried(index, arriving.total)
 
+    def _with_kept(self, node: fx.Node, index: Tensor, arriving: Tensor, total: int) -> Tensor:
+        """Return the channels that a layer keeps which works on each by itself: those of `index`, or more."""
+        if node.name in self.tensors.keeping.all:
+            return torch.arange(total)
+        return union(index, arriving) if node.name in self.tensors.keeping.arriving else index
+
     def _passed_on(self, node: fx.Node, norm: Any) -> Tensor:
         index = torch.arange(norm.num_features)
-        if norm.affine:
+        if norm.affine and node.name not in self.tensors.keeping.all:
             index = union(*(self._kept(node, param, norm.num_features) for param in ("weight", "bias")))
         is_added = len(node.users) == 1 and next(iter(node.users)).target in ADDITIONS
         return at_least_one(self.tensors.in_lanes(index, norm.num_features) if is_added else index)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.shrinking.cost import cost_of, image_shape
 from structured_tickets.shrinking.shrink import shrink
-from structured_tickets.unit_groups.find import share_features
 from structured_tickets.unit_groups.unit import UnitGroup, masks_of_units
 
 KEPT = (0.7, 0.4)  # fraction of the units, in turn
@@ -37,9 +36,9 @@ def check_units(model: nn.Module, groups: Sequence[UnitGroup], image: int | Sequ
         try:
             masks = masks_of_units(groups, kept, parameters)
             wanted = _masked(network, masks)(images)
-            found = shrink(network, masks, image=image_shape(image)).network(images)
-            difference = (found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
-            cost_of(network, masks, image)
+            small = shrink(network, masks, image=image_shape(image), spread=0).network
+            difference = (small(images) - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
+            cost_of(small, {}, image)
         except Exception as error:  # whatever the network's code raises
             reason = first_line(error)
             raise _coupled(model, f"cannot be computed ({type(error).__name__}: {reason})") from error
@@ -58,7 +57,6 @@ def _masked(network: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 def _with_used_norms(model: nn.Module, draw: torch.Generator) -> nn.Module:
     """Return a copy whose batch normalisations look trained: new ones are the identity, and hide mistakes."""
     network = copy.deepcopy(model)
-    share_features(model, network)
     for norm in (m for m in network.modules() if isinstance(m, nn.BatchNorm2d)):
         for name, low, high in (("weight", 0.5, 1.5), ("bias", -0.3, 0.3), ("running_mean", -0.3, 0.3)):
             value = getattr(norm, name)

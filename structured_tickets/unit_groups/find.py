@@ -8,7 +8,7 @@ the operations that run (`features.following`), which takes seconds, however the
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -17,9 +17,9 @@ from structured_tickets.base.errors import UsageError
 from structured_tickets.features.exported import program_of
 from structured_tickets.features.following import Following
 from structured_tickets.features.paddings import settable
-from structured_tickets.networks.registry import ModelSpec, spec_of
+from structured_tickets.networks.registry import ModelSpec, origin_of, spec_of
 from structured_tickets.unit_groups.channels import channel_groups as channels_of_modules
-from structured_tickets.unit_groups.from_features import channels_of, linear_units
+from structured_tickets.unit_groups.from_features import channels_of, linear_units, neurons_of
 from structured_tickets.unit_groups.kinds import STREAM
 from structured_tickets.unit_groups.streams import streams_of
 from structured_tickets.unit_groups.transformer import is_vit_model, neuron_groups, vit_groups
@@ -27,8 +27,8 @@ from structured_tickets.unit_groups.unit import UnitGroup, parameter_of, ranked_
 
 LITTLE = 0.5
 """Share of the weights of layers: where fewer are in units that are found easily, others are looked for."""
-_followed: WeakKeyDictionary[nn.Module, dict[bool, Following | UsageError | None]] = WeakKeyDictionary()
-"""Network -> what following it gave; apart for one whose notes ask for it."""
+_followed: WeakKeyDictionary[object, dict[tuple, Following | UsageError | None]] = WeakKeyDictionary()
+"""What a network has in common with its copies -> shapes of the tensors of one -> its features."""
 
 
 def unit_groups(model: nn.Module, prune_stem: bool = False, blocks: bool = False) -> list[UnitGroup]:
@@ -66,8 +66,10 @@ def channel_groups(
     following = features_of(model, image)
     if following is None:
         return channels_of_modules(model, conv1, spec)
-    found = streams_of if spec_of(model).channel_units == STREAM else channels_of
-    return found(model, following, spec or spec_of(model), conv1)
+    spec = spec or spec_of(model)
+    if spec_of(model).channel_units == STREAM:
+        return streams_of(model, following, spec, conv1)
+    return channels_of(model, following, spec, conv1) + neurons_of(model, following, spec)
 
 
 def is_transformer(model: nn.Module, image: Sequence[int] | None = None) -> bool:
@@ -115,22 +117,22 @@ def features_of(model: nn.Module, image: Sequence[int] | None = None) -> Followi
     spec = spec_of(model)
     if _is_told_by_layers(model) or not spec.has_units:
         return None
-    known, asked = _followed.setdefault(model, {}), spec.followed or spec.channel_units == STREAM
-    if asked not in known:
+    known, asked = _followed.setdefault(origin_of(model), {}), spec.followed or spec.channel_units == STREAM
+    key = (asked, *_what_tells_copies_apart(model))
+    if key not in known:
         try:
-            known[asked] = _needed_following(model, image or spec.image, asked)
+            known[key] = _needed_following(model, image or spec.image, asked)
         except UsageError as error:
-            known[asked] = error
-    found = known[asked]
+            known[key] = error
+    found = known[key]
     if isinstance(found, UsageError):
         raise found
     return found
 
 
-def share_features(known: nn.Module, other: nn.Module) -> None:
-    """Let a network have the features that were found in another, of which one is a copy of the other."""
-    if known in _followed:
-        _followed[other] = _followed[known]
+def _what_tells_copies_apart(model: nn.Module) -> tuple:
+    """Names and shapes of all tensors: a copy from which something was removed has others."""
+    return tuple((n, v.shape) for n, v in (*model.named_parameters(), *model.named_buffers()))
 
 
 def _needed_following(model: nn.Module, image: Sequence[int] | None, asked: bool) -> Following | None:
@@ -138,10 +140,12 @@ def _needed_following(model: nn.Module, image: Sequence[int] | None, asked: bool
     if asked and image is not None:
         return _follow(model, image)
     reason: Exception | None = None
+    easy = 0.0
     try:
-        if (
-            image is None or _weights_found(copy.deepcopy(model)) >= LITTLE
-        ):  # tracing runs its code, which may take notes
+        if image is None:
+            return None
+        copied = copy.deepcopy(model)  # tracing runs its code, which may take notes
+        if (easy := share_in_units(copied, channels_of_modules(copied, sure=True))) >= LITTLE:
             return None
     except Exception as error:  # whatever the network's code, or the names that it gives its layers, lead to
         if image is None:
@@ -155,8 +159,10 @@ def _needed_following(model: nn.Module, image: Sequence[int] | None, asked: bool
         if reason is None:  # the easy way found something
             return None
         raise error from reason
-    if reason is None and not _is_transformer(model, linear_units(model, following, spec_of(model))):
-        return None
+    spec = spec_of(model)
+    if reason is None and not _is_transformer(model, linear_units(model, following, spec)):
+        found = channels_of(model, following, spec, stem=False) + neurons_of(model, following, spec)
+        return following if share_in_units(model, found) > easy else None
     return following
 
 
@@ -173,9 +179,9 @@ def _follow(model: nn.Module, image: Sequence[int]) -> Following:
     return following
 
 
-def _weights_found(model: nn.Module) -> float:
-    """Share of the weights of layers that are in channels which the graph of modules shows."""
-    names = ranked_names(model, channels_of_modules(model, sure=True))
+def share_in_units(model: nn.Module, groups: Iterable[UnitGroup]) -> float:
+    """Return the share of the weights of layers that are in layers which groups own weights of."""
+    names = ranked_names(model, groups)
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     weights = sum(p.numel() for m in layers for n, p in m.named_parameters(recurse=False) if n.startswith("weight"))
     return sum(parameter_of(model, name).numel() for name in names) / max(1, weights)

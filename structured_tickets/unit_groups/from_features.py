@@ -138,18 +138,56 @@ def linear_units(model: nn.Module, following: Following, spec: ModelSpec) -> lis
     sets = features.sets(layers=True)
     heads = {int(n) for found in features.heads for n in sets[found].unique()}
     outside = outside_of_layers(following)
+    contractions = [e for e in features.events if isinstance(e, Contraction)]
+    depthwise = {e.weight.rpartition(".")[0] for e in contractions if e.depthwise}  # they filter neurons one by one
     alike: dict[tuple, list[Places]] = defaultdict(list)
     for number, places in places_of_units(following, _lines(following)).items():
         kind = "head" if number in heads else "neuron"
         key = (kind, *sorted((*k, len(v)) for k, v in places.items()))
         axes = {axis for _, axis in places}
         layers = {weight.rpartition(".")[0] for weight, _ in places}
-        linear = all(isinstance(model.get_submodule(n), nn.Linear) for n in layers)
+        linear = all(isinstance(model.get_submodule(n), nn.Linear) or n in depthwise for n in layers)
         if linear and axes == {0, 1} and spec.classifier not in layers and not outside & {w for w, _ in places}:
             alike[key].append(places)
     groups = [_group(model, key[0], units) for key, units in alike.items() if len(units) > 1]
     order = {n: k for k, (n, _) in enumerate(model.named_parameters())}
     return sorted(groups, key=lambda g: (g.kind != "head", order[g.root.name]))
+
+
+def _read(features: Features) -> Tensor:
+    """Which features something is computed of: bool [count + 1]."""
+    flags = torch.zeros(features.count + 1, dtype=torch.bool)
+    for event in features.events:
+        for line in (getattr(event, name, None) for name in ("sources", "columns", "one", "other")):
+            if line is not None:
+                flags[line[line > 0]] = True
+    return flags
+
+
+def neurons_of(model: nn.Module, following: Following, spec: ModelSpec) -> list[UnitGroup]:
+    """Return the neurons of a convolutional network's linear layers as channels: those that can be removed.
+
+    The columns that read them belong to them where linear layers do, and not the classifier.
+    """
+    features = following.features
+    wires, whole = features.sets(layers=False), features.whole(layers=False)
+    known = {g.name: g for g in linear_units(model, following, spec) if g.kind == "neuron"}
+    owned = {s.name for g in known.values() for s in g.slices if s.axis == 0}
+    outside, read, groups = outside_of_layers(following), _read(features), []
+    for event in {e.weight: e for e in features.events if isinstance(e, Contraction)}.values():
+        name, _, param = event.weight.rpartition(".")
+        layer = model.get_submodule(name)
+        if not isinstance(layer, nn.Linear) or name == spec.classifier or event.weight in outside:
+            continue
+        mixes_places = not bool((event.columns > 0).any())  # and no features, such as a layer over the tokens
+        if mixes_places or not bool(read[event.rows].any()):  # what nothing reads is another classifier, for training
+            continue
+        if name in known:
+            groups.append(UnitGroup(name, "channel", known[name].slices))
+        elif param == "weight" and event.weight not in owned and not bool(whole[wires[event.rows]].any()):
+            bias = [rows(name, len(event.rows), "bias", ranked=False)] if event.bias else []
+            groups.append(UnitGroup(name, "channel", (rows(name, len(event.rows)), *bias)))
+    return groups
 
 
 def places_of_units(following: Following, lines: Iterable[tuple[str, int, Tensor]]) -> dict[int, Places]:
@@ -175,13 +213,14 @@ def outside_of_layers(following: Following) -> set[str]:
 
 
 def _lines(following: Following) -> Iterator[tuple[str, int, Tensor]]:
-    """Rows and columns of each linear layer, with the feature of each position."""
+    """Rows and columns of each layer, with the feature of each position."""
     seen = set()
     for event in following.features.events:
         if isinstance(event, Contraction) and event.weight not in seen:
             seen.add(event.weight)
             yield event.weight, 0, event.rows
-            yield event.weight, 1, event.columns
+            if not event.depthwise:
+                yield event.weight, 1, event.columns
 
 
 def _group(model: nn.Module, kind: str, units: list[dict[tuple[str, int], list[int]]]) -> UnitGroup:

@@ -386,3 +386,76 @@ class NamedGraph(Plain):
 
 def named_graph(num_classes: int) -> nn.Module:
     return NamedGraph(num_classes)
+
+
+class WideHead(nn.Module):
+    """A CNN most of whose weights are in the linear layers of its classifier."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem, self.one = conv(3, 8), conv(8, 12)
+        self.wide = nn.Sequential(nn.Linear(12 * 4, 64), nn.ReLU(), nn.Linear(64, 40), nn.ReLU())
+        self.head = nn.Linear(40, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.adaptive_avg_pool2d(self.one(self.stem(x)), 2)
+        return self.head(self.wide(x.flatten(1)))
+
+
+def wide_head(num_classes: int) -> nn.Module:
+    return WideHead(num_classes)
+
+
+class FilteredMlp(Mlp):
+    """Layers as an MLP names them, with a depth-wise convolution between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__(width, hidden)
+        self.filter = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        side = int(tokens**0.5)
+        x = self.fc1(x).transpose(1, 2).reshape(batch, -1, side, side)
+        return self.fc2(F.gelu(self.filter(x).flatten(2).transpose(1, 2)))
+
+
+class SeparateAttention(nn.Module):
+    """One layer for queries, another for keys and values."""
+
+    def __init__(self, width: int, heads: int = 3) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = heads, width // heads
+        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        q = self.q(x).reshape(batch, tokens, self.num_heads, self.head_dim).transpose(1, 2)
+        k, v = self.kv(x).reshape(batch, tokens, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, -1))
+
+
+def filtered_mlps(num_classes: int) -> nn.Module:
+    """A transformer whose layers have the names that tell of attention and MLPs, and do something else besides."""
+    network = Vit(num_classes)
+    for block in network.blocks:
+        block.mlp, block.attn = FilteredMlp(24, 48), SeparateAttention(24)
+    return network
+
+
+class OverPlaces(Plain):
+    """A layer mixes the places of a feature map, and leaves its channels as they are."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.places = nn.Linear(64, 64)
+        self.wide = nn.Linear(12, 400)
+        self.head = nn.Linear(400, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.two(self.one(self.stem(x))).flatten(2)
+        return self.head(F.relu(self.wide((x * self.places(x).sigmoid()).mean(2))))
+
+
+def over_places(num_classes: int) -> nn.Module:
+    return OverPlaces(num_classes)

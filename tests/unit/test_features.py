@@ -125,6 +125,18 @@ class Gates(Cnn):
         return self.c(self.slopes(self.b(self.glu(self.a(x)))) * self.gain)
 
 
+class Scaled(Cnn):
+    """A product is added in the same operation, and what is computed is looked at."""
+
+    def build(self):
+        self.a, self.c, self.gain = conv(8, 16), conv(16, 12), nn.Parameter(torch.rand(16, 1, 1))
+
+    def middle(self, x):
+        x = self.a(x)
+        torch._assert(x.shape[1] > 0, "no channels")
+        return self.c(torch.addcmul(x, x, self.gain))
+
+
 class Attention(nn.Module):
     """As it is written by hand."""
 
@@ -223,6 +235,7 @@ CNNS = {
     Noisy: {"a.0", "b.0"},
     Called: {"a", "b"},
     Gates: {"a.0", "b.0", "c.0"},
+    Scaled: {"a.0", "c.0"},
 }
 NETWORKS = [*CNNS, ViT, *(functools.partial(ViT, kind) for kind in (Fixed, Biased, Resized, Grouped))]
 

@@ -7,10 +7,13 @@ import torch
 from helpers.commands import ROOT
 
 from structured_tickets.base.errors import UsageError
+from structured_tickets.export import deployed
 from structured_tickets.networks import build_model, spec_of
-from structured_tickets.networks.hosted import bare
+from structured_tickets.networks.hosted import bare, put_normalize
+from structured_tickets.networks.layers import Normalize
 from structured_tickets.pruning.usable_units import FROZEN, SHARED, in_words, usable_units
 from structured_tickets.shrinking.cost import cost_of
+from structured_tickets.shrinking.kept_units import kept_units_of
 from structured_tickets.shrinking.shrink import shrink
 from structured_tickets.unit_groups.find import unit_groups
 from structured_tickets.unit_groups.unit import kinds, masks_of_units, ranked_names
@@ -111,6 +114,36 @@ def test_a_head_that_stays_is_not_cut_where_all_its_weights_are_gone():
     assert small.get_submodule("blocks.1.mlp.fc1").out_features == 5
     wanted = torch.func.functional_call(model, {n: parameters[n] * m for n, m in masks.items()}, (images,))
     torch.testing.assert_close(small(images), wanted)
+
+
+@pytest.mark.parametrize(
+    "factory, units",
+    [
+        ("wide_head", {"channel": 12 + 64 + 40}),
+        ("filtered_mlps", {"head": 6, "neuron": 96}),
+    ],
+)
+@torch.no_grad()
+def test_units_that_names_and_modules_do_not_tell_are_found_by_what_layers_compute(factory, units, tmp_path):
+    model = network(factory).eval()
+    put_normalize(model, Normalize((0.0,) * 3, (1.0,) * 3))
+    found = usable_units(model, 8, needed=True)
+    assert {k: sum(g.units for g in found.groups if g.kind == k) for k in kinds(found.groups)} == units
+    parameters, images = dict(model.named_parameters()), torch.rand(2, 3, 8, 8)
+    kept = {g.name: torch.arange(g.units) % 2 == 0 for g in found.groups}
+    masks = masks_of_units(found.groups, kept, parameters)
+    small = shrink(model, masks).network.eval()
+    assert cost_of(model, masks, 8).macs < 0.75 * cost_of(model, {}, 8).macs
+    wanted = torch.func.functional_call(model, {n: parameters[n] * m for n, m in masks.items()}, (images,))
+    torch.testing.assert_close(small(images), wanted, rtol=1e-4, atol=1e-5)
+    config = {"arch": f"{FILE}:{factory}", "classes": [str(k) for k in range(10)], "image_size": 8}
+    deployed.save(small, {**config, "kept": kept_units_of(model, masks)}, tmp_path)
+    torch.testing.assert_close(deployed.load(tmp_path, config["arch"])(images), small(images), rtol=1e-4, atol=1e-5)
+
+
+def test_positions_of_tokens_are_no_units():
+    found = {g.name: g.units for g in usable_units(network("over_places"), 8, needed=True).groups}
+    assert "places" not in found and found["wide"] == 400 and found["one.0"] == 12
 
 
 def test_torchs_own_attention_stays_and_is_named():

@@ -1,0 +1,117 @@
+"""A compact network that would be slower than the whole one computes zeros instead of moving channels."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from structured_tickets.networks.registry import ModelSpec
+from structured_tickets.shrinking.effort import effort_of
+from structured_tickets.shrinking.inserted_layers import INSERTED, Place, Select
+from structured_tickets.shrinking.shrink import shrink
+from structured_tickets.unit_groups.find import features_of, unit_groups
+from structured_tickets.unit_groups.unit import masks_of_units
+
+IMAGE = (3, 8, 8)
+
+
+def conv(given, out, size=1, **more):
+    return nn.Sequential(nn.Conv2d(given, out, size, padding=size // 2, bias=False, **more), nn.BatchNorm2d(out))
+
+
+class Residual(nn.Module):
+    """Blocks of an expansion, a depth-wise convolution and a projection, whose outcomes are added up."""
+
+    def __init__(self, width=32, blocks=6):
+        super().__init__()
+        self.stem, self.fc = conv(3, width, 3), nn.Linear(width, 5)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(conv(width, 64), nn.ReLU(), conv(64, 64, 3, groups=64), nn.ReLU(), conv(64, width))
+            for _ in range(blocks)
+        )
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.fc(x.relu().mean((2, 3)))
+
+
+class Listed(Residual):
+    """The same, in a way that only following its features understands."""
+
+    def forward(self, x):
+        x, parts = self.stem(x), []
+        for block in self.blocks:
+            parts = list(block(x).chunk(2, 1))
+            x = x + torch.cat([*parts], 1)
+        return self.fc(x.relu().mean((2, 3)))
+
+
+def made(kind):
+    torch.manual_seed(0)
+    model = kind().eval()
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        for name, low in (("weight", 0.5), ("bias", -0.4), ("running_mean", -0.3), ("running_var", 0.5)):
+            getattr(norm, name).data.uniform_(low, low + 0.7)
+    model.spec = ModelSpec(kind.__name__, "stem.0", "fc", "", image=IMAGE)
+    return model
+
+
+def half(model):
+    draw, groups = torch.Generator().manual_seed(1), unit_groups(model)
+    kept = {g.name: torch.randperm(g.units, generator=draw) < g.units // 2 for g in groups}
+    return masks_of_units(groups, kept, dict(model.named_parameters()))
+
+
+def masked(model, masks):
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            twin.get_parameter(name).mul_(mask)
+    return twin
+
+
+def inserted(network):
+    return [m for m in network.modules() if isinstance(m, INSERTED)]
+
+
+@pytest.mark.parametrize("kind", [Residual, Listed])
+@torch.no_grad()
+def test_layers_compute_zeros_where_moving_channels_would_take_longer(kind):
+    model = made(kind)
+    assert (features_of(model) is None) == (kind is Residual)
+    masks, images = half(model), torch.rand(4, *IMAGE)
+    wanted = masked(model, masks)(images)
+    smallest, chosen = shrink(model, masks, spread=0).network, shrink(model, masks).network
+    assert inserted(smallest) and not inserted(chosen)
+    assert effort_of(chosen, IMAGE) < effort_of(smallest, IMAGE)
+    assert sum(p.numel() for p in chosen.parameters()) < 0.7 * sum(p.numel() for p in model.parameters())
+    for network in (smallest, chosen, shrink(model, masks, spread=1).network):
+        torch.testing.assert_close(network(images), wanted, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_without_an_image_in_its_notes_the_smallest_network_is_made():
+    model = made(Residual)
+    model.spec = ModelSpec("Residual", "stem.0", "fc", "")
+    masks = half(model)
+    smallest, small = (shrink(model, masks, spread=s).network for s in (0, None))
+    assert [p.shape for p in smallest.parameters()] == [p.shape for p in small.parameters()] and inserted(small)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_channels_are_taken_in_the_layout_in_which_they_lie(layout):
+    x = torch.rand(2, 6, 3, 3).contiguous(memory_format=layout)
+    found = Select(torch.tensor([0, 2, 5]))(x)
+    assert torch.equal(found, x[:, [0, 2, 5]]) and found.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("places", [[0, 2, 5], [1, 2, 3]])
+def test_features_are_put_in_their_places_along_the_last_axis(places):
+    x: Tensor = torch.rand(2, 4, 3)
+    found = Place(torch.tensor(places), 6, -1)(x)
+    assert torch.equal(found[..., places], x) and float(found.abs().sum()) == pytest.approx(float(x.abs().sum()))
