@@ -137,6 +137,7 @@ def test_units_that_names_and_modules_do_not_tell_are_found_by_what_layers_compu
     wanted = torch.func.functional_call(model, {n: parameters[n] * m for n, m in masks.items()}, (images,))
     torch.testing.assert_close(small(images), wanted, rtol=1e-4, atol=1e-5)
     config = {"arch": f"{FILE}:{factory}", "classes": [str(k) for k in range(10)], "image_size": 8}
+    config["followed"] = spec_of(model).followed
     deployed.save(small, {**config, "kept": kept_units_of(model, masks)}, tmp_path)
     torch.testing.assert_close(deployed.load(tmp_path, config["arch"])(images), small(images), rtol=1e-4, atol=1e-5)
 
