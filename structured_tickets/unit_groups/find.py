@@ -27,6 +27,8 @@ from structured_tickets.unit_groups.unit import UnitGroup, parameter_of, ranked_
 
 LITTLE = 0.5
 """Share of the weights of layers: where fewer are in units that are found easily, others are looked for."""
+NEXT_TO_NOTHING = 0.05
+"""Share of these weights: where following features finds no more than this besides, it is not worth it."""
 _followed: WeakKeyDictionary[object, dict[tuple, Following | UsageError | None]] = WeakKeyDictionary()
 """What a network has in common with its copies -> shapes of the tensors of one -> its features."""
 
@@ -162,7 +164,7 @@ def _needed_following(model: nn.Module, image: Sequence[int] | None, asked: bool
     spec = spec_of(model)
     if reason is None and not _is_transformer(model, linear_units(model, following, spec)):
         found = channels_of(model, following, spec, stem=False) + neurons_of(model, following, spec)
-        return following if share_in_units(model, found) > easy else None
+        return following if share_in_units(model, found) > easy + NEXT_TO_NOTHING else None
     return following
 
 

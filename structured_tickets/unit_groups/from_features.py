@@ -179,8 +179,7 @@ def neurons_of(model: nn.Module, following: Following, spec: ModelSpec) -> list[
         layer = model.get_submodule(name)
         if not isinstance(layer, nn.Linear) or name == spec.classifier or event.weight in outside:
             continue
-        mixes_places = not bool((event.columns > 0).any())  # and no features, such as a layer over the tokens
-        if mixes_places or not bool(read[event.rows].any()):  # what nothing reads is another classifier, for training
+        if not bool(read[event.rows].any()):  # another classifier, for training
             continue
         if name in known:
             groups.append(UnitGroup(name, "channel", known[name].slices))

@@ -441,21 +441,3 @@ def filtered_mlps(num_classes: int) -> nn.Module:
     for block in network.blocks:
         block.mlp, block.attn = FilteredMlp(24, 48), SeparateAttention(24)
     return network
-
-
-class OverPlaces(Plain):
-    """A layer mixes the places of a feature map, and leaves its channels as they are."""
-
-    def __init__(self, classes: int) -> None:
-        super().__init__(classes)
-        self.places = nn.Linear(64, 64)
-        self.wide = nn.Linear(12, 400)
-        self.head = nn.Linear(400, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.two(self.one(self.stem(x))).flatten(2)
-        return self.head(F.relu(self.wide((x * self.places(x).sigmoid()).mean(2))))
-
-
-def over_places(num_classes: int) -> nn.Module:
-    return OverPlaces(num_classes)

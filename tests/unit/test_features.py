@@ -281,6 +281,10 @@ def test_the_channels_of_a_cnn_are_found_by_what_it_does(kind):
     assert {g.name for g in unit_groups(model)} == CNNS[kind]
 
 
+def test_operations_that_are_looked_up_in_tables_are_known():
+    assert not features_of(made(Scaled)).unknown and not features_of(made(Gates)).unknown
+
+
 def test_a_normalisation_belongs_to_the_channel_that_it_normalises():
     found = {
         g.name: {(s.layer, tuple(s.index.flatten().tolist())) for s in g.slices} for g in unit_groups(made(Upwards))

@@ -142,11 +142,6 @@ def test_units_that_names_and_modules_do_not_tell_are_found_by_what_layers_compu
     torch.testing.assert_close(deployed.load(tmp_path, config["arch"])(images), small(images), rtol=1e-4, atol=1e-5)
 
 
-def test_positions_of_tokens_are_no_units():
-    found = {g.name: g.units for g in usable_units(network("over_places"), 8, needed=True).groups}
-    assert "places" not in found and found["wide"] == 400 and found["one.0"] == 12
-
-
 def test_torchs_own_attention_stays_and_is_named():
     found = usable_units(network("vit_of_torch"), 8, needed=True)
     assert kinds(found.groups) == ["neuron"]
