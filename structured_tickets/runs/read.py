@@ -10,6 +10,7 @@ from typing import Any
 from structured_tickets.base.errors import DataError, first_line
 from structured_tickets.base.untrusted_text import check, is_mapping, is_number, is_words, parse_json, parse_yaml
 from structured_tickets.runs.rows import EPOCH_NUMBERS, MAY_LACK, ROUND_NUMBERS, Row
+from structured_tickets.settings.identity import as_understood_now
 
 RESULT = ("rounds", "seconds", "seconds_of_round_0", "round_0_is_shared")
 
@@ -20,7 +21,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: It cannot be read, or does not hold settings.
     """
-    return _read(folder / "args.yaml", _settings) or {}
+    return as_understood_now(_read(folder / "args.yaml", _settings) or {})
 
 
 def read_environment(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,11 @@ from structured_tickets.runs.state import RunState
 
 log = logging.getLogger("rsst")
 
+AS_BEFORE = (
+    "choose another --save_dir, or continue it as it began with --reg_horizon documents (which is what the schedules x, "
+    "x^2, x^3 and exp meant in all runs before 0.2)"
+)
+
 
 def check_same_run(
     run: RunState,
@@ -30,7 +35,8 @@ def check_same_run(
         ours, theirs = (d.get(key, "its default") for d in (identity, saved_identity))
         if ours != theirs:
             raise UsageError(
-                f"argument --{key}: the run folder holds a run with {theirs}, not {ours}; choose another --save_dir"
+                f"argument --{key}: the run folder holds a run with {theirs}, not {ours}; "
+                + (AS_BEFORE if (key, theirs) == ("reg_horizon", "documents") else "choose another --save_dir")
             )
     check_same_data(run, data, contents, "the images or labels are not those that the run began with")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import nn, optim
@@ -17,11 +18,13 @@ from structured_tickets.pruning.rules import TARGET_KINDS, RoundRules, kinds_of
 from structured_tickets.pruning.usable_units import FROZEN, UsableUnits, usable_units
 from structured_tickets.settings.conditions import channel_units_of
 from structured_tickets.training.optimization import OPTIMIZERS, LearningRate
+from structured_tickets.training.penalty.schedules import SCHEDULES, clock_from
 from structured_tickets.unit_groups.find import is_transformer
 from structured_tickets.unit_groups.kinds import FILTER, KINDS, kind_of
 from structured_tickets.unit_groups.unit import UnitGroup, kinds, parameter_of, ranked_names
 
 LITTLE = 0.5  # of the parameters
+MUCH = 0.5  # of a round
 
 
 def units_from(args: argparse.Namespace, model: nn.Module, image_size: int) -> UsableUnits:
@@ -135,6 +138,30 @@ def _warnings_of_few_units(rules: RoundRules, groups: Sequence[UnitGroup]) -> li
         f"--min_units {rules.min_units}: nothing will be pruned in {len(spared)} of {len(ranked)} layers, because they "
         "have no more units than that"
     ]
+
+
+def warnings_of_lambda(args: argparse.Namespace, batches: int) -> list[str]:
+    """Sentences about a schedule that is no choice: another one gives the same lambda, or the cap makes it a constant.
+
+    Args:
+        batches: Number of batches in an epoch.
+    """
+    clock, said = clock_from(args), []
+    curve, others = clock.curve(batches), [name for name in SCHEDULES if name != clock.schedule]
+    same = [n for n in others if _are_close(replace(clock, schedule=n).curve(batches), curve)]
+    if same:
+        said.append(f"--RST_schedule {clock.schedule}: lambda is the same as with {' and '.join(same)} in this run")
+    capped = clock.capped_share(batches)
+    if capped > MUCH:
+        said.append(
+            f"--reg_upper_limit {clock.upper_limit:g} caps lambda for {capped:.0%} of each round, so that it is the "
+            "same constant whatever the schedule. Use a lower --reg_granularity_prune, or a higher --reg_upper_limit"
+        )
+    return said
+
+
+def _are_close(one: Sequence[float], other: Sequence[float]) -> bool:
+    return all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(one, other, strict=True))
 
 
 def optimizer_from(args: argparse.Namespace, model: nn.Module) -> optim.Optimizer:

@@ -14,6 +14,7 @@ from helpers.commands import ROOT, flags, run
 
 from structured_tickets.base.weights import digest_of
 from structured_tickets.runs.folder import RunFolder
+from structured_tickets.runs.read import read_settings
 
 BEGUN = ROOT / "tests" / "data" / "run_of_0.1"
 NETWORK = f"{ROOT / 'tests' / 'helpers' / 'small_cnn.py'}:small_cnn"
@@ -35,17 +36,47 @@ SETTINGS = {
 }
 
 
-def begun(folder):
-    """The run folder as that commit left it; the network's file lies elsewhere by now."""
+def begun(folder, **others):
+    """The run folder as that commit left it; the network's file lies elsewhere by now.
+
+    Args:
+        others: Settings with which it began instead.
+    """
     folder.mkdir()
     checkpoint = torch.load(
         io.BytesIO(gzip.decompress((BEGUN / "1checkpoint.pth.tar.gz").read_bytes())), weights_only=True
     )
-    checkpoint["args"]["arch"] = NETWORK
+    checkpoint["args"] |= {"arch": NETWORK, **others}
     torch.save(checkpoint, folder / "1checkpoint.pth.tar")
     for name in ("summary.csv", "metrics.jsonl"):
         (folder / name).write_bytes((BEGUN / name).read_bytes())
     return checkpoint
+
+
+def test_a_run_whose_schedule_had_another_meaning_continues_with_that_meaning_alone(tmp_path, capsys):
+    """`x` was n * delta, so that lambda was at its cap from the first batch; now it grows over the round."""
+    folder = tmp_path / "run"
+    before = begun(folder, RST_schedule="x")
+    settings = {**SETTINGS, "RST_schedule": "x", "pruning_times": 3, "save_dir": folder}
+    assert run(*flags(**settings)) == 2
+    said = capsys.readouterr().err
+    assert "argument --reg_horizon: the run folder holds a run with documents" in said
+    assert "continue it as it began with --reg_horizon documents" in said and said.count("\n") == 1
+    assert run(*flags(**settings, reg_horizon="documents")) == 0
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["reg_lambd"] for row in rows if row["round"] == 2] == [1, 1]
+    assert "caps lambda for" in (folder / "log.txt").read_text()
+    after = RunFolder.load(folder / "2checkpoint.pth.tar")
+    assert after.tracker_id == before["tracker_id"] and after.args["reg_horizon"] == "documents"
+    assert run(*flags(**settings)) == 2, "nor is it continued with today's meaning later"
+
+
+def test_a_run_of_today_continues_with_the_same_command(tmp_path):
+    settings = {**SETTINGS, "RST_schedule": "x", "save_dir": tmp_path / "run"}
+    assert run(*flags(**settings, pruning_times=1)) == run(*flags(**settings, pruning_times=2)) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["reg_lambd"] for row in rows if row["round"] == 1] == [0.5, 1]
+    assert read_settings(tmp_path / "run")["reg_horizon"] == "state"
 
 
 def test_a_run_of_the_version_before_continues(tmp_path):

@@ -6,13 +6,16 @@ import pytest
 
 import main_imp_fillback
 from structured_tickets.base.errors import UsageError
+from structured_tickets.settings.flag_table import LAMBDA_FOLLOWS
 from structured_tickets.settings.flags import build_parser, parse_args
 from structured_tickets.settings.identity import (
+    as_understood_now,
     default_run_folder,
     identity_of,
     settings_of,
     tracker_name,
 )
+from structured_tickets.settings.interpret import warnings_of_lambda
 
 DOCUMENTED = {
     "data": "data",
@@ -135,7 +138,7 @@ def test_a_mistake_gets_one_line_and_status_2(words, parts, capsys):
         (["--decreasing_lr", "5"], "no effect at 5: the warm-up ends at epoch 20"),
         (["--epochs", "5", "--decreasing_lr", "3"], "--warmup 20 takes up the whole round (--epochs 5)"),
         (["--lr", "0.5"], "may be unstable"),
-        (["--penalty", "decoupled", "--reg_upper_limit", "2", "--RST_schedule", "x"], "may be unstable"),
+        (["--penalty", "decoupled", "--reg_upper_limit", "2", "--reg_granularity_prune", "2"], "may be unstable"),
         (["--fillback_rate", "0.1"], "--fillback_rate has no effect in this run: it is only used with --struct refill"),
         (["--fc"], "--fc has no effect"),
         (
@@ -163,7 +166,8 @@ def test_a_sound_command_gets_no_warning():
 
 def test_the_preset_sets_the_documents_text_and_explicit_flags_win():
     args = parse_args(["--preset", "as_documented", "--rsst_dead", "zero"])
-    assert (args.rank_weights, args.reg_horizon, args.reg_guard, args.rsst_dead) == ("initial", "epoch", True, "zero")
+    assert (args.rank_weights, args.reg_horizon, args.reg_guard) == ("initial", "documents", True)
+    assert args.rsst_dead == "zero"
 
 
 def test_defaults_that_depend_on_other_flags():
@@ -174,6 +178,41 @@ def test_defaults_that_depend_on_other_flags():
     assert (vit.rate_mode, vit.mlp_prune_ratio, vit.image_size) == ("target", 0.3, 16)
     assert parse_args(["--optimizer", "adamw"]).penalty == "decoupled"
     assert parse_args(["--optimizer", "adamw", "--penalty", "gradient"]).penalty == "gradient"
+
+
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        ([], []),
+        (["--RST_schedule", "x^2"], []),
+        (["--RST_schedule", "exp"], ["--RST_schedule exp: lambda is the same as with exp_custom in this run"]),
+        (["--exponents", "1"], ["exp_custom_exponents: lambda is the same as with exp and exp_custom in this run"]),
+        (
+            ["--RST_schedule", "x", "--reg_horizon", "documents"],
+            ["the same as with x^2 and x^3 and exp in", "--reg_upper_limit 1 caps lambda for 100% of each round"],
+        ),
+        (["--reg_granularity_prune", "4"], []),
+        (["--RST_schedule", "x", "--reg_granularity_prune", "4"], ["caps lambda for 75% of each round"]),
+        (["--preset", "as_documented"], []),
+    ],
+)
+def test_a_schedule_that_is_no_choice_gets_a_warning(words, parts):
+    said = warnings_of_lambda(parse_args(words), 351)
+    assert len(said) == len(parts) and all(part in text for part, text in zip(parts, said, strict=True)), said
+
+
+def test_settings_of_before_are_understood_as_what_they_computed():
+    before = settings_of(parse_args(["--RST_schedule", "x"]))
+    assert as_understood_now(before) == before and before.pop(LAMBDA_FOLLOWS) == "progress"
+    assert as_understood_now(before)["reg_horizon"] == "documents"
+    for words in (["--RST_schedule", "exp_custom"], ["--struct", "refill", "--RST_schedule", "x"]):
+        settings = settings_of(parse_args([*words]))
+        assert as_understood_now(settings) == settings and LAMBDA_FOLLOWS not in settings
+    literal = settings_of(parse_args(["--RST_schedule", "x", "--reg_horizon", "documents"]))
+    assert identity_of(literal) == identity_of(as_understood_now(before)) != identity_of(before)
+    preset = {"rank_weights": "initial", "rsst_dead": "free", "reg_horizon": "epoch", "reg_guard": True}
+    ours = identity_of(settings_of(parse_args(["--preset", "as_documented"])))
+    assert {k: ours[k] for k in preset} == preset, "what it was in 0.1"
 
 
 def test_the_run_folder_is_named_by_what_is_computed():
