@@ -14,8 +14,8 @@ from structured_tickets.runs.state import RunState
 log = logging.getLogger("rsst")
 
 AS_BEFORE = (
-    "choose another --save_dir, or continue it as it began with --reg_horizon documents (what schedules x, x^2, x^3 and "
-    "exp meant in all runs before 0.2)"
+    "choose another --save_dir, or continue it as it began with --reg_horizon documents (what schedules x, x^2, x^3 "
+    "and exp meant in all runs before 0.2)"
 )
 
 
