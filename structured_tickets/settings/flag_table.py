@@ -115,7 +115,7 @@ MODEL = (
     Flag(
         "arch",
         f"network: {', '.join(MODELS)}; timm/NAME or torchvision/NAME; hf/NAME or hf/FOLDER (transformers); your own: "
-        "FILE.py:FACTORY, called with num_classes (and img_size, if it takes it)",
+        "FILE.py:FACTORY, called with num_classes (and img_size, if it takes it), or NAME for models/NAME.py",
         EVERY_ROUND,
         type=architecture,
         default="res20s",

@@ -6,6 +6,7 @@ import pytest
 
 import main_imp_fillback
 from structured_tickets.base.errors import UsageError
+from structured_tickets.networks import build_model
 from structured_tickets.settings.flag_table import LAMBDA_FOLLOWS
 from structured_tickets.settings.flags import build_parser, parse_args
 from structured_tickets.settings.identity import (
@@ -15,7 +16,8 @@ from structured_tickets.settings.identity import (
     settings_of,
     tracker_name,
 )
-from structured_tickets.settings.interpret import warnings_of_lambda
+from structured_tickets.settings.interpret import rules_from, warnings_of_fillback, warnings_of_lambda
+from structured_tickets.unit_groups.find import unit_groups
 
 DOCUMENTED = {
     "data": "data",
@@ -149,6 +151,12 @@ def test_a_mistake_gets_one_line_and_status_2(words, parts, capsys):
         (["--struct", "refill", "--exponents", "2"], "--exponents has no effect"),
         (["--criteria", "magnitude", "--criteria_batches", "2"], "--criteria_batches has no effect"),
         (["--preset", "as_documented"], "almost no effect"),
+        (
+            ["--arch", "vit_tiny", "--vit_structured", "--rate", "0.3"],
+            "--rate_mode target: rounds 1 to 19 all have the same density, because --rate is a share of the original "
+            "network. For a network that becomes smaller in every round, use --rate_mode round",
+        ),
+        (["--rate_mode", "target", "--pruning_times", "3"], "rounds 1 to 2 all have the same density"),
     ],
 )
 def test_what_is_doubtful_gets_a_warning(words, part):
@@ -157,6 +165,8 @@ def test_what_is_doubtful_gets_a_warning(words, part):
 
 def test_a_sound_command_gets_no_warning():
     words = ["--arch", "vit_tiny", "--vit_structured", "--decreasing_lr", "91", "--vit_prune_target", "both"]
+    assert parse_args([*words, "--pruning_times", "2"]).warnings == []
+    words += ["--rate_mode", "round"]
     assert parse_args(words).warnings == []
     assert (
         parse_args([*words, "--RST_schedule", "exp_custom", "--reg_granularity_prune", "0.01", "--lr", "0.5"]).warnings
@@ -199,6 +209,38 @@ def test_defaults_that_depend_on_other_flags():
 def test_a_schedule_that_is_no_choice_gets_a_warning(words, parts):
     said = warnings_of_lambda(parse_args(words), 351)
     assert len(said) == len(parts) and all(part in text for part, text in zip(parts, said, strict=True)), said
+
+
+FILLS = ["--arch", "vit_tiny", "--vit_structured", "--struct", "refill", "--rate", "0.3", "--fillback_rate"]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (
+            [*FILLS, "0.1"],
+            "--fillback_rate 0.1 keeps no head that would be pruned without it: of 3 heads in a layer, it is less than "
+            "one. Use --sorting_mode global, or omit the flag",
+        ),
+        (
+            [*FILLS, "0.01", "--sorting_mode", "global"],
+            "of 27 heads in the network, it is less than one. Omit the flag",
+        ),
+        ([*FILLS, "0.1", "--sorting_mode", "global"], None),
+        ([*FILLS, "1"], None),
+        ([*FILLS, "0.1", "--vit_prune_target", "mlp"], None),
+        ([*FILLS, "0.1", "--vit_prune_target", "both"], "keeps no head"),
+        ([*FILLS, "0.5"], "keeps no head"),
+        ([*FILLS, "0.5", "--rate_mode", "round"], None),
+        ([*FILLS, "0.5", "--rate_mode", "round", "--pruning_times", "2"], "keeps no head"),
+        (["--struct", "refill", "--fillback_rate", "0.1"], None),
+    ],
+)
+def test_a_fillback_of_less_than_a_unit_gets_a_warning(words, said):
+    args = parse_args(words)
+    groups = unit_groups(build_model(args.arch, 10, 32))
+    found = warnings_of_fillback(rules_from(args, groups), groups, args.pruning_times)
+    assert len(found) == (said is not None) and all(str(said) in text for text in found), found
 
 
 def test_settings_of_before_are_understood_as_what_they_computed():
