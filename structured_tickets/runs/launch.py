@@ -17,9 +17,9 @@ from structured_tickets.runs.compared_run import ControlSource
 from structured_tickets.runs.dry_run import describe_plan
 from structured_tickets.runs.experiment import Experiment
 from structured_tickets.runs.folder import RunFolder
+from structured_tickets.runs.read import own_folder
 from structured_tickets.runs.setup import Setup, set_up
 from structured_tickets.settings.flags import begin
-from structured_tickets.settings.identity import default_run_folder
 from structured_tickets.training.epoch import Passer, train
 
 log = logging.getLogger("rsst")
@@ -66,7 +66,7 @@ def _run_in(world: World, args: argparse.Namespace) -> str:
     source = None if args.control == "none" or not world.is_first else ControlSource(args)
     if args.dry_run:
         return _plan(setup) if world.is_first else ""
-    path = args.save_dir or (Path(args.checkpoint).parent if args.checkpoint else default_run_folder(args))
+    path = args.save_dir or (Path(args.checkpoint).parent if args.checkpoint else own_folder(args))
     experiment = Experiment(setup, RunFolder(path, writes=world.is_first), source)
     try:
         return experiment.carry_out()

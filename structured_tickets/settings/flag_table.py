@@ -582,7 +582,12 @@ TRACKING = (
         default="auto",
         choices=("auto", "online", "offline", "disabled"),
     ),
-    Flag("exp_name", "name of the run at WandB (default: made from the settings)", SWEEPS_OWN, metavar="NAME"),
+    Flag(
+        "exp_name",
+        "name of the experiment: the run's name at WandB, and part of its folder's name (default: made from the settings)",
+        AFTER_ROUND_0,
+        metavar="NAME",
+    ),
     Flag("wandb_group", "group of the run at WandB; sweeps set it to their name", SWEEPS_OWN, metavar="NAME"),
     Flag("wandb_tags", "tags of the run at WandB", NOTHING, type=word_list, default=(), metavar="TAG,..."),
     Flag("tensorboard", "also TensorBoard's event files, in tensorboard/ of the run folder", NOTHING, bare=True),

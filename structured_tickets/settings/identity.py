@@ -14,6 +14,8 @@ from structured_tickets.settings.conditions import prunes_transformer_units, pru
 from structured_tickets.settings.flag_table import FLAGS, LAMBDA_FOLLOWS, scope_of
 from structured_tickets.training.penalty.schedules import SCHEDULES
 
+LONGEST_NAME = 32  # characters of --exp_name in a folder's name; the hash tells the rest
+
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments as plain values, for `args.yaml`, checkpoints and trackers."""
@@ -78,13 +80,18 @@ def default_run_folder(args: argparse.Namespace) -> str:
     target += ["regroup"] if args.regroup else []
     criterion = [args.criteria] if prunes_units(args) or args.struct == "refill" else []
     control = [args.control] if args.control != "none" else []
-    parts = [_short(args.arch), *target, *criterion, f"rate{args.rate:g}", *control, f"seed{args.seed}", digest]
+    name = [_fit(args.exp_name)[:LONGEST_NAME]] if args.exp_name else []
+    parts = [_short(args.arch), *target, *criterion, f"rate{args.rate:g}", *control, f"seed{args.seed}", *name, digest]
     return f"{args.dataset}_{args.struct}_output_{'_'.join(parts)}"
 
 
 def _short(arch: str) -> str:
     """A network's name without the folders of its file, fit for a file name."""
-    return re.sub(r"[^\w.-]+", "-", Path(arch).name if ":" in arch else arch)
+    return _fit(Path(arch).name if ":" in arch else arch)
+
+
+def _fit(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", text)
 
 
 def tracker_name(args: argparse.Namespace, time_stamp: str) -> str:

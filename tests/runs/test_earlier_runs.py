@@ -8,13 +8,17 @@ from __future__ import annotations
 import gzip
 import io
 import json
+from pathlib import Path
 
 import torch
+import yaml
 from helpers.commands import ROOT, flags, run
 
 from structured_tickets.base.weights import digest_of
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.runs.read import read_settings
+from structured_tickets.settings.flags import parse_args
+from structured_tickets.settings.identity import default_run_folder
 
 BEGUN = ROOT / "tests" / "data" / "run_of_0.1"
 NETWORK = f"{ROOT / 'tests' / 'helpers' / 'small_cnn.py'}:small_cnn"
@@ -99,3 +103,35 @@ def test_a_run_of_the_version_before_continues(tmp_path):
     here = environment["packages"]["torch"], environment["device"], torch.backends.cpu.get_cpu_capability()
     if here == (end["torch"], end["device"], end["capability"]):  # elsewhere the last digits may differ
         assert digest_of(after.state_dict) == end["weights"] and ours == end["round"]
+
+
+def test_a_named_experiment_has_its_own_folder_and_continues_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in (None, "one", "other"):
+        assert run(*flags(**SETTINGS, exp_name=name, pruning_times=1)) == 0
+    folders = {read_settings(folder)["exp_name"]: folder for folder in tmp_path.iterdir()}
+    assert folders.keys() == {None, "one", "other"} and "_one_" in folders["one"].name
+    assert run(*flags(**SETTINGS, exp_name="one", pruning_times=2)) == 0
+    assert (folders["one"] / "1checkpoint.pth.tar").exists() and len(list(tmp_path.iterdir())) == 3
+    capsys.readouterr()
+    assert run(*flags(**SETTINGS, exp_name="other", save_dir=folders["one"], pruning_times=2)) == 2
+    assert "argument --exp_name: the run folder holds a run with one, not other" in capsys.readouterr().err
+
+
+def test_a_named_run_of_before_continues_in_the_folder_that_it_has(tmp_path, monkeypatch):
+    """The name was no part of the folder's, nor of what tells runs apart."""
+    monkeypatch.chdir(tmp_path)
+    unnamed = Path(default_run_folder(parse_args(flags(**SETTINGS))))
+    before = begun(unnamed, exp_name="mine")
+    (unnamed / "args.yaml").write_text(yaml.safe_dump(before["args"]))
+    assert run(*flags(**SETTINGS, exp_name="mine", pruning_times=3)) == 0
+    assert [p.name for p in tmp_path.iterdir()] == [unnamed.name] and (unnamed / "2checkpoint.pth.tar").exists()
+    assert run(*flags(**SETTINGS, exp_name="another", pruning_times=1)) == 0
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_control_may_have_another_name_than_its_ticket(tmp_path):
+    settings = {**SETTINGS, "pruning_times": 2}
+    assert run(*flags(**settings, exp_name="ticket", save_dir=tmp_path / "ticket")) == 0
+    control = {"control": "permute", "control_of": tmp_path / "ticket", "save_dir": tmp_path / "control"}
+    assert run(*flags(**settings, exp_name="permuted", **control)) == 0

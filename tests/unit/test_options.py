@@ -267,6 +267,12 @@ def test_the_run_folder_is_named_by_what_is_computed():
     assert default_run_folder(parse_args([])).startswith("cifar100_rsst_output_res20s_l1_")
 
 
+def test_an_experiment_of_another_name_is_another_run():
+    plain, mine, yours = (default_run_folder(parse_args(w)) for w in ([], ["--exp_name=a b"], ["--exp_name=a/b"]))
+    assert len({plain, mine, yours}) == 3 and "_seed0_a-b_" in mine and "_seed0_a-b_" in yours
+    assert len(default_run_folder(parse_args(["--exp_name", "x" * 500]))) < 100
+
+
 def test_identity_leaves_out_only_what_changes_no_result():
     settings = settings_of(parse_args([]))
     changed = {"rate": 0.3, "seed": 1, "epochs": 5, "struct": "refill", "precision": "fp32", "verbose": True}
