@@ -584,7 +584,7 @@ TRACKING = (
     ),
     Flag(
         "exp_name",
-        "name of the experiment: the run's name at WandB, and part of its folder's name (default: made from the settings)",
+        "name of the experiment: the run's at WandB, and part of its folder's name (default: made from the settings)",
         AFTER_ROUND_0,
         metavar="NAME",
     ),
