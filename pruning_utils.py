@@ -177,8 +177,19 @@ def refill_masks(
     return as_refill(package.regroup(groups, current, evidence, criteria, budgets))
 
 
-def restart_under_masks(model: nn.Module, init_weight: Mapping[str, Tensor], refill_mask: Mask) -> nn.Module:
-    """Refill's last step: all initial weights back, copied, and the structure as torch pruning masks."""
+def judged_weights(model: nn.Module, trained_weight: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The plain weights by which units are judged: those that are given, else the model's own."""
+    return effective_state(model.state_dict() if trained_weight is None else trained_weight)
+
+
+def restart_under_masks(model: nn.Module, init_weight: Mapping[str, Tensor] | None, refill_mask: Mask) -> nn.Module:
+    """Refill's last step: all initial weights back, copied, and the structure as torch pruning masks.
+
+    Raises:
+        ValueError: There are no initial weights.
+    """
+    if init_weight is None:
+        raise ValueError("Refill restarts the network: init_weight is required unless return_mask_only")
     names = [n.removesuffix("_orig") for n, _ in model.named_parameters() if n.endswith("_orig")]
     remove_masks(model, names)
     model.load_state_dict({k: v.clone() for k, v in effective_state(init_weight).items()}, strict=False)
@@ -215,11 +226,17 @@ def prune_model_custom_fillback(
 
     Raises:
         KeyError: A mask or (strict) a trained weight is missing.
+        TypeError: `criteria` stands in the place of `conv1`, as document 004 has it.
         ValueError: Unknown criterion, missing `init_weight`, or a criterion without the images that it reads.
     """
+    if isinstance(conv1, str):
+        raise TypeError(
+            f"conv1 is {conv1!r}, not True or False: name what follows mask_dict, as in "
+            f"prune_model_custom_fillback(model, mask_dict, criteria={conv1!r}, fillback_rate=0.0)"
+        )
     groups = channel_groups(model, conv1)
     own = effective_state(model.state_dict())
-    trained = own if trained_weight is None else effective_state(trained_weight)
+    trained = judged_weights(model, trained_weight)
     missing = sorted(own.keys() - trained.keys())
     if strict and missing:
         raise KeyError(f"trained_weight has no weights for {missing[0]}")
@@ -228,6 +245,4 @@ def prune_model_custom_fillback(
     refill = refill_masks(model, groups, mask_dict, trained, criteria, rule, train_loader)
     if return_mask_only:
         return refill
-    if init_weight is None:
-        raise ValueError("Refill restarts the network: init_weight is required unless return_mask_only")
     return restart_under_masks(model, init_weight, refill)

@@ -7,7 +7,14 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from pruning_utils import extract_mask, prune_by_magnitude, refill_masks, remaining_percent, restart_under_masks
+from pruning_utils import (
+    extract_mask,
+    judged_weights,
+    prune_by_magnitude,
+    refill_masks,
+    remaining_percent,
+    restart_under_masks,
+)
 from structured_tickets.networks.registry import spec_of
 from structured_tickets.pruning.budgets import budget
 from structured_tickets.pruning.criteria import CRITERIA
@@ -17,7 +24,6 @@ from structured_tickets.pruning.masks import (
     apply_masks,
     as_refill,
     by_parameter,
-    effective_state,
     own_mask,
     remove_masks,
 )
@@ -100,9 +106,9 @@ def check_sparsity_vit(model: nn.Module, prune_patch_embed: bool = False) -> flo
 def prune_model_custom_fillback_vit(
     model: nn.Module,
     mask_dict: Mapping[str, Tensor],
-    train_loader: Iterable[tuple[Tensor, Tensor]] | None,
-    trained_weight: Mapping[str, Tensor],
-    init_weight: Mapping[str, Tensor],
+    train_loader: Iterable[tuple[Tensor, Tensor]] | None = None,
+    trained_weight: Mapping[str, Tensor] | None = None,
+    init_weight: Mapping[str, Tensor] | None = None,
     criteria: str = "l1",
     fillback_rate: float = 0.0,
     return_mask_only: bool = False,
@@ -110,7 +116,7 @@ def prune_model_custom_fillback_vit(
     """Element-wise ViT pruning: `refill_rows`, and unless `return_mask_only` the initial weights under that mask."""
     if criteria not in CRITERIA:
         raise ValueError(f"criteria {criteria!r}: choose from {', '.join(CRITERIA)}")
-    trained = effective_state(trained_weight)
+    trained = judged_weights(model, trained_weight)
     refill = as_refill(refill_rows(model, vit_groups(model), mask_dict, trained, criteria, fillback_rate, train_loader))
     return refill if return_mask_only else restart_under_masks(model, init_weight, refill)
 
@@ -118,9 +124,9 @@ def prune_model_custom_fillback_vit(
 def prune_model_custom_fillback_vit_by_head(
     model: nn.Module,
     mask_dict: Mapping[str, Tensor],
-    train_loader: Iterable[tuple[Tensor, Tensor]] | None,
-    trained_weight: Mapping[str, Tensor],
-    init_weight: Mapping[str, Tensor],
+    train_loader: Iterable[tuple[Tensor, Tensor]] | None = None,
+    trained_weight: Mapping[str, Tensor] | None = None,
+    init_weight: Mapping[str, Tensor] | None = None,
     criteria: str = "l1",
     prune_ratio: float = 0.2,
     return_mask_only: bool = False,
@@ -130,12 +136,12 @@ def prune_model_custom_fillback_vit_by_head(
     Args:
         mask_dict: `"<layer>.weight_mask"` -> 0/1.
         train_loader: (images, labels), read by criteria on feature maps.
-        trained_weight: State to judge the heads by (plain or pruning keys).
-        init_weight: State to restart from unless `return_mask_only`.
+        trained_weight: State to judge the heads by (plain or pruning keys); the model's own if None.
+        init_weight: State to restart from; required unless `return_mask_only`.
         prune_ratio: Share of the heads that goes, in [0, 1]; one head per block stays at least.
     """
     rule = {"head": budget("layer-wise", ratio=prune_ratio)}
-    trained = effective_state(trained_weight)
+    trained = judged_weights(model, trained_weight)
     groups = vit_groups(model)
     log.debug("%s", banner(["head"], criteria, {"Prune Ratio": prune_ratio}, refill=not return_mask_only))
     refill = refill_masks(model, groups, mask_dict, trained, criteria, rule, train_loader)

@@ -1,4 +1,6 @@
-"""Heads and MLP neurons pruned together, as document 003 describes its test; also runs as a plain script."""
+#!/usr/bin/env python3
+"""Heads and MLP neurons pruned together, as document 003 describes its test; also runs as a plain script,
+without pytest."""
 
 from __future__ import annotations
 
@@ -9,12 +11,12 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import pytest
 import torch
 
 from structured_tickets.networks import build_model
 from structured_tickets.pruning.criteria import CRITERIA
 from structured_tickets.pruning.masks import MaskPair
+from structured_tickets.pruning.rules import SORTING_MODES
 from vit_pruning_utils import extract_mask_vit, pruning_model_vit
 from vit_pruning_utils_head_mlp import prune_model_custom_fillback_vit_head_and_mlp
 
@@ -55,8 +57,13 @@ def count(refill, part):
     return sum(m.numel() for m in masks), sum(int((m == 0).sum()) for m in masks)
 
 
-@pytest.mark.parametrize("sorting_mode", ["layer-wise", "global"])
-@pytest.mark.parametrize("criteria", CRITERIA)
+def pytest_generate_tests(metafunc):
+    """Pytest's way to run a test for each value that needs no import of pytest."""
+    for name, values in {"criteria": CRITERIA, "sorting_mode": SORTING_MODES}.items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, values)
+
+
 def test_heads_and_neurons_are_whole(criteria, sorting_mode):
     _, _, refill = regrouped(criteria, sorting_mode)
     kept = [0, 0]
@@ -87,7 +94,7 @@ def test_compression_figures():
 def main() -> None:
     """Run the checks one by one, then print document 003's summary; an assertion that fails stops it."""
     for criteria in CRITERIA:
-        for sorting_mode in ("layer-wise", "global"):
+        for sorting_mode in SORTING_MODES:
             test_heads_and_neurons_are_whole(criteria, sorting_mode)
     test_masks_fit_and_are_ready_for_the_penalty()
     test_compression_figures()

@@ -67,8 +67,8 @@ class Penalty:
         steps: Number of optimizer steps in which lambda grows; later it stays as it is.
         strength: Lambda at the last step (delta in the formulas of `schedule`), above 0.
         schedule: How lambda grows; a row of `training.penalty.schedules.SCHEDULES`. With n steps done of K:
-            "exp_custom_exponents": strength / (e - 1) * (exp((n / K) ** exponents) - 1); "exp_custom": the same with
-            exponents 1; "x", "x^2", "x^3": (n * strength) to that power; "exp": exp(n * strength).
+            "exp_custom_exponents": strength / (e - 1) * (exp((n / K) ** exponents) - 1); "exp_custom" and "exp": the
+            same with exponents 1; "x", "x^2", "x^3": strength * n / K to that power.
         exponents: Power in "exp_custom_exponents", above 0; default 4.
         limit: Cap on lambda, above 0. With SGD, lr * lambda / (1 - momentum) above 1 is unstable.
         decoupled: True or False to choose how the penalty acts; None: by the optimizer.

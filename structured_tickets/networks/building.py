@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from structured_tickets.networks.models_folder import file_in_models, maker_in
 from structured_tickets.networks.registry import MODELS
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def build_model(name: str, num_classes: int, img_size: int) -> nn.Module:
 def parse_arch(text: str) -> str:
     """A name for `build_model`: a row of `MODELS`, `timm/<name>`, `torchvision/<name>`, `hf/<name>`, `file.py:factory`.
 
-    The path of a file or, after `hf/`, of a folder becomes absolute. Whether another library has the network shows when
+    The path of a file or, after `hf/`, of a folder becomes absolute, and the name of a file in `models/` becomes its
+    path with the function or class that makes the network. Whether another library has the network shows when
     it is built.
 
     Raises:
@@ -43,6 +45,9 @@ def parse_arch(text: str) -> str:
     """
     if text.startswith("hf/") and os.path.isfile(os.path.join(text[3:], "config.json")):  # noqa: PTH113, PTH118
         return f"hf/{Path(text[3:]).resolve()}"
+    dropped = None if _is_own(text) else file_in_models(text)
+    if dropped is not None:
+        return f"{dropped}:{maker_in(dropped)}"
     if text in MODELS or text.startswith(LIBRARIES):
         return text
     file, _, factory = text.rpartition(":")
@@ -52,11 +57,17 @@ def parse_arch(text: str) -> str:
         near = difflib.get_close_matches(text, MODELS, 1, cutoff=0.5)
         hint = f" (did you mean {near[0]}, timm/{text} or torchvision/{text}?)" if near else ""
         raise ValueError(
-            f"{text!r} is not one of {', '.join(MODELS)}, timm/NAME, torchvision/NAME, hf/NAME, FILE.py:FACTORY{hint}"
+            f"{text!r} is not one of {', '.join(MODELS)}, timm/NAME, torchvision/NAME, hf/NAME, FILE.py:FACTORY, the "
+            f"name of a file in models/{hint}"
         )
     if not os.path.isfile(file):  # noqa: PTH113 (a Path would not answer for a name that is too long)
         raise ValueError(f"no such file: {file}")
     return f"{Path(file).resolve()}:{factory}"
+
+
+def _is_own(name: str) -> bool:
+    """True for a network of this package, which no file in `models/` takes the place of."""
+    return name in MODELS and MODELS[name].build.__module__.startswith(f"{__package__}.")
 
 
 def sources_of(arch: str) -> dict[str, str]:

@@ -12,19 +12,24 @@ from structured_tickets.base.console import log_warnings
 from structured_tickets.base.errors import DataError, UsageError
 from structured_tickets.base.text_tables import counted
 from structured_tickets.runs.checkpoint_names import candidates
-from structured_tickets.runs.read import read_result, read_rounds, read_settings
+from structured_tickets.runs.read import own_folder, read_result, read_rounds, read_settings
 from structured_tickets.runs.tables import rounds_table
 from structured_tickets.settings.flag_table import FLAGS
-from structured_tickets.settings.identity import default_run_folder, identity_of, settings_of
+from structured_tickets.settings.identity import identity_of, settings_of
 
 log = logging.getLogger("rsst")
 
 LEFT_BY_A_FINISHED_RUN = ("ticket.pth.tar", "metrics.jsonl", "env.json", "init.pth.tar")
 
+AS_BEFORE = (
+    "choose another --save_dir, or continue it as it began with --reg_horizon documents (what schedules x, x^2, x^3 "
+    "and exp meant in all runs before 0.2)"
+)
+
 
 def folder_of(args: argparse.Namespace) -> Path:
     """Return the folder of the run that the arguments describe."""
-    return Path(args.save_dir or (Path(args.checkpoint).parent if args.checkpoint else default_run_folder(args)))
+    return Path(args.save_dir or (Path(args.checkpoint).parent if args.checkpoint else own_folder(args)))
 
 
 def known_at_once(args: argparse.Namespace) -> str | None:
@@ -76,5 +81,6 @@ def check_same_settings(identity: Mapping[str, Any], saved_identity: Mapping[str
         ours, theirs = (d.get(key, "its default") for d in (identity, saved_identity))
         if ours != theirs:
             raise UsageError(
-                f"argument --{key}: the run folder holds a run with {theirs}, not {ours}; choose another --save_dir"
+                f"argument --{key}: the run folder holds a run with {theirs}, not {ours}; "
+                + (AS_BEFORE if (key, theirs) == ("reg_horizon", "documents") else "choose another --save_dir")
             )

@@ -20,9 +20,10 @@ from structured_tickets.pruning.masks import MaskPair
 from structured_tickets.pruning.methods import CONTROLS
 from structured_tickets.runs.checkpoint_schema import check_shapes
 from structured_tickets.runs.folder import RunFolder
+from structured_tickets.runs.read import own_folder
 from structured_tickets.runs.same_run import check_same_data
 from structured_tickets.runs.state import RunState, unpacked
-from structured_tickets.settings.identity import default_run_folder, identity_of, settings_of
+from structured_tickets.settings.identity import identity_of, settings_of
 
 
 class ControlSource:
@@ -39,7 +40,7 @@ class ControlSource:
             UsageError: There is none, it is another run, or it has too few rounds.
         """
         ticket = argparse.Namespace(**{**vars(args), "control": "none", "control_of": None})
-        path = Path(args.control_of or default_run_folder(ticket))
+        path = Path(args.control_of or own_folder(ticket))
         first = "run the same command without --control first, or name its folder by --control_of"
         if not path.is_dir():
             raise UsageError(f"argument --control: {path}, the run to compare with, is not there: {first}")
@@ -49,7 +50,7 @@ class ControlSource:
             rounds = len(newest.rounds) if newest else 0
             raise UsageError(f"argument --control: {path} has {rounds} of {args.pruning_times} rounds: {first}")
         ours, theirs = identity_of(settings_of(ticket)), identity_of(newest.args)
-        different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+        different = sorted(k for k in (ours.keys() | theirs.keys()) - {"exp_name"} if ours.get(k) != theirs.get(k))
         if different:
             flags = ", ".join(f"--{k}" for k in different)
             raise UsageError(f"argument --control: the run in {path} has another {flags}; only --control may differ")

@@ -20,6 +20,7 @@ from structured_tickets.pruning.masks import effective_state, pruning_state
 from structured_tickets.runs.checkpoint_names import PREVIOUS, candidates, checkpoints
 from structured_tickets.runs.checkpoint_schema import check_fields, check_shapes
 from structured_tickets.runs.state import VERSION, RunState, fields_of, packed, state_from
+from structured_tickets.settings.identity import as_understood_now
 
 log = logging.getLogger("rsst")
 
@@ -236,6 +237,7 @@ class RunFolder:
         """The state that the fields of a checkpoint describe. Checkpoints may be anybody's."""
         check_fields(fields)
         run = state_from(fields)
+        run.args = as_understood_now(run.args)
         run.state_dict = effective_state(run.state_dict)
         others = {"initial weights": run.init_weight, "dense weights": run.dense_weight}
         check_shapes(run.state_dict, others, [run.masks, run.following])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from structured_tickets.base.errors import DataError, first_line
 from structured_tickets.base.untrusted_text import check, is_mapping, is_number, is_words, parse_json, parse_yaml
 from structured_tickets.runs.rows import EPOCH_NUMBERS, MAY_LACK, ROUND_NUMBERS, Row
+from structured_tickets.settings.identity import as_understood_now, default_run_folder
 
 RESULT = ("rounds", "seconds", "seconds_of_round_0", "round_0_is_shared")
 
@@ -20,7 +22,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: It cannot be read, or does not hold settings.
     """
-    return _read(folder / "args.yaml", _settings) or {}
+    return as_understood_now(_read(folder / "args.yaml", _settings) or {})
 
 
 def read_environment(folder: Path) -> dict[str, Any]:
@@ -41,6 +43,21 @@ def read_metrics(folder: Path) -> list[Row]:
 def read_rounds(folder: Path) -> list[Row]:
     """`summary.csv`: a row per finished round, values as they were written; None for what does not apply."""
     return _read(folder / "summary.csv", _csv_rows) or []
+
+
+def own_folder(args: argparse.Namespace) -> Path:
+    """The run's folder by its settings: its default one, or where an earlier version put a run of this `--exp_name`.
+
+    Until 0.2 the name was no part of the folder's.
+    """
+    path = Path(default_run_folder(args))
+    if not args.exp_name or path.exists():
+        return path
+    before = Path(default_run_folder(argparse.Namespace(**{**vars(args), "exp_name": None})))
+    try:
+        return before if read_settings(before).get("exp_name") == args.exp_name else path
+    except DataError:
+        return path
 
 
 def is_run(folder: Path) -> bool:

@@ -40,6 +40,8 @@ from structured_tickets.settings.interpret import (
     rules_from,
     units_from,
     warnings_for,
+    warnings_of_fillback,
+    warnings_of_lambda,
 )
 from structured_tickets.training.epoch import validate_together
 from structured_tickets.training.optimization import LearningRate
@@ -152,6 +154,9 @@ def set_up(args: argparse.Namespace, world: World = ALONE) -> Setup:
     units = units_from(args, model, loaders[0].image_size)
     setup = Setup(args, model, loaders, classes, precision, units.groups, world, units.whole, units.remark)
     args.warnings += [*said, *warnings_for(setup.rules, model, units.groups)]
+    args.warnings += warnings_of_fillback(setup.rules, units.groups, args.pruning_times)
+    if setup.rules.method.squeezes and setup.rules.structured:
+        args.warnings += warnings_of_lambda(args, len(setup.train_loader))
     return setup
 
 

@@ -101,6 +101,11 @@ def warnings_about(args: argparse.Namespace, explicit: set[str]) -> list[str]:
             "at most 1). Lower --reg_upper_limit, or --lr unless the penalty is decoupled",
         ),
         (
+            args.rate_mode == "target" and args.pruning_times > 2 and args.rate > 0,
+            f"--rate_mode target: rounds 1 to {args.pruning_times - 1} all have the same density, because --rate is a "
+            "share of the original network. For a network that becomes smaller in every round, use --rate_mode round",
+        ),
+        (
             args.preset == "as_documented" and rsst,
             "--preset as_documented: with these original settings the penalty has almost no effect (see "
             "docs/deviations.md)",

@@ -61,7 +61,7 @@ from structured_tickets.settings.flag import (
     Scope,
 )
 from structured_tickets.training.optimization import LR_SCHEDULES, OPTIMIZERS
-from structured_tickets.training.penalty.schedules import SCHEDULES
+from structured_tickets.training.penalty.schedules import HORIZONS, SCHEDULES
 from structured_tickets.unit_groups.kinds import CHANNEL_UNITS, FILTER
 
 # Name of a preset -> its flags, which must be among those that round 0 does not read.
@@ -69,7 +69,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "as_documented": {
         "rank_weights": "initial",
         "rsst_dead": "free",
-        "reg_horizon": "epoch",
+        "reg_horizon": "documents",
         "reg_guard": True,
     },
 }
@@ -115,7 +115,7 @@ MODEL = (
     Flag(
         "arch",
         f"network: {', '.join(MODELS)}; timm/NAME or torchvision/NAME; hf/NAME or hf/FOLDER (transformers); your own: "
-        "FILE.py:FACTORY, called with num_classes (and img_size, if it takes it)",
+        "FILE.py:FACTORY, called with num_classes (and img_size, if it takes it), or NAME for models/NAME.py",
         EVERY_ROUND,
         type=architecture,
         default="res20s",
@@ -446,7 +446,8 @@ VIT = (
 RSST = (
     Flag(
         "RST_schedule",
-        "lambda after n updates of K; " + _rows((name, schedule.summary) for name, schedule in SCHEDULES.items()),
+        "how lambda grows with the progress p of --reg_horizon; "
+        + _rows((name, schedule.summary) for name, schedule in SCHEDULES.items()),
         AFTER_ROUND_0,
         default="exp_custom_exponents",
         choices=SCHEDULES,
@@ -454,7 +455,7 @@ RSST = (
     ),
     Flag(
         "reg_granularity_prune",
-        "delta in the formulas of --RST_schedule",
+        "delta in the formulas of --RST_schedule: lambda at the end",
         AFTER_ROUND_0,
         type=POSITIVE,
         default=1.0,
@@ -473,14 +474,11 @@ RSST = (
     ),
     Flag(
         "reg_horizon",
-        "K in the formulas: number of updates per round (state) or per epoch (epoch)",
+        _rows(HORIZONS.items()),
         AFTER_ROUND_0,
         default="state",
-        choices=("state", "epoch"),
-        read=Condition(
-            lambda a: a.struct == "rsst" and SCHEDULES[a.RST_schedule].cyclic,
-            "with --struct rsst and an exp_custom schedule",
-        ),
+        choices=HORIZONS,
+        read=WITH_RSST,
     ),
     Flag(
         "reg_guard",
@@ -584,7 +582,12 @@ TRACKING = (
         default="auto",
         choices=("auto", "online", "offline", "disabled"),
     ),
-    Flag("exp_name", "name of the run at WandB (default: made from the settings)", SWEEPS_OWN, metavar="NAME"),
+    Flag(
+        "exp_name",
+        "name of the experiment: the run's at WandB, and part of its folder's name (default: made from the settings)",
+        AFTER_ROUND_0,
+        metavar="NAME",
+    ),
     Flag("wandb_group", "group of the run at WandB; sweeps set it to their name", SWEEPS_OWN, metavar="NAME"),
     Flag("wandb_tags", "tags of the run at WandB", NOTHING, type=word_list, default=(), metavar="TAG,..."),
     Flag("tensorboard", "also TensorBoard's event files, in tensorboard/ of the run folder", NOTHING, bare=True),
@@ -605,6 +608,12 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
 FLAGS: dict[str, Flag] = {flag.name: flag for flags in GROUPS.values() for flag in flags}
 
 
+# Written among the settings of a run, no flag: the meaning of four schedules since 0.2. Runs without it had another.
+LAMBDA_FOLLOWS = "lambda_follows"
+
+
 def scope_of(name: str) -> Scope:
     """What a flag decides. One that is not in the table, as in a checkpoint of another version, may decide anything."""
+    if name == LAMBDA_FOLLOWS:
+        return NOTHING
     return FLAGS[name].scope if name in FLAGS else EVERY_ROUND

@@ -6,17 +6,40 @@ import argparse
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from structured_tickets.settings.conditions import prunes_transformer_units, prunes_units
-from structured_tickets.settings.flag_table import FLAGS, scope_of
+from structured_tickets.settings.flag_table import FLAGS, LAMBDA_FOLLOWS, scope_of
 from structured_tickets.training.penalty.schedules import SCHEDULES
+
+LONGEST_NAME = 32  # characters of --exp_name in a folder's name; the hash tells the rest
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments as plain values, for `args.yaml`, checkpoints and trackers."""
-    return {k: plain(v) for k, v in vars(args).items() if k not in ("warnings", "explicit", "words")}
+    settings = {k: plain(v) for k, v in vars(args).items() if k not in ("warnings", "explicit", "words")}
+    return settings | ({LAMBDA_FOLLOWS: "progress"} if _had_another_lambda(settings) else {})
+
+
+def as_understood_now(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a run has written, in today's meaning.
+
+    Until 0.2, four schedules followed the documents' letter whatever `--reg_horizon` was: what such a run computed is
+    what `--reg_horizon documents` computes now.
+    """
+    before = _had_another_lambda(settings) and LAMBDA_FOLLOWS not in settings
+    return {**settings, "reg_horizon": "documents"} if before else dict(settings)
+
+
+def _had_another_lambda(settings: Mapping[str, Any]) -> bool:
+    return _has_literal_lambda(settings) and settings.get("reg_horizon") != "documents"
+
+
+def _has_literal_lambda(settings: Mapping[str, Any]) -> bool:
+    schedule = SCHEDULES.get(settings.get("RST_schedule", ""))
+    return settings.get("struct") == "rsst" and schedule is not None and schedule.literal is not None
 
 
 def plain(value: Any) -> Any:
@@ -29,6 +52,8 @@ def identity_of(settings: dict[str, Any]) -> dict[str, Any]:
 
     So a flag that is added later does not make strangers of older runs.
     """
+    if settings.get("reg_horizon") == "documents" and not _has_literal_lambda(settings):
+        settings = {**settings, "reg_horizon": "epoch"}  # the same thing under its older name
     return {k: v for k, v in settings.items() if scope_of(k).run and v != _default_of(k)}
 
 
@@ -55,13 +80,18 @@ def default_run_folder(args: argparse.Namespace) -> str:
     target += ["regroup"] if args.regroup else []
     criterion = [args.criteria] if prunes_units(args) or args.struct == "refill" else []
     control = [args.control] if args.control != "none" else []
-    parts = [_short(args.arch), *target, *criterion, f"rate{args.rate:g}", *control, f"seed{args.seed}", digest]
+    name = [_fit(args.exp_name)[:LONGEST_NAME]] if args.exp_name else []
+    parts = [_short(args.arch), *target, *criterion, f"rate{args.rate:g}", *control, f"seed{args.seed}", *name, digest]
     return f"{args.dataset}_{args.struct}_output_{'_'.join(parts)}"
 
 
 def _short(arch: str) -> str:
     """A network's name without the folders of its file, fit for a file name."""
-    return re.sub(r"[^\w.-]+", "-", Path(arch).name if ":" in arch else arch)
+    return _fit(Path(arch).name if ":" in arch else arch)
+
+
+def _fit(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", text)
 
 
 def tracker_name(args: argparse.Namespace, time_stamp: str) -> str:

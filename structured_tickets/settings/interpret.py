@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import nn, optim
 
 from structured_tickets.base.errors import UsageError
-from structured_tickets.base.text_tables import some_of
+from structured_tickets.base.text_tables import counted, some_of
 from structured_tickets.networks.registry import spec_of
+from structured_tickets.pruning.budgets import kept_count
 from structured_tickets.pruning.methods import CONTROLS, METHODS
 from structured_tickets.pruning.rules import TARGET_KINDS, RoundRules, kinds_of
 from structured_tickets.pruning.usable_units import FROZEN, UsableUnits, usable_units
 from structured_tickets.settings.conditions import channel_units_of
 from structured_tickets.training.optimization import OPTIMIZERS, LearningRate
+from structured_tickets.training.penalty.schedules import SCHEDULES, clock_from
 from structured_tickets.unit_groups.find import is_transformer
 from structured_tickets.unit_groups.kinds import FILTER, KINDS, kind_of
 from structured_tickets.unit_groups.unit import UnitGroup, kinds, parameter_of, ranked_names
 
 LITTLE = 0.5  # of the parameters
+MUCH = 0.5  # of a round
 
 
 def units_from(args: argparse.Namespace, model: nn.Module, image_size: int) -> UsableUnits:
@@ -135,6 +139,59 @@ def _warnings_of_few_units(rules: RoundRules, groups: Sequence[UnitGroup]) -> li
         f"--min_units {rules.min_units}: nothing will be pruned in {len(spared)} of {len(ranked)} layers, because they "
         "have no more units than that"
     ]
+
+
+def warnings_of_fillback(rules: RoundRules, groups: Sequence[UnitGroup], rounds: int) -> list[str]:
+    """A sentence for each kind of unit of which `--fillback_rate` keeps none, because it is less than one unit."""
+    if not rules.structured or rules.method.squeezes or not rules.fillback_rate or "channel" in rules.targets:
+        return []
+    said, without = [], replace(rules, fillback_rate=0.0)
+    for kind in rules.targets:
+        sizes = [g.units for g in groups if g.kind == kind]
+        everywhere = rules.sorting_mode == "global" or kind_of(kind).holds_units
+        if not sizes or _kept(rules, kind, sizes, everywhere, rounds) != _kept(
+            without, kind, sizes, everywhere, rounds
+        ):
+            continue
+        acts = _kept(rules, kind, sizes, True, rounds) != _kept(without, kind, sizes, True, rounds)
+        number = counted(sum(sizes) if everywhere else max(sizes), kind)
+        said.append(
+            f"--fillback_rate {rules.fillback_rate:g} keeps no {kind} that would be pruned without it: of {number} "
+            f"{'in the network' if everywhere else 'in a layer'}, it is less than one. "
+            + ("Use --sorting_mode global, or omit the flag" if acts and not everywhere else "Omit the flag")
+        )
+    return said
+
+
+def _kept(rules: RoundRules, kind: str, sizes: Sequence[int], everywhere: bool, rounds: int) -> list[list[int]]:
+    """How many units of a kind stay, by round and by layer, or in the network."""
+    pools = [sum(sizes)] if everywhere else sizes
+    ratios = [rules.share(rules.ratios[kind], k) * (1 - rules.fillback_rate) for k in range(rounds - 1)]
+    return [[kept_count(units, ratio) for units in pools] for ratio in ratios]
+
+
+def warnings_of_lambda(args: argparse.Namespace, batches: int) -> list[str]:
+    """Sentences about a schedule that is no choice: another one gives the same lambda, or the cap makes it a constant.
+
+    Args:
+        batches: Number of batches in an epoch.
+    """
+    clock, said = clock_from(args), []
+    curve, others = clock.curve(batches), [name for name in SCHEDULES if name != clock.schedule]
+    same = [n for n in others if _are_close(replace(clock, schedule=n).curve(batches), curve)]
+    if same:
+        said.append(f"--RST_schedule {clock.schedule}: lambda is the same as with {' and '.join(same)} in this run")
+    capped = clock.capped_share(batches)
+    if capped > MUCH:
+        said.append(
+            f"--reg_upper_limit {clock.upper_limit:g} caps lambda for {capped:.0%} of each round, so that it is the "
+            "same constant whatever the schedule. Use a lower --reg_granularity_prune, or a higher --reg_upper_limit"
+        )
+    return said
+
+
+def _are_close(one: Sequence[float], other: Sequence[float]) -> bool:
+    return all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(one, other, strict=True))
 
 
 def optimizer_from(args: argparse.Namespace, model: nn.Module) -> optim.Optimizer:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from structured_tickets.training.stop import StopRequest
 from structured_tickets.unit_groups.unit import parameter_of
 
 log = logging.getLogger("rsst")
+
+PRINT_FREQ = 200  # batches, where the settings do not say
 
 
 ShowProgress = Callable[[Iterable, int, int, str], Iterable]
@@ -86,12 +88,12 @@ def train(
         DivergedError: The loss is not finite; the message says where.
         Interrupted: A signal came; the step was finished, `passer.meter` tells how far the epoch is.
     """
-    batches, print_freq = len(train_loader), passer.args.print_freq  # type: ignore[arg-type]
+    _complete(passer)
+    batches, print_freq = len(train_loader), getattr(passer.args, "print_freq", PRINT_FREQ)  # type: ignore[arg-type]
     device = next(model.parameters()).device
     passer.epoch, passer.meter = epoch, passer.meter or Meter.start(device)
     meter, began = passer.meter, time.perf_counter()
-    world, network = getattr(passer, "world", ALONE), getattr(passer, "network", None) or model
-    precision = getattr(passer, "precision", torch.float32)
+    world, network, precision = passer.world, passer.network or model, passer.precision
     set_mode(model, True)
     for i, (image, target) in enumerate(_shown(train_loader, passer, state, epoch), meter.steps):
         if passer.rate is not None:
@@ -128,6 +130,13 @@ def train(
     return meter
 
 
+def _complete(passer: Any) -> None:
+    """Give a passer of the documents, which holds settings and masks only, what a `Passer` has besides."""
+    for entry in fields(Passer):
+        if entry.default is not MISSING and not hasattr(passer, entry.name):
+            setattr(passer, entry.name, entry.default)
+
+
 def _forward(
     model: nn.Module,
     network: nn.Module,
@@ -162,7 +171,11 @@ def _shown(batches: Iterable, passer: Any, state: int, epoch: int) -> Iterable:
 
 def update_reg(passer: Any, pruner: Pruner, model: nn.Module, state: int, i: int, j: int) -> None:
     """Set lambda of the doomed weights for batch `i` (from 0) of the `j` batches of an epoch."""
-    pruner.advance(passer.epoch, i, j)
+    epoch = getattr(passer, "epoch", None)
+    if epoch is None:
+        pruner._update_reg(i, j)
+    else:
+        pruner.advance(epoch, i, j)
 
 
 def apply_reg(pruner: Pruner, model: nn.Module, passer: Any) -> nn.Module:
@@ -170,10 +183,11 @@ def apply_reg(pruner: Pruner, model: nn.Module, passer: Any) -> nn.Module:
 
     With a decoupled penalty (see `Pruner`) the weights shrink directly instead.
     """
+    blocks = getattr(passer.args, "block_loss_grad", False)
     if not getattr(passer, "decoupled", False):
-        pruner.add_penalty(passer.args.block_loss_grad)
+        pruner.add_penalty(blocks)
         return model
-    if passer.args.block_loss_grad:
+    if blocks:
         pruner.block_gradient()
     pruner.shrink(passer.lr_share)
     return model

@@ -48,7 +48,7 @@ SETTINGS = SimpleNamespace(
     RST_schedule="x",
     reg_granularity_prune=0.5,
     exponents=4,
-    reg_horizon="state",
+    reg_horizon="documents",
     reg_guard=False,
     reg_upper_limit=1.0,
 )

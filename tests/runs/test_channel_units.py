@@ -52,7 +52,8 @@ def test_what_a_run_reports_is_what_is_exported(struct, criterion, tmp_path, cap
 
 def test_an_interrupted_run_is_the_same(tmp_path, monkeypatch):
     more = {"reg_target": "unit", "fade_out": 0.9, "epochs": 3, "decreasing_lr": 9, "pruning_times": 3}
-    squeezed = {"penalty": "decoupled", "RST_schedule": "x", "reg_granularity_prune": 0.05, "reg_upper_limit": 0.5}
+    squeezed = {"penalty": "decoupled", "RST_schedule": "x", "reg_horizon": "documents"}
+    squeezed |= {"reg_granularity_prune": 0.05, "reg_upper_limit": 0.5}
     words = {"criteria": "magnitude", **STREAM, **more, **squeezed}
     assert run(*tiny(tmp_path / "whole", **words)) == 0
     assert stopped_again_and_again(monkeypatch, 13, lambda _: tiny(tmp_path / "parts", **words)) > 2

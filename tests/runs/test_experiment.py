@@ -116,6 +116,7 @@ FADING = {
     "decreasing_lr": 9,
     "penalty": "decoupled",
     "RST_schedule": "x",
+    "reg_horizon": "documents",
     "reg_granularity_prune": 0.05,
     "reg_upper_limit": 0.5,
     "criteria": "magnitude",

@@ -29,7 +29,8 @@ def state(folder, number):
 
 def fades(**more):
     """A run of three rounds in which units fade out, so that it trains smaller networks."""
-    squeezed = {"penalty": "decoupled", "RST_schedule": "x", "reg_granularity_prune": 0.05, "reg_upper_limit": 0.5}
+    squeezed = {"penalty": "decoupled", "RST_schedule": "x", "reg_horizon": "documents"}
+    squeezed |= {"reg_granularity_prune": 0.05, "reg_upper_limit": 0.5}
     return {
         **squeezed,
         "reg_target": "unit",

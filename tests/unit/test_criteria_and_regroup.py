@@ -357,15 +357,15 @@ SIGNATURES = {
     ("vit_pruning_utils", "extract_mask_vit"): "state_dict",
     ("vit_pruning_utils", "remove_prune_vit"): "model, prune_patch_embed=False",
     ("vit_pruning_utils", "prune_model_custom_fillback_vit"): (
-        "model, mask_dict, train_loader, trained_weight, init_weight, criteria='l1', fillback_rate=0.0, "
+        "model, mask_dict, train_loader=None, trained_weight=None, init_weight=None, criteria='l1', fillback_rate=0.0, "
         "return_mask_only=False"
     ),
     ("vit_pruning_utils", "prune_model_custom_fillback_vit_by_head"): (
-        "model, mask_dict, train_loader, trained_weight, init_weight, criteria='l1', prune_ratio=0.2, "
+        "model, mask_dict, train_loader=None, trained_weight=None, init_weight=None, criteria='l1', prune_ratio=0.2, "
         "return_mask_only=False"
     ),
     ("vit_pruning_utils_head_mlp", "prune_model_custom_fillback_vit_head_and_mlp"): (
-        "model, mask_dict, train_loader, trained_weight, init_weight, criteria='l1', head_prune_ratio=0.2, "
+        "model, mask_dict, train_loader=None, trained_weight=None, init_weight=None, criteria='l1', head_prune_ratio=0.2, "
         "mlp_prune_ratio=0.2, return_mask_only=False, sorting_mode='layer-wise'"
     ),
     ("main_imp_fillback", "train"): "state, train_loader, model, criterion, optimizer, epoch, passer, pruner",

@@ -60,6 +60,12 @@ def test_links_and_places_are_found():
     assert "自己的数据与模型" in page(CHINESE).anchors()
 
 
+def test_the_figure_of_lambda_shows_the_schedules_of_today():
+    from benchmarks.schedules import figure
+
+    assert (ROOT / "docs" / "schedules.svg").read_text() == figure() + "\n"
+
+
 def test_the_readme_is_short():
     assert len(README.read_text().splitlines()) <= 170
 

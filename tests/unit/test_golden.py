@@ -388,7 +388,7 @@ def test_lambda_after_every_batch(name):
     delta, exponents, batches = float(g[1:]), float(n[1:]), int(j[1:])
     guarded = kind.startswith("guarded")
     epochs = 3 if guarded else 1
-    clock = Clock(schedule, delta, exponents, epochs, horizon="epoch", guard=guarded, upper_limit=float("inf"))
+    clock = Clock(schedule, delta, exponents, epochs, horizon="documents", guard=guarded, upper_limit=float("inf"))
     ours = np.array([clock.strength(e, i, batches) for e in range(epochs) for i in range(batches)], dtype=np.float64)
     with np.errstate(over="ignore"):
         np.testing.assert_allclose(ours.astype(np.float32), arrays("lambda")[name], rtol=2e-4, atol=1e-12)
@@ -407,7 +407,7 @@ def test_apply_reg_gradient(block):
         reg_granularity_prune=1.0,
         exponents=4,
         epochs=1,
-        reg_horizon="epoch",
+        reg_horizon="documents",
         reg_guard=False,
         reg_upper_limit=1.0,
         block_loss_grad=bool(block),

@@ -1008,6 +1008,7 @@ def test_every_schedule_and_no_limit(schedule):
         penalty.step()
         clock = Clock(schedule, 0.3, 2, upper_limit=float("inf"))
         assert penalty.strength == clock.strength(0, k, 3)
+    assert penalty.strength == pytest.approx(0.3), "all end at the strength that was asked for"
 
 
 def test_the_heads_of_torchs_attention_fade():

@@ -6,13 +6,18 @@ import pytest
 
 import main_imp_fillback
 from structured_tickets.base.errors import UsageError
+from structured_tickets.networks import build_model
+from structured_tickets.settings.flag_table import LAMBDA_FOLLOWS
 from structured_tickets.settings.flags import build_parser, parse_args
 from structured_tickets.settings.identity import (
+    as_understood_now,
     default_run_folder,
     identity_of,
     settings_of,
     tracker_name,
 )
+from structured_tickets.settings.interpret import rules_from, warnings_of_fillback, warnings_of_lambda
+from structured_tickets.unit_groups.find import unit_groups
 
 DOCUMENTED = {
     "data": "data",
@@ -135,7 +140,7 @@ def test_a_mistake_gets_one_line_and_status_2(words, parts, capsys):
         (["--decreasing_lr", "5"], "no effect at 5: the warm-up ends at epoch 20"),
         (["--epochs", "5", "--decreasing_lr", "3"], "--warmup 20 takes up the whole round (--epochs 5)"),
         (["--lr", "0.5"], "may be unstable"),
-        (["--penalty", "decoupled", "--reg_upper_limit", "2", "--RST_schedule", "x"], "may be unstable"),
+        (["--penalty", "decoupled", "--reg_upper_limit", "2", "--reg_granularity_prune", "2"], "may be unstable"),
         (["--fillback_rate", "0.1"], "--fillback_rate has no effect in this run: it is only used with --struct refill"),
         (["--fc"], "--fc has no effect"),
         (
@@ -146,6 +151,12 @@ def test_a_mistake_gets_one_line_and_status_2(words, parts, capsys):
         (["--struct", "refill", "--exponents", "2"], "--exponents has no effect"),
         (["--criteria", "magnitude", "--criteria_batches", "2"], "--criteria_batches has no effect"),
         (["--preset", "as_documented"], "almost no effect"),
+        (
+            ["--arch", "vit_tiny", "--vit_structured", "--rate", "0.3"],
+            "--rate_mode target: rounds 1 to 19 all have the same density, because --rate is a share of the original "
+            "network. For a network that becomes smaller in every round, use --rate_mode round",
+        ),
+        (["--rate_mode", "target", "--pruning_times", "3"], "rounds 1 to 2 all have the same density"),
     ],
 )
 def test_what_is_doubtful_gets_a_warning(words, part):
@@ -154,6 +165,8 @@ def test_what_is_doubtful_gets_a_warning(words, part):
 
 def test_a_sound_command_gets_no_warning():
     words = ["--arch", "vit_tiny", "--vit_structured", "--decreasing_lr", "91", "--vit_prune_target", "both"]
+    assert parse_args([*words, "--pruning_times", "2"]).warnings == []
+    words += ["--rate_mode", "round"]
     assert parse_args(words).warnings == []
     assert (
         parse_args([*words, "--RST_schedule", "exp_custom", "--reg_granularity_prune", "0.01", "--lr", "0.5"]).warnings
@@ -163,7 +176,8 @@ def test_a_sound_command_gets_no_warning():
 
 def test_the_preset_sets_the_documents_text_and_explicit_flags_win():
     args = parse_args(["--preset", "as_documented", "--rsst_dead", "zero"])
-    assert (args.rank_weights, args.reg_horizon, args.reg_guard, args.rsst_dead) == ("initial", "epoch", True, "zero")
+    assert (args.rank_weights, args.reg_horizon, args.reg_guard) == ("initial", "documents", True)
+    assert args.rsst_dead == "zero"
 
 
 def test_defaults_that_depend_on_other_flags():
@@ -176,6 +190,73 @@ def test_defaults_that_depend_on_other_flags():
     assert parse_args(["--optimizer", "adamw", "--penalty", "gradient"]).penalty == "gradient"
 
 
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        ([], []),
+        (["--RST_schedule", "x^2"], []),
+        (["--RST_schedule", "exp"], ["--RST_schedule exp: lambda is the same as with exp_custom in this run"]),
+        (["--exponents", "1"], ["exp_custom_exponents: lambda is the same as with exp and exp_custom in this run"]),
+        (
+            ["--RST_schedule", "x", "--reg_horizon", "documents"],
+            ["the same as with x^2 and x^3 and exp in", "--reg_upper_limit 1 caps lambda for 100% of each round"],
+        ),
+        (["--reg_granularity_prune", "4"], []),
+        (["--RST_schedule", "x", "--reg_granularity_prune", "4"], ["caps lambda for 75% of each round"]),
+        (["--preset", "as_documented"], []),
+    ],
+)
+def test_a_schedule_that_is_no_choice_gets_a_warning(words, parts):
+    said = warnings_of_lambda(parse_args(words), 351)
+    assert len(said) == len(parts) and all(part in text for part, text in zip(parts, said, strict=True)), said
+
+
+FILLS = ["--arch", "vit_tiny", "--vit_structured", "--struct", "refill", "--rate", "0.3", "--fillback_rate"]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (
+            [*FILLS, "0.1"],
+            "--fillback_rate 0.1 keeps no head that would be pruned without it: of 3 heads in a layer, it is less than "
+            "one. Use --sorting_mode global, or omit the flag",
+        ),
+        (
+            [*FILLS, "0.01", "--sorting_mode", "global"],
+            "of 27 heads in the network, it is less than one. Omit the flag",
+        ),
+        ([*FILLS, "0.1", "--sorting_mode", "global"], None),
+        ([*FILLS, "1"], None),
+        ([*FILLS, "0.1", "--vit_prune_target", "mlp"], None),
+        ([*FILLS, "0.1", "--vit_prune_target", "both"], "keeps no head"),
+        ([*FILLS, "0.5"], "keeps no head"),
+        ([*FILLS, "0.5", "--rate_mode", "round"], None),
+        ([*FILLS, "0.5", "--rate_mode", "round", "--pruning_times", "2"], "keeps no head"),
+        (["--struct", "refill", "--fillback_rate", "0.1"], None),
+    ],
+)
+def test_a_fillback_of_less_than_a_unit_gets_a_warning(words, said):
+    args = parse_args(words)
+    groups = unit_groups(build_model(args.arch, 10, 32))
+    found = warnings_of_fillback(rules_from(args, groups), groups, args.pruning_times)
+    assert len(found) == (said is not None) and all(str(said) in text for text in found), found
+
+
+def test_settings_of_before_are_understood_as_what_they_computed():
+    before = settings_of(parse_args(["--RST_schedule", "x"]))
+    assert as_understood_now(before) == before and before.pop(LAMBDA_FOLLOWS) == "progress"
+    assert as_understood_now(before)["reg_horizon"] == "documents"
+    for words in (["--RST_schedule", "exp_custom"], ["--struct", "refill", "--RST_schedule", "x"]):
+        settings = settings_of(parse_args([*words]))
+        assert as_understood_now(settings) == settings and LAMBDA_FOLLOWS not in settings
+    literal = settings_of(parse_args(["--RST_schedule", "x", "--reg_horizon", "documents"]))
+    assert identity_of(literal) == identity_of(as_understood_now(before)) != identity_of(before)
+    preset = {"rank_weights": "initial", "rsst_dead": "free", "reg_horizon": "epoch", "reg_guard": True}
+    ours = identity_of(settings_of(parse_args(["--preset", "as_documented"])))
+    assert {k: ours[k] for k in preset} == preset, "what it was in 0.1"
+
+
 def test_the_run_folder_is_named_by_what_is_computed():
     names = {
         default_run_folder(parse_args(w)) for w in ([], ["--rate", "0.3"], ["--seed", "1"], ["--struct", "refill"])
@@ -184,6 +265,12 @@ def test_the_run_folder_is_named_by_what_is_computed():
     same = [[], ["--verbose"], ["--wandb", "disabled"], ["--pruning_times", "3"], ["--rate_mode", "round"]]
     assert len({default_run_folder(parse_args(w)) for w in same}) == 1
     assert default_run_folder(parse_args([])).startswith("cifar100_rsst_output_res20s_l1_")
+
+
+def test_an_experiment_of_another_name_is_another_run():
+    plain, mine, yours = (default_run_folder(parse_args(w)) for w in ([], ["--exp_name=a b"], ["--exp_name=a/b"]))
+    assert len({plain, mine, yours}) == 3 and "_seed0_a-b_" in mine and "_seed0_a-b_" in yours
+    assert len(default_run_folder(parse_args(["--exp_name", "x" * 500]))) < 100
 
 
 def test_identity_leaves_out_only_what_changes_no_result():

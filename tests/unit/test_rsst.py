@@ -20,7 +20,7 @@ from structured_tickets.runs.dry_run import expected_squeeze
 from structured_tickets.training.epoch import Passer, apply_reg, hardened, train, update_reg, validate
 from structured_tickets.training.optimization import LearningRate
 from structured_tickets.training.penalty.reg_pruner import Pruner
-from structured_tickets.training.penalty.schedules import SCHEDULES, Clock
+from structured_tickets.training.penalty.schedules import HORIZONS, SCHEDULES, Clock
 from structured_tickets.unit_groups.find import unit_groups
 from structured_tickets.unit_groups.unit import ranked_names
 
@@ -102,19 +102,52 @@ def test_reg_is_zero_off_the_doomed_and_named_by_layer(doomed_model):
 def test_lambda_follows_the_closed_form_up_to_its_cap(schedule):
     delta, epochs, batches = 0.1, 3, 4
     formulas = {
-        "x": lambda n, K: n * delta,
-        "x^2": lambda n, K: (n * delta) ** 2,
-        "x^3": lambda n, K: (n * delta) ** 3,
-        "exp": lambda n, K: math.exp(n * delta),
-        "exp_custom": lambda n, K: delta / (math.e - 1) * (math.exp(n / K) - 1),
-        "exp_custom_exponents": lambda n, K: delta / (math.e - 1) * (math.exp(n**4 / K**4) - 1),
+        "x": lambda p: delta * p,
+        "x^2": lambda p: delta * p**2,
+        "x^3": lambda p: delta * p**3,
+        "exp": lambda p: delta / (math.e - 1) * (math.exp(p) - 1),
+        "exp_custom": lambda p: delta / (math.e - 1) * (math.exp(p) - 1),
+        "exp_custom_exponents": lambda p: delta / (math.e - 1) * (math.exp(p**4) - 1),
     }
     for limit in (0.05, math.inf):
-        clock = Clock(schedule, delta, 4, epochs, upper_limit=limit)
         for epoch in range(epochs):
             for i in range(batches):
-                n = epoch * batches + i + 1
-                expected = min(limit, formulas[schedule](n, epochs * batches))
+                progress = {"state": (epoch * batches + i + 1) / (epochs * batches), "epoch": (i + 1) / batches}
+                for horizon, p in progress.items():
+                    clock = Clock(schedule, delta, 4, epochs, horizon, upper_limit=limit)
+                    expected = min(limit, formulas[schedule](p))
+                    assert clock.strength(epoch, i, batches) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_grows_from_nothing_to_delta_at_the_defaults(schedule):
+    """With delta and cap 1, four of them were the constant 1."""
+    curve = [Clock(schedule, epochs=10).strength(e, i, 20) for e in range(10) for i in range(20)]
+    assert curve == sorted(curve) and curve[0] < 0.01 and curve[-1] == pytest.approx(1)
+    assert Clock(schedule, epochs=10).capped_share(20) == 0
+
+
+def test_schedules_are_different_but_for_two_names_of_one():
+    curves = {name: tuple(round(v, 6) for v in Clock(name, epochs=4).curve(25)) for name in SCHEDULES}
+    assert curves["exp"] == curves["exp_custom"] and len(set(curves.values())) == len(SCHEDULES) - 1
+
+
+def test_the_documents_letter_has_no_horizon_for_four_schedules():
+    delta, epochs, batches = 0.1, 2, 3
+    formulas = {
+        "x": lambda raw: raw,
+        "x^2": lambda raw: raw**2,
+        "x^3": lambda raw: raw**3,
+        "exp": math.exp,
+    }
+    assert set(formulas) == {name for name, schedule in SCHEDULES.items() if schedule.literal}
+    for name in SCHEDULES:
+        clock = Clock(name, delta, 4, epochs, "documents", upper_limit=math.inf)
+        each = Clock(name, delta, 4, epochs, "epoch", upper_limit=math.inf)
+        for epoch in range(epochs):
+            for i in range(batches):
+                raw = (epoch * batches + i + 1) * delta
+                expected = formulas[name](raw) if name in formulas else each.strength(epoch, i, batches)
                 assert clock.strength(epoch, i, batches) == pytest.approx(expected)
 
 
@@ -127,15 +160,16 @@ def test_over_a_round_lambda_rises_to_its_full_value_and_an_epoch_horizon_starts
 
 
 def test_the_documents_guard_stops_lambda_early():
-    clock = Clock("exp_custom_exponents", 1.0, 4, 1, horizon="epoch", guard=True)
+    clock = Clock("exp_custom_exponents", 1.0, 4, 1, horizon="documents", guard=True)
     assert len({clock.strength(0, i, 391) for i in range(391)}) == 1
     assert clock.strength(0, 390, 391) < 1e-10
-    assert Clock("x", 0.25, guard=True, upper_limit=9).strength(0, 390, 391) == 1
+    assert Clock("x", 0.25, horizon="documents", guard=True, upper_limit=9).strength(0, 390, 391) == 1
 
 
 def test_schedules_never_overflow():
-    assert Clock("exp", 1.0, upper_limit=math.inf, epochs=100).strength(99, 999, 1000) < math.inf
-    assert Clock("x^3", 1e200, upper_limit=5).strength(0, 0, 10) == 5
+    for horizon in HORIZONS:
+        assert Clock("exp", 1.0, horizon=horizon, upper_limit=math.inf, epochs=100).strength(99, 999, 1000) < math.inf
+        assert Clock("x^3", 1e200, horizon=horizon, upper_limit=5).strength(0, 0, 10) == 5
 
 
 def test_rsst_holds_the_dead_and_refill_all_but_the_structure():
@@ -176,7 +210,7 @@ def test_the_doomed_fade_out_while_the_others_live_and_hardening_changes_nothing
 def test_as_documented_lets_the_dead_train_and_barely_squeezes(doomed_model):
     """The documents' literal text: what it does, so that nobody mistakes it for the method."""
     model, _, passer, _ = doomed_model
-    args = settings(reg_horizon="epoch", reg_guard=True)
+    args = settings(reg_horizon="documents", reg_guard=True)
     pruner = Pruner(model, args, passer)
     strengths = set()
     for epoch in range(3):
@@ -309,8 +343,9 @@ def test_a_unit_has_faded_out_when_its_living_weights_have():
 
 def test_what_the_penalty_alone_would_leave_is_known_beforehand():
     rate = LearningRate(0.1, 2, 3)
-    clock = Clock("x", 1.0, upper_limit=0.5)
+    clock = Clock("x", 1.0, horizon="documents", upper_limit=0.5)
     assert expected_squeeze(clock, rate, 0.9, decoupled=False) == pytest.approx(0.5**6)
     assert expected_squeeze(clock, rate, 0.9, decoupled=True) == pytest.approx(0.5**6)
     assert expected_squeeze(clock, rate, 0.5, decoupled=False) == pytest.approx(0.9**6)
-    assert expected_squeeze(Clock("x", 1.0, upper_limit=9), rate, 0.9, decoupled=False) == 0
+    steep = Clock("x", 1.0, horizon="documents", upper_limit=9)
+    assert expected_squeeze(steep, rate, 0.9, decoupled=False) == 0

@@ -7,9 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structured_tickets.pruning.masks import MaskPair, refill_key
+from structured_tickets.pruning.masks import MaskPair, by_parameter, refill_key
 from structured_tickets.training.penalty.schedules import clock_from
 from structured_tickets.unit_groups.unit import parameter_of
+
+
+def pair_of(passer: Any) -> MaskPair:
+    """The masks of a round, where each may be silent on what the other one does not rank.
+
+    `extract_mask` gives what L1 has pruned, which is no normalisation and no bias: those are alive until the structure
+    prunes their unit. A round without a structure (None, round 0) dooms nothing.
+
+    Raises:
+        ValueError: The two do not cover the same weights.
+    """
+    current, refill = (by_parameter(getattr(passer, f"{name}_mask", None) or {}) for name in ("current", "refill"))
+    if not refill:
+        return MaskPair(current, current)
+    for mask, other in ((current, refill), (refill, current)):
+        silent = {n: torch.ones_like(m) for n, m in other.items() if n not in mask and m.ndim == 1}
+        mask.update(silent)
+    return MaskPair(current, refill)
 
 
 class MetaPruner:
@@ -18,14 +36,16 @@ class MetaPruner:
     Lambda is one number for all of them; `--reg_target` decides which they are (see `pruning.held.doomed_whole`).
 
     Attributes:
+        model: The network.
+        args: The settings; those that are missing have their default.
         doomed: Parameter name -> float 0/1 mask; only parameters with at least one doomed weight.
         strength: The lambda last set.
         updates: How many times it has been set in this round.
     """
 
     def __init__(self, model: nn.Module, args: Any, passer: Any) -> None:
-        self.clock = clock_from(args)
-        masks = MaskPair(passer.current_mask, passer.refill_mask).doomed
+        self.model, self.args, self.clock = model, args, clock_from(args)
+        masks = pair_of(passer).doomed
         self._parameters = {n: parameter_of(model, n) for n, doomed in masks.items() if bool(doomed.any())}
         self.doomed = {n: torch.empty_like(p.detach()).copy_(masks[n]) for n, p in self._parameters.items()}
         self._reg: dict[str, Tensor] | None = None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn, optim
 
 from structured_tickets.pruning.masks import refill_key
 from structured_tickets.training.penalty.meta_pruner import MetaPruner
@@ -18,6 +19,48 @@ class Pruner(MetaPruner):
     learning rate whatever lambda is. For them the penalty is decoupled, as AdamW decouples weight decay (Loshchilov and
     Hutter 2019, algorithm 2): `shrink` takes the share lambda of the weight, times the rate's place in its schedule.
     """
+
+    _place: tuple[int, int] = (0, -1)
+    """Epoch and batch of the last `_update_reg`."""
+
+    def _update_reg(self, i: int, j: int) -> None:
+        """Set lambda for batch `i` (from 0) of the `j` of an epoch, for callers that do not say which epoch it is.
+
+        A batch that does not come after the one before begins the next epoch.
+        """
+        epoch, before = self._place
+        self._place = (epoch + (i <= before), i)
+        self.advance(self._place[0], i, j)
+
+    def apply_reg(self) -> None:
+        """gradient += lambda * weight on the doomed weights; with `block_loss_grad`, in place of their gradient."""
+        self.add_penalty(getattr(self.args, "block_loss_grad", False))
+
+    def prune(
+        self,
+        train_loader: Any,
+        criterion: nn.Module,
+        optimizer: optim.Optimizer,
+        epochs: int | None = None,
+    ) -> nn.Module:
+        """Train a round under the penalty, then set what is left of the doomed weights to zero; return the network.
+
+        Args:
+            train_loader: (images, labels); its length is the number of batches.
+            epochs: Length of the round; by default that of the settings.
+        """
+        self.model.train()
+        for _ in range(self.clock.epochs if epochs is None else epochs):
+            for i, (images, labels) in enumerate(train_loader):
+                optimizer.zero_grad()
+                criterion(self.model(images), labels).backward()
+                self._update_reg(i, len(train_loader))
+                self.apply_reg()
+                optimizer.step()
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.mul_(1 - self.doomed[name])
+        return self.model
 
     @torch.no_grad()
     def add_penalty(self, block_loss_grad: bool = False) -> None:

@@ -1,17 +1,24 @@
-"""How RSST's penalty strength lambda grows: pure functions of the number of updates made so far.
+"""How RSST's penalty strength lambda grows: pure functions of how far a round has come.
 
 An update is made once per batch. `n` is how many have been made, this one included; `K` how many a horizon holds (a
-round, or an epoch). With the documents' batch index k from 0, n = k + 1.
+round, or an epoch); `p = n / K` is the progress. With the documents' batch index k from 0, n = k + 1. Every schedule
+ends at delta, where p is 1. The documents write four of them without a K, in n * delta: see `Schedule.literal`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 E_MINUS_1 = math.e - 1
+HORIZONS = {
+    "state": "lambda grows once over the round",
+    "epoch": "it starts again in each epoch",
+    "documents": "the documents' letter, in which x, x^2, x^3 and exp grow with n * delta, n batches of the round done",
+}
+SAMPLES = 1000  # places of a round at which curves are compared
 
 
 @dataclass(frozen=True)
@@ -19,42 +26,40 @@ class Schedule:
     """A row of `SCHEDULES`.
 
     Attributes:
-        strength: (n, K, delta, exponents) -> lambda, before the cap.
-        cyclic: Whether n counts within the horizon (and starts again with it) or over the whole round.
+        strength: (p, delta, exponents) -> lambda, before the cap; delta at p = 1.
         summary: One line for the help text.
+        literal: n * delta -> lambda, as the documents write it; None where their formula has a K.
         reads_exponents: Whether `exponents` changes it.
     """
 
-    strength: Callable[[int, int, float, float], float]
-    cyclic: bool
+    strength: Callable[[float, float, float], float]
     summary: str
+    literal: Callable[[float], float] | None = None
     reads_exponents: bool = False
 
 
-def _power(exponent: int) -> Callable[[int, int, float, float], float]:
-    return lambda n, K, delta, exponents: (n * delta) ** exponent
+def _power(exponent: int, summary: str) -> Schedule:
+    return Schedule(lambda p, delta, exponents: delta * p**exponent, summary, lambda raw: raw**exponent)
 
 
-def _exp(n: int, K: int, delta: float, exponents: float) -> float:
-    return math.exp(min(n * delta, 700.0))
+def _exp_custom_exponents(p: float, delta: float, exponents: float) -> float:
+    return delta / E_MINUS_1 * math.expm1(p**exponents)
 
 
-def _exp_custom_exponents(n: int, K: int, delta: float, exponents: float) -> float:
-    return delta / E_MINUS_1 * math.expm1((n / K) ** exponents)
+def _exp(p: float, delta: float, exponents: float) -> float:
+    return _exp_custom_exponents(p, delta, 1)
 
 
-def _exp_custom(n: int, K: int, delta: float, exponents: float) -> float:
-    return _exp_custom_exponents(n, K, delta, 1)
-
+_EXP = "delta/(e-1) * (e^p - 1)"
 
 SCHEDULES: dict[str, Schedule] = {
-    "x": Schedule(_power(1), False, "n * delta"),
-    "x^2": Schedule(_power(2), False, "(n * delta)^2"),
-    "x^3": Schedule(_power(3), False, "(n * delta)^3"),
-    "exp": Schedule(_exp, False, "e^(n * delta)"),
-    "exp_custom": Schedule(_exp_custom, True, "delta/(e-1) * (e^(n/K) - 1)"),
+    "x": _power(1, "delta * p"),
+    "x^2": _power(2, "delta * p^2"),
+    "x^3": _power(3, "delta * p^3"),
+    "exp": Schedule(_exp, _EXP, lambda raw: math.exp(min(raw, 700.0))),
+    "exp_custom": Schedule(_exp, _EXP),
     "exp_custom_exponents": Schedule(
-        _exp_custom_exponents, True, "delta/(e-1) * (e^((n/K)^exponents) - 1)", reads_exponents=True
+        _exp_custom_exponents, "delta/(e-1) * (e^(p^exponents) - 1)", reads_exponents=True
     ),
 }
 
@@ -65,15 +70,15 @@ class Clock:
 
     Attributes:
         schedule: A row of `SCHEDULES`.
-        delta: The documents' `reg_granularity_prune`.
+        delta: Lambda at the end of the horizon; the documents' `reg_granularity_prune`.
         exponents: Power used by `exp_custom_exponents`.
         epochs: Epochs of a round.
-        horizon: "state": the cyclic schedules reach their full value once a round; "epoch": once an epoch.
+        horizon: A row of `HORIZONS`. "documents" is "epoch" for schedules without a `literal`.
         guard: The documents' condition `delta * i < 1`: later batches of an epoch leave lambda as it is.
         upper_limit: Cap on lambda.
     """
 
-    schedule: str
+    schedule: str = "exp_custom_exponents"
     delta: float = 1.0
     exponents: float = 4
     epochs: int = 1
@@ -81,36 +86,61 @@ class Clock:
     guard: bool = False
     upper_limit: float = 1.0
 
+    @property
+    def literal(self) -> Callable[[float], float] | None:
+        """The documents' formula of n * delta, where it is the one in force."""
+        return SCHEDULES[self.schedule].literal if self.horizon == "documents" else None
+
     def updates(self, epoch: int, i: int, batches: int) -> tuple[int, int]:
         """(n, K) after batch `i` of `epoch`, both from 0, with `batches` in each epoch."""
         allowed = batches
         if self.guard and self.delta > 0:
             allowed = min(batches, math.ceil(1 / self.delta - 1e-9))
         within = min(i + 1, allowed)
-        if not SCHEDULES[self.schedule].cyclic:
+        if self.literal:
             return epoch * allowed + within, self.epochs * batches
-        if self.horizon == "epoch":
-            return within, batches
-        return epoch * batches + within, self.epochs * batches
+        if self.horizon == "state":
+            return epoch * batches + within, self.epochs * batches
+        return within, batches
+
+    def uncapped(self, epoch: int, i: int, batches: int) -> float:
+        """Lambda for batch `i` of `epoch`, before the cap."""
+        n, horizon = self.updates(epoch, i, batches)
+        try:
+            if self.literal:
+                return self.literal(n * self.delta)
+            return SCHEDULES[self.schedule].strength(n / horizon, self.delta, self.exponents)
+        except OverflowError:
+            return math.inf
 
     def strength(self, epoch: int, i: int, batches: int) -> float:
         """Lambda for batch `i` of `epoch`, at most `upper_limit`."""
-        n, horizon = self.updates(epoch, i, batches)
-        try:
-            value = SCHEDULES[self.schedule].strength(n, horizon, self.delta, self.exponents)
-        except OverflowError:
-            return self.upper_limit
-        return min(value, self.upper_limit)
+        value = self.uncapped(epoch, i, batches)
+        return self.upper_limit if math.isinf(value) else min(value, self.upper_limit)
+
+    def curve(self, batches: int) -> list[float]:
+        """Lambda over a round, at no more than `SAMPLES` of its batches, the last one among them."""
+        return [self.strength(epoch, i, batches) for epoch, i in self._places(batches)]
+
+    def capped_share(self, batches: int) -> float:
+        """Share of a round in which the cap holds lambda down."""
+        places = self._places(batches)
+        return sum(self.uncapped(epoch, i, batches) > self.upper_limit for epoch, i in places) / len(places)
+
+    def _places(self, batches: int) -> list[tuple[int, int]]:
+        """(epoch, batch) evenly spaced over a round."""
+        count = min(SAMPLES, self.epochs * batches)
+        return [divmod((k + 1) * self.epochs * batches // count - 1, batches) for k in range(count)]
 
 
 def clock_from(args: Any) -> Clock:
-    """Lambda's clock as the arguments set it."""
-    return Clock(
-        schedule=args.RST_schedule,
-        delta=args.reg_granularity_prune,
-        exponents=args.exponents,
-        epochs=args.epochs,
-        horizon=args.reg_horizon,
-        guard=args.reg_guard,
-        upper_limit=args.reg_upper_limit,
-    )
+    """Lambda's clock as the arguments set it; what they do not say, as a script of the documents, is the default."""
+    flags = {
+        "schedule": "RST_schedule",
+        "delta": "reg_granularity_prune",
+        "horizon": "reg_horizon",
+        "guard": "reg_guard",
+        "upper_limit": "reg_upper_limit",
+    }
+    named = {field.name: flags.get(field.name, field.name) for field in fields(Clock)}
+    return Clock(**{name: getattr(args, flag) for name, flag in named.items() if hasattr(args, flag)})
