@@ -83,13 +83,18 @@ def warnings_about(args: argparse.Namespace, explicit: set[str]) -> list[str]:
     step = peak if args.penalty == "decoupled" else args.lr * peak / (1 - args.momentum)
     rules = (
         (
-            late,
+            late and "decreasing_lr" in explicit,
             f"--decreasing_lr: no effect at {', '.join(map(str, late))}: each round ends after "
             f"{counted(args.epochs, 'epoch')} (--epochs)",
         ),
         (
-            early,
+            early and explicit & {"decreasing_lr", "warmup"},
             f"--decreasing_lr: no effect at {', '.join(map(str, early))}: the warm-up ends at epoch {args.warmup}",
+        ),
+        (
+            late == list(args.decreasing_lr) != [] and "decreasing_lr" not in explicit,
+            f"the learning rate does not fall within a round of {counted(args.epochs, 'epoch')}: --decreasing_lr is "
+            f"{','.join(map(str, late))} unless it is given. Give epochs below {args.epochs}, or --lr_schedule cosine",
         ),
         (
             args.warmup >= args.epochs,

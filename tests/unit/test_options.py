@@ -135,8 +135,9 @@ def test_a_mistake_gets_one_line_and_status_2(words, parts, capsys):
 @pytest.mark.parametrize(
     "words, part",
     [
-        (["--epochs", "100"], "no effect at 136: each round ends after 100 epochs (--epochs)"),
-        ([], "no effect at 136: each round ends after 120 epochs (--epochs)"),
+        (["--decreasing_lr", "91,136"], "no effect at 136: each round ends after 120 epochs (--epochs)"),
+        (["--epochs", "1", "--decreasing_lr", "1"], "no effect at 1: each round ends after 1 epoch (--epochs)"),
+        (["--epochs", "50"], "the learning rate does not fall within a round of 50 epochs: --decreasing_lr is 91,136"),
         (["--decreasing_lr", "5"], "no effect at 5: the warm-up ends at epoch 20"),
         (["--epochs", "5", "--decreasing_lr", "3"], "--warmup 20 takes up the whole round (--epochs 5)"),
         (["--lr", "0.5"], "may be unstable"),
