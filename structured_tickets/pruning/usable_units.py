@@ -14,9 +14,9 @@ from structured_tickets.base.text_tables import some_of
 from structured_tickets.features.exported import first_names
 from structured_tickets.networks.hosted import is_hosted
 from structured_tickets.networks.registry import ModelSpec, change_notes, spec_of
-from structured_tickets.shrinking.trial import check_units
+from structured_tickets.shrinking.trial import check_units, places_channels
 from structured_tickets.unit_groups.find import LITTLE, features_of, is_transformer, share_in_units, unit_groups
-from structured_tickets.unit_groups.kinds import kind_of
+from structured_tickets.unit_groups.kinds import STREAM, kind_of
 from structured_tickets.unit_groups.left_alone import ALWAYS, left_alone, weights_of
 from structured_tickets.unit_groups.operations import is_plain_conv
 from structured_tickets.unit_groups.unit import UnitGroup, kinds, parameter_of, rows
@@ -26,6 +26,8 @@ CANNOT_BE_REMOVED = {
     "head": "its heads cannot be removed, because the forward pass computes with their number or with the width of its "
     "input. Keep the size of a head in an attribute and reshape to it",
     "neuron": "its neurons cannot be removed, because the forward pass computes with their number",
+    "channel": "its stream stays, because the forward pass computes with the number of its channels. Take the number "
+    "from the shape of the tensor",
     "block": "its branch cannot be left out, because the forward pass reads more than its output",
 }
 """Kind of unit -> why a layer stays whole whose units turn out to hang together."""
@@ -209,7 +211,7 @@ def note_what_had_units(model: nn.Module, groups: Iterable[str], followed: bool 
     kept = {name for name in groups if not name.endswith(".weight")}
     if not kept:
         change_notes(model, replace(spec, has_units=False))
-    elif is_transformer(model):
+    elif is_transformer(model) or spec.channel_units == STREAM:
         others = {g.name for g in unit_groups(model)} - kept
         change_notes(model, replace(spec, whole=frozenset(others)))
 
@@ -234,7 +236,7 @@ def _groups_that_stay(model: nn.Module, groups: Sequence[UnitGroup], image_size:
     try:
         if others:
             check_units(model, others, image_size)
-        return stays
+        return stays | dict.fromkeys(_streams_to_place(model, others, image_size), CANNOT_BE_REMOVED["channel"])
     except UsageError:
         if "channel" in kinds(groups):
             raise
@@ -249,6 +251,14 @@ def _groups_that_stay(model: nn.Module, groups: Sequence[UnitGroup], image_size:
     return stays
 
 
+def _streams_to_place(model: nn.Module, groups: Sequence[UnitGroup], image_size: int) -> list[str]:
+    """Return the streams of which what is left would have to be put in its place: no unit is worth that."""
+    streams = [g for g in groups if g.writers]
+    if not streams or not places_channels(model, streams, image_size):
+        return []
+    return [g.name for g in streams if places_channels(model, [g], image_size)]
+
+
 def _can_go(model: nn.Module, groups: Sequence[UnitGroup], image_size: int) -> bool:
     try:
         check_units(model, groups, image_size)
@@ -258,10 +268,12 @@ def _can_go(model: nn.Module, groups: Sequence[UnitGroup], image_size: int) -> b
 
 
 def _rows_of(model: nn.Module, group: UnitGroup) -> list[UnitGroup]:
-    """Return the rows of weights of a group's layers; none of a block, whose layers have groups of their own."""
+    """Return the rows of weights of a group's layers; none of a block or a stream: its layers have other groups."""
     own = dict(model.named_parameters())
     layers = dict.fromkeys(s.layer for s in group.slices if s.ranked and s.name in own)
-    return [] if kind_of(group.kind).holds_units else [_rows_of_layer(model, layer) for layer in layers]
+    return (
+        [] if group.writers or kind_of(group.kind).holds_units else [_rows_of_layer(model, layer) for layer in layers]
+    )
 
 
 def _rows_of_layer(model: nn.Module, layer: str) -> UnitGroup:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.shrinking.cost import cost_of, image_shape
+from structured_tickets.shrinking.inserted_layers import INSERTED
 from structured_tickets.shrinking.shrink import shrink
 from structured_tickets.unit_groups.unit import UnitGroup, masks_of_units
 
@@ -44,6 +45,14 @@ def check_units(model: nn.Module, groups: Sequence[UnitGroup], image: int | Sequ
             raise _coupled(model, f"cannot be computed ({type(error).__name__}: {reason})") from error
         if not float(difference) <= TOLERANCE:
             raise _coupled(model, f"differs from the masked network by {float(difference):.2g} of its logits")
+
+
+def places_channels(model: nn.Module, groups: Sequence[UnitGroup], image: int | Sequence[int]) -> bool:
+    """Return whether the network without half of these units has to take channels out, or put them in their places."""
+    parameters = dict(model.named_parameters())
+    masks = masks_of_units(groups, {g.name: torch.arange(g.units) % 2 == 0 for g in groups}, parameters)
+    small = shrink(model, masks, image=image_shape(image), spread=0).network
+    return any(isinstance(m, INSERTED) for m in small.modules())
 
 
 def _masked(network: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:

@@ -70,7 +70,7 @@ def channel_groups(
         return channels_of_modules(model, conv1, spec)
     spec = spec or spec_of(model)
     if spec_of(model).channel_units == STREAM:
-        return streams_of(model, following, spec, conv1)
+        return [g for g in streams_of(model, following, spec, conv1) if g.name not in spec_of(model).whole]
     return channels_of(model, following, spec, conv1) + neurons_of(model, following, spec)
 
 

@@ -113,6 +113,14 @@ def test_a_users_network_stays_his_own(tmp_path, capsys):
     assert macs_of(small) == last_row(tmp_path / "run")["macs"] and "structured_tickets" not in repr(small)
 
 
+def test_streams_that_stay_are_known_to_the_export(tmp_path):
+    arch = f"{ROOT / 'tests' / 'helpers' / 'users_networks.py'}:counting"
+    assert run(*tiny(tmp_path / "run", arch=arch, struct="refill", criteria="magnitude", **STREAM)) == 0
+    assert set(last_row(tmp_path / "run")["kept_per_layer"]) == {"one.0"}
+    assert export.main([str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--arch", arch]) == 0
+    assert macs_of(load(tmp_path / "out", arch=arch)) == last_row(tmp_path / "run")["macs"]
+
+
 def test_streams_in_a_training_loop_of_ones_own(tmp_path):
     network = micro_cnn()
     units = st.units(network, (3, 8, 8), channel_units="stream")

@@ -11,6 +11,7 @@ from structured_tickets.export import deployed
 from structured_tickets.networks import build_model, spec_of
 from structured_tickets.networks.hosted import bare, put_normalize
 from structured_tickets.networks.layers import Normalize
+from structured_tickets.networks.registry import note_channel_units
 from structured_tickets.pruning.usable_units import FROZEN, SHARED, in_words, usable_units
 from structured_tickets.shrinking.cost import cost_of
 from structured_tickets.shrinking.kept_units import kept_units_of
@@ -114,6 +115,19 @@ def test_a_head_that_stays_is_not_cut_where_all_its_weights_are_gone():
     assert small.get_submodule("blocks.1.mlp.fc1").out_features == 5
     wanted = torch.func.functional_call(model, {n: parameters[n] * m for n, m in masks.items()}, (images,))
     torch.testing.assert_close(small(images), wanted)
+
+
+def test_a_stream_of_which_the_forward_pass_holds_the_number_stays():
+    model = network("counting")
+    note_channel_units(model, "stream", (3, 8, 8))
+    found = usable_units(model, 8, needed=True)
+    assert [(g.name, g.units) for g in found.groups] == [("one.0", 12)]
+    said = in_words(found.whole, found.remark)
+    assert any("two.0" in s and "computes with the number of its channels" in s for s in said)
+    wanted, got, small = removed(model, found.groups)
+    torch.testing.assert_close(got, wanted)
+    assert "structured_tickets" not in repr(small) and small.one[0].out_channels < 12 == small.two[0].out_channels
+    assert [g.name for g in unit_groups(model)] == ["one.0"]  # noted, for whoever asks again
 
 
 @pytest.mark.parametrize(
