@@ -50,6 +50,9 @@ OTHERS = {
     "rsst_dead": ({}, "free"),
     "reg_target": ({}, "unit"),
     "fade_out": ({}, 0.5),
+    "channel_units": ({}, "stream"),
+    "round_units": ({}, 4),
+    "exp_name": ({}, "mine"),
 }
 
 
