@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -164,14 +165,28 @@ def read_fashionmnist(root: Path, size: int, decoding: Decoding) -> Splits:
 
 def read_digits(root: Path, size: int, decoding: Decoding) -> Splits:
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels, enlarged; a fifth is the test set. Needs no folder."""
-    import sklearn.datasets
-
-    raw = sklearn.datasets.load_digits()
-    images = _colour_images(torch.from_numpy(raw.images).mul(255 / 16).round().to(torch.uint8), size)
-    labels = torch.from_numpy(raw.target).long()
+    values = torch.from_numpy(_digits())
+    images = _colour_images(values[:, :-1].view(-1, 8, 8).mul(255 / 16).round().to(torch.uint8), size)
+    labels = values[:, -1].long()
     rest, test = split_indices(len(labels), 0.2)
     train = ImageSet(images[rest], labels[rest])
     return with_validation(train, ImageSet(images[test], labels[test]), [str(d) for d in range(10)])
+
+
+def _digits() -> numpy.ndarray:
+    """64 pixels from 0 to 16 and the label of each digit: float64 [1797, 65].
+
+    Read from the file that scikit-learn brings, since importing scikit-learn takes a second or two.
+    """
+    package = find_spec("sklearn")
+    for folder in (package.submodule_search_locations or []) if package else []:
+        file = Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if file.is_file():
+            return numpy.loadtxt(file, delimiter=",")
+    import sklearn.datasets  # another version may keep it elsewhere
+
+    raw = sklearn.datasets.load_digits()
+    return numpy.column_stack([raw.data, raw.target])
 
 
 def _read_cifar(root: Path, size: int, table: TableFormat, names: tuple[str, ...], statistics: Any) -> Splits:

@@ -116,7 +116,12 @@ class _Interpreter:
         if node.name in self.program.constants and not (number and node in self.names):
             self.values[node] = self.program.constants[node.name]
         self.env[node] = self._unlabelled(node)
-        if number and node in self.names and value.numel() <= LARGEST and not all(_holds(u, node) for u in node.users):
+        if (
+            number
+            and node in self.names
+            and 1 < value.numel() <= LARGEST
+            and not all(_holds(u, node) for u in node.users)
+        ):
             self.env[node] = self._numbered(self.names[node], value.shape)
 
     def _numbered(self, name: str, shape: torch.Size) -> Tensor:
@@ -296,7 +301,7 @@ class _Interpreter:
 
 
 LARGEST = 1_000_000
-"""Numbers of a parameter that is followed number by number."""
+"""Numbers of a parameter that is followed number by number. One of a single number is as good as a constant."""
 
 
 def _is_in_place(node: fx.Node) -> bool:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from structured_tickets.networks.vision_transformer import frugal
+from structured_tickets.networks.kernels import frugal
 
 
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype:

@@ -6,10 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import timm
-import timm.models
-from huggingface_hub.utils.logging import set_verbosity_error
-from timm.models import vision_transformer
 from torch import Tensor, nn
 
 from structured_tickets.base.errors import DataError, first_line
@@ -133,6 +129,8 @@ def _in_own_names(model: nn.Module, state: dict[str, Tensor], source: str) -> di
     """Return the weights of a file in the names, and forms, that the network or its library knows."""
     if is_of_transformers(bare(model)):
         return renamed(bare(model), state, source)
+    import timm.models
+
     known = not state.keys().isdisjoint(model.state_dict())
     return state if known else timm.models.clean_state_dict(state)  # of a format that timm converts
 
@@ -168,6 +166,8 @@ def _load(model: nn.Module, weights: Mapping[str, Tensor], source: str, heads: s
     Raises:
         DataError: Some are missing, or others of the network's own parts are there.
     """
+    from timm.models import vision_transformer
+
     of_data, network = of_the_data(model), bare(model)
     left = {k: v for k, v in weights.items() if k not in of_data and _layer(k) not in heads}
     try:
@@ -230,6 +230,9 @@ def _shown(values: Sequence[float]) -> str:
 
 
 def _weights_from_timm(timm_name: str) -> dict[str, Tensor]:
+    import timm
+    from huggingface_hub.utils.logging import set_verbosity_error
+
     set_verbosity_error()  # without a network it would say so with each of some twenty attempts
     try:
         return {k: v.clone() for k, v in timm.create_model(timm_name, pretrained=True).state_dict().items()}

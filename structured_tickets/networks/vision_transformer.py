@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -75,41 +73,3 @@ def _first_of(attention: Any, x: Tensor) -> Tensor:
     query, key, value = attention.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
     weights = (query[:, :, :1] * attention.scale @ key.transpose(-2, -1)).softmax(dim=-1)
     return attention.proj((weights @ value).transpose(1, 2).reshape(batch, 1, -1))
-
-
-@contextmanager
-def frugal(model: nn.Module) -> Iterator[None]:
-    """For a while, a ViT of this module computes no more than its logits need; other networks do as ever."""
-    able = isinstance(model, VisionTransformer)
-    if able:
-        model.class_token_only = True  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        if able:
-            model.class_token_only = False  # type: ignore[assignment]
-
-
-def set_fused_attention(model: nn.Module, fused: bool) -> None:
-    """Choose the attention kernel of timm's and the program's layers; an attribute of a user's layer is left alone."""
-    for module in _switchable(model):
-        if type(module).__module__.startswith(("timm.", __name__.partition(".")[0])):
-            module.fused_attn = fused
-
-
-@contextmanager
-def fused_attention(model: nn.Module, on: bool) -> Iterator[None]:
-    """For a while, attention is one call of torch's, or it is written out: the call has no second derivative."""
-    modules: list[Any] = _switchable(model)
-    before = [m.fused_attn for m in modules]
-    for module in modules:
-        module.fused_attn = on
-    try:
-        yield
-    finally:
-        for module, was in zip(modules, before, strict=True):
-            module.fused_attn = was
-
-
-def _switchable(model: nn.Module) -> list[Any]:
-    return [m for m in model.modules() if isinstance(getattr(m, "fused_attn", None), bool)]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from structured_tickets.base.modes import in_mode
+from structured_tickets.networks.kernels import uncompiled
 from structured_tickets.pruning.criteria import CRITERIA, CRITERIA_BATCHES
 from structured_tickets.pruning.evidence import Evidence, FeatureStatistics
 from structured_tickets.pruning.masks import called_with, effective_state, in_place_of
@@ -56,7 +57,7 @@ def collect_evidence(
 @contextmanager
 def _evaluating(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Eval mode, and a state to run the model with; afterwards every module's mode and masked weight are as before."""
-    plain = torch.compiler.set_stance("force_eager")  # compiled code would pass the hooks by
+    plain = uncompiled()  # compiled code would pass the hooks by
     try:
         with in_mode(model, False), plain, torch.autocast(next(model.parameters()).device.type, enabled=False):
             yield in_place_of(model, {n: w.detach() for n, w in effective_state(weights).items()})

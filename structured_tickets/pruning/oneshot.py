@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from structured_tickets.base.errors import UsageError
 from structured_tickets.base.modes import in_mode, set_mode
+from structured_tickets.networks.kernels import fused_attention, uncompiled
 from structured_tickets.networks.precision import computing
-from structured_tickets.networks.vision_transformer import fused_attention
 from structured_tickets.pruning.masks import (
     Mask,
     as_current,
@@ -298,7 +298,7 @@ PRUNERS: dict[str, Callable[[Task], Mask]] = {
 @contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     """All layers in one mode, uncompiled; buffers are not the model's own, since `functional_call` is used."""
-    with in_mode(model, training), torch.compiler.set_stance("force_eager"):
+    with in_mode(model, training), uncompiled():
         yield
 
 

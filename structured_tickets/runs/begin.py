@@ -26,6 +26,7 @@ from structured_tickets.networks.pretrained import load_initial_weights
 from structured_tickets.networks.registry import spec_of
 from structured_tickets.pruning.methods import CONTROLS, SQUEEZE_GOAL
 from structured_tickets.pruning.usable_units import in_words
+from structured_tickets.runs.at_once import nothing_to_resume
 from structured_tickets.runs.compared_run import ControlSource
 from structured_tickets.runs.dense_store import DenseStore
 from structured_tickets.runs.dry_run import expected_squeeze
@@ -167,10 +168,7 @@ def find_run(args: argparse.Namespace, folder: RunFolder, run: RunState) -> RunS
             the first difference.
     """
     if args.resume and not args.checkpoint and not folder.candidates():
-        raise UsageError(
-            f"argument --resume: no run to continue in {folder.path}. Check --save_dir, or omit --resume to start "
-            "a new run"
-        )
+        raise nothing_to_resume(folder.path)
     wanted = args.checkpoint if not folder.candidates() else None
     given = RunFolder.load(Path(wanted)) if wanted else None
     if given is not None:

@@ -23,10 +23,11 @@ from structured_tickets.runs.judge import judge, warn_if_not_squeezed
 from structured_tickets.runs.next_masks import next_masks
 from structured_tickets.runs.outcome import final_network, result_of
 from structured_tickets.runs.pictures import draw_kept_units
-from structured_tickets.runs.reporter import Reporter, SilentReporter, rounds_table
+from structured_tickets.runs.reporter import Reporter, SilentReporter
 from structured_tickets.runs.round import Round, seed_round
 from structured_tickets.runs.setup import Setup
 from structured_tickets.runs.state import fields_of, packed_pair, state_from
+from structured_tickets.runs.tables import rounds_table
 from structured_tickets.training.stop import StopRequest
 
 log = logging.getLogger("rsst")

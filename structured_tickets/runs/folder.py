@@ -17,6 +17,7 @@ from structured_tickets.base.errors import DataError, StorageError, UsageError, 
 from structured_tickets.base.randomness import are_random_states, random_states, restore_random_states
 from structured_tickets.base.untrusted_tensors import load_tensors, save_atomically
 from structured_tickets.pruning.masks import effective_state, pruning_state
+from structured_tickets.runs.checkpoint_names import PREVIOUS, candidates, checkpoints
 from structured_tickets.runs.checkpoint_schema import check_fields, check_shapes
 from structured_tickets.runs.state import VERSION, RunState, fields_of, packed, state_from
 from structured_tickets.settings.identity import as_understood_now
@@ -29,9 +30,6 @@ OWN_FILE = re.compile(
     r"(\d+(checkpoint|model_SA_best)|previous|init|ticket|progress|diverged)\.pth\.tar|args\.yaml|(env|result)\.json|"
     r"metrics\.jsonl|summary\.csv|kept_units\.(svg|png)|round_\d+\.pt"
 )
-
-
-CHECKPOINT = re.compile(r"(\d+)checkpoint\.pth\.tar")
 
 
 def load_safely(path: Path) -> Any:
@@ -106,7 +104,7 @@ class RunFolder:
     @property
     def previous(self) -> Path:
         """The checkpoint that was written before the newest one."""
-        return self.path / "previous.pth.tar"
+        return self.path / PREVIOUS
 
     def masks(self, state: int) -> Path:
         """The masks decided at the end of a round, under which the next one trains."""
@@ -118,14 +116,11 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints of all rounds, the furthest first."""
-        files = self.path.iterdir() if self.path.is_dir() else ()
-        found = [(int(m.group(1)), p) for p in files if (m := CHECKPOINT.fullmatch(p.name))]
-        return [path for _, path in sorted(found, reverse=True)]
+        return checkpoints(self.path)
 
     def candidates(self) -> list[Path]:
         """What the run can go on from, the furthest first."""
-        paths = self.checkpoints()
-        return [*paths[:1], *([self.previous] if self.previous.is_file() else []), *paths[1:]]
+        return candidates(self.path)
 
     def newest_run(self) -> RunState | None:
         """The furthest state that can be read; None if there is no checkpoint.

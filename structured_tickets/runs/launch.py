@@ -6,18 +6,17 @@ import argparse
 import copy
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
 from structured_tickets.base.console import exit_status, log_warnings
 from structured_tickets.base.distributed import World, is_about_peers, lost
 from structured_tickets.base.errors import MachineError, RunError, UsageError, first_line
+from structured_tickets.runs.at_once import folder_of
 from structured_tickets.runs.compared_run import ControlSource
 from structured_tickets.runs.dry_run import describe_plan
 from structured_tickets.runs.experiment import Experiment
 from structured_tickets.runs.folder import RunFolder
-from structured_tickets.runs.read import own_folder
 from structured_tickets.runs.setup import Setup, set_up
 from structured_tickets.settings.flags import begin
 from structured_tickets.training.epoch import Passer, train
@@ -66,8 +65,7 @@ def _run_in(world: World, args: argparse.Namespace) -> str:
     source = None if args.control == "none" or not world.is_first else ControlSource(args)
     if args.dry_run:
         return _plan(setup) if world.is_first else ""
-    path = args.save_dir or (Path(args.checkpoint).parent if args.checkpoint else own_folder(args))
-    experiment = Experiment(setup, RunFolder(path, writes=world.is_first), source)
+    experiment = Experiment(setup, RunFolder(folder_of(args), writes=world.is_first), source)
     try:
         return experiment.carry_out()
     finally:

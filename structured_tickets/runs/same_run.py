@@ -9,14 +9,10 @@ from typing import Any
 from structured_tickets.base.errors import UsageError
 from structured_tickets.base.text_tables import few
 from structured_tickets.data.fingerprint import difference
+from structured_tickets.runs.at_once import check_same_settings
 from structured_tickets.runs.state import RunState
 
 log = logging.getLogger("rsst")
-
-AS_BEFORE = (
-    "choose another --save_dir, or continue it as it began with --reg_horizon documents (what schedules x, x^2, x^3 "
-    "and exp meant in all runs before 0.2)"
-)
 
 
 def check_same_run(
@@ -31,13 +27,7 @@ def check_same_run(
     Raises:
         UsageError: The message names the first difference.
     """
-    for key in dict.fromkeys([*identity, *saved_identity]):
-        ours, theirs = (d.get(key, "its default") for d in (identity, saved_identity))
-        if ours != theirs:
-            raise UsageError(
-                f"argument --{key}: the run folder holds a run with {theirs}, not {ours}; "
-                + (AS_BEFORE if (key, theirs) == ("reg_horizon", "documents") else "choose another --save_dir")
-            )
+    check_same_settings(identity, saved_identity)
     check_same_data(run, data, contents, "the images or labels are not those that the run began with")
 
 

@@ -26,11 +26,11 @@ from structured_tickets.networks import build_model, runs_a_file, spec_of
 from structured_tickets.networks.fixed_start import starts_the_same
 from structured_tickets.networks.hosted import put_normalize
 from structured_tickets.networks.input_statistics import Statistics
+from structured_tickets.networks.kernels import set_fused_attention
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.networks.precision import choose_precision
 from structured_tickets.networks.pretrained import load_pretrained_weights
 from structured_tickets.networks.registry import note_channel_units
-from structured_tickets.networks.vision_transformer import set_fused_attention
 from structured_tickets.pruning.rules import RoundRules
 from structured_tickets.settings.conditions import channel_units_of
 from structured_tickets.settings.interpret import (
@@ -258,7 +258,8 @@ def choose_kernels(deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports torch's compiler
+        torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 

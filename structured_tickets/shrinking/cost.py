@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from structured_tickets.base.modes import in_mode
+from structured_tickets.networks.kernels import uncompiled
 from structured_tickets.networks.layers import channels_side_by_side
 from structured_tickets.shrinking.shrink import shrink
 from structured_tickets.unit_groups.kinds import KINDS
@@ -77,7 +78,7 @@ def _in_counted_operations(network: nn.Module) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(uncompiled())
             if recurrent:  # else one operation of oneDNN's, which is not counted
                 stack.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore")  # setting the flags warns of hardware that is not there

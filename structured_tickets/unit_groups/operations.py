@@ -1,7 +1,7 @@
 """Operations that tracing and channel removal know. To support another one, add it to the table that describes it.
 
-An entry is a type of module, a function, or the name of a tensor method. An operation that is in no table is allowed:
-it gets all channels, and nothing is assumed of what comes out.
+An entry is a type of module, a function, or a name: of a tensor method, or `library.Type` of a library's module. An
+operation that is in no table is allowed: it gets all channels, and nothing is assumed of what comes out.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import fx, nn
-from torchvision.ops import StochasticDepth
 
 COPIES = frozenset({"contiguous", "clone"})
 """Gives the same numbers in the same places."""
@@ -35,8 +33,8 @@ ZERO_STAYS_ZERO = COPIES | {
     nn.AvgPool2d,
     nn.AdaptiveAvgPool2d,
     nn.AdaptiveMaxPool2d,
-    StochasticDepth,
-    DropPath,
+    "torchvision.StochasticDepth",
+    "timm.DropPath",
     torch.relu,
     torch.tanh,
     F.relu,
@@ -164,13 +162,29 @@ KEEPS_NUMBER = (
 CALLED_ONCE = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
 """Layers that own channels, derived ones too. A network that calls one twice is refused: its channels have two uses."""
 
-LEAVES = (nn.Conv2d, nn.BatchNorm2d, StochasticDepth, DropPath)
+LEAVES = frozenset({nn.Conv2d, nn.BatchNorm2d, "torchvision.StochasticDepth", "timm.DropPath"})
 """Layers, derived ones too, that are one call in a traced graph, whatever they call themselves."""
+LIBRARIES = ("timm.layers", "torchvision.ops")
+"""Of whose modules the tables have names: these libraries take seconds to import, and not all networks need them."""
 
 
 def kind_of(called: Any) -> Any:
     """Return the entry of the tables that describes a module, a function or the name of a method."""
-    return type(called) if isinstance(called, nn.Module) else called
+    return _entry_of(type(called)) if isinstance(called, nn.Module) else called
+
+
+def _entry_of(kind: type) -> Any:
+    return f"{kind.__module__.partition('.')[0]}.{kind.__name__}" if kind.__module__.startswith(LIBRARIES) else kind
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """True for a layer of `LEAVES`."""
+    return not LEAVES.isdisjoint(map(_entry_of, type(module).__mro__))
+
+
+def is_mlp_of_torchvision(module: object) -> bool:
+    """True for torchvision's own MLP, or what is derived from it."""
+    return "torchvision.MLP" in map(_entry_of, type(module).__mro__)
 
 
 def is_rearrangement(node: fx.Node, called: Any) -> bool:

@@ -20,9 +20,9 @@ from structured_tickets.base.modes import in_mode
 from structured_tickets.unit_groups.operations import (
     CALLED_ONCE,
     COPIES,
-    LEAVES,
     SIZES,
     ZERO_STAYS_ZERO,
+    is_leaf,
     is_rearrangement,
     kind_of,
 )
@@ -39,7 +39,7 @@ class Tracer(fx.Tracer):
     """Take the layers of the table `LEAVES` as they are, also those that other libraries derive from torch's."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, LEAVES) or super().is_leaf_module(m, module_qualified_name)
+        return is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 def traced(model: nn.Module) -> fx.GraphModule:

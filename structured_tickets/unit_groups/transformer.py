@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchvision.ops import MLP
 
 from structured_tickets.networks.registry import spec_of
+from structured_tickets.unit_groups.operations import is_mlp_of_torchvision
 from structured_tickets.unit_groups.unit import Slice, UnitGroup, parameter_of, rows
 
 PER_HEAD = {"qkv", "proj", "gate", "q_norm", "k_norm"}
@@ -86,7 +86,7 @@ def _mlp_slices(prefix: str, mlp: Any) -> tuple[list[Slice], Slice]:
     Args:
         prefix: The MLP's name with a dot, or nothing.
     """
-    names = ("0", "3") if isinstance(mlp, MLP) else ("fc1", "fc2")
+    names = ("0", "3") if is_mlp_of_torchvision(mlp) else ("fc1", "fc2")
     first, last = (getattr(mlp, n, None) for n in names)
     if not isinstance(last, nn.Linear) or not isinstance(getattr(mlp, "norm", None), nn.Identity | None):
         return [], rows(prefix, 0)

@@ -20,8 +20,8 @@ from structured_tickets.data import loader as batches
 from structured_tickets.data.image_sets import ImageSet
 from structured_tickets.data.loader import BatchLoader
 from structured_tickets.networks import build_model
+from structured_tickets.networks.kernels import frugal
 from structured_tickets.networks.precision import computing
-from structured_tickets.networks.vision_transformer import frugal
 from structured_tickets.pruning import oneshot
 from structured_tickets.pruning.collect_evidence import collect_evidence
 from structured_tickets.runs.setup import choose_kernels, prepare_for_speed

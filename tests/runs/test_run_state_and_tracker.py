@@ -23,9 +23,9 @@ from structured_tickets.base.untrusted_tensors import save_atomically
 from structured_tickets.pruning.masks import MaskPair
 from structured_tickets.runs import trackers as tracker
 from structured_tickets.runs.folder import RunFolder, load_safely
-from structured_tickets.runs.reporter import rounds_table
 from structured_tickets.runs.rows import EPOCH_NUMBERS
 from structured_tickets.runs.state import RunState
+from structured_tickets.runs.tables import rounds_table
 
 
 def test_a_write_that_fails_leaves_the_file_before(tmp_path, monkeypatch):

@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pruning_utils import extract_mask, prune_model_custom_fillback, pruning_model, remove_prune
 from structured_tickets.networks import MODELS, build_model
+from structured_tickets.networks.kernels import frugal, set_fused_attention
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.networks.registry import ModelSpec
-from structured_tickets.networks.vision_transformer import frugal, set_fused_attention
 from structured_tickets.pruning.masks import by_parameter
 from structured_tickets.shrinking.cost import cost_of
 from structured_tickets.shrinking.cuts import cut_value, expand

@@ -15,10 +15,10 @@ from structured_tickets.base.randomness import mixed_seed
 from structured_tickets.data.image_sets import ImageSet
 from structured_tickets.data.loader import BatchLoader, crop_and_flip
 from structured_tickets.networks import MODELS, build_model, register_model
+from structured_tickets.networks.kernels import set_fused_attention
 from structured_tickets.networks.layers import Normalize
 from structured_tickets.networks.precision import choose_precision
 from structured_tickets.networks.pretrained import load_pretrained_weights
-from structured_tickets.networks.vision_transformer import set_fused_attention
 from structured_tickets.networks.vit import vit_small
 from structured_tickets.pruning.decide import decide
 from structured_tickets.pruning.rules import RoundRules

@@ -20,8 +20,8 @@ from structured_tickets.networks import build_model, spec_of
 from structured_tickets.networks.attention import with_separate_heads
 from structured_tickets.networks.building import parse_arch
 from structured_tickets.networks.first_pass import spec_of_layers
+from structured_tickets.networks.kernels import set_fused_attention
 from structured_tickets.networks.layers import Normalize, channels_side_by_side, normalised
-from structured_tickets.networks.vision_transformer import set_fused_attention
 from structured_tickets.programs import export
 from structured_tickets.pruning.collect_evidence import collect_evidence
 from structured_tickets.pruning.criteria import CRITERIA

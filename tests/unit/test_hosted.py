@@ -17,8 +17,8 @@ from structured_tickets.base.errors import UsageError
 from structured_tickets.base.modes import in_mode, obey_modes_of, set_mode
 from structured_tickets.networks import build_model, spec_of
 from structured_tickets.networks.hosted import bare, normalize_of, normalize_place, of_the_data, put_normalize
+from structured_tickets.networks.kernels import set_fused_attention
 from structured_tickets.networks.layers import Normalize
-from structured_tickets.networks.vision_transformer import set_fused_attention
 from structured_tickets.pruning.masks import in_place_of
 from structured_tickets.unit_groups.tracing import traced
 

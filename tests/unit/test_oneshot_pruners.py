@@ -12,7 +12,8 @@ from torch import nn
 import pruning_utils
 from structured_tickets.base.errors import UsageError
 from structured_tickets.networks import build_model
-from structured_tickets.networks.vision_transformer import VisionTransformer, fused_attention
+from structured_tickets.networks.kernels import fused_attention
+from structured_tickets.networks.vision_transformer import VisionTransformer
 from structured_tickets.pruning.masks import count_ones, effective_state
 from structured_tickets.pruning.oneshot import PRUNERS, Admm, Task, grasp_scores, synflow_scores, train_by_admm
 from structured_tickets.pruning.oneshot import _Linear as Linear

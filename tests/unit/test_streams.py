@@ -124,7 +124,19 @@ class Classifier(Net):
         return F.relu(self.hidden(self.a(x).flatten(1)))[:, :, None, None]
 
 
-NETWORKS = (Residual, Dense, Squeezed, Padded, Fixed, Counted, Classifier)
+class Scaled(Net):
+    """One number for all channels, and one added to them."""
+
+    def build(self):
+        self.a, self.scale, self.shift = conv(8, 12), nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
+        self.b = conv(12, 8)
+        return 8
+
+    def middle(self, x):
+        return x + self.b(self.a(x) * self.scale + self.shift)
+
+
+NETWORKS = (Residual, Dense, Squeezed, Padded, Fixed, Counted, Classifier, Scaled)
 
 
 @torch.no_grad()
@@ -188,6 +200,7 @@ def test_which_streams_there_are():
     assert counts[Padded] == [4, 8, 12]  # four channels are not in the first stream, and go by themselves
     assert counts[Fixed] == counts[Counted] == [8, 12]  # those four stay
     assert counts[Classifier] == [6, 10]
+    assert counts[Scaled] == [8, 12]
 
 
 def test_all_parts_of_a_stream_are_its_own():
