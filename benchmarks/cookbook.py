@@ -54,9 +54,7 @@ BOTH = f"{VIT} --struct rsst --vit_structured --vit_prune_target both --criteria
 
 RECIPES: dict[str, list[Recipe]] = {
     "Quick start: heads of a ViT (document 002)": [
-        Recipe(
-            "The tests", "python -m pytest -q tests/test_vit_quasi_structured.py", "the document's script, as tests", ""
-        ),
+        Recipe("The tests", "python tests/test_vit_quasi_structured.py", "the document's script, in `tests/`", ""),
         Recipe(
             "RSST, recommended",
             f"""{VIT} \\
@@ -100,7 +98,7 @@ python main_imp_fillback.py --arch vit_tiny --dataset cifar100 --struct rsst --v
         ),
     ],
     "Heads and neurons (document 003)": [
-        Recipe("The tests", "python -m pytest -q tests/test_head_mlp_pruning.py", "", ""),
+        Recipe("The tests", "python tests/test_head_mlp_pruning.py", "", ""),
         Recipe(
             "The integration script", "PYTHON=python bash scripts/run_head_mlp_test.sh $FEW --save_dir $OUT/head_mlp"
         ),

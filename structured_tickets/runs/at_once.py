@@ -19,6 +19,10 @@ from structured_tickets.settings.identity import identity_of, settings_of
 
 log = logging.getLogger("rsst")
 
+AS_BEFORE = (
+    "choose another --save_dir, or continue it as it began with --reg_horizon documents (what schedules x, x^2, x^3 "
+    "and exp meant in all runs before 0.2)"
+)
 LEFT_BY_A_FINISHED_RUN = ("ticket.pth.tar", "metrics.jsonl", "env.json", "init.pth.tar")
 
 AS_BEFORE = (

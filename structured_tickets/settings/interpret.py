@@ -180,7 +180,8 @@ def warnings_of_lambda(args: argparse.Namespace, batches: int) -> list[str]:
     curve, others = clock.curve(batches), [name for name in SCHEDULES if name != clock.schedule]
     same = [n for n in others if _are_close(replace(clock, schedule=n).curve(batches), curve)]
     if same:
-        said.append(f"--RST_schedule {clock.schedule}: lambda is the same as with {' and '.join(same)} in this run")
+        names = " and ".join([", ".join(same[:-1])] * (len(same) > 1) + same[-1:])
+        said.append(f"--RST_schedule {clock.schedule}: lambda is the same as with {names} in this run")
     capped = clock.capped_share(batches)
     if capped > MUCH:
         said.append(

@@ -61,6 +61,8 @@ def test_a_run_whose_schedule_had_another_meaning_continues_with_that_meaning_al
     """`x` was n * delta, so that lambda was at its cap from the first batch; now it grows over the round."""
     folder = tmp_path / "run"
     before = begun(folder, RST_schedule="x")
+    (folder / "args.yaml").write_text(yaml.safe_dump(before["args"]))
+    assert read_settings(folder)["reg_horizon"] == "documents", "what reports compare"
     settings = {**SETTINGS, "RST_schedule": "x", "pruning_times": 3, "save_dir": folder}
     assert run(*flags(**settings)) == 2
     said = capsys.readouterr().err

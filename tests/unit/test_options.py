@@ -200,7 +200,7 @@ def test_defaults_that_depend_on_other_flags():
         (["--exponents", "1"], ["exp_custom_exponents: lambda is the same as with exp and exp_custom in this run"]),
         (
             ["--RST_schedule", "x", "--reg_horizon", "documents"],
-            ["the same as with x^2 and x^3 and exp in", "--reg_upper_limit 1 caps lambda for 100% of each round"],
+            ["the same as with x^2, x^3 and exp in", "--reg_upper_limit 1 caps lambda for 100% of each round"],
         ),
         (["--reg_granularity_prune", "4"], []),
         (["--RST_schedule", "x", "--reg_granularity_prune", "4"], ["caps lambda for 75% of each round"]),
