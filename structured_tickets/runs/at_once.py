@@ -25,11 +25,6 @@ AS_BEFORE = (
 )
 LEFT_BY_A_FINISHED_RUN = ("ticket.pth.tar", "metrics.jsonl", "env.json", "init.pth.tar")
 
-AS_BEFORE = (
-    "choose another --save_dir, or continue it as it began with --reg_horizon documents (what schedules x, x^2, x^3 "
-    "and exp meant in all runs before 0.2)"
-)
-
 
 def folder_of(args: argparse.Namespace) -> Path:
     """Return the folder of the run that the arguments describe."""
