@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from structured_tickets.base.commands import name_in_help
 from structured_tickets.base.console import exit_status, start_logging
 from structured_tickets.base.secrets_in_text import refuse_secrets
-from structured_tickets.settings.argument_types import OneLineParser, count, path
+from structured_tickets.settings.argument_types import OneLineParser, architecture, count, path
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -25,7 +25,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--onnx", action="store_true", help="also model.onnx, compared with ONNX Runtime's outputs")
     parser.add_argument("--pt2", action="store_true", help="also model.pt2, by torch.export")
-    parser.add_argument("--arch", metavar="FILE.py:FACTORY", help="the network, if the run's comes from your own file")
+    parser.add_argument(
+        "--arch",
+        type=architecture,
+        metavar="FILE.py:FACTORY",
+        help="the network, if the run's comes from your own file",
+    )
     parser.add_argument("--quiet", action="store_true", help="only the table")
     return parser.parse_args(argv)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from structured_tickets.base.commands import name_in_help
 from structured_tickets.base.console import exit_status, start_logging
 from structured_tickets.base.secrets_in_text import refuse_secrets
-from structured_tickets.settings.argument_types import OneLineParser, path, truth
+from structured_tickets.settings.argument_types import OneLineParser, architecture, path, truth
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -25,7 +25,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         metavar="BOOL",
         help="measure the compact network of each round here (default: true)",
     )
-    parser.add_argument("--arch", metavar="FILE.py:FACTORY", help="the network, if the runs' comes from your own file")
+    parser.add_argument(
+        "--arch",
+        type=architecture,
+        metavar="FILE.py:FACTORY",
+        help="the network, if the runs' comes from your own file",
+    )
     parser.add_argument("--quiet", action="store_true", help="only the name of the page, and warnings")
     return parser.parse_args(argv)
 

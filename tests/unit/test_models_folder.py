@@ -7,6 +7,7 @@ import torch
 from helpers.commands import ROOT, run, tiny
 
 from structured_tickets.networks import MODELS, build_model, parse_arch
+from structured_tickets.programs import export
 from structured_tickets.settings.flags import parse_args
 
 CLASS = """
@@ -99,3 +100,4 @@ def test_a_whole_run_of_a_dropped_file(dropped, tmp_path):
     assert run(*tiny(tmp_path / "run", arch="my_model")) == 0
     assert parse_args(["--arch", "my_model"]).arch == f"{file}:any_name"
     assert run(*tiny(tmp_path / "run", arch="my_model", pruning_times=3)) == 0, "it continues"
+    assert export.main([str(tmp_path / "run"), "--arch", "my_model", "--quiet"]) == 0, "the name confirms the file"
