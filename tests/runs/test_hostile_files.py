@@ -117,6 +117,7 @@ def test_the_message_says_what_would_have_run(tmp_path, ends):
 @pytest.mark.parametrize("name, status", [("1checkpoint.pth.tar", 0), ("0checkpoint.pth.tar", 3)])
 def test_a_run_goes_back_to_a_checkpoint_that_can_be_read_if_there_is_one(name, status, run_folder, tmp_path, capsys):
     (run_folder / name).write_bytes(CODE["torch's zip"](tmp_path / "ran"))
+    (run_folder / "result.json").unlink()  # else there is nothing to do, and no checkpoint is read
     if status:
         for other in ("1checkpoint.pth.tar", "previous.pth.tar"):
             (run_folder / other).unlink()

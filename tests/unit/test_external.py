@@ -791,12 +791,13 @@ def test_unstructured_rsst_is_said_to_squeeze_nothing_whoevers_the_vit_is(arch, 
 @pytest.mark.parametrize(
     "arch, percent",
     [
-        (f"{SISTERS}:alexnet", 6),
+        (f"{SISTERS}:with_a_table", 17),
+        (f"{SISTERS}:alexnet", None),  # its linear layers have neurons
         (f"{OWN}:net", None),
-        pytest.param("torchvision/alexnet", 4, marks=pytest.mark.slow),
+        pytest.param("torchvision/alexnet", None, marks=pytest.mark.slow),
         pytest.param("torchvision/resnet18", None, marks=pytest.mark.slow),
     ],
-    ids=["small_sisters.py:alexnet", "my_model.py:net", "alexnet", "resnet18"],
+    ids=["with_a_table", "small_sisters.py:alexnet", "my_model.py:net", "alexnet", "resnet18"],
 )
 def test_a_network_of_which_little_can_be_pruned_is_warned_of(arch, percent, tmp_path, capsys):
     assert main_imp_fillback.main([*tiny(tmp_path / "run", arch=arch, image_size=64), "--dry_run"]) == 0
