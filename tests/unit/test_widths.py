@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from structured_tickets.pruning.rules import RoundRules
@@ -22,6 +22,7 @@ def rounded(sizes, counts, multiple, least=0, width=1, kind="channel"):
     return list(in_multiples(lambda *_: wanted, multiple, least)(groups, {}, {}).values())
 
 
+@settings(deadline=None)  # of a machine that does other things, too
 @given(st.data())
 def test_kept_counts_are_multiples_whose_total_is_the_rules(data):
     sizes = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=12))
