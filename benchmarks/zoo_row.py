@@ -234,6 +234,7 @@ def _saved(model: nn.Module, small: nn.Module, masks: Mask) -> None:
     put_normalize(model, Normalize((0.0,) * 3, (1.0,) * 3))
     small, kept = shrink(model, masks).network.eval(), kept_units_of(model, masks)
     config = {"arch": spec.name, "classes": list(map(str, range(CLASSES))), "image_size": images.shape[-1]}
+    config["followed"] = spec.followed
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         save(small, {**config, "kept": kept}, Path(folder))
         torch.testing.assert_close(load(folder, spec.name)(images), small(images), rtol=1e-3, atol=1e-4)
