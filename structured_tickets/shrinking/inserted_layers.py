@@ -52,8 +52,8 @@ class Place(nn.Module):
         source[places] = few
         self.register_buffer("source", source, persistent=False)
         self.register_buffer("places", places, persistent=False)
-        first, after = int(places[0]), channels - int(places[-1]) - 1
-        self.around = (first, after) if first + len(places) + after == channels else None
+        first, end = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
+        self.around = (first, channels - end) if end - first == len(places) else None
         one_hot = torch.zeros(channels, len(places), 1, 1)
         one_hot[places, few] = 1
         self.register_buffer("one_hot", one_hot, persistent=False)
