@@ -24,7 +24,7 @@ from structured_tickets.networks.registry import ModelSpec
 from structured_tickets.pruning.masks import by_parameter
 from structured_tickets.shrinking.cost import cost_of
 from structured_tickets.shrinking.cuts import cut_value, expand
-from structured_tickets.shrinking.inserted_layers import Constant
+from structured_tickets.shrinking.inserted_layers import Constant, Place
 from structured_tickets.shrinking.shrink import shrink
 from structured_tickets.unit_groups.find import unit_groups
 from structured_tickets.unit_groups.unit import kinds
@@ -274,3 +274,10 @@ def test_channels_are_followed_through_every_kind_of_layer(name, classifier):
         assert (small(images) - masked_logits(model, masks, images)).abs().max() <= 1e-5
         convolutions = [sum(m.weight.numel() for m in n.modules() if isinstance(m, nn.Conv2d)) for n in (small, model)]
         assert convolutions[0] < share * convolutions[1] + 40_000
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_channels_of_which_none_is_left_are_all_zeros(axis):
+    none = torch.zeros(2, 0, 3, 3) if axis == 1 else torch.zeros(2, 3, 0)
+    found = Place(torch.arange(0), 6, axis)(none)
+    assert found.shape == ((2, 6, 3, 3) if axis == 1 else (2, 3, 6)) and not bool(found.any())
