@@ -107,6 +107,10 @@ def test_the_shrunk_network_is_the_masked_one(arch, seed, share, stem, lanes):
     check_shrunk(arch, seed, share, stem, lanes)
 
 
+def test_a_depthwise_layer_to_which_no_channel_comes():
+    check_shrunk("shufflenet_v2_x1_0", 1, 0.1, False, 1)  # found by the drawn ones
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [a for a in LARGE if a != "vit_large_imagenet"])
 @torch.no_grad()
