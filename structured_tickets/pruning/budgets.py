@@ -64,13 +64,10 @@ def density_budget(
     Args:
         before: The structure until now, where it has removed inputs of layers: a unit has no weights in these.
     """
-    import torch
-
     counts = {}
     for group in groups:
         left = sum(_weights_of(current_mask[s.name], s) for s in group.computing)
-        whole = before or {s.name: torch.ones_like(current_mask[s.name]) for s in group.computing}
-        room = sum(_room_of_a_unit(whole[s.name], s) for s in group.computing)
+        room = sum(_room_of_a_unit(current_mask[s.name], before and before[s.name], s) for s in group.computing)
         filled = left / room
         kept = math.floor(filled + (group.units - filled) * fillback_rate + 1e-9)
         counts[group.name] = min(group.units, max(1, min_units, kept))
@@ -85,9 +82,10 @@ def _weights_of(mask: Tensor, part: Slice) -> float:
     return sums.cpu()[part.index.flatten()].sum().item()
 
 
-def _room_of_a_unit(mask: Tensor, part: Slice) -> float:
-    """Weights that a unit could have: of all inputs that a mask leaves."""
-    return float(mask.amax(part.axis).sum()) * part.index.shape[1]
+def _room_of_a_unit(mask: Tensor, before: Tensor | None, part: Slice) -> float:
+    """Weights that a unit could have: of all inputs, or of those that the structure until now has left."""
+    inputs = mask.numel() / mask.shape[part.axis] if before is None else float(before.amax(part.axis).sum())
+    return inputs * part.index.shape[1]
 
 
 BUDGETS: dict[str, Callable[..., dict[str, int]]] = {
