@@ -56,7 +56,7 @@ def shrink(
     """
     masks = masks_by_parameter(model, masks)
     if not masks:
-        return Shrunk(_masked_copy(model, masks), {})
+        return Shrunk(masked_copy(model, masks), {})
     smallest = _smaller(model, masks, lanes, image, spread or 0)
     known = spec_of(model).image
     if spread is not None or known is None or sum(p.numel() for p in model.parameters()) < WORTH_IT:
@@ -78,7 +78,7 @@ def shrink(
 def _smaller(
     model: nn.Module, masks: Mapping[str, Tensor], lanes: int, image: Sequence[int] | None, spread: int
 ) -> Shrunk:
-    small = _masked_copy(model, masks)
+    small = masked_copy(model, masks)
     following = features_of(model, image)
     if following is not None:
         return shrink_in_place(small, masks, following, image or spec_of(model).image or (), spread)
@@ -111,7 +111,7 @@ def masks_by_parameter(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[st
     return found
 
 
-def _masked_copy(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+def masked_copy(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """Return a copy whose weights are masked and plain, also where torch's pruning masks those of the model."""
     pruned = [(layer, key[:-5]) for layer, m in model.named_modules() for key in m._parameters if key.endswith("_orig")]
     values = (getattr(model.get_submodule(layer), param) for layer, param in pruned)

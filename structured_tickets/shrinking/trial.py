@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.shrinking.cost import cost_of, image_shape
 from structured_tickets.shrinking.inserted_layers import INSERTED
-from structured_tickets.shrinking.shrink import shrink
+from structured_tickets.shrinking.shrink import masked_copy, shrink
 from structured_tickets.unit_groups.unit import UnitGroup, masks_of_units
 
 KEPT = (0.7, 0.4)  # fraction of the units, in turn
@@ -36,7 +36,7 @@ def check_units(model: nn.Module, groups: Sequence[UnitGroup], image: int | Sequ
         kept = {g.name: torch.rand(g.units, generator=draw) < fraction for g in groups}
         try:
             masks = masks_of_units(groups, kept, parameters)
-            wanted = _masked(network, masks)(images)
+            wanted = masked_copy(network, masks)(images)
             small = shrink(network, masks, image=image_shape(image), spread=0).network
             difference = (small(images) - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
             cost_of(small, {}, image)
@@ -53,14 +53,6 @@ def places_channels(model: nn.Module, groups: Sequence[UnitGroup], image: int | 
     masks = masks_of_units(groups, {g.name: torch.arange(g.units) % 2 == 0 for g in groups}, parameters)
     small = shrink(model, masks, image=image_shape(image), spread=0).network
     return any(isinstance(m, INSERTED) for m in small.modules())
-
-
-def _masked(network: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
-    masked = copy.deepcopy(network)
-    parameters = dict(masked.named_parameters())
-    for name, mask in masks.items():
-        parameters[name].mul_(mask)
-    return masked
 
 
 def _with_used_norms(model: nn.Module, draw: torch.Generator) -> nn.Module:
