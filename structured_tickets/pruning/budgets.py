@@ -67,7 +67,8 @@ def density_budget(
     counts = {}
     for group in groups:
         left = sum(_weights_of(current_mask[s.name], s) for s in group.computing)
-        room = sum(_room_of_a_unit(current_mask[s.name], before and before[s.name], s) for s in group.computing)
+        inputs = {s.name: None if before is None else before[s.name] for s in group.computing}
+        room = sum(_room_of_a_unit(current_mask[s.name], inputs[s.name], s) for s in group.computing)
         filled = left / room
         kept = math.floor(filled + (group.units - filled) * fillback_rate + 1e-9)
         counts[group.name] = min(group.units, max(1, min_units, kept))
