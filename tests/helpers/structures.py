@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import torch
@@ -20,6 +21,15 @@ def random_structure(model, seed, share, prune_stem=False, groups=None):
     draw, groups = torch.Generator().manual_seed(seed), groups or unit_groups(model, prune_stem)
     kept = {group.name: torch.rand(group.units, generator=draw) < share for group in groups}
     return masks_of_units(groups, kept, dict(model.named_parameters()))
+
+
+def masked(model, masks):
+    """A copy of a network with its weights masked."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            twin.get_parameter(name).mul_(mask)
+    return twin
 
 
 RULES = RoundRules("rsst", 0.4, "round", "magnitude")

@@ -8,6 +8,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.structures import masked
 from torch import nn
 
 from structured_tickets.base.errors import UsageError
@@ -260,14 +261,6 @@ def pruned(model, share=0.5):
     for flags in kept.values():
         flags[0], flags[-1] = True, False
     return groups, kept, masks_of_units(groups, kept, dict(model.named_parameters()))
-
-
-def masked(model, masks):
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, mask in masks.items():
-            twin.get_parameter(name).mul_(mask)
-    return twin
 
 
 def images():

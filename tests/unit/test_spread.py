@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
+from helpers.structures import masked
 from torch import Tensor, nn
 
 from structured_tickets.networks.registry import ModelSpec
@@ -65,14 +64,6 @@ def half(model):
     draw, groups = torch.Generator().manual_seed(1), unit_groups(model)
     kept = {g.name: torch.randperm(g.units, generator=draw) < g.units // 2 for g in groups}
     return masks_of_units(groups, kept, dict(model.named_parameters()))
-
-
-def masked(model, masks):
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, mask in masks.items():
-            twin.get_parameter(name).mul_(mask)
-    return twin
 
 
 def inserted(network):
