@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 from helpers.commands import ROOT, flags, run
+from helpers.custom_model import CUSTOM_MODEL
 from helpers.images import few_images
 
 from structured_tickets.runs.read import read_result
@@ -33,19 +34,6 @@ BUDGET = {
     "keep_checkpoints": 1,
 }
 SIZES = {"vgg16_bn": 32}  # pixels at least
-MINE = """
-import torch.nn as nn
-
-class MyCustomModel(nn.Module):
-    def __init__(self, num_classes=100):
-        super(MyCustomModel, self).__init__()
-        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
-        self.conv2 = nn.Conv2d(8, 12, 3, padding=1)
-        self.fc = nn.Linear(12, num_classes)
-
-    def forward(self, x):
-        return self.fc(self.conv2(self.conv1(x).relu()).relu().mean((2, 3)))
-"""
 
 
 def shell_blocks(text):
@@ -84,7 +72,7 @@ def test_the_commands_are_found():
 def with_my_model(tmp_path, monkeypatch):
     """A working directory with the file of document 004, section 2.4."""
     (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "my_model.py").write_text(MINE)
+    (tmp_path / "models" / "my_model.py").write_text(CUSTOM_MODEL)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -5,26 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.commands import ROOT, run, tiny
+from helpers.custom_model import CUSTOM_MODEL
 
 from structured_tickets.networks import MODELS, build_model, parse_arch
 from structured_tickets.programs import export
 from structured_tickets.settings.flags import parse_args
 
-CLASS = """
-import torch.nn as nn
-
-class MyCustomModel(nn.Module):
-    def __init__(self, num_classes=100):
-        super(MyCustomModel, self).__init__()
-        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
-        self.conv2 = nn.Conv2d(8, 12, 3, padding=1)
-        self.fc = nn.Linear(12, num_classes)
-
-    def forward(self, x):
-        return self.fc(self.conv2(self.conv1(x).relu()).relu().mean((2, 3)))
-"""
 DECORATED = (
-    CLASS
+    CUSTOM_MODEL
     + """
 from structured_tickets.networks import register_model
 
@@ -35,9 +23,10 @@ def any_name(num_classes):
 )
 BLOCK = "\nclass Block:\n    def __init__(self, width):\n        pass\n"
 SAME_NAME = (
-    CLASS.replace("MyCustomModel", "MyModel") + "\nclass Other:\n    def __init__(self, num_classes):\n        pass\n"
+    CUSTOM_MODEL.replace("MyCustomModel", "MyModel")
+    + "\nclass Other:\n    def __init__(self, num_classes):\n        pass\n"
 )
-FACTORY = CLASS + "\ndef net(num_classes):\n    return MyCustomModel(num_classes)\n"
+FACTORY = CUSTOM_MODEL + "\ndef net(num_classes):\n    return MyCustomModel(num_classes)\n"
 
 
 @pytest.fixture
@@ -57,8 +46,8 @@ def dropped(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "text, maker",
     [
-        (CLASS, "MyCustomModel"),
-        (CLASS + BLOCK, "MyCustomModel"),
+        (CUSTOM_MODEL, "MyCustomModel"),
+        (CUSTOM_MODEL + BLOCK, "MyCustomModel"),
         (SAME_NAME, "MyModel"),
         (FACTORY, "net"),
         (DECORATED, "any_name"),
@@ -76,7 +65,10 @@ def test_a_file_is_found_by_its_name(text, maker, dropped):
     "text, said",
     [
         ("import torch\n", "my_model.py has no function or class that takes num_classes. Add one"),
-        (CLASS + CLASS.replace("MyCustomModel", "Two"), r"several networks \(MyCustomModel, Two\). Choose one of them"),
+        (
+            CUSTOM_MODEL + CUSTOM_MODEL.replace("MyCustomModel", "Two"),
+            r"several networks \(MyCustomModel, Two\). Choose one of them",
+        ),
         ("class (", "my_model.py cannot be read as Python"),
     ],
 )
@@ -87,7 +79,7 @@ def test_a_file_without_one_network_says_what_to_write(text, said, dropped):
 
 
 def test_own_networks_and_the_documents_import_paths_are_no_files_of_a_user(dropped, monkeypatch):
-    dropped(CLASS, "res20s")
+    dropped(CUSTOM_MODEL, "res20s")
     assert parse_arch("res20s") == "res20s"
     monkeypatch.chdir(ROOT)
     for name in ("vit", "resnets", "no_such"):
