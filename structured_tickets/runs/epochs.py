@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import torch
+
 from structured_tickets.base.errors import DivergedError, Interrupted
 from structured_tickets.base.weights import cloned_state
 from structured_tickets.runs.folder import RunFolder
@@ -53,12 +55,19 @@ def train_epoch(current: Round, run: RunState, folder: RunFolder, epoch: int) ->
     except DivergedError as error:
         current.trainee.write_back()
         folder.save_value({"state_dict": cloned_state(setup.model)}, folder.diverged)
-        raise DivergedError(f"{error}. The weights are in {folder.diverged}") from error
+        raise DivergedError(f"{error}. The weights are in {folder.diverged}. {_remedy(passer.precision)}") from error
     per_step = (time.perf_counter() - began) / (meter.steps - first)
     if broken := current.trainee.held.broken():
         raise AssertionError(f"weights held at zero have moved: {broken[:3]}")
     current.trainee.write_back()
     return TrainedEpoch(meter, before + time.perf_counter() - began, per_step)
+
+
+def _remedy(precision: torch.dtype) -> str:
+    """Return what to do about a number that is not finite."""
+    if precision == torch.float32:
+        return "Try a lower --lr"
+    return f"Try --precision fp32 (some processors' kernels for {str(precision)[6:]} give NaN), then a lower --lr"
 
 
 def epoch_row(

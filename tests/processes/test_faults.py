@@ -379,7 +379,8 @@ def test_a_loss_that_is_not_finite_at_some_step(step, broken_off, tmp_path, monk
         assert program.main(tiny(tmp_path, **words)) == 4
     round_, epoch = divmod((step - 1) // 6, 3)
     where = f"became NaN or infinite in round {round_}, epoch {epoch}, step {(step - 1) % 6 + 1} of 6"
-    assert where in capsys.readouterr().err.splitlines()[-1]
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert where in said and "Try " in said and "a lower --lr" in said
     assert (tmp_path / "diverged.pth.tar").exists()
     assert program.main(tiny(tmp_path, **words)) == 0
     assert_same_runs(home / "whole", tmp_path)
