@@ -29,7 +29,6 @@ from structured_tickets.pruning.usable_units import in_words
 from structured_tickets.runs.at_once import nothing_to_resume
 from structured_tickets.runs.compared_run import ControlSource
 from structured_tickets.runs.dense_store import DenseStore
-from structured_tickets.runs.dry_run import expected_squeeze
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.runs.next_masks import control_masks
 from structured_tickets.runs.reporter import Reporter
@@ -39,6 +38,7 @@ from structured_tickets.runs.state import RunState
 from structured_tickets.runs.trackers import Trackers, trackers_of
 from structured_tickets.settings.identity import identity_of, identity_of_round_0, settings_of
 from structured_tickets.training.optimization import OPTIMIZERS
+from structured_tickets.training.penalty.expected import expected_squeeze
 from structured_tickets.training.penalty.schedules import clock_from
 
 log = logging.getLogger("rsst")
@@ -128,7 +128,7 @@ def _introduce(setup: Setup, folder: RunFolder) -> None:
     layers = counted(len(setup.names), "prunable layer")
     about = args.arch, setup.device, name_of(setup.precision), layers, f"{weights:,}", folder.path
     log.info("%s on %s (%s): %s, %s prunable weights. Run folder: %s", *about)
-    for line in in_words(setup.whole, setup.remark):
+    for line in (*setup.said, *in_words(setup.whole, setup.remark)):
         log.info("%s", line)
     if setup.world.size > 1:
         whole = "; BatchNorm sees whole batches" * has_batchnorm(setup.model)

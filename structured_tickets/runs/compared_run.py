@@ -23,6 +23,7 @@ from structured_tickets.runs.folder import RunFolder
 from structured_tickets.runs.read import own_folder
 from structured_tickets.runs.same_run import check_same_data
 from structured_tickets.runs.state import RunState, unpacked
+from structured_tickets.settings.flag_table import PENALTY_CHOSEN
 from structured_tickets.settings.identity import identity_of, settings_of
 
 
@@ -51,6 +52,8 @@ class ControlSource:
             raise UsageError(f"argument --control: {path} has {rounds} of {args.pruning_times} rounds: {first}")
         ours, theirs = identity_of(settings_of(ticket)), identity_of(newest.args)
         different = sorted(k for k in (ours.keys() | theirs.keys()) - {"exp_name"} if ours.get(k) != theirs.get(k))
+        if vars(args).get(PENALTY_CHOSEN):  # it follows from the others
+            different = [k for k in different if k != "penalty"] or different
         if different:
             flags = ", ".join(f"--{k}" for k in different)
             raise UsageError(f"argument --control: the run in {path} has another {flags}; only --control may differ")

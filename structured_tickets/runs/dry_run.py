@@ -16,8 +16,6 @@ from structured_tickets.pruning.rules import RoundRules
 from structured_tickets.pruning.shares import kept_per_kind, shares
 from structured_tickets.runs.setup import Setup
 from structured_tickets.shrinking.cost import Cost, cost_of
-from structured_tickets.training.optimization import LearningRate
-from structured_tickets.training.penalty.schedules import Clock
 from structured_tickets.unit_groups.unit import UnitGroup, parameter_of
 
 TIMED_STEPS = 3
@@ -31,20 +29,6 @@ def seconds_per_step(step: Callable[[], None]) -> float:
         step()
         times.append(time.perf_counter() - began)
     return sorted(times[1:])[TIMED_STEPS // 2]
-
-
-def expected_squeeze(clock: Clock, rate: LearningRate, momentum: float, decoupled: bool) -> float:
-    """The share of a doomed weight that a round's penalty alone would leave, in [0, 1].
-
-    A step takes lr * lambda / (1 - momentum) of the weight, or lambda * lr / peak lr if the penalty is decoupled. The
-    gradient of the loss, which may hold against it, is not known beforehand.
-    """
-    left = 1.0
-    for epoch in range(rate.epochs):
-        for i in range(rate.steps):
-            pace = rate.at(epoch, i) / (rate.base if decoupled else 1 - momentum)
-            left *= max(0.0, 1 - pace * clock.strength(epoch, i, rate.steps))
-    return left
 
 
 def simulate_rounds(

@@ -11,6 +11,8 @@ from structured_tickets.networks import family_of
 from structured_tickets.pruning.criteria import CRITERIA
 from structured_tickets.pruning.methods import METHODS
 from structured_tickets.pruning.rules import kinds_of
+from structured_tickets.training.optimization import OPTIMIZERS
+from structured_tickets.training.penalty.expected import DECOUPLED, GRADIENT
 from structured_tickets.unit_groups.kinds import FILTER, STREAM
 
 
@@ -62,6 +64,13 @@ def channel_units_of(settings: Mapping[str, Any]) -> str:
 def shrinks_units(args: argparse.Namespace) -> bool:
     """True if RSST's penalty acts on whole units, beside which weights are held at zero."""
     return args.struct == "rsst" and args.rsst_dead == "zero" and prunes_units(args)
+
+
+def penalty_of_flags(args: argparse.Namespace) -> str:
+    """How the penalty acts where the flags do not say it: "auto" if that depends on the length of a round, too."""
+    if OPTIMIZERS[args.optimizer].adaptive:
+        return DECOUPLED
+    return GRADIENT if args.preset == "as_documented" else "auto"
 
 
 def reads_batches(args: argparse.Namespace) -> bool:

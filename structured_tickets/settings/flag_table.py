@@ -41,6 +41,7 @@ from structured_tickets.settings.conditions import (
     WITH_RSST,
     Condition,
     counts_units_by_layer,
+    penalty_of_flags,
     prunes_channels,
     prunes_kind,
     prunes_transformer_units,
@@ -493,11 +494,11 @@ RSST = (
     Flag(
         "penalty",
         "gradient: add lambda * w to the gradient of doomed weights; decoupled: multiply them by 1 - lambda * lr / "
-        "peak lr; auto: gradient for sgd, decoupled for adamw",
+        "peak lr; auto: gradient, but decoupled for adamw, and where gradient would leave more than 5%% of them",
         AFTER_ROUND_0,
         default="auto",
         choices=("auto", "gradient", "decoupled"),
-        derived=lambda a: "decoupled" if OPTIMIZERS[a.optimizer].adaptive else "gradient",
+        derived=penalty_of_flags,
         read=WITH_RSST,
     ),
     Flag(
@@ -608,12 +609,14 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
 FLAGS: dict[str, Flag] = {flag.name: flag for flags in GROUPS.values() for flag in flags}
 
 
-# Written among the settings of a run, no flag: the meaning of four schedules since 0.2. Runs without it had another.
+# Written among the settings of a run, no flags. The meaning of four schedules since 0.2: runs without it had another.
 LAMBDA_FOLLOWS = "lambda_follows"
+# Whether `penalty` was chosen for the run, whose command did not name one. Runs before 0.2 do not say it.
+PENALTY_CHOSEN = "penalty_chosen"
 
 
 def scope_of(name: str) -> Scope:
     """What a flag decides. One that is not in the table, as in a checkpoint of another version, may decide anything."""
-    if name == LAMBDA_FOLLOWS:
+    if name in (LAMBDA_FOLLOWS, PENALTY_CHOSEN):
         return NOTHING
     return FLAGS[name].scope if name in FLAGS else EVERY_ROUND

@@ -12,6 +12,7 @@ from typing import Any
 
 from structured_tickets.settings.conditions import prunes_transformer_units, prunes_units
 from structured_tickets.settings.flag_table import FLAGS, LAMBDA_FOLLOWS, scope_of
+from structured_tickets.training.penalty.expected import GRADIENT
 from structured_tickets.training.penalty.schedules import SCHEDULES
 
 LONGEST_NAME = 32  # characters of --exp_name in a folder's name; the hash tells the rest
@@ -74,6 +75,7 @@ def default_run_folder(args: argparse.Namespace) -> str:
     identity = identity_of(settings_of(args))
     if args.dataset == "imagefolder":
         identity["data"] = str(Path(args.data).resolve())
+    identity |= _penalty_in_a_name(args)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     tied = (args.vit_structured or args.regroup) and prunes_transformer_units(args)
     target = [args.vit_prune_target] if tied else []
@@ -83,6 +85,14 @@ def default_run_folder(args: argparse.Namespace) -> str:
     name = [_fit(args.exp_name)[:LONGEST_NAME]] if args.exp_name else []
     parts = [_short(args.arch), *target, *criterion, f"rate{args.rate:g}", *control, f"seed{args.seed}", *name, digest]
     return f"{args.dataset}_{args.struct}_output_{'_'.join(parts)}"
+
+
+def _penalty_in_a_name(args: argparse.Namespace) -> dict[str, str]:
+    """Return what a folder's name says of `--penalty`: one that is to be chosen has the name that it had before."""
+    if args.penalty == "auto":
+        return {"penalty": GRADIENT}
+    given = args.penalty == GRADIENT and "penalty" in args.explicit
+    return {"penalty": f"{GRADIENT}, as given"} if given else {}
 
 
 def _short(arch: str) -> str:

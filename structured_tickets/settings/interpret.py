@@ -18,7 +18,9 @@ from structured_tickets.pruning.methods import CONTROLS, METHODS
 from structured_tickets.pruning.rules import TARGET_KINDS, RoundRules, kinds_of
 from structured_tickets.pruning.usable_units import FROZEN, UsableUnits, usable_units
 from structured_tickets.settings.conditions import channel_units_of
+from structured_tickets.settings.flag_table import PENALTY_CHOSEN
 from structured_tickets.training.optimization import OPTIMIZERS, LearningRate
+from structured_tickets.training.penalty.expected import GRADIENT, expected_squeeze, way_of_acting
 from structured_tickets.training.penalty.schedules import SCHEDULES, clock_from
 from structured_tickets.unit_groups.find import is_transformer
 from structured_tickets.unit_groups.kinds import FILTER, KINDS, kind_of
@@ -168,6 +170,25 @@ def _kept(rules: RoundRules, kind: str, sizes: Sequence[int], everywhere: bool, 
     pools = [sum(sizes)] if everywhere else sizes
     ratios = [rules.share(rules.ratios[kind], k) * (1 - rules.fillback_rate) for k in range(rounds - 1)]
     return [[kept_count(units, ratio) for units in pools] for ratio in ratios]
+
+
+def settle_penalty(args: argparse.Namespace, rules: RoundRules, rate: LearningRate) -> str:
+    """Replace `--penalty auto` by how the penalty acts in rounds of this length; return what to say about it.
+
+    The arguments also say from now on whether it was chosen here.
+    """
+    vars(args)[PENALTY_CHOSEN] = args.penalty == "auto"
+    if args.penalty != "auto":
+        return ""
+    squeezes = rules.method.squeezes and rules.structured
+    args.penalty = way_of_acting(clock_from(args), rate, args.momentum) if squeezes else GRADIENT
+    if args.penalty == GRADIENT:
+        return ""
+    left = expected_squeeze(clock_from(args), rate, args.momentum, decoupled=False)
+    return (
+        f"penalty: decoupled from the gradient. In rounds this short, lambda * w in the gradient would leave about "
+        f"{left:.0%} of each doomed weight (--penalty gradient does it all the same)"
+    )
 
 
 def warnings_of_lambda(args: argparse.Namespace, batches: int) -> list[str]:

@@ -232,8 +232,11 @@ def test_a_control_without_its_ticket_is_refused_and_nothing_is_written(more, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_small_dense_network_is_not_warned_of_a_weak_penalty(tickets, tmp_path, capsys):
-    words = {"struct": "rsst", "pruning_times": 3, "control_of": tickets["rsst"]}
+def test_a_small_dense_network_is_not_warned_of_a_weak_penalty(tmp_path, capsys):
+    words = {"struct": "rsst", "pruning_times": 3, "penalty": "gradient"}
+    assert run(*tiny(tmp_path / "ticket", **words)) == 0
+    assert "the penalty is too weak" in capsys.readouterr().err
+    words["control_of"] = tmp_path / "ticket"
     assert run(*tiny(tmp_path / "dense", control="small_dense", **words)) == 0
     assert "the penalty is too weak" not in capsys.readouterr().err
     assert run(*tiny(tmp_path / "other", control="permute", **words)) == 0

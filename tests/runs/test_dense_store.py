@@ -45,7 +45,7 @@ OTHERS = {
     "reg_horizon": ({}, "epoch"),
     "reg_guard": ({}, True),
     "reg_upper_limit": ({}, 0.1),
-    "penalty": ({}, "decoupled"),
+    "penalty": ({}, "gradient"),  # in rounds this short it would be decoupled
     "block_loss_grad": ({}, True),
     "rsst_dead": ({}, "free"),
     "reg_target": ({}, "unit"),

@@ -16,9 +16,9 @@ from structured_tickets.pruning.held import faded_units, held_masks
 from structured_tickets.pruning.masks import HeldMask, MaskPair, current_key, refill_key
 from structured_tickets.pruning.rules import RoundRules
 from structured_tickets.pruning.shares import shares
-from structured_tickets.runs.dry_run import expected_squeeze
 from structured_tickets.training.epoch import Passer, apply_reg, hardened, train, update_reg, validate
 from structured_tickets.training.optimization import LearningRate
+from structured_tickets.training.penalty.expected import DECOUPLED, GRADIENT, expected_squeeze, way_of_acting
 from structured_tickets.training.penalty.reg_pruner import Pruner
 from structured_tickets.training.penalty.schedules import HORIZONS, SCHEDULES, Clock
 from structured_tickets.unit_groups.find import unit_groups
@@ -349,3 +349,14 @@ def test_what_the_penalty_alone_would_leave_is_known_beforehand():
     assert expected_squeeze(clock, rate, 0.5, decoupled=False) == pytest.approx(0.9**6)
     steep = Clock("x", 1.0, horizon="documents", upper_limit=9)
     assert expected_squeeze(steep, rate, 0.9, decoupled=False) == 0
+
+
+def test_short_rounds_squeeze_directly_and_long_ones_in_the_gradient():
+    clock, momentum = Clock("x", 1.0), 0.9
+    assert way_of_acting(clock, LearningRate(0.1, 2, 3), momentum) == GRADIENT, "nothing is left after 6 steps"
+    assert way_of_acting(clock, LearningRate(0.01, 2, 3), momentum) == DECOUPLED
+    assert way_of_acting(clock, LearningRate(0.01, 20, 10), momentum) == GRADIENT, "long enough"
+    weak = Clock("x", 0.01)
+    assert way_of_acting(weak, LearningRate(0.2, 2, 3), momentum) == GRADIENT, "in the gradient it leaves less"
+    strong = Clock("x", 1.5, upper_limit=2.0)
+    assert way_of_acting(strong, LearningRate(0.001, 2, 3), momentum) == GRADIENT, "beyond 1 a weight changes its sign"
