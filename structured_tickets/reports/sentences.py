@@ -18,8 +18,7 @@ def weak_penalties(collection: Collection) -> list[str]:
     share = f"{100 * SQUEEZE_GOAL:.0f} %"
     return [
         f"In {weak} of {len(ratios)} RSST runs the penalty was weak: more than {share} of the norm of the doomed "
-        "weights was left in the last round, and hardening cuts it off. Train longer, raise the learning rate or "
-        "--reg_granularity_prune, or try --penalty decoupled."
+        "weights was left in the last round, and hardening cuts it off. Train longer, or use --penalty auto."
     ]
 
 

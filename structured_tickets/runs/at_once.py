@@ -14,17 +14,17 @@ from structured_tickets.base.text_tables import counted
 from structured_tickets.runs.checkpoint_names import candidates
 from structured_tickets.runs.read import own_folder, read_result, read_rounds, read_settings
 from structured_tickets.runs.tables import rounds_table
+from structured_tickets.settings.conditions import penalty_before
 from structured_tickets.settings.flag_table import FLAGS, PENALTY_CHOSEN
 from structured_tickets.settings.identity import identity_of, settings_of
-from structured_tickets.training.penalty.expected import GRADIENT
+from structured_tickets.training.penalty.expected import WAYS
 
 log = logging.getLogger("rsst")
 
 AS_BEFORE = {
-    ("reg_horizon", "documents"): "choose another --save_dir, or continue it as it began with --reg_horizon documents "
-    "(what schedules x, x^2, x^3 and exp meant in all runs before 0.2)",
-    ("penalty", GRADIENT): "choose another --save_dir, or continue it as it began with --penalty gradient (what auto "
-    "meant before 0.2, however short the rounds)",
+    ("reg_horizon", "documents"): ", or continue it as it began with --reg_horizon documents (what schedules x, x^2, "
+    "x^3 and exp meant in all runs before 0.2)",
+    **{("penalty", way): f", or continue it as it began with --penalty {way}" for way in WAYS},
 }
 LEFT_BY_A_FINISHED_RUN = ("ticket.pth.tar", "metrics.jsonl", "env.json", "init.pth.tar")
 
@@ -57,7 +57,7 @@ def known_at_once(args: argparse.Namespace) -> str | None:
         return None
     ours = settings_of(args)
     if args.penalty == "auto":  # it is chosen when the images are known, for the same command in the same way
-        if not settings.get(PENALTY_CHOSEN, settings.get("penalty") == GRADIENT):
+        if not settings.get(PENALTY_CHOSEN, settings.get("penalty") == penalty_before(args)):
             return None
         ours["penalty"] = settings.get("penalty")
     check_same_settings(identity_of(ours), identity_of(settings))
@@ -87,5 +87,5 @@ def check_same_settings(identity: Mapping[str, Any], saved_identity: Mapping[str
     for key in sorted(keys, key=lambda k: known.index(k) if k in FLAGS else len(known)):
         ours, theirs = (d.get(key, "its default") for d in (identity, saved_identity))
         if ours != theirs:
-            way_out = AS_BEFORE.get((key, theirs), "choose another --save_dir")
+            way_out = "choose another --save_dir" + AS_BEFORE.get((key, theirs), "")
             raise UsageError(f"argument --{key}: the run folder holds a run with {theirs}, not {ours}; {way_out}")

@@ -38,7 +38,7 @@ from structured_tickets.runs.state import RunState
 from structured_tickets.runs.trackers import Trackers, trackers_of
 from structured_tickets.settings.identity import identity_of, identity_of_round_0, settings_of
 from structured_tickets.training.optimization import OPTIMIZERS
-from structured_tickets.training.penalty.expected import expected_squeeze
+from structured_tickets.training.penalty.expected import GRADIENT, expected_squeeze
 from structured_tickets.training.penalty.schedules import clock_from
 
 log = logging.getLogger("rsst")
@@ -137,17 +137,17 @@ def _introduce(setup: Setup, folder: RunFolder) -> None:
 
 def _warn_if_the_penalty_is_weak(setup: Setup) -> None:
     args, rules = setup.args, setup.rules
-    decoupled = args.penalty == "decoupled"
     squeezes = rules.method.squeezes and rules.structured and CONTROLS[args.control].masks != "narrow"
-    if not squeezes or (OPTIMIZERS[args.optimizer].adaptive and not decoupled):
+    in_gradient = args.penalty == GRADIENT
+    if not squeezes or (OPTIMIZERS[args.optimizer].adaptive and in_gradient):
         return
-    left = expected_squeeze(clock_from(args), setup.rate, args.momentum, decoupled)
+    left = expected_squeeze(clock_from(args), setup.rate, args.momentum, args.penalty)
     if left > SQUEEZE_GOAL:
         log.warning(
             "the penalty is too weak for rounds this short: by itself it leaves each doomed weight at about %.0f%% of "
             "its size. Use more --epochs%s",
             100 * left,
-            " or a higher --reg_granularity_prune" if decoupled else ", a higher --lr, or --penalty decoupled",
+            ", a higher --lr, or --penalty auto" if in_gradient else " or a smaller --batch_size",
         )
 
 

@@ -146,7 +146,7 @@ class Experiment:
             self.store.leave(run, self.folder, setup.numerics)
         hard = current.hardened_accuracies()
         squeeze = current.doomed_norm() / run.doomed_norm if run.doomed_norm else None
-        warn_if_not_squeezed(state, squeeze, setup.args.penalty == "decoupled")
+        warn_if_not_squeezed(state, squeeze, setup.args.penalty)
         run.following = next_masks(setup, run, self.source, self.folder.progress(run), self.stop)
         self.folder.save_value(packed_pair(run.following), self.folder.masks(state))
         run.rounds.append(judge(setup, run, current.pair, hard, squeeze, run.following).plain())

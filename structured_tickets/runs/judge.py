@@ -11,6 +11,7 @@ from structured_tickets.runs.rows import RoundRow
 from structured_tickets.runs.setup import Setup
 from structured_tickets.runs.state import RunState
 from structured_tickets.shrinking.cost import cost_of
+from structured_tickets.training.penalty.expected import GRADIENT
 
 log = logging.getLogger("rsst")
 
@@ -56,14 +57,14 @@ def judge(
     )
 
 
-def warn_if_not_squeezed(state: int, ratio: float | None, decoupled: bool) -> None:
+def warn_if_not_squeezed(state: int, ratio: float | None, penalty: str) -> None:
     """Warn if the penalty left too much of the doomed weights."""
     if ratio is not None and ratio > SQUEEZE_GOAL:
         log.warning(
             "round %d: the penalty was too weak. The doomed weights still have %.0f%% of their norm (goal: at most "
-            "%.0f%%), so hardening may cost accuracy. Use more --epochs, or a higher --reg_granularity_prune%s",
+            "%.0f%%), so hardening may cost accuracy. Use more --epochs%s",
             state,
             100 * ratio,
             100 * SQUEEZE_GOAL,
-            "" if decoupled else " or --lr",
+            ", a higher --lr, or --penalty auto" if penalty == GRADIENT else " or a smaller --batch_size",
         )

@@ -16,6 +16,7 @@ from structured_tickets.pruning.shares import Shares, shares
 from structured_tickets.runs.setup import Setup, prepare_for_speed
 from structured_tickets.runs.state import RunState
 from structured_tickets.training.epoch import Passer, ShowProgress, hardened
+from structured_tickets.training.penalty.expected import DECOUPLED, DIRECT
 from structured_tickets.training.penalty.reg_pruner import Pruner
 from structured_tickets.training.stop import StopRequest
 from structured_tickets.training.trainee import Trainee
@@ -80,7 +81,8 @@ class Round:
             rate=setup.rate,
             stop=self._stop,
             progress=self._progress,
-            decoupled=setup.args.penalty == "decoupled",
+            decoupled=setup.args.penalty in (DECOUPLED, DIRECT),
+            paced=setup.args.penalty != DIRECT,
             world=setup.world,
             network=setup.world.parallel(self.trainee.model, probes),
             precision=setup.precision,

@@ -67,10 +67,13 @@ def shrinks_units(args: argparse.Namespace) -> bool:
 
 
 def penalty_of_flags(args: argparse.Namespace) -> str:
-    """How the penalty acts where the flags do not say it: "auto" if that depends on the length of a round, too."""
-    if OPTIMIZERS[args.optimizer].adaptive:
-        return DECOUPLED
-    return GRADIENT if args.preset == "as_documented" else "auto"
+    """How the penalty acts where the flags do not say it: "auto", which depends on the length of a round, too."""
+    return penalty_before(args) if args.preset == "as_documented" else "auto"
+
+
+def penalty_before(args: argparse.Namespace) -> str:
+    """What `--penalty auto` meant before 0.2, however short the rounds."""
+    return DECOUPLED if OPTIMIZERS[args.optimizer].adaptive else GRADIENT
 
 
 def reads_batches(args: argparse.Namespace) -> bool:

@@ -10,8 +10,10 @@ from pathlib import Path
 from structured_tickets.base.errors import UsageError
 from structured_tickets.base.text_tables import counted
 from structured_tickets.networks import MODELS, family_of
+from structured_tickets.settings.conditions import penalty_before
 from structured_tickets.settings.flag_table import FLAGS
 from structured_tickets.training.optimization import OPTIMIZERS
+from structured_tickets.training.penalty.expected import GRADIENT
 from structured_tickets.training.penalty.schedules import clock_from
 
 
@@ -80,7 +82,8 @@ def warnings_about(args: argparse.Namespace, explicit: set[str]) -> list[str]:
     late = [m for m in args.decreasing_lr if multistep and m >= args.epochs]
     early = [m for m in args.decreasing_lr if multistep and m < min(args.warmup, args.epochs)]
     peak = _peak_strength(args)
-    step = peak if args.penalty == "decoupled" else args.lr * peak / (1 - args.momentum)
+    way = penalty_before(args) if args.penalty == "auto" else args.penalty
+    step = args.lr * peak / (1 - args.momentum) if way == GRADIENT else peak
     rules = (
         (
             late and "decreasing_lr" in explicit,
@@ -101,7 +104,7 @@ def warnings_about(args: argparse.Namespace, explicit: set[str]) -> list[str]:
             f"--warmup {args.warmup} takes up the whole round (--epochs {args.epochs}). Use a shorter warm-up",
         ),
         (
-            rsst and step > 1 and not (args.penalty == "gradient" and OPTIMIZERS[args.optimizer].adaptive),
+            rsst and step > 1 and not (way == GRADIENT and OPTIMIZERS[args.optimizer].adaptive),
             f"the penalty may be unstable: one step can change a doomed weight by {step:.3g} times its size (stable: "
             "at most 1). Lower --reg_upper_limit, or --lr unless the penalty is decoupled",
         ),

@@ -62,6 +62,7 @@ from structured_tickets.settings.flag import (
     Scope,
 )
 from structured_tickets.training.optimization import LR_SCHEDULES, OPTIMIZERS
+from structured_tickets.training.penalty.expected import WAYS
 from structured_tickets.training.penalty.schedules import HORIZONS, SCHEDULES
 from structured_tickets.unit_groups.kinds import CHANNEL_UNITS, FILTER
 
@@ -493,11 +494,11 @@ RSST = (
     Flag("reg_upper_limit", "cap on lambda; inf for none", AFTER_ROUND_0, type=LIMIT, default=1.0, read=WITH_RSST),
     Flag(
         "penalty",
-        "gradient: add lambda * w to the gradient of doomed weights; decoupled: multiply them by 1 - lambda * lr / "
-        "peak lr; auto: gradient, but decoupled for adamw, and where gradient would leave more than 5%% of them",
+        _rows(WAYS.items()) + "; auto: the first of them that would leave at most 5%% of a doomed weight (adamw: not "
+        "the gradient)",
         AFTER_ROUND_0,
         default="auto",
-        choices=("auto", "gradient", "decoupled"),
+        choices=("auto", *WAYS),
         derived=penalty_of_flags,
         read=WITH_RSST,
     ),

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from structured_tickets.settings.conditions import prunes_transformer_units, prunes_units
+from structured_tickets.settings.conditions import penalty_before, prunes_transformer_units, prunes_units
 from structured_tickets.settings.flag_table import FLAGS, LAMBDA_FOLLOWS, scope_of
-from structured_tickets.training.penalty.expected import GRADIENT
 from structured_tickets.training.penalty.schedules import SCHEDULES
 
 LONGEST_NAME = 32  # characters of --exp_name in a folder's name; the hash tells the rest
@@ -89,10 +88,10 @@ def default_run_folder(args: argparse.Namespace) -> str:
 
 def _penalty_in_a_name(args: argparse.Namespace) -> dict[str, str]:
     """Return what a folder's name says of `--penalty`: one that is to be chosen has the name that it had before."""
+    before = penalty_before(args)
     if args.penalty == "auto":
-        return {"penalty": GRADIENT}
-    given = args.penalty == GRADIENT and "penalty" in args.explicit
-    return {"penalty": f"{GRADIENT}, as given"} if given else {}
+        return {"penalty": before}
+    return {"penalty": f"{before}, as given"} if args.penalty == before and "penalty" in args.explicit else {}
 
 
 def _short(arch: str) -> str:

@@ -17,10 +17,10 @@ from structured_tickets.pruning.budgets import kept_count
 from structured_tickets.pruning.methods import CONTROLS, METHODS
 from structured_tickets.pruning.rules import TARGET_KINDS, RoundRules, kinds_of
 from structured_tickets.pruning.usable_units import FROZEN, UsableUnits, usable_units
-from structured_tickets.settings.conditions import channel_units_of
+from structured_tickets.settings.conditions import channel_units_of, penalty_before
 from structured_tickets.settings.flag_table import PENALTY_CHOSEN
 from structured_tickets.training.optimization import OPTIMIZERS, LearningRate
-from structured_tickets.training.penalty.expected import GRADIENT, expected_squeeze, way_of_acting
+from structured_tickets.training.penalty.expected import WAYS, expected_squeeze, way_of_acting
 from structured_tickets.training.penalty.schedules import SCHEDULES, clock_from
 from structured_tickets.unit_groups.find import is_transformer
 from structured_tickets.unit_groups.kinds import FILTER, KINDS, kind_of
@@ -181,13 +181,14 @@ def settle_penalty(args: argparse.Namespace, rules: RoundRules, rate: LearningRa
     if args.penalty != "auto":
         return ""
     squeezes = rules.method.squeezes and rules.structured
-    args.penalty = way_of_acting(clock_from(args), rate, args.momentum) if squeezes else GRADIENT
-    if args.penalty == GRADIENT:
+    usual, adaptive = penalty_before(args), OPTIMIZERS[args.optimizer].adaptive
+    args.penalty = way_of_acting(clock_from(args), rate, args.momentum, adaptive) if squeezes else usual
+    if args.penalty == usual:
         return ""
-    left = expected_squeeze(clock_from(args), rate, args.momentum, decoupled=False)
+    left = expected_squeeze(clock_from(args), rate, args.momentum, usual)
     return (
-        f"penalty: decoupled from the gradient. In rounds this short, lambda * w in the gradient would leave about "
-        f"{left:.0%} of each doomed weight (--penalty gradient does it all the same)"
+        f"penalty: {args.penalty} ({WAYS[args.penalty]}). In rounds this short, --penalty {usual} would leave about "
+        f"{left:.0%} of each"
     )
 
 

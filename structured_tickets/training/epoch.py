@@ -48,6 +48,7 @@ class Passer:
         world: The processes that train together, each on its share of every batch.
         network: What forward passes go through; None: the model itself.
         decoupled: Whether the penalty shrinks weights directly instead of entering the gradient.
+        paced: Whether a decoupled penalty follows the learning rate.
         lr_share: Learning rate of the step over its peak.
         precision: Number type of matrix products.
     """
@@ -64,6 +65,7 @@ class Passer:
     world: World = ALONE
     network: nn.Module | None = None
     decoupled: bool = False
+    paced: bool = True
     lr_share: float = 1.0
     precision: torch.dtype = torch.float32
 
@@ -189,7 +191,7 @@ def apply_reg(pruner: Pruner, model: nn.Module, passer: Any) -> nn.Module:
         return model
     if blocks:
         pruner.block_gradient()
-    pruner.shrink(passer.lr_share)
+    pruner.shrink(passer.lr_share if passer.paced else 1.0)
     return model
 
 

@@ -10,7 +10,7 @@ from helpers.images import few_images
 from structured_tickets.runs.read import read_rounds, read_settings
 
 LONG = {"epochs": 40, "lr": 0.1}
-CHOSEN = "penalty: decoupled from the gradient"
+CHOSEN = "penalty: decoupled (multiply"
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def test_a_short_round_ends_with_nothing_doomed_and_says_why(tmp_path, capsys):
 def test_who_asks_for_the_gradient_gets_it(tmp_path, capsys):
     assert run(*tiny(tmp_path, penalty="gradient")) == 0
     said = capsys.readouterr().err
-    assert CHOSEN not in said and "the penalty is too weak" in said and "or --penalty decoupled" in said
+    assert CHOSEN not in said and "the penalty is too weak" in said and "or --penalty auto" in said
     assert read_settings(tmp_path)["penalty_chosen"] is False
     assert read_rounds(tmp_path)[1]["squeeze_ratio"] > 0.5
 

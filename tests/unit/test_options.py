@@ -187,7 +187,7 @@ def test_defaults_that_depend_on_other_flags():
         assert parse_args(["--arch", arch, "--struct", "omp", "--regroup"]).rate_mode == "round"
     vit = parse_args(["--arch", "vit_tiny", "--vit_structured", "--rate", "0.3", "--dataset", "digits"])
     assert (vit.rate_mode, vit.mlp_prune_ratio, vit.image_size) == ("target", 0.3, 16)
-    assert parse_args(["--optimizer", "adamw"]).penalty == "decoupled"
+    assert parse_args(["--optimizer", "adamw"]).penalty == "auto"
     assert parse_args(["--optimizer", "adamw", "--penalty", "gradient"]).penalty == "gradient"
     assert parse_args(["--optimizer", "sgd"]).penalty == parse_args(["--penalty", "auto"]).penalty == "auto"
     assert parse_args(["--preset", "as_documented"]).penalty == "gradient"

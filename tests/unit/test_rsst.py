@@ -18,7 +18,7 @@ from structured_tickets.pruning.rules import RoundRules
 from structured_tickets.pruning.shares import shares
 from structured_tickets.training.epoch import Passer, apply_reg, hardened, train, update_reg, validate
 from structured_tickets.training.optimization import LearningRate
-from structured_tickets.training.penalty.expected import DECOUPLED, GRADIENT, expected_squeeze, way_of_acting
+from structured_tickets.training.penalty.expected import DECOUPLED, DIRECT, GRADIENT, expected_squeeze, way_of_acting
 from structured_tickets.training.penalty.reg_pruner import Pruner
 from structured_tickets.training.penalty.schedules import HORIZONS, SCHEDULES, Clock
 from structured_tickets.unit_groups.find import unit_groups
@@ -344,19 +344,33 @@ def test_a_unit_has_faded_out_when_its_living_weights_have():
 def test_what_the_penalty_alone_would_leave_is_known_beforehand():
     rate = LearningRate(0.1, 2, 3)
     clock = Clock("x", 1.0, horizon="documents", upper_limit=0.5)
-    assert expected_squeeze(clock, rate, 0.9, decoupled=False) == pytest.approx(0.5**6)
-    assert expected_squeeze(clock, rate, 0.9, decoupled=True) == pytest.approx(0.5**6)
-    assert expected_squeeze(clock, rate, 0.5, decoupled=False) == pytest.approx(0.9**6)
+    assert expected_squeeze(clock, rate, 0.9, GRADIENT) == pytest.approx(0.5**6)
+    assert expected_squeeze(clock, rate, 0.9, DECOUPLED) == pytest.approx(0.5**6)
+    assert expected_squeeze(clock, rate, 0.5, GRADIENT) == pytest.approx(0.9**6)
     steep = Clock("x", 1.0, horizon="documents", upper_limit=9)
-    assert expected_squeeze(steep, rate, 0.9, decoupled=False) == 0
+    assert expected_squeeze(steep, rate, 0.9, GRADIENT) == 0
+    falling = LearningRate(0.1, 2, 3, schedule="multistep", milestones=(1,))
+    assert expected_squeeze(clock, falling, 0.9, DECOUPLED) == pytest.approx(0.5**3 * 0.95**3)
+    assert expected_squeeze(clock, falling, 0.9, DIRECT) == pytest.approx(0.5**6)
 
 
-def test_short_rounds_squeeze_directly_and_long_ones_in_the_gradient():
-    clock, momentum = Clock("x", 1.0), 0.9
-    assert way_of_acting(clock, LearningRate(0.1, 2, 3), momentum) == GRADIENT, "nothing is left after 6 steps"
-    assert way_of_acting(clock, LearningRate(0.01, 2, 3), momentum) == DECOUPLED
-    assert way_of_acting(clock, LearningRate(0.01, 20, 10), momentum) == GRADIENT, "long enough"
-    weak = Clock("x", 0.01)
-    assert way_of_acting(weak, LearningRate(0.2, 2, 3), momentum) == GRADIENT, "in the gradient it leaves less"
-    strong = Clock("x", 1.5, upper_limit=2.0)
-    assert way_of_acting(strong, LearningRate(0.001, 2, 3), momentum) == GRADIENT, "beyond 1 a weight changes its sign"
+@pytest.mark.parametrize(
+    "clock, rate, adaptive, way",
+    [
+        (Clock("x", 1.0, epochs=2), LearningRate(0.1, 2, 3), False, GRADIENT),
+        (Clock("x", 1.0, epochs=2), LearningRate(0.1, 2, 3), True, DECOUPLED),
+        (Clock("x", 1.0, epochs=20), LearningRate(0.01, 20, 10), False, GRADIENT),  # long enough
+        (Clock("x", 1.0, epochs=2), LearningRate(0.01, 2, 3), False, DECOUPLED),
+        (Clock("x^3", 1.0, epochs=2), LearningRate(0.01, 2, 3, schedule="multistep", milestones=(1,)), False, DIRECT),
+        (Clock("x^3", 1.0, epochs=2), LearningRate(0.01, 2, 3, schedule="multistep", milestones=(1,)), True, DIRECT),
+        (
+            Clock("x", 0.01, epochs=2),
+            LearningRate(0.2, 2, 3),
+            False,
+            GRADIENT,
+        ),  # none does; in the gradient it leaves least
+        (Clock("x", 1.5, epochs=2, upper_limit=2.0), LearningRate(0.001, 2, 3), False, GRADIENT),  # signs would change
+    ],
+)
+def test_short_rounds_squeeze_directly_and_long_ones_in_the_gradient(clock, rate, adaptive, way):
+    assert way_of_acting(clock, rate, 0.9, adaptive) == way

@@ -1,4 +1,4 @@
-"""What RSST's penalty will leave of a doomed weight, known before the round, and the way of acting that follows."""
+"""How RSST's penalty acts, what it will leave of a doomed weight, and the way of acting that follows from it."""
 
 from __future__ import annotations
 
@@ -6,31 +6,46 @@ from structured_tickets.pruning.methods import SQUEEZE_GOAL
 from structured_tickets.training.optimization import LearningRate
 from structured_tickets.training.penalty.schedules import Clock
 
-GRADIENT, DECOUPLED = "gradient", "decoupled"
+GRADIENT, DECOUPLED, DIRECT = "gradient", "decoupled", "direct"
+WAYS = {
+    GRADIENT: "add lambda * w to the gradient of doomed weights",
+    DECOUPLED: "multiply them by 1 - lambda * lr / peak lr",
+    DIRECT: "multiply them by 1 - lambda, whatever the learning rate",
+}
 
 
-def expected_squeeze(clock: Clock, rate: LearningRate, momentum: float, decoupled: bool) -> float:
+def expected_squeeze(clock: Clock, rate: LearningRate, momentum: float, way: str) -> float:
     """The share of a doomed weight that a round's penalty alone would leave, in [0, 1].
 
-    A step takes lr * lambda / (1 - momentum) of the weight, or lambda * lr / peak lr if the penalty is decoupled. The
-    gradient of the loss, which may hold against it, is not known beforehand.
+    A step takes lr * lambda / (1 - momentum) of the weight, lambda * lr / peak lr, or lambda. The gradient of the loss,
+    which may hold against it, is not known beforehand.
+
+    Args:
+        way: A row of `WAYS`.
     """
     left = 1.0
     for epoch in range(rate.epochs):
         for i in range(rate.steps):
-            pace = rate.at(epoch, i) / (rate.base if decoupled else 1 - momentum)
+            lr = rate.at(epoch, i)
+            pace = {GRADIENT: lr / (1 - momentum), DECOUPLED: lr / rate.base, DIRECT: 1.0}[way]
             left *= max(0.0, 1 - pace * clock.strength(epoch, i, rate.steps))
     return left
 
 
-def way_of_acting(clock: Clock, rate: LearningRate, momentum: float) -> str:
-    """How the penalty acts with an optimizer that is not adaptive, where nobody has said it.
+def way_of_acting(clock: Clock, rate: LearningRate, momentum: float, adaptive: bool) -> str:
+    """How the penalty acts where nobody has said it.
 
-    In the gradient, as the documents have it, if that squeezes doomed weights below `SQUEEZE_GOAL`. A round that is too
-    short or has too low a learning rate for it squeezes them directly, if that leaves less, and lambda is at most 1.
+    In the gradient, as the documents have it, if that squeezes doomed weights below `SQUEEZE_GOAL`; in a round that is
+    too short, or has too low a learning rate for it, the first way that does; if none does, the one that leaves least.
+    An adaptive optimizer divides the gradient by its own size, so that it has no use for the first way. Weights would
+    change their signs beyond lambda = 1: then the first way stays.
     """
-    left = expected_squeeze(clock, rate, momentum, decoupled=False)
-    peak = max(clock.curve(rate.steps))
-    if left <= SQUEEZE_GOAL or peak > 1 or expected_squeeze(clock, rate, momentum, decoupled=True) >= left:
-        return GRADIENT
-    return DECOUPLED
+    ways = [DECOUPLED, DIRECT] if adaptive else [GRADIENT, DECOUPLED, DIRECT]
+    if max(clock.curve(rate.steps)) > 1:
+        return ways[0]
+    left: dict[str, float] = {}
+    for way in ways:
+        left[way] = expected_squeeze(clock, rate, momentum, way)
+        if left[way] <= SQUEEZE_GOAL:
+            return way
+    return min(ways, key=left.__getitem__)
