@@ -93,13 +93,16 @@ def is_terminal() -> bool:
 
 
 def start_logging(quiet: bool, verbose: bool) -> None:
-    """Log to stderr at the wanted level; of several processes the first one speaks for all, but for their errors."""
+    """Log to stderr at the wanted level, and everything to the file that is named later.
+
+    Of several processes the first one speaks for all, but for their errors.
+    """
     level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
     console = _ConsoleHandler(sys.stderr or io.StringIO())  # none in a program without a console
     console.setLevel(level if rank_here() == 0 else logging.ERROR)
     console.setFormatter(_ConsoleFormatter(colour=is_terminal() and "NO_COLOR" not in os.environ))
     log.handlers = [console, _UntilThereIsAFile()]
-    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    log.setLevel(logging.DEBUG)
     log.propagate = False
 
 

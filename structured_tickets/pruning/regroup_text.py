@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from structured_tickets.pruning.masks import Mask
+from structured_tickets.base.text_tables import counted
+from structured_tickets.pruning.masks import Mask, MaskPair
+from structured_tickets.pruning.shares import kept_per_kind
 from structured_tickets.unit_groups.kinds import kind_of
 from structured_tickets.unit_groups.unit import UnitGroup, kinds
 
@@ -54,6 +56,18 @@ def group_block(group: UnitGroup, scores: Tensor, kept: Tensor, current_mask: Ma
     lines.append(f"  Keeping {len(best)}/{group.units} {group.kind}s{chosen}")
     lines.append(f"  Original sparsity: {sparsity_percent({'': mask}):.2f}%")
     lines.append(f"  New sparsity: {sparsity_percent({'': after}):.2f}% ({group.kind}-level)")
+    return "\n".join(lines)
+
+
+def kind_lines(groups: Sequence[UnitGroup], pair: MaskPair, targets: Sequence[str]) -> str:
+    """A line for each kind of unit: what stays of it, and how sparse its layers were and are."""
+    counts, lines = kept_per_kind(groups, pair), []
+    for kind in (k for k in kinds(groups) if k in targets):
+        names = list(dict.fromkeys(s.name for g in groups if g.kind == kind for s in g.slices if s.ranked))
+        before, after = (sparsity_percent({n: m[n] for n in names}) for m in (pair.current, pair.refill))
+        kept, units = counts[kind]
+        of = f"{counted(len(names), 'layer')}, original sparsity {before:.2f}%, new sparsity {after:.2f}%"
+        lines.append(f"{kind_of(kind).heading}: keeping {kept:,}/{counted(units, kind)} in {of}")
     return "\n".join(lines)
 
 

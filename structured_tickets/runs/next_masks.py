@@ -12,7 +12,7 @@ from structured_tickets.pruning.controls import controlled
 from structured_tickets.pruning.decide import decide
 from structured_tickets.pruning.masks import MaskPair
 from structured_tickets.pruning.oneshot import Admm
-from structured_tickets.pruning.regroup_text import banner, ratio_labels, summary
+from structured_tickets.pruning.regroup_text import banner, kind_lines, ratio_labels, summary
 from structured_tickets.runs.compared_run import ControlSource
 from structured_tickets.runs.folder import Progress
 from structured_tickets.runs.setup import Setup
@@ -61,7 +61,7 @@ def _regrouped(setup: Setup, run: RunState, progress: Progress, stop: StopReques
     rules, args = setup.rules, setup.args
     if rules.structured:
         hard = not rules.method.squeezes
-        log.debug("%s", banner(rules.targets, args.criteria, ratio_labels(rules.ratios), hard))
+        log.info("%s", banner(rules.targets, args.criteria, ratio_labels(rules.ratios), hard))
     ranked = _ranked(run, trained, rules.method.ranks, args.rank_weights)
     pair = decide(
         setup.model,
@@ -75,7 +75,9 @@ def _regrouped(setup: Setup, run: RunState, progress: Progress, stop: StopReques
         seed=args.seed,
         batches=setup.train_loader.fixed_batches(args.criteria_batches),
     )
-    log.debug("%s", summary(setup.groups, pair.refill))
+    if rules.structured:
+        log.info("%s", kind_lines(setup.groups, pair, rules.targets))
+    log.log(logging.INFO if rules.structured else logging.DEBUG, "%s", summary(setup.groups, pair.refill))
     return pair
 
 

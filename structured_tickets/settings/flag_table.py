@@ -573,7 +573,12 @@ OUTPUT = (
     Flag("print_freq", "number of batches between log lines", MACHINE, type=COUNT, default=200, metavar="BATCHES"),
     Flag("dry_run", "print the plan and train nothing", SWEEPS_OWN, bare=True),
     Flag("quiet", "only warnings and the final table", SWEEPS_OWN, bare=True),
-    Flag("verbose", "every layer's decision at every round", SWEEPS_OWN, bare=True),
+    Flag(
+        "verbose",
+        "print what is decided for each layer, at every round; the run's log.txt always has it",
+        SWEEPS_OWN,
+        bare=True,
+    ),
 )
 
 TRACKING = (
