@@ -1,8 +1,8 @@
-"""The documents' example commands, each run on a small budget: writes docs/cookbook.md.
+"""What people want to do, as commands that run as they stand: writes docs/cookbook.md.
 
     python -m benchmarks.cookbook --data PHOTOS > docs/cookbook.md
 
-PHOTOS is an image folder (`train/<class>/*`, `test/<class>/*`); the commands' data sets are replaced by a part of it.
+PHOTOS is an image folder (`train/<class>/*`, `test/<class>/*`), of which some images of each class are used.
 """
 
 from __future__ import annotations
@@ -13,247 +13,203 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+import torch
 
-from benchmarks.methods import LARGE, few_images
+from benchmarks import harness
+from benchmarks.methods import MEDIUM, few_images
+from benchmarks.original_commands import indented
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Every command is run as it is written: a shell function adds the small budget, and of a flag given twice the last counts.
-PREAMBLE = """
-set -euo pipefail
-python() {
-    case "$1" in
-        main_imp_fillback.py) command python "$@" $FEW --save_dir "$(mktemp -d "$OUT/run.XXXX")" ;;
-        *) command python "$@" ;;
-    esac
-}
-"""
-FEW = "--epochs 2 --pruning_times 2 --batch_size 30 --warmup 1 --decreasing_lr 1 --wandb disabled --quiet"
-
 
 @dataclass(frozen=True)
-class Recipe:
-    """A command of the documents, and what there is to say about it.
+class Step:
+    """Commands, and what there is to know before them.
 
     Attributes:
-        data: "photos", "tiny-imagenet" (the same photographs in that set's layout), or "" for commands without data.
+        shown: Lines of the end of what is printed, at most.
     """
 
-    title: str
     text: str
-    note: str = ""
-    data: str = "photos"
+    commands: str
+    shown: int = 12
 
 
-VIT = "python main_imp_fillback.py --arch vit_tiny --dataset cifar100"
-BOTH = f"{VIT} --struct rsst --vit_structured --vit_prune_target both --criteria magnitude"
+PHOTOS = "--dataset imagefolder --data photos"
+MAIN = "python main_imp_fillback.py"
+SHORT = "--epochs 8 --warmup 1 --decreasing_lr 5,7"
+DIGITS = (
+    "--dataset digits --image_size 8 --arch vit_tiny --vit_structured --vit_prune_target both --rate_mode round \\\n"
+    "    --criteria magnitude --pruning_times 2 --epochs 3 --batch_size 64 --optimizer adamw --lr 1e-3 --warmup 1 \\\n"
+    "    --lr_schedule cosine"
+)
 
-RECIPES: dict[str, list[Recipe]] = {
-    "Quick start: heads of a ViT (document 002)": [
-        Recipe("The tests", "python tests/test_vit_quasi_structured.py", "the document's script, in `tests/`", ""),
-        Recipe(
-            "RSST, recommended",
-            f"""{VIT} \\
-    --struct rsst --vit_structured --criteria magnitude --rate 0.3 --pruning_times 20 --epochs 80 --batch_size 128 \\
-    --reg_granularity_prune 1.0 --RST_schedule exp_custom_exponents --exponents 4 --exp_name vit_rsst_head30_test""",
+TASKS: dict[str, list[Step]] = {
+    "Prune a network that I have": [
+        Step(
+            "The network is one of timm's with weights in a file. Here the file is trained first; yours is there already.",
+            f"{MAIN} {PHOTOS} --arch timm/resnet10t --pruning_times 1 {SHORT} --lr 0.05 \\\n    --save_dir trained --quiet",
         ),
-        Recipe(
-            "Refill",
-            f"""{VIT} \\
-    --struct refill --vit_structured --criteria magnitude --fillback_rate 0.1 --rate 0.3 --pruning_times 20 --epochs 80 \\
-    --exp_name vit_refill_head30_test""",
+        Step(
+            "`--prune_type pt` starts every round from the weights of the file, `--fc` with its classifier. Refill cuts the "
+            "units off, and the rest is trained on.",
+            f"{MAIN} {PHOTOS} --arch timm/resnet10t --prune_type pt --pretrained trained/ticket.pth.tar --fc \\\n"
+            f"    --struct refill --rate 0.3 --pruning_times 2 {SHORT} --lr 0.02 --save_dir pruned --quiet\n"
+            "python export.py pruned",
         ),
-        Recipe(
-            "Unstructured",
-            f"{VIT} --struct rsst --rate 0.3 --exp_name vit_unstructured_30",
-            "`--struct imp` says what it is",
+        Step(
+            "Your own module is `--arch FILE.py:FUNCTION`, where the function takes the number of classes: "
+            "[networks.md](networks.md). `--dry_run` says what of it can be pruned, and what stays whole and why.",
+            f"{MAIN} {PHOTOS} --arch examples/my_model.py:net --rate 0.4 --pruning_times 2 --dry_run",
+            30,
         ),
-        Recipe("Structured", f"{VIT} --struct rsst --vit_structured --rate 0.3 --exp_name vit_structured_head30"),
-        Recipe("Less memory", f"{VIT} --struct rsst --vit_structured --batch_size 64"),
-        Recipe(
-            "All criteria",
-            """for criteria in remain magnitude l1 l2 saliency; do
-    python main_imp_fillback.py --arch vit_tiny --struct rsst --vit_structured --criteria $criteria --rate 0.3 \\
-        --exp_name vit_head30_${criteria}
-done""",
-            "the same loop: `scripts/sweep_criteria.sh`",
-        ),
-        Recipe(
-            "Several rates",
-            """for rate in 0.2 0.3 0.4 0.5; do
-    python main_imp_fillback.py --arch vit_tiny --struct rsst --vit_structured --rate $rate \\
-        --exp_name vit_head_rate${rate}
-done""",
-            "three heads a block: 0.2 and 0.3 drop one, 0.4 and 0.5 two. The same loop: `scripts/sweep_rates.sh`",
-        ),
-        Recipe(
-            "ResNet-20 and ViT-Tiny",
-            """python main_imp_fillback.py --arch res20s --dataset cifar100 --struct rsst --rate 0.3
-python main_imp_fillback.py --arch vit_tiny --dataset cifar100 --struct rsst --vit_structured --rate 0.3""",
-            "with settings that suit each of them: `scripts/resnet_vs_vit.sh`",
+        Step(
+            "In a training loop of your own: the library. [examples/own_loop.py](../examples/own_loop.py) is a whole program.",
+            "python examples/own_loop.py",
         ),
     ],
-    "Heads and neurons (document 003)": [
-        Recipe("The tests", "python tests/test_head_mlp_pruning.py", "", ""),
-        Recipe(
-            "The integration script", "PYTHON=python bash scripts/run_head_mlp_test.sh $FEW --save_dir $OUT/head_mlp"
+    "Compare two methods": [
+        Step(
+            "The same budget, several seeds, and both methods side by side. The last table is of means over seeds.",
+            f"python sweep.py --grid struct=rsst,refill rate=0.4 seed=0,1,2 --out compared {DIGITS} --quiet",
+            16,
         ),
-        Recipe(
-            "Basic command",
-            f"""{BOTH} \\
-    --rate 0.3 --mlp_prune_ratio 0.3 --pruning_times 20 --epochs 80 --batch_size 128 \\
-    --reg_granularity_prune 1.0 --RST_schedule exp_custom_exponents --exponents 4""",
+        Step(
+            "Paired tests over seeds, curves and all numbers as files. Open `compared/report/index.html`.",
+            "python report.py compared --quiet",
         ),
-        Recipe("Higher compression", f"{BOTH} --rate 0.5 --mlp_prune_ratio 0.5"),
-        Recipe("Asymmetric", f"{BOTH} --rate 0.3 --mlp_prune_ratio 0.4"),
-        Recipe("Heads alone", f"{VIT} --struct rsst --vit_structured --vit_prune_target head --rate 0.3"),
-        Recipe(
-            "Neurons alone, the document's way round",
-            f"{BOTH} --rate 0.0 --mlp_prune_ratio 0.3",
-            "the rate of 0 switches L1 off as well",
-        ),
-        Recipe("Neurons alone", f"{VIT} --struct rsst --vit_structured --vit_prune_target mlp --rate 0.3"),
-        Recipe("Recommended", f"{BOTH} --rate 0.3 --mlp_prune_ratio 0.3 --pruning_times 20 --epochs 80"),
-    ],
-    "The whole project (document 004)": [
-        Recipe(
-            "RSST",
-            """python main_imp_fillback.py --dataset cifar100 --arch res20s --struct rsst --criteria l1 \\
-    --pruning_times 20 --rate 0.2 --RST_schedule exp_custom_exponents --exponents 4 --reg_granularity_prune 1.0 \\
-    --epochs 120 --batch_size 128 --lr 0.01""",
-        ),
-        Recipe(
-            "Refill",
-            """python main_imp_fillback.py --dataset cifar100 --arch res20s --struct refill --criteria magnitude \\
-    --fillback_rate 0.1 --pruning_times 20 --rate 0.2 --epochs 120""",
-        ),
-        Recipe("ResNet-18", "python main_imp_fillback.py --arch res18 --dataset tiny-imagenet", "", "tiny-imagenet"),
-        Recipe("VGG-16", "python main_imp_fillback.py --arch vgg16_bn --dataset cifar100"),
-        Recipe("MobileNet", "python main_imp_fillback.py --arch mobilenet --dataset cifar10"),
-        Recipe(
-            "A model of your own",
-            "python main_imp_fillback.py --arch examples/my_model.py:net --dataset cifar100",
-            "instead of editing `utils.py`: a file and the function in it that builds the network",
+        Step(
+            "Before you claim anything of a structure: the same network with a random structure of the same size.",
+            f"python sweep.py --grid struct=rsst rate=0.4 control=none,random_structure seed=0,1,2 --out controls {DIGITS} \\\n"
+            "    --quiet",
+            16,
         ),
     ],
-    "What the documents name without a command": [
-        *(
-            Recipe(
-                f"{name}", f"python main_imp_fillback.py --arch res20s --dataset cifar10 --struct {struct} --rate 0.5"
-            )
-            for name, struct in (
-                ("SNIP", "snip"),
-                ("GraSP", "grasp"),
-                ("SynFlow", "synflow"),
-                ("OMP", "omp"),
-                ("Random", "random"),
-            )
+    "Half of the size, for deployment": [
+        Step(
+            "Streams as units, in whole lanes of the processor: nothing has to be put back into its place, so that time falls "
+            "with the MACs. `export.py` checks each file against the masked network and measures.",
+            f"{MAIN} {PHOTOS} --arch res20s --struct refill --channel_units stream --round_units 8 \\\n"
+            f"    --rate 0.5 --pruning_times 2 {SHORT} --lr 0.05 --save_dir half --quiet\n"
+            "python export.py half --onnx --pt2",
         ),
-        Recipe(
-            "ADMM",
-            "python main_imp_fillback.py --arch res20s --dataset cifar10 --struct admm --rate 0.5 --admm_epochs 2",
+        Step(
+            "What is deployed is a folder of safetensors and JSON, an ONNX file, or a program of torch.export.",
+            "python - <<'END'\n"
+            "import torch\n"
+            "import structured_tickets as st\n"
+            'small = st.load("half/export/round_1")\n'
+            'print(sum(p.numel() for p in small.parameters()), "parameters,", small(torch.rand(1, 3, 32, 32)).shape)\n'
+            "END\n"
+            "ls half/export/round_1",
         ),
-        Recipe(
-            "A pruner's mask as whole heads and neurons",
-            f"{VIT} --struct snip --regroup --vit_prune_target both --rate 0.3",
+    ],
+    "On a cluster": [
+        Step(
+            "A sweep for Slurm: scripts for each stage, and the command that submits them. The same command without "
+            "`--executor` prints the tables when all is done. Ray: `--executor ray`.",
+            f"python sweep.py --grid struct=rsst,refill seed=0,1 --out cluster --executor slurm \\\n"
+            f"    --slurm_options '--partition=gpu --time=120' {DIGITS}\n"
+            "ls cluster/slurm",
+            20,
         ),
-        Recipe(
-            "Growing regularisation of whole units",
-            "python main_imp_fillback.py --arch res20s --dataset cifar10 --struct rsst --reg_target unit --rate 0.4",
+        Step(
+            "One run on several cards, or here two processes: each has its share of every batch, and the ticket is the one "
+            "that a single process finds.",
+            f"torchrun --standalone --nproc_per_node=2 main_imp_fillback.py {PHOTOS} --arch res20s \\\n"
+            "    --rate 0.4 --pruning_times 2 --epochs 2 --warmup 1 --decreasing_lr 1 --save_dir together --quiet",
         ),
-        Recipe(
-            "A ticket and its controls",
-            "PYTHON=python bash scripts/ticket_vs_controls.sh --arch res20s --struct refill $FEW",
+    ],
+    "Reproduce a run from its folder": [
+        Step(
+            "`env.json` has the command, the versions and the commit, `args.yaml` every setting.",
+            "python - <<'END'\n"
+            "import json, shlex\n"
+            'run = json.load(open("half/env.json"))\n'
+            'print(shlex.join(["python", *run["command"]]))\n'
+            "END",
         ),
-        Recipe(
-            "A ticket at its real size",
-            f"""{VIT} --struct refill --vit_structured --vit_prune_target both
-python export.py $(ls -td $OUT/run.* | head -1) --quiet""",
+        Step(
+            "The same command with another `--save_dir` gives the same bits on the same kind of machine.",
+            f"{MAIN} {PHOTOS} --arch res20s --struct refill --channel_units stream --round_units 8 \\\n"
+            f"    --rate 0.5 --pruning_times 2 {SHORT} --lr 0.05 --save_dir again --quiet\n"
+            "python - <<'END'\n"
+            "import torch\n"
+            'one, other = (torch.load(f"{run}/ticket.pth.tar")["state_dict"] for run in ("half", "again"))\n'
+            'print("the same bits:", all(torch.equal(value, other[name]) for name, value in one.items()))\n'
+            "END",
         ),
     ],
 }
 
 
-def tiny_imagenet(photos: Path, folder: Path) -> Path:
-    """The photographs in Tiny-ImageNet's layout, enlarged to 64 pixels."""
-    lines: list[str] = []
-    (folder / "val" / "images").mkdir(parents=True)
-    for part in ("train", "test"):
-        for files in sorted((photos / part).iterdir()):
-            for k, file in enumerate(sorted(files.iterdir())):
-                name = f"{files.name}_{k}.JPEG"
-                place = folder / "train" / files.name / "images" if part == "train" else folder / "val" / "images"
-                place.mkdir(parents=True, exist_ok=True)
-                Image.open(file).resize((64, 64)).save(place / name)
-                lines += [f"{name}\t{files.name}\t0\t0\t63\t63\n"] if part == "test" else []
-    (folder / "val" / "val_annotations.txt").write_text("".join(lines))
-    (folder / "wnids.txt").write_text("\n".join(sorted(p.name for p in (folder / "train").iterdir())) + "\n")
-    return folder
+def workplace(photos: Path, folder: Path) -> Path:
+    """A folder with the checkout's files and some photographs, in which the commands leave what they make."""
+    place = folder / "checkout"
+    place.mkdir()
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in dict.fromkeys(line.split("/")[0] for line in listed.splitlines()):
+        (place / name).symlink_to(ROOT / name)
+    (place / "photos").symlink_to(few_images(photos, folder, MEDIUM))
+    return place
 
 
-def run(recipe: Recipe, data: dict[str, str], out: Path) -> str:
-    """What the command printed, both streams.
+def run(step: Step, place: Path) -> tuple[str, float]:
+    """What the commands printed, both streams, and the seconds that they took.
 
     Raises:
-        SystemExit: It failed.
+        SystemExit: They failed.
     """
-    environment = {
-        **os.environ,
-        "OUT": str(out),
-        "FEW": f"{data.get(recipe.data, '')} {FEW}",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(place), "WANDB_MODE": "disabled"}
+    began = time.perf_counter()
     done = subprocess.run(
-        ["bash", "-c", PREAMBLE + recipe.text],
-        cwd=ROOT,
+        ["bash", "-euo", "pipefail", "-c", step.commands],
+        cwd=place,
         env=environment,
         text=True,
         check=False,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    print(f"{recipe.title}: exit status {done.returncode}", file=sys.stderr, flush=True)
+    seconds = time.perf_counter() - began
+    print(f"{seconds:5.0f} s, exit status {done.returncode}: {step.commands[:70]!r}", file=sys.stderr, flush=True)
     if done.returncode:
-        raise SystemExit(f"{recipe.text}\n{done.stdout}")
-    return re.sub(re.escape(str(out)) + r"\S*", "RUN", done.stdout).strip()
+        raise SystemExit(f"{step.commands}\n{done.stdout}")
+    return re.sub(re.escape(str(place)) + "/?", "", done.stdout).strip(), seconds
 
 
-def indented(text: str) -> str:
-    return "\n".join(f"    {line}".rstrip() for line in text.splitlines())
-
-
-def page(photos: Path, out: Path) -> str:
+def page(photos: Path, folder: Path) -> str:
     """The cookbook, in Markdown."""
-    few = few_images(photos, out, LARGE)
-    data = {
-        "photos": f"--dataset imagefolder --data {few}",
-        "tiny-imagenet": f"--data {tiny_imagenet(few, out / 'tiny-imagenet-200')}",
-    }
-    parts = [INTRODUCTION]
-    for heading, recipes in RECIPES.items():
-        parts.append(f"## {heading}")
-        for recipe in recipes:
-            printed = run(recipe, data, out)
-            note = f" ({recipe.note})" if recipe.note else ""
-            parts.append(f"**{recipe.title}**{note}\n\n{indented(recipe.text)}\n\nprinted\n\n{indented(printed)}")
+    place = workplace(photos, folder)
+    parts = [INTRODUCTION.format(where=harness.describe_machine(torch.device("cpu")))]
+    for task, steps in TASKS.items():
+        parts.append(f"## {task}")
+        for step in steps:
+            printed, seconds = run(step, place)
+            lines = printed.splitlines()
+            left_out = ["..."] * (len(lines) > step.shown)
+            ending = "\n".join([*left_out, *lines[-step.shown :]])
+            parts.append(f"{step.text}\n\n{indented(step.commands)}\n\nprints ({seconds:.0f} s)\n\n{indented(ending)}")
     return "\n\n".join(parts)
 
 
-INTRODUCTION = f"""# Cookbook
+INTRODUCTION = (
+    """# Cookbook
 
-The documents' example commands, each with what it printed. `python -m benchmarks.cookbook --data PHOTOS` ran them and wrote
-this page. To each command was added, so that it ends in seconds on a CPU,
+By task: commands that run as they stand in the checkout, beside a folder `photos` with `train/<class>/*` and `test/<class>/*`, and what
+they printed. Here `photos` has """
+    + f"{MEDIUM.images} training images of each of CIFAR-10's ten classes"
+    + """, so that each command ends soon: **the accuracies mean
+nothing**. With images of your own, take more `--epochs` and a schedule that fits them. `python -m benchmarks.cookbook --data photos` ran
+all of it and wrote this page. {where}
 
-    --dataset imagefolder --data PHOTOS {FEW}
-
-with {LARGE.images} training images and {min(50, LARGE.images // 2)} test images of each of CIFAR-10's ten classes; for
-Tiny-ImageNet the same photographs, enlarged, in that set's layout. **So the accuracies mean nothing here**: what counts is
-that every command does what its document says. Two epochs are too few for the penalty, which the warnings say.
-Without what was added the commands run as they are documented."""
+The commands of the original documents are in [original_commands.md](original_commands.md)."""
+)
 
 
 def main() -> None:
@@ -261,7 +217,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="PHOTOS", help="image folder")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        print(page(args.data, Path(folder)))
+        print(page(args.data.resolve(), Path(folder)))
 
 
 if __name__ == "__main__":

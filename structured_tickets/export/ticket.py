@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +16,9 @@ from torch import Tensor, nn
 
 from structured_tickets.base.atomic_files import write_atomically
 from structured_tickets.base.errors import DataError, RunError, StorageError, UsageError
-from structured_tickets.base.text_tables import text_table
+from structured_tickets.base.text_tables import counted, text_table
 from structured_tickets.export.deployed import LARGEST_IMAGE, load, save
+from structured_tickets.export.latency import REPEATS, latencies, why_slower
 from structured_tickets.networks import build_model, runs_a_file, sources_of
 from structured_tickets.networks.hosted import normalize_of, put_normalize
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
@@ -38,7 +37,6 @@ log = logging.getLogger("rsst")
 
 TOLERANCE = 1e-4  # of the logits, relative to the largest (or to 1)
 LATENCY_BATCHES = (1, 64)
-REPEATS = 15
 SLOWER = 1.05  # times the latency of the dense network; less is noise
 
 
@@ -162,9 +160,23 @@ def export(
     rows = _measure(ticket, structure, small, out / "model.safetensors", size)
     write_atomically(json.dumps(rows, indent=1) + "\n", out / "export.json")
     log.info("wrote %s", out)
-    if advice := _advice(ticket, kept, small, rows, multiple):
-        log.warning("%s", advice)
-    return _table(rows)
+    why = _why_slower(rows, small, ticket.masked)
+    if why:
+        log.warning("%s", _advice(ticket, kept, small, rows, multiple))
+    return _table(rows) + why
+
+
+def _why_slower(rows: list[dict], small: nn.Module, whole: nn.Module) -> str:
+    """Return a line for the table about a compact network that is slower than the dense one; empty if it is not."""
+    dense, _, compact = rows
+    slower = [
+        f"batch {batch}"
+        for batch in LATENCY_BATCHES
+        if compact[f"latency_ms_batch_{batch}"] > SLOWER * dense[f"latency_ms_batch_{batch}"]
+    ]
+    if compact["parameters"] == dense["parameters"] or f"batch {LATENCY_BATCHES[-1]}" not in slower:
+        return ""
+    return f"\ncompact is slower than dense ({', '.join(slower)}): {why_slower(small, whole)}"
 
 
 def _advice(ticket: Ticket, kept: dict[str, list[int]], small: nn.Module, rows: list[dict], multiple: int) -> str:
@@ -172,8 +184,6 @@ def _advice(ticket: Ticket, kept: dict[str, list[int]], small: nn.Module, rows: 
     dense, _, compact = rows
     batch = LATENCY_BATCHES[-1]
     before, now = (row[f"latency_ms_batch_{batch}"] for row in (dense, compact))
-    if compact["parameters"] == dense["parameters"] or now <= SLOWER * before:
-        return ""
     names, networks = ["smallest"], [small]
     for more in (m for m in (8, 16) if m != multiple):
         units = kept_units_of(ticket.masked, ticket.structure, more)
@@ -182,7 +192,7 @@ def _advice(ticket: Ticket, kept: dict[str, list[int]], small: nn.Module, rows: 
             networks.append(shrink(ticket.masked, structure_of(ticket.masked, units)).network.eval())
     images = ticket.run.args["image_size"]
     found = latencies([channels_side_by_side(copy.deepcopy(n)) for n in networks], batch, images)
-    seconds, name = min(zip(found, names, strict=True))
+    seconds, name = min((time.median, name) for time, name in zip(found, names, strict=True))
     best = f"{name} is the fastest here ({1e3 * seconds:.1f} ms). " if name != "smallest" else ""
     return (
         f"the compact network is slower than the dense one: {now:.1f} ms instead of {before:.1f} for {batch} images. "
@@ -293,7 +303,8 @@ def _measure(ticket: Ticket, structure: dict[str, Tensor], small: nn.Module, fil
     rows = [_row("dense", dense, dense_bytes), _row("masked", dense, dense_bytes), _row("compact", cut, cut_bytes)]
     for batch in LATENCY_BATCHES:
         for row, seconds in zip(rows, latencies(networks, batch, size), strict=True):
-            row[f"latency_ms_batch_{batch}"] = 1e3 * seconds
+            row[f"latency_ms_batch_{batch}"] = 1e3 * seconds.median
+            row[f"noise_batch_{batch}"] = seconds.noise
     return rows
 
 
@@ -307,25 +318,12 @@ def _row(network: str, cost: Cost, size_on_disk: int) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
-def latencies(networks: list[nn.Module], batch: int, size: int, repeats: int = REPEATS) -> list[float]:
-    """Return the median seconds of a forward pass of each network, measured in turns after two passes to warm up."""
-    images = torch.rand(batch, 3, size, size)
-    times: list[list[float]] = [[] for _ in networks]
-    for k in range(repeats + 2):
-        for network, own in zip(networks, times, strict=True):
-            began = time.perf_counter()
-            network(images)
-            if k >= 2:
-                own.append(time.perf_counter() - began)
-    return [statistics.median(own) for own in times]
-
-
 def _table(rows: list[dict]) -> str:
     head = ["network", "parameters", "MACs", "file", *(f"batch {b}" for b in LATENCY_BATCHES)]
     lines = []
     for row in rows:
-        latencies = [f"{row[f'latency_ms_batch_{b}']:.1f} ms" for b in LATENCY_BATCHES]
+        times = [f"{row[f'latency_ms_batch_{b}']:.1f} ms ±{row[f'noise_batch_{b}']:.0%}" for b in LATENCY_BATCHES]
         size = f"{row['bytes'] / 1e6:.2f} MB"
-        lines.append([row["network"], f"{row['parameters']:,}", f"{row['macs'] / 1e6:.1f} M", size, *latencies])
-    return f"{text_table(head, lines, right=True)}\nlatency: median of {REPEATS}, fp32, {rows[0]['threads']} threads"
+        lines.append([row["network"], f"{row['parameters']:,}", f"{row['macs'] / 1e6:.1f} M", size, *times])
+    threads = counted(rows[0]["threads"], "thread")
+    return f"{text_table(head, lines, right=True)}\nlatency: median of {REPEATS}, ± half of them, fp32, {threads}"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from structured_tickets.base.measured_time import MeasuredTime
 from structured_tickets.pruning.methods import SQUEEZE_GOAL
 from structured_tickets.reports.runs import Collection, Group, Run, in_words, judged, soft, worded
 from structured_tickets.reports.style import DASHES, FAINT, INK, colour_of
@@ -69,12 +70,15 @@ def figure_of(width: float = SIZE[0], height: float = SIZE[1]) -> tuple[Figure, 
 
 
 def accuracy_figures(
-    collection: Collection, name: str, label: str, place: Callable[[Group, Run, int], float | None]
+    collection: Collection,
+    name: str,
+    label: str,
+    place: Callable[[Group, Run, int], MeasuredTime | None],
 ) -> Iterator[Drawn]:
     """Test accuracy against something that falls from round to round: a figure for each panel.
 
     Args:
-        place: (group, run, round) -> where it lies, or None where that is not known.
+        place: (group, run, round) -> where it lies and how sure that is, or None where it is not known.
     """
     roles = roles_of(collection.axes)
     colours = list(dict.fromkeys(picked(g, roles.colour) for g in collection.groups))
@@ -105,14 +109,18 @@ def accuracy_figures(
 def _accuracy_line(
     axes: Axes,
     group: Group,
-    place: Callable[[Group, Run, int], float | None],
+    place: Callable[[Group, Run, int], MeasuredTime | None],
     label: str,
     colour: str,
     marker: str,
     dash: Any,
 ) -> None:
-    """The mean over seeds as a line, its standard deviation as a band, each seed as a dot, RSST unhardened as rings."""
+    """The mean over seeds as a line, its standard deviation as a band, each seed as a dot, RSST unhardened as rings.
+
+    Where places were measured, bars hold the middle half of the repeats, mean over seeds.
+    """
     means: list[tuple[float, float, float]] = []
+    bars: list[tuple[float, float]] = []
     rings: list[tuple[float, float]] = []
     for state in range(group.rounds):
         points = [
@@ -123,9 +131,11 @@ def _accuracy_line(
         if not points:
             continue
         accuracies = [y for _, y, _ in points]
-        axes.plot([x for x, _, _ in points], accuracies, ".", color=colour, alpha=0.35, markersize=5, zorder=2)
+        axes.plot([x.median for x, _, _ in points], accuracies, ".", color=colour, alpha=0.35, markersize=5, zorder=2)
         deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-        middle = statistics.fmean(x for x, _, _ in points)
+        middle = statistics.fmean(x.median for x, _, _ in points)
+        low, high = (statistics.fmean(ends) for ends in zip(*((x.low, x.high) for x, _, _ in points), strict=True))
+        bars.append((middle - low, high - middle))
         means.append((middle, statistics.fmean(accuracies), deviation))
         if before := [y for _, _, y in points if y is not None]:
             rings.append((middle, statistics.fmean(before)))
@@ -133,8 +143,10 @@ def _accuracy_line(
         return
     xs, ys, deviations = zip(*means, strict=True)
     axes.plot(xs, ys, color=colour, linestyle=dash, marker=marker, markersize=4.5, label=label, zorder=3)
-    low, high = ([y + sign * d for y, d in zip(ys, deviations, strict=True)] for sign in (-1, 1))
-    axes.fill_between(xs, low, high, color=colour, alpha=0.12, linewidth=0)
+    lower, upper = ([y + sign * d for y, d in zip(ys, deviations, strict=True)] for sign in (-1, 1))
+    axes.fill_between(xs, lower, upper, color=colour, alpha=0.12, linewidth=0)
+    if any(max(bar) > 0 for bar in bars):
+        axes.errorbar(xs, ys, xerr=list(zip(*bars, strict=True)), fmt="none", ecolor=colour, elinewidth=1, capsize=2.5)
     if rings:  # explained beside the figure
         axes.plot(
             *zip(*rings, strict=True),
@@ -311,17 +323,22 @@ def cost_figure(collection: Collection) -> Drawn:
     return Drawn("cost", "Time of an epoch with its evaluation; later rounds train smaller networks", figure)
 
 
+def _exactly(value: float) -> MeasuredTime:
+    """Return a place that is known."""
+    return MeasuredTime(value, value, value)
+
+
 def every_figure(
-    collection: Collection, latency: Mapping[tuple[str, int], float], batch: int
+    collection: Collection, latency: Mapping[tuple[str, int], MeasuredTime], batch: int
 ) -> dict[str, list[Drawn]]:
     """Section of the page -> its figures.
 
     Args:
         latency: (folder of a run, round) -> milliseconds of a batch.
     """
-    places: dict[str, tuple[str, Callable[[Group, Run, int], float | None]]] = {
-        "density": ("density %", lambda _, run, k: run.rounds[k]["density"]),
-        "macs": ("million MACs an image", lambda _, run, k: run.rounds[k]["macs"] / 1e6),
+    places: dict[str, tuple[str, Callable[[Group, Run, int], MeasuredTime | None]]] = {
+        "density": ("density %", lambda _, run, k: _exactly(run.rounds[k]["density"])),
+        "macs": ("million MACs an image", lambda _, run, k: _exactly(run.rounds[k]["macs"] / 1e6)),
         "latency": (f"milliseconds a batch of {batch}", lambda _, run, k: latency.get((run.name, k))),
     }
     sections = {n: list(accuracy_figures(collection, f"accuracy_{n}", *place)) for n, place in places.items()}

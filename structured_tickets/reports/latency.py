@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 from structured_tickets.base.atomic_files import write_atomically
 from structured_tickets.base.errors import DataError, RunError
+from structured_tickets.base.measured_time import MeasuredTime
 from structured_tickets.base.text_tables import counted
 from structured_tickets.base.untrusted_text import is_mapping, is_number, parse_json
 from structured_tickets.reports.runs import Collection, Run
@@ -21,8 +23,8 @@ REPEATS = 9
 CACHE = "latency.json"
 
 
-def measured(collection: Collection, folder: Path, arch: str | None = None) -> dict[tuple[str, int], float]:
-    """(run, round) -> milliseconds of a forward pass of `BATCH` images in float32, median.
+def measured(collection: Collection, folder: Path, arch: str | None = None) -> dict[tuple[str, int], MeasuredTime]:
+    """(run, round) -> milliseconds of a forward pass of `BATCH` images in float32.
 
     Networks with the same units in each layer are measured once. What was measured is kept in `folder`; with other
     versions, another processor or number of threads all is measured anew.
@@ -35,13 +37,13 @@ def measured(collection: Collection, folder: Path, arch: str | None = None) -> d
     from structured_tickets.base.environment import numerics
 
     here = {k: v for k, v in numerics(torch.device("cpu")).items() if k != "program"} | {"batch": BATCH}
-    known: dict[str, float] = _cached(folder / CACHE, here)
+    known: dict[str, MeasuredTime] = _cached(folder / CACHE, here)
     wanted = {_shape(run, state): (run, state) for run in collection.runs for state in range(len(run.rounds))}
     missing = {shape: place for shape, place in wanted.items() if shape not in known}
     if missing:
         log.info("measuring the latency of %d networks", len(missing))
         known |= _measure(missing, arch)
-        kept = {"where": here, "milliseconds": known}
+        kept = {"where": here, "milliseconds": {shape: astuple(time) for shape, time in known.items()}}
         write_atomically(json.dumps(kept, indent=1) + "\n", folder / CACHE)
     places = (
         (run.name, state, known.get(_shape(run, state))) for run in collection.runs for state in range(len(run.rounds))
@@ -49,14 +51,22 @@ def measured(collection: Collection, folder: Path, arch: str | None = None) -> d
     return {(name, state): value for name, state, value in places if value is not None}
 
 
-def _cached(path: Path, here: dict[str, Any]) -> dict[str, float]:
+def _cached(path: Path, here: dict[str, Any]) -> dict[str, MeasuredTime]:
     try:
         found = parse_json(path.read_text())
     except (OSError, ValueError):
         return {}
     if not is_mapping(found) or found.get("where") != here or not is_mapping(found.get("milliseconds")):
         return {}
-    return {shape: value for shape, value in found["milliseconds"].items() if is_number(value)}
+    return {shape: MeasuredTime(*values) for shape, values in found["milliseconds"].items() if _is_a_time(values)}
+
+
+def _is_a_time(values: Any) -> bool:
+    """Whether this is a median between two quartiles; an earlier version wrote the median only."""
+    if not isinstance(values, list) or len(values) != 3 or not all(map(is_number, values)):
+        return False
+    median, low, high = values
+    return bool(0 < low <= median <= high)
 
 
 def _shape(run: Run, state: int) -> str:
@@ -70,9 +80,10 @@ def _shape(run: Run, state: int) -> str:
     return json.dumps([arch, code, dataset, size, list(kept.values())])
 
 
-def _measure(places: dict[str, tuple[Run, int]], arch: str | None) -> dict[str, float]:
+def _measure(places: dict[str, tuple[Run, int]], arch: str | None) -> dict[str, MeasuredTime]:
     """Milliseconds of each network. All are measured in turns, so that a busy moment slows down every one."""
-    from structured_tickets.export.ticket import latencies, read_ticket
+    from structured_tickets.export.latency import latencies
+    from structured_tickets.export.ticket import read_ticket
     from structured_tickets.networks.layers import channels_side_by_side
     from structured_tickets.runs.folder import RunFolder
     from structured_tickets.shrinking.shrink import shrink
@@ -89,9 +100,9 @@ def _measure(places: dict[str, tuple[Run, int]], arch: str | None) -> dict[str, 
             continue
         small = shrink(ticket.masked, ticket.structure).network.eval()
         networks[shape] = channels_side_by_side(small), ticket.run.args["image_size"]
-    found: dict[str, float] = {}
+    found: dict[str, MeasuredTime] = {}
     for size in {size for _, size in networks.values()}:
         alike = {shape: network for shape, (network, side) in networks.items() if side == size}
         seconds = latencies(list(alike.values()), BATCH, size, REPEATS)
-        found |= {shape: 1e3 * value for shape, value in zip(alike, seconds, strict=True)}
+        found |= {shape: time.scaled(1e3) for shape, time in zip(alike, seconds, strict=True)}
     return found

@@ -10,6 +10,7 @@ from typing import Any
 
 from structured_tickets.base.atomic_files import write_atomically
 from structured_tickets.base.errors import StorageError
+from structured_tickets.base.measured_time import MeasuredTime, order_in_words
 from structured_tickets.base.text_tables import counted
 from structured_tickets.reports.comparisons import (
     Comparison,
@@ -57,6 +58,13 @@ TITLES = {
 }
 
 
+CURVES = ("density", "macs", "latency")
+LINES = (
+    "Lines are means over seeds, bands standard deviations, dots single seeds; rings are RSST's accuracy before "
+    "hardening."
+)
+
+
 @dataclass(frozen=True)
 class Report:
     """All that is shown, before it is written."""
@@ -66,9 +74,37 @@ class Report:
     figures: dict[str, list[Drawn]]
     details: list[tuple[str, list[Drawn]]]
     tables: dict[str, Table]
+    order_of_latencies: str
 
 
-def build(collection: Collection, latency: Mapping[tuple[str, int], float], batch: int) -> Report:
+@dataclass(frozen=True)
+class Section:
+    """A part of the page that shows figures side by side, under words about them."""
+
+    key: str
+    heading: str
+    name: str
+    notes: list[str]
+    figures: list[Drawn]
+
+
+def sections_of(report: Report) -> list[Section]:
+    """The sections with figures; curves of one figure each are one section."""
+    notes = {key: [title[2]] for key, title in TITLES.items()}
+    notes["latency"] += [report.order_of_latencies] if report.order_of_latencies else []
+    curves = {key: report.figures[key] for key in CURVES if report.figures.get(key)}
+    found = []
+    if len(curves) > 1 and all(len(drawn) == 1 for drawn in curves.values()):
+        said = [f"{TITLES[key][1]}: {' '.join(notes[key])}" for key in curves]
+        every = [d for drawn in curves.values() for d in drawn]
+        found.append(Section("curves", "Accuracy against size", "Curves", [*said, LINES], every))
+    else:
+        found += [Section(key, *TITLES[key][:2], [*notes[key], LINES], drawn) for key, drawn in curves.items()]
+    others = {key: drawn for key, drawn in report.figures.items() if key not in CURVES and drawn}
+    return found + [Section(key, *TITLES[key][:2], notes[key], drawn) for key, drawn in others.items()]
+
+
+def build(collection: Collection, latency: Mapping[tuple[str, int], MeasuredTime], batch: int) -> Report:
     """Compare, draw and tabulate."""
     effects, dense = main_effects(collection), against_dense(collection)
     first = collection.axes[0] if collection.axes else None
@@ -86,7 +122,9 @@ def build(collection: Collection, latency: Mapping[tuple[str, int], float], batc
             (group.title, [kept_figure(group, str(k)), training_figure(group, str(k))])
             for k, group in enumerate(collection.groups)
         ]
-    return Report(collection, _findings(collection, effects, dense), figures, details, {t.name: t for t in tables})
+    said = _findings(collection, effects, dense)
+    order = order_in_words(set(latency.values()))
+    return Report(collection, said, figures, details, {t.name: t for t in tables}, order)
 
 
 def _findings(collection: Collection, effects: Sequence[Comparison], dense: Sequence[Comparison]) -> list[str]:
@@ -160,7 +198,7 @@ def _render(report: Report, inline: Mapping[str, str]) -> str:
     return template.render(
         report=report,
         collection=collection,
-        titles=TITLES,
+        sections=sections_of(report),
         colours=list(zip(COLOURS, ON_DARK, strict=True)),
         ink=INK,
         faint=FAINT,

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from helpers.networks import MICRO
 from helpers.programs import CONTEXT, start_server
 
 from structured_tickets.base.errors import DataError
+from structured_tickets.base.measured_time import MeasuredTime
 from structured_tickets.data.catalog import load_splits
 from structured_tickets.data.loader import BatchLoader
 from structured_tickets.export import ticket as ticket_files
@@ -190,11 +192,18 @@ def test_damaged_or_hostile_files_are_refused(runs, tmp_path):
 
 def test_a_network_that_became_slower_is_named_with_the_best_there_is(runs, tmp_path, monkeypatch, capsys):
     measured = iter([[0.010, 0.010, 0.012], [0.010, 0.010, 0.012], [0.012, 0.007, 0.008]])
-    monkeypatch.setattr(ticket_files, "latencies", lambda networks, batch, size: next(measured)[: len(networks)])
+
+    def told(networks, batch, size):
+        return [MeasuredTime(t, 0.9 * t, 1.1 * t) for t in next(measured)[: len(networks)]]
+
+    monkeypatch.setattr(ticket_files, "latencies", told)
     assert export.main([str(runs["micro_cnn"]), "--out", str(tmp_path)]) == 0
-    error = capsys.readouterr().err
+    table, error = capsys.readouterr()
+    assert re.search(r"compact +[\d,]+ .* 12.0 ms ±10%  12.0 ms ±10%", table) and "± half of them" in table
+    assert "compact is slower than dense (batch 1, batch 64): " in table
+    assert re.search(r"\d+ layers? of \d+ got a width that is not a multiple of 8", table)
     assert "slower than the dense one: 12.0 ms instead of 10.0 for 64 images" in error
     assert "--round_to 8 is the fastest here (7.0 ms)" in error
-    monkeypatch.setattr(ticket_files, "latencies", lambda networks, batch, size: [0.010] * len(networks))
+    measured = iter([[0.010] * 3] * 2)
     assert export.main([str(runs["micro_cnn"]), "--out", str(tmp_path)]) == 0
-    assert "slower" not in capsys.readouterr().err
+    assert "slower" not in "".join(capsys.readouterr())

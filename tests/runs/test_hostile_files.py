@@ -24,6 +24,7 @@ from helpers.report_data import epoch_row, write_run, write_sweep
 
 import main_imp_fillback
 from structured_tickets.base.errors import DataError
+from structured_tickets.base.measured_time import MeasuredTime
 from structured_tickets.export.deployed import load
 from structured_tickets.programs import export, report, sweep
 from structured_tickets.reports import latency
@@ -440,14 +441,14 @@ def test_latencies_that_somebody_else_has_written_are_not_believed(tmp_path):
         [],
         {"where": here},
         {"where": here, "milliseconds": [1]},
-        {"where": here, "milliseconds": {"a": "x"}},
-        {"milliseconds": {"a": 1}},
+        {"where": here, "milliseconds": {"a": "x", "b": 1.5, "c": [1, 2], "d": [1, 2, 3], "e": [-1, -2, 3]}},
+        {"milliseconds": {"a": [2, 1, 3]}},
     ]
     for text in [*JSON.values(), *map(json.dumps, lies)]:
         file.write_text(text)
         assert latency._cached(file, here) == {}
-    file.write_text(json.dumps({"where": here, "milliseconds": {"a": 1.5, "b": "x"}}))
-    assert latency._cached(file, here) == {"a": 1.5}
+    file.write_text(json.dumps({"where": here, "milliseconds": {"a": [2, 1, 3], "b": "x"}}))
+    assert latency._cached(file, here) == {"a": MeasuredTime(2, 1, 3)}
 
 
 # ---- paths

@@ -103,7 +103,7 @@ def test_every_command_of_the_runner_is_one(document, monkeypatch):
 
 def test_commands_of_the_runner_are_found():
     assert len(runner_commands(README)) == 2
-    assert len(runner_commands(ROOT / "docs" / "cookbook.md")) > 20
+    assert len(runner_commands(ROOT / "docs" / "original_commands.md")) > 20
 
 
 def default_in_words(value: object) -> str | None:
