@@ -555,6 +555,10 @@ def test_a_real_run_is_read_as_it_was_written_and_measured_once(tmp_path, monkey
     kept = json.loads((tmp_path / "report" / "latency.json").read_text())["milliseconds"]
     assert all(0 < low <= median <= high for median, low, high in kept.values())
     assert (tmp_path / "report" / "figures" / "accuracy_latency.svg").exists()
+    page = (tmp_path / "report" / "index.html").read_text()
+    section = re.search(r'<h2 id="curves">(.*?)<h2 ', page, re.DOTALL)
+    assert section and section[1].count("<figure>") == 3, "one curve each: side by side"
+    assert "repeats scatter" in section[1] or "Bars hold the middle half" in section[1]
 
 
 @pytest.mark.usefixtures("without_png")
@@ -643,6 +647,16 @@ def test_it_can_be_read_on_a_phone(opened):
 
 
 @pytest.mark.slow
+def test_figures_are_side_by_side_on_a_desk(opened):
+    page = opened(viewport={"width": 1280, "height": 900})
+    grids = page.locator("main > .figures").evaluate_all(
+        "all => all.map(e => [...e.children].map(f => Math.round(f.getBoundingClientRect().top)))"
+    )
+    shared = [len(tops) for tops in grids if len(tops) > 1 and len(set(tops)) == 1]
+    assert shared, "a row of several figures"
+
+
+@pytest.mark.slow
 def test_it_is_dark_where_the_reader_wants_it(opened):
     def luminance(page, selector, value):
         colour = page.locator(selector).first.evaluate(f"e => getComputedStyle(e).{value}")
@@ -666,7 +680,7 @@ def test_a_screenshot_shows_the_curves(opened, tmp_path):
     from PIL import Image
 
     page = opened()
-    page.locator("#density + p + .figures figure svg").first.screenshot(path=str(tmp_path / "figure.png"))
+    page.locator("main .figures figure svg").first.screenshot(path=str(tmp_path / "figure.png"))
     picture = Image.open(tmp_path / "figure.png").convert("RGB")
     colours = {c for _, c in picture.getcolors(picture.size[0] * picture.size[1])}
     for wanted in style.COLOURS[:2]:
