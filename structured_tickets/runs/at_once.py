@@ -14,9 +14,8 @@ from structured_tickets.base.text_tables import counted
 from structured_tickets.runs.checkpoint_names import candidates
 from structured_tickets.runs.read import own_folder, read_result, read_rounds, read_settings
 from structured_tickets.runs.tables import rounds_table
-from structured_tickets.settings.conditions import penalty_before
-from structured_tickets.settings.flag_table import FLAGS, PENALTY_CHOSEN
-from structured_tickets.settings.identity import identity_of, settings_of
+from structured_tickets.settings.flag_table import FLAGS
+from structured_tickets.settings.identity import identity_of, is_penalty_chosen, settings_of
 from structured_tickets.training.penalty.expected import WAYS
 
 log = logging.getLogger("rsst")
@@ -57,7 +56,7 @@ def known_at_once(args: argparse.Namespace) -> str | None:
         return None
     ours = settings_of(args)
     if args.penalty == "auto":  # it is chosen when the images are known, for the same command in the same way
-        if not settings.get(PENALTY_CHOSEN, settings.get("penalty") == penalty_before(args)):
+        if not is_penalty_chosen(settings):
             return None
         ours["penalty"] = settings.get("penalty")
     check_same_settings(identity_of(ours), identity_of(settings))

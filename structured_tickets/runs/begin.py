@@ -36,7 +36,9 @@ from structured_tickets.runs.same_run import check_same_run, warn_of_changed_cod
 from structured_tickets.runs.setup import Setup
 from structured_tickets.runs.state import RunState
 from structured_tickets.runs.trackers import Trackers, trackers_of
-from structured_tickets.settings.identity import identity_of, identity_of_round_0, settings_of
+from structured_tickets.settings.flag_table import PENALTY_CHOSEN
+from structured_tickets.settings.identity import identity_of, identity_of_round_0, is_penalty_chosen, settings_of
+from structured_tickets.settings.interpret import about_the_penalty
 from structured_tickets.training.optimization import OPTIMIZERS
 from structured_tickets.training.penalty.expected import GRADIENT, expected_squeeze
 from structured_tickets.training.penalty.schedules import clock_from
@@ -71,6 +73,7 @@ def take_up(
         DataError, StorageError, UsageError: See `find_run`.
     """
     args, found = setup.args, find_run(setup.args, folder, run)
+    args.penalty = run.args["penalty"]
     log_to_file(folder.path / "log.txt")
     log_warnings(args.warnings)
     if found is None:
@@ -128,8 +131,9 @@ def _introduce(setup: Setup, folder: RunFolder) -> None:
     layers = counted(len(setup.names), "prunable layer")
     about = args.arch, setup.device, name_of(setup.precision), layers, f"{weights:,}", folder.path
     log.info("%s on %s (%s): %s, %s prunable weights. Run folder: %s", *about)
-    for line in (*setup.said, *in_words(setup.whole, setup.remark)):
-        log.info("%s", line)
+    for line in (about_the_penalty(args, setup.rate), *in_words(setup.whole, setup.remark)):
+        if line:
+            log.info("%s", line)
     if setup.world.size > 1:
         whole = "; BatchNorm sees whole batches" * has_batchnorm(setup.model)
         log.info("%d processes share batches of %d images%s", setup.world.size, args.batch_size, whole)
@@ -196,6 +200,8 @@ def find_run(args: argparse.Namespace, folder: RunFolder, run: RunState) -> RunS
 
 
 def _check_same(run: RunState, found: RunState) -> None:
+    if run.args[PENALTY_CHOSEN] and is_penalty_chosen(found.args):
+        run.args["penalty"] = found.args["penalty"]
     check_same_run(found, identity_of(run.args), identity_of(found.args), run.data, run.contents)
 
 

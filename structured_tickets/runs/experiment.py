@@ -71,6 +71,7 @@ class Experiment:
             self.run, self.reporter = take_up(setup, self.run, self.folder, self.source, self.store)
         if world.size > 1:
             self.run = state_from(world.share(fields_of(self.run)))
+            setup.args.penalty = self.run.args["penalty"]
         weights = self.run.state_dict or self.run.init_weight
         check_fits(weights, self.run.optimizer, setup.model, setup.optimizer(setup.model))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,6 @@ class Setup:
         world: The processes that train together.
         whole: Layer that stays whole -> the reason.
         remark: Why the network has no units; empty if it has.
-        said: Sentences about what was chosen for the run.
     """
 
     args: argparse.Namespace
@@ -90,7 +89,6 @@ class Setup:
     world: World = ALONE
     whole: Mapping[str, str] = field(default_factory=dict)
     remark: str = ""
-    said: Sequence[str] = ()
 
     @cached_property
     def names(self) -> list[str]:
@@ -156,7 +154,7 @@ def set_up(args: argparse.Namespace, world: World = ALONE) -> Setup:
     note_channel_units(model, channel_units_of(vars(args)), (3, loaders[0].image_size, loaders[0].image_size))
     units = units_from(args, model, loaders[0].image_size)
     setup = Setup(args, model, loaders, classes, precision, units.groups, world, units.whole, units.remark)
-    setup = replace(setup, said=[*filter(None, [settle_penalty(args, setup.rules, setup.rate)])])
+    settle_penalty(args, setup.rules, setup.rate)
     args.warnings += [*said, *warnings_for(setup.rules, model, units.groups)]
     args.warnings += warnings_of_fillback(setup.rules, units.groups, args.pruning_times)
     if setup.rules.method.squeezes and setup.rules.structured:

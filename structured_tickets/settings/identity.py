@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from structured_tickets.settings.conditions import penalty_before, prunes_transformer_units, prunes_units
-from structured_tickets.settings.flag_table import FLAGS, LAMBDA_FOLLOWS, scope_of
+from structured_tickets.settings.flag_table import FLAGS, LAMBDA_FOLLOWS, PENALTY_CHOSEN, scope_of
 from structured_tickets.training.penalty.schedules import SCHEDULES
 
 LONGEST_NAME = 32  # characters of --exp_name in a folder's name; the hash tells the rest
@@ -40,6 +40,12 @@ def _had_another_lambda(settings: Mapping[str, Any]) -> bool:
 def _has_literal_lambda(settings: Mapping[str, Any]) -> bool:
     schedule = SCHEDULES.get(settings.get("RST_schedule", ""))
     return settings.get("struct") == "rsst" and schedule is not None and schedule.literal is not None
+
+
+def is_penalty_chosen(settings: Mapping[str, Any]) -> bool:
+    """Whether nobody had named the `penalty` of a run. Runs before 0.2 do not say it: then, if it is the usual one."""
+    args = argparse.Namespace(optimizer=settings.get("optimizer", "sgd"))
+    return bool(settings.get(PENALTY_CHOSEN, settings.get("penalty") == penalty_before(args)))
 
 
 def plain(value: Any) -> Any:
@@ -89,7 +95,7 @@ def default_run_folder(args: argparse.Namespace) -> str:
 def _penalty_in_a_name(args: argparse.Namespace) -> dict[str, str]:
     """Return what a folder's name says of `--penalty`: one that is to be chosen has the name that it had before."""
     before = penalty_before(args)
-    if args.penalty == "auto":
+    if args.penalty == "auto" or vars(args).get(PENALTY_CHOSEN):
         return {"penalty": before}
     return {"penalty": f"{before}, as given"} if args.penalty == before and "penalty" in args.explicit else {}
 

@@ -172,18 +172,25 @@ def _kept(rules: RoundRules, kind: str, sizes: Sequence[int], everywhere: bool, 
     return [[kept_count(units, ratio) for units in pools] for ratio in ratios]
 
 
-def settle_penalty(args: argparse.Namespace, rules: RoundRules, rate: LearningRate) -> str:
-    """Replace `--penalty auto` by how the penalty acts in rounds of this length; return what to say about it.
+def settle_penalty(args: argparse.Namespace, rules: RoundRules, rate: LearningRate) -> None:
+    """Replace `--penalty auto` by how the penalty acts in rounds of this length.
 
     The arguments also say from now on whether it was chosen here.
     """
     vars(args)[PENALTY_CHOSEN] = args.penalty == "auto"
     if args.penalty != "auto":
-        return ""
-    squeezes = rules.method.squeezes and rules.structured
-    usual, adaptive = penalty_before(args), OPTIMIZERS[args.optimizer].adaptive
-    args.penalty = way_of_acting(clock_from(args), rate, args.momentum, adaptive) if squeezes else usual
-    if args.penalty == usual:
+        return
+    if rules.method.squeezes and rules.structured:
+        adaptive = OPTIMIZERS[args.optimizer].adaptive
+        args.penalty = way_of_acting(clock_from(args), rate, args.momentum, adaptive)
+    else:
+        args.penalty = penalty_before(args)
+
+
+def about_the_penalty(args: argparse.Namespace, rate: LearningRate) -> str:
+    """Return a sentence on how the penalty acts, and why, where that was chosen and is not the usual way."""
+    usual = penalty_before(args)
+    if not vars(args)[PENALTY_CHOSEN] or args.penalty == usual:
         return ""
     left = expected_squeeze(clock_from(args), rate, args.momentum, usual)
     return (

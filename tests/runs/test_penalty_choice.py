@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from helpers.commands import run
 from helpers.commands import tiny as with_all_images
+from helpers.comparison import assert_same_runs
 from helpers.images import few_images
 
 from structured_tickets.runs.read import read_rounds, read_settings
@@ -69,13 +71,30 @@ def test_a_run_continues_as_it_began(tmp_path, capsys):
     )
 
 
-def test_a_run_of_before_is_finished_or_says_how_to_continue_it(tmp_path, capsys):
-    """Its settings do not say whether anyone had chosen."""
-    assert run(*tiny(tmp_path, penalty="gradient")) == 0
-    file = tmp_path / "args.yaml"
+def test_a_run_of_before_continues_as_it_began(tmp_path, capsys):
+    """Its settings do not say whether anyone had chosen; the penalty was in the gradient, however short the rounds."""
+    home, forgotten = tmp_path / "run", tmp_path / "whole"
+    for folder, rounds in ((home, 2), (forgotten, 3)):
+        assert run(*tiny(folder, penalty="gradient", pruning_times=rounds)) == 0
+    file = home / "args.yaml"
     file.write_text("".join(line for line in file.read_text().splitlines(True) if "penalty_chosen" not in line))
+    for checkpoint in home.glob("*checkpoint.pth.tar"):
+        held = torch.load(checkpoint, weights_only=True)
+        del held["args"]["penalty_chosen"]
+        torch.save(held, checkpoint)
     capsys.readouterr()
-    assert run(*tiny(tmp_path)) == 0 and "nothing to do" in capsys.readouterr().err
-    assert run(*tiny(tmp_path, pruning_times=3)) == 2
-    assert "continue it as it began with --penalty gradient" in capsys.readouterr().err
-    assert run(*tiny(tmp_path, pruning_times=3, penalty="gradient")) == 0
+    assert run(*tiny(home)) == 0 and "nothing to do" in capsys.readouterr().err
+    assert run(*tiny(home, pruning_times=3)) == 0
+    assert CHOSEN not in capsys.readouterr().err and read_settings(home)["penalty"] == "gradient"
+    assert_same_runs(forgotten, home)
+    assert run(*tiny(home, pruning_times=4)) == 0, "from now on it says that nobody had chosen"
+
+
+def test_the_folder_that_a_run_chooses_is_the_same_before_and_after_the_choice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for rounds in (1, 2):
+        assert run(*tiny(None, pruning_times=rounds)) == 0
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "1checkpoint.pth.tar").exists() and read_settings(folder)["penalty"] == "decoupled"
+    assert run(*tiny(None, penalty="gradient")) == 0
+    assert len(list(tmp_path.iterdir())) == 2
