@@ -89,13 +89,13 @@ def _differences(part: str, then: Record, now: Record) -> list[str]:
     for name, (count, _, pixels) in then["classes"].items():
         here, _, seen = ours.get(name, (0, "", ""))
         if count != here:
-            found.append(f"{part} images of class {name}: {count} then, {here} now")
+            found.append(f"{part} images of class {name}: {count:,} before, {here:,} now")
         elif pixels and seen and pixels != seen:
             found.append(f"{part} images of class {name} look different")
-    found += [f"{part} images of class {n}: 0 then, {ours[n][0]} now" for n in ours if n not in then["classes"]]
+    found += [f"{part} images of class {n}: 0 before, {ours[n][0]:,} now" for n in ours if n not in then["classes"]]
     moved = [name for name, (_, places, _) in then["classes"].items() if places != ours.get(name, (0, "", ""))[1]]
     if not found and moved:
-        found.append(f"{part} images of class {moved[0]} have other places in the set")
+        found.append(f"{part} images of class {moved[0]} are in a different order")
     if not found and then["files"] != now["files"]:
         found.append(f"{part} images: files have other names or sizes")
     return found

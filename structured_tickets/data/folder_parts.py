@@ -34,7 +34,7 @@ def find_parts(root: Path, wanted: str) -> dict[str, Path]:
         DataError: A part is missing, or could be two folders. The message names what is there.
     """
     if root.is_file():
-        raise DataError(f"{root} is a file. Unpack it, and name the folder by --data; {wanted}")
+        raise DataError(f"{root} is a file. Unpack it, and give the folder with --data; {wanted}")
     folders = _folders(root)
     found: dict[str, Path] = {}
     for part, names in NAMES.items():

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from structured_tickets.base.errors import BadType, BadValue
-from structured_tickets.base.text_tables import text_table
+from structured_tickets.base.text_tables import counted, text_table
 from structured_tickets.interface.foreign import OwnParameters, unwrapped
 from structured_tickets.interface.units import Units, on_the_right, ranked, require_same
 from structured_tickets.pruning.masks import HeldMask, MaskPair, count_ones
@@ -154,7 +154,7 @@ class Masks:
         pair, weights = self.pair, sum(self.pair.structure[n].numel() for n in ranked(self.groups))
         doomed, dead = (self._share({n: m.float() for n, m in masks.items()}) for masks in (pair.doomed, pair.dead))
         parts = {"kept": self.density, "doomed": doomed, "dead": dead}
-        return f"{weights:,} prunable weights: " + ", ".join(
+        return f"{counted(weights, 'prunable weight')}: " + ", ".join(
             f"{100 * part:.1f}% {word}" for word, part in parts.items()
         )
 

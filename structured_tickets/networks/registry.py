@@ -133,6 +133,6 @@ def require_size(name: str, img_size: int, at_least: int = 1, multiple_of: int =
         UsageError: They are too small, or cannot be cut into patches.
     """
     if img_size < at_least:
-        raise UsageError(f"{name} halves the resolution too often for --image_size {img_size}: {at_least} or more")
+        raise UsageError(f"{name} needs an --image_size of at least {at_least}, not {img_size}")
     if img_size % multiple_of:
-        raise UsageError(f"{name} wants an --image_size that is a multiple of {multiple_of}, not {img_size}")
+        raise UsageError(f"{name} needs an --image_size divisible by {multiple_of}, not {img_size}")
