@@ -124,7 +124,7 @@ class LocalExecutor:
             outcome = self._once(task)
             if self._stopping or not told_to_stop(outcome):
                 return outcome
-            log.warning("%s: %s; it is begun again", job.name, outcome.reason)
+            log.warning("%s: %s. Restarting it", job.name, outcome.reason)
         return self._once(task)
 
     def _once(self, task: Task) -> Outcome:

@@ -12,7 +12,7 @@ from structured_tickets.base.untrusted_text import parse_yaml
 
 LONGEST = 10**6  # characters
 
-SHAPE = "flags is a mapping; grid a mapping, or a list of mappings; list a list of mappings"
+SHAPE = "expected: flags: a mapping; grid: a mapping, or a list of mappings; list: a list of mappings"
 
 
 def read_file(path: Path) -> dict[str, Any]:

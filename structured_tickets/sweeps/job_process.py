@@ -198,7 +198,7 @@ def _last_words(log: Path, start: int, status: int | None) -> str:
         lines = file.read().decode(errors="replace").splitlines()
     said = next((line.strip() for line in reversed(lines) if line.strip()), "")
     if status is not None and status < 0:
-        return f"killed by {signal.Signals(-status).name}" + (f"; it said last: {said}" if said else "")
+        return f"killed by {signal.Signals(-status).name}" + (f". Its last line: {said}" if said else "")
     return said.removeprefix("error: ") or f"exit status {status}"
 
 

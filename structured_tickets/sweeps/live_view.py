@@ -94,5 +94,6 @@ def title_of(job: Job) -> str:
 def where_of(row: dict, job: Job) -> str:
     """The place in the run, and the accuracy there."""
     return (
-        f"round {row['round'] + 1}/{job.rounds}  epoch {row['epoch'] + 1}/{job.epochs}  val {row['val_accuracy']:.2f}"
+        f"round {row['round']} (last: {job.rounds - 1})  epoch {row['epoch']} (last: {job.epochs - 1})  "
+        f"val {row['val_accuracy']:.2f}%"
     )
