@@ -138,7 +138,8 @@ class World:
         digests = self.gather(digest)
         others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if others:
-            raise RunError(f"processes disagree on {what}: rank {', '.join(map(str, others))} differs from rank 0")
+            named = f"{'rank' if len(others) == 1 else 'ranks'} {', '.join(map(str, others))}"
+            raise RunError(f"the processes differ in {what}: not equal to rank 0: {named}")
 
     def parallel(self, model: nn.Module, images: Tensor) -> nn.Module:
         """What a forward pass has to go through, so that gradients become the mean over all processes.
@@ -172,11 +173,11 @@ ALONE = World()
 
 
 def own_names(store: dist.Store, rank: int, size: int) -> dist.Store:
-    """A part of the store that only these processes know.
+    """Return a part of the store, with a key prefix that is unique to this launch attempt.
 
-    torchrun keeps one store for all attempts, in which restarted processes would find the addresses of their dead
-    predecessors (pytorch issue 135712), and its count of restarts may differ between machines. So the first process
-    makes up a name for the attempt, and tells it to everybody who says hello, until all have answered under it.
+    torchrun reuses one store for all attempts, so restarted ranks would read the addresses of ended ones (pytorch issue
+    135712), and its count of restarts may differ between machines. Rank 0 draws a name and sends it to every rank that
+    asks, until all have confirmed it.
     """
     mine = secrets.token_hex(8)
     if rank:
@@ -222,7 +223,7 @@ def _talking() -> Iterator[None]:
 def lost(error: Exception) -> PeerLostError:
     """An error of the collective operations, as one line."""
     reason = first_line(error)
-    return PeerLostError(f"another process of the run is gone ({reason}); the same command continues")
+    return PeerLostError(f"lost another process of this run ({reason}). Run the same command again to continue")
 
 
 def is_about_peers(error: Exception) -> bool:

@@ -68,7 +68,7 @@ def parse_yaml(text: str) -> Any:
             if node is None:
                 return None
             if _unfolded(node, {}) > MOST_VALUES:
-                raise ValueError(f"its aliases unfold to more than {MOST_VALUES} values")
+                raise ValueError(f"its aliases unfold to more than {MOST_VALUES:,} values")
             return _constructed(loader, node)
         finally:
             loader.dispose()
@@ -76,7 +76,7 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("it is nested too deeply, or holds itself") from error
     except yaml.constructor.ConstructorError as error:
         if tag := ASKS_FOR.search(str(error)):
-            raise ValueError(f"it asks for {tag[1]}, which could run code; nothing of it is loaded") from error
+            raise ValueError(f"it asks for {tag[1]}, which could run code. The file was not loaded") from error
         raise ValueError(" ".join(str(error).split())) from error
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error

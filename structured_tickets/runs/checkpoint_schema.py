@@ -12,6 +12,7 @@ from torch import Tensor, nn, optim
 
 from structured_tickets.base.errors import DataError
 from structured_tickets.base.randomness import are_random_states
+from structured_tickets.base.text_tables import counted
 from structured_tickets.base.untrusted_tensors import is_state
 from structured_tickets.data.fingerprint import is_record
 from structured_tickets.pruning.masks import MaskPair
@@ -89,7 +90,8 @@ def check_fits(
             raise DataError(f"the checkpoint holds another network's optimizer state (at {where})")
     groups = [len(group["params"]) for group in saved.get("param_groups", ())]
     if groups and groups != [len(group["params"]) for group in optimizer.param_groups]:
-        raise DataError(f"the checkpoint's optimizer has {sum(groups)} parameters, the network {len(parameters)}")
+        theirs = counted(sum(groups), "parameter")
+        raise DataError(f"the checkpoint's optimizer has {theirs}, the network {len(parameters)}")
 
 
 def _is_number(value: Any) -> bool:

@@ -105,7 +105,9 @@ class Round:
     def size_in_words(self) -> str:
         """What a message says of a network that trains at a smaller size; empty where nothing is left out."""
         share = self.trainee.share
-        return "" if share == 1 else f". Training a smaller network with {100 * share:.1f}% of the parameters"
+        if share == 1:
+            return ""
+        return f". Training a smaller network, without the units that are zero: {100 * share:.1f}% of all parameters"
 
     def doomed_norm(self) -> float:
         """Return the norm of the doomed weights; 0 without any."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from structured_tickets.base.errors import first_line
+from structured_tickets.base.text_tables import counted
 from structured_tickets.runs.state import RunState
 from structured_tickets.settings.identity import tracker_name
 
@@ -179,7 +180,8 @@ class Tracker:
             log.warning('WandB did not finish within %g s. Run "wandb sync" to upload the rest', FINISH_SECONDS)
         elif self._dropped:
             log.warning(
-                "WandB was too slow and misses %d rows. They are in metrics.jsonl and summary.csv", self._dropped
+                "WandB was too slow and misses %s, to be found in metrics.jsonl and summary.csv",
+                counted(self._dropped, "row"),
             )
         self._leave()
 

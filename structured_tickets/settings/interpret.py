@@ -136,8 +136,8 @@ def _warnings_of_few_units(rules: RoundRules, groups: Sequence[UnitGroup]) -> li
     if not spared:
         return []
     return [
-        f"--min_units {rules.min_units}: nothing will be pruned in {len(spared)} of {len(ranked)} layers, because they "
-        "have no more units than that"
+        f"--min_units {rules.min_units}: nothing will be pruned in {len(spared)} of {counted(len(ranked), 'layer')}, "
+        "because they have no more units than that"
     ]
 
 

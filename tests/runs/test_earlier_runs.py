@@ -89,7 +89,7 @@ def test_a_run_of_the_version_before_continues(tmp_path):
     before, end = begun(tmp_path / "run"), json.loads((BEGUN / "end.json").read_text())
     assert run(*flags(**SETTINGS, pruning_times=3, save_dir=tmp_path / "run")) == 0
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert "round 1, 2 of 2 epochs done" in log and "round 2 starts" in log and "round 1 epoch" not in log
+    assert " after round 1\n" in log and "round 2 starts" in log and "round 1 epoch" not in log
     for name in ("summary.csv", "metrics.jsonl"):
         assert (tmp_path / "run" / name).read_text().startswith((BEGUN / name).read_text())
     after = RunFolder.load(tmp_path / "run" / "2checkpoint.pth.tar")
