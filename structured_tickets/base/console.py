@@ -1,4 +1,4 @@
-"""Where log messages go: the terminal, and a file."""
+"""Log messages to the terminal and to a file."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that reads, decides and writes."""
+        """True for rank 0, which reads, decides and writes."""
         return self.rank == 0
 
     def total(self, values: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class World:
         loss.backward()
 
     def share(self, value: Any) -> Any:
-        """What the first process has: tensors and plain values; what the others pass is not read."""
+        """Return the value of rank 0 (tensors and plain values); what the others pass is ignored."""
         if self.size == 1:
             return value
         packed = _pack(value) if self.is_first else torch.empty(0, dtype=torch.uint8)
@@ -117,7 +117,7 @@ class World:
         return value if self.is_first else _unpack(packed)
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process has, by rank; tensors and plain values."""
+        """Return the values of all processes, by rank: tensors and plain values."""
         if self.size == 1:
             return [value]
         packed = _pack(value)
@@ -142,7 +142,7 @@ class World:
             raise RunError(f"the processes differ in {what}: not equal to rank 0: {named}")
 
     def parallel(self, model: nn.Module, images: Tensor) -> nn.Module:
-        """What a forward pass has to go through, so that gradients become the mean over all processes.
+        """Wrap a network for its forward pass, so that gradients become the mean over all processes.
 
         Args:
             images: A few, to find out by whether the logits depend on all parameters.
@@ -196,12 +196,12 @@ def own_names(store: dist.Store, rank: int, size: int) -> dist.Store:
 
 
 def has_batchnorm(model: nn.Module) -> bool:
-    """Whether what an image comes to depends on the others of its batch."""
+    """Return whether the result of an image depends on the others of its batch."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 def leaves_parameters_out(model: nn.Module, images: Tensor) -> bool:
-    """Whether there are trainable parameters that the logits do not depend on; the model keeps no trace of this."""
+    """Return whether the logits do not depend on some trainable parameters. The model is left as it was."""
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []):
@@ -227,7 +227,7 @@ def lost(error: Exception) -> PeerLostError:
 
 
 def is_about_peers(error: Exception) -> bool:
-    """Whether it comes from the collective operations, which have no error class of their own on CPUs."""
+    """Return whether an error comes from the collective operations, which have no error class of their own on CPUs."""
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "ProcessGroup"))
 
 

@@ -155,7 +155,7 @@ def is_state(value: Any) -> bool:
 
 
 def as_state_dict(found: Any, failure: str) -> dict[str, Tensor]:
-    """What was found, if it is a state dict: tensors by name.
+    """Return a value if it is a state dict: tensors by name.
 
     Raises:
         DataError: It is not.

@@ -55,7 +55,7 @@ def parse_json(text: str) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """What a YAML file says; of plain values alone, whatever it calls them.
+    """Return the content of a YAML file, as plain values only.
 
     Raises:
         ValueError: It is no YAML, names a class to be built, is nested without end, unfolds to too many values, or
@@ -91,7 +91,7 @@ def _constructed(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
 
 
 def _unfolded(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node stands for, if those that are named several times are counted each time."""
+    """Return the number of values of a node; values that are named several times count each time."""
     if id(node) not in known:
         parts: list[yaml.Node] = []
         if isinstance(node, yaml.SequenceNode):
@@ -117,5 +117,5 @@ def is_words(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is finite, and not absurd."""
+    """Return whether a number is finite, and not absurd."""
     return isinstance(value, int | float) and math.isfinite(value) and abs(value) <= LARGEST

@@ -58,7 +58,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 @dataclass(frozen=True)
 class Decoding:
-    """How image files are read.
+    """Settings for reading image files.
 
     Attributes:
         store: A row of `dataset.IMAGE_STORES`.
@@ -316,5 +316,5 @@ def _of_8_bits(image: Image.Image) -> Image.Image:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without line breaks; its kind if it says nothing."""
+    """Return the message of an error without line breaks; its class if it has none."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -71,7 +71,7 @@ def other_folders(root: Path, parts: Collection[Path]) -> list[Path]:
 
 
 def _way_out(folders: Collection[Path], found: dict[str, Path]) -> str:
-    """What the user can do about a missing part."""
+    """Return the advice about a missing part."""
     others = [folder for folder in folders if folder not in found.values()]
     below = (inner for folder in others for inner in _folders(folder))
     for inner in itertools.islice(itertools.chain(others, below), MOST_SEARCHED):

@@ -194,7 +194,7 @@ def _refuse_circle(top: Path, link: Path) -> None:
 
 
 def is_image_file(name: str) -> bool:
-    """Whether it is called like an image, and not hidden; what is in it does not matter here."""
+    """Return whether a file is called like an image, and not hidden, whatever it contains."""
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
@@ -204,7 +204,7 @@ def _is_nobodys(name: str) -> bool:
 
 
 def _may_be_meant(name: str) -> bool:
-    """Whether somebody may take this file for an image of the set: it is no text, and no cache of a file manager."""
+    """Return whether a user may take this file for an image: it is no text, and no cache of a file manager."""
     kind = mimetypes.guess_type(name)[0] or ""
     text = kind.startswith("text/") or kind.endswith(("/json", "/xml"))
     return not text and name.lower() not in ("thumbs.db", "desktop.ini")

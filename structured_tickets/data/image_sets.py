@@ -238,7 +238,7 @@ def _open_torchvision(dataset_class: Any, root: Path, train: bool) -> Any:
 
 
 def _layout(dataset_class: Any, root: Path) -> str:
-    """What torchvision looks for, and where."""
+    """Return the files that torchvision looks for, with their places."""
     if hasattr(dataset_class, "tgz_md5"):
         archive = f"{root / dataset_class.filename} (md5 {dataset_class.tgz_md5})"
         return f"{archive} or its unpacked folder {dataset_class.base_folder}/"

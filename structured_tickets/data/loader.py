@@ -149,7 +149,7 @@ class BatchLoader:
 
 
 def _fits(images: Tensor, device: torch.device) -> bool:
-    """Whether the device has memory to spare for the images."""
+    """Return whether the device has memory to spare for the images."""
     return device.type != "cuda" or images.numel() < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
 
 

@@ -30,7 +30,7 @@ Part = tuple[Tensor, Tensor]  # images uint8 [n, 3, 32, 32] and labels int64 [n]
 
 @dataclass(frozen=True)
 class TableFormat:
-    """What the files of a data set are called and hold.
+    """Names and contents of the files of a data set.
 
     Attributes:
         name: The npz file is `<name>.npz`.
@@ -51,7 +51,7 @@ CIFAR100 = TableFormat("cifar100", 100, ("fine_label", "label"), ("cifar100", "d
 
 @dataclass(frozen=True)
 class ImageTable:
-    """What was in the files.
+    """Images and labels that were in the files.
 
     Attributes:
         train, test: Images and labels.

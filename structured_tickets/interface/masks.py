@@ -1,4 +1,4 @@
-"""What `structured_tickets.regroup` returns: which weights and units stay."""
+"""The result of `structured_tickets.regroup`: the weights and units that are kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from structured_tickets.unit_groups.unit import UnitGroup, kept_units, kinds
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Masks:
-    """Which weights global L1 keeps, and which the structure keeps; made by `structured_tickets.regroup`.
+    """The L1 mask and the structure of a network; made by `structured_tickets.regroup`.
 
     `print(masks)` shows how many units stay in each layer. The masks are float tensors of the parameters' shapes, 1
     where kept and 0 where pruned, by parameter name; do not write into them. A weight is, by its two masks,

@@ -1,4 +1,4 @@
-"""What `structured_tickets.units` returns: the units of a network, named, counted and printable."""
+"""The result of `structured_tickets.units`: the units of a network, named, counted and printable."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from structured_tickets.networks.registry import ModelSpec
 
 @dataclass(frozen=True)
 class FirstPass:
-    """What a network does with images.
+    """Results of a network's first forward passes.
 
     Attributes:
         called: Its convolutions and linear layers, in the order in which it calls them.

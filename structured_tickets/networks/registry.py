@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What the algorithms may know about a network without knowing its layers.
+    """Notes on a network: all that the algorithms may know without knowing its layers.
 
     A network that is registered carries it as `.spec`; of others, their host keeps it (`networks.hosted`).
 
@@ -93,7 +93,7 @@ def _place_of(build: Callable[..., nn.Module]) -> tuple[str, str]:
 
 
 class Origin:
-    """What all copies of a network have in common."""
+    """Facts that all copies of a network have in common."""
 
     def __copy__(self) -> Origin:
         return self

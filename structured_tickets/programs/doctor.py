@@ -32,7 +32,7 @@ from structured_tickets.sweeps.executors import cores_here
 
 @dataclass(frozen=True)
 class Part:
-    """What only some commands need: its packages, and those commands."""
+    """An optional part: its packages, and the commands that need it."""
 
     packages: tuple[str, ...]
     use: str

@@ -258,7 +258,7 @@ def _search(args: argparse.Namespace, spec: Spec, words: Sequence[str]) -> str:
 
 
 def describe_search(ready: Ready) -> str:
-    """What `--search --dry_run` prints: the settings, and the epochs that the search may give them."""
+    """Return the text of `--search --dry_run`: the settings, and the epochs that the search may give them."""
     table = text_table(["setting"], [[" ".join(f"{k}={v}" for k, v in s.items())] for s in ready.settings])
     epochs = ", ".join(map(str, ready.budgets))
     settings, runs = counted(len(ready.settings), "setting"), counted(ready.seeds, "run")
@@ -305,7 +305,7 @@ def write_record(
 
 
 def describe(wanted: Plan) -> str:
-    """What `--dry_run` prints: the plan as a table."""
+    """Return the text of `--dry_run`: the plan as a table."""
     rows = [["dense" if j.dense else "run", title_of(j), str(j.rounds * j.epochs), j.name] for j in wanted.jobs]
     runs = sum(not j.dense for j in wanted.jobs)
     sums = f"{counted(runs, 'run')}, {counted(len(wanted.jobs) - runs, 'dense round')} that they share"

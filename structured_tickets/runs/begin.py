@@ -1,4 +1,4 @@
-"""How a run begins in its folder, or goes on from what it finds there."""
+"""Start a run in its folder, or continue the one that is there."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def _warn_if_the_penalty_is_weak(setup: Setup) -> None:
 
 
 def find_run(args: argparse.Namespace, folder: RunFolder, run: RunState) -> RunState | None:
-    """What there is to go on from: the folder's newest checkpoint, else the one that was named; None for a new run.
+    """Return the state to continue from: the folder's newest checkpoint, else the one named; None for a new run.
 
     The folder is made, and locked; a checkpoint that was named is copied there. Nothing is made if this raises, but for
     the lock of a folder that holds a run already.

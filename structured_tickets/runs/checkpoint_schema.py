@@ -1,4 +1,4 @@
-"""What a checkpoint holds, field by field, and whether it is of this network. Checkpoints are untrusted."""
+"""Fields of a checkpoint, and their checks against a network. Checkpoints are untrusted."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _is_setting(value: Any) -> bool:
 
 
 def _is_cell(value: Any) -> bool:
-    """Of a row: a value, or numbers by name."""
+    """True for a cell of a row: a value, or numbers by name."""
     return _is_plain(value) or _is_dict_of(lambda v: _is_number(v) or _is_list_of(_is_number)(v))(value)
 
 

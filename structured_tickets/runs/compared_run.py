@@ -94,7 +94,7 @@ class ControlSource:
         return model.state_dict(), of_the_data(model)
 
     def masks(self, state: int) -> MaskPair:
-        """What the run decided when round `state` had ended.
+        """Return the masks that the run decided when round `state` had ended.
 
         Raises:
             DataError: The file cannot be read, or does not hold the masks of this network.

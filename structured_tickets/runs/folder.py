@@ -55,7 +55,7 @@ class Progress:
         save_atomically({"owner": self.owner, "rng": random_states(), "values": dict(values)}, self.path)
 
     def load(self) -> dict[str, Any]:
-        """What was saved last, random states restored; empty if there is nothing that can be read."""
+        """Return the values saved last, and restore the random states; empty if there is nothing that can be read."""
         try:
             found = load_safely(self.path) if self.path.exists() else {}
         except DataError as error:
@@ -111,7 +111,7 @@ class RunFolder:
         return self.path / "masks" / f"round_{state}.pt"
 
     def progress(self, run: RunState) -> Progress:
-        """Of what follows the round that `run` has trained."""
+        """Return the progress file of the step after the round that `run` has trained."""
         return Progress(self.path / "progress.pth.tar", f"{run.tracker_id} {run.state}")
 
     def checkpoints(self) -> list[Path]:
@@ -119,7 +119,7 @@ class RunFolder:
         return checkpoints(self.path)
 
     def candidates(self) -> list[Path]:
-        """What the run can go on from, the furthest first."""
+        """Return the files that the run can continue from, the furthest first."""
         return candidates(self.path)
 
     def newest_run(self) -> RunState | None:
@@ -157,7 +157,7 @@ class RunFolder:
 
     @property
     def is_locked(self) -> bool:
-        """Whether a process has locked the folder; it may have ended since."""
+        """True if a process has locked the folder; it may have ended since."""
         return (self.path / "lock").exists()
 
     def lock(self) -> None:

@@ -1,4 +1,4 @@
-"""What becomes of a command: network and data are loaded, then its rounds are planned, or carried out."""
+"""Carry out a command: load network and data, then plan its rounds or run them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> str:
 
 
 def _in_one_line(error: Exception, world: World, args: argparse.Namespace) -> RunError | None:
-    """What a user can do about an error of torch's; None if it is a bug."""
+    """Return the error that a user can act on, for one of torch's; None if it is a bug."""
     if is_about_memory(error):
         return MachineError(
             f"argument --batch_size: not enough memory for {args.arch} with {counted(args.batch_size, 'image')} per "
@@ -56,7 +56,7 @@ def _in_one_line(error: Exception, world: World, args: argparse.Namespace) -> Ru
 
 
 def is_about_memory(error: Exception) -> bool:
-    """Whether memory ran out; of torch's errors, only those of GPUs have a class of their own."""
+    """Return whether memory ran out; of torch's errors, only those of GPUs have a class of their own."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 

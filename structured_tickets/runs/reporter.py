@@ -1,4 +1,4 @@
-"""What a run tells: one reporter, and its sinks (console and log file, metrics.jsonl and summary.csv, WandB)."""
+"""Report a run: one reporter, and its sinks (console and log file, metrics.jsonl and summary.csv, WandB)."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def choose_device(gpu: int) -> torch.device:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run works with, from its first round to its last.
+    """Network, images, units and rules of a run, the same in all rounds.
 
     Attributes:
         args: The settings.
@@ -98,7 +98,7 @@ class Setup:
 
     @cached_property
     def rules(self) -> RoundRules:
-        """How the run prunes."""
+        """The pruning rules of the run."""
         return rules_from(self.args, self.groups)
 
     @cached_property
@@ -126,7 +126,7 @@ class Setup:
 
     @property
     def numerics(self) -> dict[str, Any]:
-        """What the last digits of results depend on here."""
+        """All that the last digits of results depend on here."""
         others = {"processes": self.world.size} if self.world.size > 1 else {}
         return numerics(self.device) | {"precision": str(self.precision), "compiled": self.args.compile} | others
 

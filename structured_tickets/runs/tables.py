@@ -1,4 +1,4 @@
-"""What a run shows of its rounds, as text. Needs no torch."""
+"""The rounds of a run as text. Needs no torch."""
 
 from __future__ import annotations
 

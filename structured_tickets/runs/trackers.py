@@ -1,4 +1,4 @@
-"""Where rows go besides files of our own: WandB, in a thread so that no server ever stops training, and TensorBoard."""
+"""Trackers besides the run's own files: WandB, in a thread so that no server ever stops training, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PENDING_ROWS = 10_000
 
 
 def key_is_configured() -> bool:
-    """Whether WandB has a key to log in with, in the environment or in ~/.netrc."""
+    """Return whether WandB has a key to log in with, in the environment or in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
@@ -42,7 +42,7 @@ def key_is_configured() -> bool:
 
 
 class Sink(Protocol):
-    """What takes rows; `step` is in each of them."""
+    """Interface of a tracker: it takes rows, with `step` in each of them."""
 
     def log(self, row: dict[str, Any]) -> None: ...
 

@@ -1,4 +1,4 @@
-"""What the programs' command lines are made of: a parser with errors of one line, and types of values."""
+"""Parts of the programs' command lines: a parser with errors of one line, and types of values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which runs read a flag: conditions on the arguments, and the words that tell a user about them."""
+"""Conditions under which runs read a flag: tests on the arguments, and the words that tell a user about them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from structured_tickets.unit_groups.kinds import FILTER, STREAM
 
 @dataclass(frozen=True)
 class Condition:
-    """Which runs read a flag.
+    """The runs that read a flag.
 
     Attributes:
         holds: Arguments, all of them settled -> True if this run reads the flag.
@@ -54,7 +54,7 @@ def prunes_channels(args: argparse.Namespace) -> bool:
 
 
 def channel_units_of(settings: Mapping[str, Any]) -> str:
-    """What a channel is as a unit in a run of these settings, which may be those of an earlier version."""
+    """Return what a channel is, as a unit, in a run of these settings, which may be those of an earlier version."""
     wanted = settings.get("channel_units", FILTER)
     return STREAM if wanted == STREAM and prunes_channels(argparse.Namespace(**settings)) else FILTER
 

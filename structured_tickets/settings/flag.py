@@ -1,4 +1,4 @@
-"""What a flag of the runner is: what it takes, which runs read it, and what it decides."""
+"""A flag of the runner: the values that it takes, the runs that read it, and what it decides."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from structured_tickets.settings.conditions import Condition
 
 @dataclass(frozen=True)
 class Scope:
-    """What a flag decides.
+    """The things that a flag decides.
 
     Attributes:
         run: Runs with different values are different runs: they have different folders, and none continues another.

@@ -641,7 +641,7 @@ LAMBDA_FOLLOWS = "lambda_follows"
 
 
 def scope_of(name: str) -> Scope:
-    """What a flag decides. One that is not in the table, as in a checkpoint of another version, may decide anything."""
+    """Return what a flag decides. One that is not in the table, as in an older checkpoint, may decide anything."""
     if name == LAMBDA_FOLLOWS:
         return NOTHING
     return FLAGS[name].scope if name in FLAGS else EVERY_ROUND

@@ -1,4 +1,4 @@
-"""Which run a command is: the settings that decide what it computes, and names made of them."""
+"""The identity of a run: the settings that decide what it computes, and names made of them."""
 
 from __future__ import annotations
 

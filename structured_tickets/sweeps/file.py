@@ -39,7 +39,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def _problems(found: Any) -> Iterator[str]:
-    """What is wrong with the content of a sweep file.
+    """Yield what is wrong with the content of a sweep file.
 
     Aliases can make a small file's values endless, so none is written out whole.
     """

@@ -31,7 +31,7 @@ MOST_RUNS = 100_000  # combinations: all are planned before the first begins
 
 @dataclass(frozen=True)
 class Spec:
-    """What a sweep is asked for.
+    """The request of a sweep: flags, grids and listed runs.
 
     Attributes:
         flags: Words of the runner's command line that all runs share.
@@ -50,7 +50,7 @@ class Spec:
 
     @property
     def count(self) -> int:
-        """How many combinations there are."""
+        """Number of combinations."""
         return len(self.listed) + sum(math.prod(map(len, grid.values())) for grid in self.grids)
 
     def combinations(self) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended.
+    """The end of a job.
 
     Attributes:
         status: Exit status of the process; negative: the signal that killed it; None: it never ran.
@@ -218,6 +218,6 @@ def run(task: Task) -> Outcome:
 
 
 def told_to_stop(outcome: Outcome) -> bool:
-    """Whether it was a signal that ended the job, after which it can be continued."""
+    """Return whether a signal ended the job, after which it can be continued."""
     stopped = (128 + signal.SIGINT, 128 + signal.SIGTERM)
     return outcome.status is not None and (outcome.status < 0 or outcome.status in stopped)

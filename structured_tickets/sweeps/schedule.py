@@ -45,7 +45,7 @@ def executor_for(args: argparse.Namespace) -> Executor:
 
 
 def is_finished(job: Job) -> bool:
-    """Whether nothing is left to do, by the file that a run writes last."""
+    """Return whether nothing is left to do, by the file that a run writes last."""
     try:
         return read_result(job.folder).get("rounds", 0) >= job.rounds
     except DataError:

@@ -30,7 +30,7 @@ FACTOR = 3  # of epochs from one rung to the next; one setting in so many goes o
 
 @dataclass(frozen=True)
 class Reached:
-    """What a setting reached with a budget of epochs: at the first of its rounds within the limits, or its best there.
+    """The result of a setting with a budget of epochs: at the first of its rounds within the limits, or its best there.
 
     Attributes:
         val, test: Mean accuracy over seeds, RSST's hardened, in percent; nan if no round is within the limits.
@@ -46,7 +46,7 @@ class Reached:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search has found.
+    """The findings of a search.
 
     Attributes:
         table: For the console.
@@ -122,7 +122,7 @@ def _equipped(job: Job, args: argparse.Namespace) -> Job:
 
 @dataclass
 class Results:
-    """What a search has come to.
+    """The results of a search so far.
 
     Attributes:
         last: Number of the setting -> what it reached with the most epochs that it was given.
@@ -173,7 +173,10 @@ def search(args: argparse.Namespace, ready: Ready) -> Found:
 
 
 def _without_repetition(jobs: Iterable[Sequence[Job]]) -> list[Job]:
-    """What several settings need, like a ticket of several controls, once; as a run of its own if it is one."""
+    """Return each job once, also if several settings need it, such as the ticket of several controls.
+
+    It is a run of its own if it is one for any of them.
+    """
     found: dict[str, Job] = {}
     for job in (job for some in jobs for job in some):
         if job.name not in found or found[job.name].added:
@@ -208,7 +211,7 @@ def scaled(words: Sequence[str], epochs: int) -> dict[str, Any]:
 
 
 def within(jobs: Sequence[Job], epochs: int, limits: Limits) -> Reached:
-    """What the best round within the limits has reached, mean over seeds."""
+    """Return the result of the best round within the limits, mean over seeds."""
     state, rows = limits.best_round([read_rounds(job.folder) for job in jobs])
     if not rows:
         return Reached(epochs)

@@ -1,4 +1,4 @@
-"""What a round trains: the network at its real size, with the optimizer and the masks that fit it."""
+"""The network that a round trains, at its real size, with the optimizer and the masks that fit it."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import re
 import pytest
 from helpers.commands import ROOT
 from helpers.pages import page
-from helpers.words import NUMBER, faults_of_message, faults_of_numbers, messages, prose, replaced_words
+from helpers.words import NUMBER, docstrings, faults_of_message, faults_of_numbers, messages, prose, replaced_words
 
 from structured_tickets.base.text_tables import counted
 
@@ -36,6 +36,26 @@ def test_messages_are_in_plain_words(module):
     texts = [(line, text) for line, text in messages(module.read_text()) if not any(part in text for part in kept)]
     found = {f"line {line}: {text}": faults for line, text in texts if (faults := faults_of_message(text))}
     assert found == {}
+
+
+# Whose docstrings are not read: folders that other changes are rewriting.
+UNREAD = ("features", "shrinking", "pruning", "reports", "training/penalty", "runs/at_once.py")
+
+
+def starts_with_a_question(text: str) -> bool:
+    """True of a docstring whose first line names no result, but asks for one."""
+    return re.match(r"(?:What|Whether|How|Which|Where|Who\w*|Of|Else)\b", text) is not None
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun():
+    unread = tuple(str(ROOT / "structured_tickets" / name) for name in UNREAD)
+    texts = {
+        f"{m}:{n}": text for m in MODULES if not str(m).startswith(unread) for n, text in docstrings(m.read_text())
+    }
+    assert len(texts) > 500
+    assert [f"{place}: {text}" for place, text in texts.items() if starts_with_a_question(text)] == []
+    ((_, text),) = docstrings('def f():\n    """Whether it is so."""')
+    assert starts_with_a_question(text) and not starts_with_a_question("Return whether it is so.")
 
 
 @pytest.mark.parametrize("document", PAGES, ids=lambda path: path.name)
