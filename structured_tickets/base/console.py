@@ -23,7 +23,7 @@ LONGEST_SILENCE = 60  # seconds that a process waits for the first one's word; t
 
 # What the user asked for, such as a stop: no error, so it has no prefix; but it is said with --quiet, too.
 WISHED = logging.WARNING + 5
-logging.addLevelName(WISHED, "INFO")
+logging.addLevelName(WISHED, "STOPPED")
 
 ONLY_IN_THE_FILE = {"only_in_the_file": True}
 """`extra` of a message that the console does not repeat, because it prints the same in another place."""

@@ -16,7 +16,7 @@ from structured_tickets.base.errors import UsageError
 from structured_tickets.networks import parse_arch
 from structured_tickets.pruning.rules import TARGET_KINDS, kinds_of
 
-CLOSE = 0.8  # how much of two flags' names has to be the same for one to be a misspelling of the other
+CLOSE = 0.75  # how much of two flags' names has to be the same for one to be a misspelling of the other
 
 
 class OneLineParser(argparse.ArgumentParser):
