@@ -39,5 +39,5 @@ class MyNet(nn.Module):
 
 
 def net(num_classes: int) -> nn.Module:
-    """What `--arch` names. It may take `img_size` as well."""
+    """The network that `--arch` names. The function may take `img_size` as well."""
     return MyNet(num_classes)

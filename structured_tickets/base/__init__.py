@@ -1,1 +1,1 @@
-"""What knows nothing of pruning: errors, console, files, processes, machine."""
+"""Foundations that know nothing of pruning: errors, console, files, processes, machine."""

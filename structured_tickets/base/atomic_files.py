@@ -38,7 +38,7 @@ def append(text: str, path: Path) -> None:
 
 
 def _storage_error(path: Path, error: OSError) -> StorageError:
-    return StorageError(f"cannot write {path}: {error.strerror}; what was saved before is intact")
+    return StorageError(f"cannot write {path}: {error.strerror}. What was saved before is intact")
 
 
 @contextmanager

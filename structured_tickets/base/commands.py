@@ -1,4 +1,4 @@
-"""How the programs are started: scripts of a checkout, or sub-commands of the installed package."""
+"""Command lines of the programs: scripts of a checkout, or sub-commands of the installed package."""
 
 from __future__ import annotations
 

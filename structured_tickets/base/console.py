@@ -1,4 +1,4 @@
-"""Where log messages go: the terminal, and a file."""
+"""Log messages to the terminal and to a file."""
 
 from __future__ import annotations
 
@@ -13,13 +13,20 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
-from structured_tickets.base.errors import RunError, StorageError
+from structured_tickets.base.errors import Interrupted, RunError, StorageError
 from structured_tickets.base.secrets_in_text import redacted
 
 log = logging.getLogger("rsst")
 
 LONGEST_MESSAGE = 2000  # characters; a value of a megabyte would hide what is wrong with it
 LONGEST_SILENCE = 60  # seconds that a process waits for the first one's word; torchrun's end of all is sooner
+
+# What the user asked for, such as a stop: no error, so it has no prefix; but it is said with --quiet, too.
+WISHED = logging.WARNING + 5
+logging.addLevelName(WISHED, "STOPPED")
+
+ONLY_IN_THE_FILE = {"only_in_the_file": True}
+"""`extra` of a message that the console does not repeat, because it prints the same in another place."""
 
 
 class _Formatter(logging.Formatter):
@@ -41,6 +48,8 @@ class _ConsoleFormatter(_Formatter):
         if record.levelno < logging.WARNING:
             return text
         text = _in_one_line(text)
+        if record.levelno == WISHED:
+            return text
         word = record.levelname.lower()
         return f"\033[33m{word}:\033[0m {text}" if self.colour else f"{word}: {text}"
 
@@ -70,6 +79,9 @@ class _UntilThereIsAFile(logging.Handler):
 
 class _ConsoleHandler(logging.StreamHandler):
     """Writes above a progress bar instead of through it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not hasattr(record, "only_in_the_file") and bool(super().filter(record))
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)  # where it was never imported, there is no bar
@@ -142,9 +154,10 @@ def log_to_file(path: Path) -> None:
 
 
 def _let_the_first_speak() -> None:
-    """Wait for torchrun to end this process; if that does not happen, the first one has not met the error.
+    """Give rank 0 up to 60 s to report this error.
 
-    It ends all of them as soon as one has failed: the first one might not have come to the error yet, and never say it.
+    torchrun ends all ranks as soon as one exits, so exiting now could hide the message. If the wait ends, rank 0 has no
+    such error, and this rank reports it.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(LONGEST_SILENCE)
@@ -165,13 +178,13 @@ def exit_status(program: Callable[[], str]) -> int:
         if error.output and rank == 0:
             print(redacted(error.output))
         if rank == 0 or not error.shared:
-            log.error("%s%s", speaker, error)
+            log.log(WISHED if isinstance(error, Interrupted) else logging.ERROR, "%s%s", speaker, error)
         elif error.alike:
             _let_the_first_speak()
             log.error("%s%s", speaker, error)
         return error.exit_code
     except KeyboardInterrupt:
-        log.error("%sstopped", speaker)
+        log.log(WISHED, "%sinterrupted (Ctrl-C)", speaker)
         return 128 + signal.SIGINT
     except OSError as error:
         log.error("%s%s", speaker, error)

@@ -74,7 +74,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that reads, decides and writes."""
+        """True for rank 0, which reads, decides and writes."""
         return self.rank == 0
 
     def total(self, values: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class World:
         loss.backward()
 
     def share(self, value: Any) -> Any:
-        """What the first process has: tensors and plain values; what the others pass is not read."""
+        """Return the value of rank 0 (tensors and plain values); what the others pass is ignored."""
         if self.size == 1:
             return value
         packed = _pack(value) if self.is_first else torch.empty(0, dtype=torch.uint8)
@@ -117,7 +117,7 @@ class World:
         return value if self.is_first else _unpack(packed)
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process has, by rank; tensors and plain values."""
+        """Return the values of all processes, by rank: tensors and plain values."""
         if self.size == 1:
             return [value]
         packed = _pack(value)
@@ -138,10 +138,11 @@ class World:
         digests = self.gather(digest)
         others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if others:
-            raise RunError(f"processes disagree on {what}: rank {', '.join(map(str, others))} differs from rank 0")
+            named = f"{'rank' if len(others) == 1 else 'ranks'} {', '.join(map(str, others))}"
+            raise RunError(f"the processes differ in {what}: not equal to rank 0: {named}")
 
     def parallel(self, model: nn.Module, images: Tensor) -> nn.Module:
-        """What a forward pass has to go through, so that gradients become the mean over all processes.
+        """Wrap a network for its forward pass, so that gradients become the mean over all processes.
 
         Args:
             images: A few, to find out by whether the logits depend on all parameters.
@@ -172,11 +173,11 @@ ALONE = World()
 
 
 def own_names(store: dist.Store, rank: int, size: int) -> dist.Store:
-    """A part of the store that only these processes know.
+    """Return a part of the store, with a key prefix that is unique to this launch attempt.
 
-    torchrun keeps one store for all attempts, in which restarted processes would find the addresses of their dead
-    predecessors (pytorch issue 135712), and its count of restarts may differ between machines. So the first process
-    makes up a name for the attempt, and tells it to everybody who says hello, until all have answered under it.
+    torchrun reuses one store for all attempts, so restarted ranks would read the addresses of ended ones (pytorch issue
+    135712), and its count of restarts may differ between machines. Rank 0 draws a name and sends it to every rank that
+    asks, until all have confirmed it.
     """
     mine = secrets.token_hex(8)
     if rank:
@@ -195,12 +196,12 @@ def own_names(store: dist.Store, rank: int, size: int) -> dist.Store:
 
 
 def has_batchnorm(model: nn.Module) -> bool:
-    """Whether what an image comes to depends on the others of its batch."""
+    """Return whether the result of an image depends on the others of its batch."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 def leaves_parameters_out(model: nn.Module, images: Tensor) -> bool:
-    """Whether there are trainable parameters that the logits do not depend on; the model keeps no trace of this."""
+    """Return whether the logits do not depend on some trainable parameters. The model is left as it was."""
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []):
@@ -222,11 +223,11 @@ def _talking() -> Iterator[None]:
 def lost(error: Exception) -> PeerLostError:
     """An error of the collective operations, as one line."""
     reason = first_line(error)
-    return PeerLostError(f"another process of the run is gone ({reason}); the same command continues")
+    return PeerLostError(f"lost another process of this run ({reason}). Run the same command again to continue")
 
 
 def is_about_peers(error: Exception) -> bool:
-    """Whether it comes from the collective operations, which have no error class of their own on CPUs."""
+    """Return whether an error comes from the collective operations, which have no error class of their own on CPUs."""
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "ProcessGroup"))
 
 

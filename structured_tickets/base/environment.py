@@ -1,4 +1,4 @@
-"""What a run ran on: versions, machine, code and data. Needs no package until torch's own numbers are asked for."""
+"""The environment of a run: versions, machine, code and data. Needs no package, but torch for torch's own numbers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def describe_environment(words: Sequence[str], device: torch.device, precision: 
 
 
 def numerics(device: torch.device) -> dict[str, Any]:
-    """What the last bits of a result depend on besides settings and data: kernels, processor, threads."""
+    """Return all that the last bits of a result depend on besides settings and data: kernels, processor, threads."""
     import torch
 
     cuda = device.type == "cuda"

@@ -14,10 +14,10 @@ class RunError(Exception):
 
     exit_code = 1
     shared = False
-    """Whether the first process of a run speaks for all."""
+    """True if rank 0 reports this error for all ranks."""
 
     alike = False
-    """Whether all processes come to it by themselves, one sooner than the other."""
+    """True if every rank raises this error on its own, possibly at different times."""
 
     def __init__(self, message: str = "", *, output: str = "") -> None:
         super().__init__(message)

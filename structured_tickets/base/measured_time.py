@@ -12,7 +12,7 @@ from structured_tickets.base.text_tables import counted
 
 @dataclass(frozen=True)
 class MeasuredTime:
-    """Of the repeats, in one unit of time.
+    """The repeats of a measurement, in one unit of time.
 
     Attributes:
         median: The value to quote.
@@ -39,7 +39,7 @@ class MeasuredTime:
         return MeasuredTime(self.median * factor, self.low * factor, self.high * factor)
 
     def is_apart_from(self, other: MeasuredTime) -> bool:
-        """Whether the middle halves of the repeats do not overlap."""
+        """Return whether the middle halves of the repeats do not overlap."""
         return self.low > other.high or other.low > self.high
 
 

@@ -49,7 +49,7 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
 
 
 def are_random_states(value: Any) -> bool:
-    """Whether generators take them: tried out on some that nobody draws from."""
+    """Return whether generators accept the states; tried out on generators of their own."""
     try:
         torch.Generator().set_state(value["torch"])
         name, keys, *rest = value["numpy"]

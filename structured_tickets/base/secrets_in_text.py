@@ -82,4 +82,7 @@ def refuse_secrets(words: Iterable[str]) -> None:
         flag = word.partition("=")[0] if word.startswith("--") else flag
         if redacted(word) != word:
             where = f"argument {redacted(flag)}" if flag else "the command"
-            raise UsageError(f"{where}: holds a password or a key, which the run would write down; leave it out")
+            raise UsageError(
+                f"{where}: contains a password or an API key, which would be saved with the run. Remove it from the "
+                "command"
+            )

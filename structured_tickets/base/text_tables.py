@@ -1,4 +1,4 @@
-"""Plain text for people: tables with aligned columns, counted things."""
+"""Plain text for people: aligned tables, counted things, and numbers that look the same everywhere."""
 
 from __future__ import annotations
 
@@ -6,14 +6,29 @@ from collections.abc import Sequence
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number and what it counts: 1 run, 2,000 runs."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    """Return a number and what it counts: 1 run, 2,000 runs, 3 classes."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith(('s', 'batch')) else 's'}"
+
+
+def millions(number: float) -> str:
+    """Return a number of operations as all messages and tables show it: 12.4 M."""
+    return f"{number / 1e6:,.1f} M"
+
+
+def megabytes(count: float) -> str:
+    """Return a number of bytes of a file: 10.8 MB."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+def gigabytes(count: float) -> str:
+    """Return a number of bytes of memory or disk: 16.8 GB."""
+    return f"{count / 1e9:,.1f} GB"
 
 
 def some_of(names: Sequence[str], most: int = 3) -> str:
     """Return the first names, and how many more there are: a, b, c and 4 more."""
     more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
@@ -26,4 +41,4 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: boo
 
 def few(names: Sequence[str]) -> str:
     """Return the first names of many, for a message."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")

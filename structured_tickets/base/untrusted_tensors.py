@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from structured_tickets.base.atomic_files import replacing
 from structured_tickets.base.errors import DataError, first_line
 from structured_tickets.base.stand_ins import StandIns
+from structured_tickets.base.text_tables import counted
 
 CODE = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)")
 
@@ -77,9 +78,9 @@ def _tensors_of(path: Path, unread: StandIns | None) -> Any:
 def _reason(error: Exception) -> str:
     said = str(error)
     if code := CODE.search(said):
-        return f"it holds more than tensors and plain values, {code[1]}, which could run code; nothing of it is loaded"
+        return f"it contains {code[1]}, which could run code. The file was not loaded"
     if kind := next((kind for words, kind in CODE_BY_FORMAT.items() if words in said), None):
-        return f"it is {kind}, which could run code; nothing of it is loaded"
+        return f"it is {kind}, which could run code. The file was not loaded"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if OLD_NETWORK in said:
@@ -91,7 +92,7 @@ def _reason(error: Exception) -> str:
     if FRAMED in said:
         return "it is pickled in a newer form than torch's own. Save it again by torch.save, without pickle_protocol"
     if isinstance(error, pickle.UnpicklingError | EOFError):
-        return "it is not a file of tensors and plain values; nothing of it is loaded"
+        return "it is not a file of tensors and plain values. The file was not loaded"
     return first_line(error)
 
 
@@ -105,7 +106,10 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             content = sum(entry.file_size for entry in archive.infolist())
             if content > path.stat().st_size:
-                raise ValueError(f"it has {path.stat().st_size} bytes, but would unpack to {content}; it is not loaded")
+                raise ValueError(
+                    f"it has {counted(path.stat().st_size, 'byte')}, but would unpack to {content:,}. The file was not "
+                    "loaded"
+                )
             if damaged := archive.testzip():
                 raise ValueError(f"it is damaged (at {damaged})")
 
@@ -133,10 +137,12 @@ def _refuse_false_claims(found: Any) -> None:
 def _check_plain(value: Tensor) -> None:
     kind = value.device.type if value.device.type != "cpu" else str(value.layout).removeprefix("torch.")
     if kind != "strided" or value.is_quantized or value.is_nested or type(value) not in (Tensor, nn.Parameter):
-        raise ValueError(f"it holds a tensor that is not a plain one ({kind}); it is not loaded")
+        raise ValueError(f"it contains a tensor that is not a plain one ({kind}). The file was not loaded")
     claimed, held = value.numel() * value.element_size(), value.untyped_storage().nbytes()
     if claimed > held:
-        raise ValueError(f"a tensor claims {claimed} bytes, of which the file holds {held}; it is not loaded")
+        raise ValueError(
+            f"a tensor claims {counted(claimed, 'byte')}, but the file has {held:,}. The file was not loaded"
+        )
 
 
 def is_state(value: Any) -> bool:
@@ -149,7 +155,7 @@ def is_state(value: Any) -> bool:
 
 
 def as_state_dict(found: Any, failure: str) -> dict[str, Tensor]:
-    """What was found, if it is a state dict: tensors by name.
+    """Return a value if it is a state dict: tensors by name.
 
     Raises:
         DataError: It is not.

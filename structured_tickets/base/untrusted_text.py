@@ -55,7 +55,7 @@ def parse_json(text: str) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """What a YAML file says; of plain values alone, whatever it calls them.
+    """Return the content of a YAML file, as plain values only.
 
     Raises:
         ValueError: It is no YAML, names a class to be built, is nested without end, unfolds to too many values, or
@@ -68,7 +68,7 @@ def parse_yaml(text: str) -> Any:
             if node is None:
                 return None
             if _unfolded(node, {}) > MOST_VALUES:
-                raise ValueError(f"its aliases unfold to more than {MOST_VALUES} values")
+                raise ValueError(f"its aliases unfold to more than {MOST_VALUES:,} values")
             return _constructed(loader, node)
         finally:
             loader.dispose()
@@ -76,7 +76,7 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("it is nested too deeply, or holds itself") from error
     except yaml.constructor.ConstructorError as error:
         if tag := ASKS_FOR.search(str(error)):
-            raise ValueError(f"it asks for {tag[1]}, which could run code; nothing of it is loaded") from error
+            raise ValueError(f"it asks for {tag[1]}, which could run code. The file was not loaded") from error
         raise ValueError(" ".join(str(error).split())) from error
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
@@ -91,7 +91,7 @@ def _constructed(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
 
 
 def _unfolded(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node stands for, if those that are named several times are counted each time."""
+    """Return the number of values of a node; values that are named several times count each time."""
     if id(node) not in known:
         parts: list[yaml.Node] = []
         if isinstance(node, yaml.SequenceNode):
@@ -117,5 +117,5 @@ def is_words(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is finite, and not absurd."""
+    """Return whether a number is finite, and not absurd."""
     return isinstance(value, int | float) and math.isfinite(value) and abs(value) <= LARGEST

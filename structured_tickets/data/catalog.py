@@ -68,7 +68,7 @@ DATASETS: dict[str, DataSource] = {
 
 
 IMAGE_STORES = {
-    "auto": "memory if the images need at most a quarter of the free memory; else mapped if the disk has room; else "
+    "auto": "memory if the images need at most a quarter of the free memory, else mapped if the disk has room, else "
     "stream",
     "memory": "decoded once into DIR/.decoded, read from there at every start",
     "mapped": "the same file, read as batches need it",

@@ -30,6 +30,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from structured_tickets.base.atomic_files import lock, note_names
 from structured_tickets.base.errors import DataError, UsageError
+from structured_tickets.base.text_tables import counted, gigabytes
 
 log = logging.getLogger("rsst.data")
 
@@ -57,7 +58,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 @dataclass(frozen=True)
 class Decoding:
-    """How image files are read.
+    """Settings for reading image files.
 
     Attributes:
         store: A row of `dataset.IMAGE_STORES`.
@@ -117,7 +118,11 @@ def open_images(paths: Sequence[str], size: int, folder: Path, part: str, decodi
         try:
             images = _cached(paths, size, folder, part, decoding.workers)
         except OSError as error:
-            log.info("decoded images cannot be kept in %s (%s)", folder, error.strerror)
+            log.info(
+                "cannot write the image cache in %s (%s). Images will be decoded again at every start",
+                folder,
+                error.strerror,
+            )
         else:
             if store == "memory":
                 return images.clone()
@@ -127,7 +132,7 @@ def open_images(paths: Sequence[str], size: int, folder: Path, part: str, decodi
         images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
         decode_into(images, paths, decoding.workers)
         return images
-    log.info("%s: %d images are decoded for each batch", folder / part, len(paths))
+    log.info("%s: decoding %s batch by batch, without a cache", folder / part, counted(len(paths), "image"))
     return LazyImages(_Decoder(list(paths), size, decoding.workers), torch.arange(len(paths)), size, decoding.workers)
 
 
@@ -154,8 +159,8 @@ def require_memory(count: int, size: int) -> None:
     needed, there = count * 3 * size * size, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise UsageError(
-            f"argument --image_size: {count:,} images of {size} pixels a side take {needed / 1e9:,.0f} GB "
-            f"of memory; this machine has {there / 1e9:,.0f} GB"
+            f"argument --image_size: {counted(count, 'image')} of {size} x {size} pixels take {gigabytes(needed)} "
+            f"of memory, but this machine has {gigabytes(there)}"
         )
 
 
@@ -198,7 +203,7 @@ def _make(file: Path, shape: tuple[int, ...], paths: Sequence[str], workers: int
                 old.unlink(missing_ok=True)
     finally:
         temporary.unlink(missing_ok=True)
-    log.info("decoded %d images into %s", len(paths), file)
+    log.info("decoded %s; cache: %s", counted(len(paths), "image"), file)
 
 
 def _key(paths: Sequence[str], size: int, folder: Path) -> str:
@@ -292,7 +297,7 @@ def _in_colour(image: Image.Image) -> Image.Image:
     if sixteen_bits:  # PIL's own conversion makes everything above 255 white
         image = _of_8_bits(image)
     elif image.mode in ("I", "F"):
-        raise ValueError("its pixels have 32 bits, of an unknown range; 8 or 16 are expected")
+        raise ValueError("its pixels have 32 bits, of an unknown range. Expected: 8 or 16 bits")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -311,5 +316,5 @@ def _of_8_bits(image: Image.Image) -> Image.Image:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without line breaks; its kind if it says nothing."""
+    """Return the message of an error without line breaks; its class if it has none."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""What a run notes about its images and labels, by which it knows them again, or can say what is different."""
+"""The record of a run's images and labels, by which it recognises them, or names the difference."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _bytes(values: Tensor) -> bytes:
 
 
 def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What is different between two descriptions, in words; empty if nothing is, or one of them is empty."""
+    """Return the difference between two descriptions in words; empty if nothing is, or one of them is empty."""
     if not then or not now:
         return ""
     found = [text for part in PARTS for text in _differences(part, then[part], now[part])]
@@ -89,20 +89,20 @@ def _differences(part: str, then: Record, now: Record) -> list[str]:
     for name, (count, _, pixels) in then["classes"].items():
         here, _, seen = ours.get(name, (0, "", ""))
         if count != here:
-            found.append(f"{part} images of class {name}: {count} then, {here} now")
+            found.append(f"{part} images of class {name}: {count:,} before, {here:,} now")
         elif pixels and seen and pixels != seen:
             found.append(f"{part} images of class {name} look different")
-    found += [f"{part} images of class {n}: 0 then, {ours[n][0]} now" for n in ours if n not in then["classes"]]
+    found += [f"{part} images of class {n}: 0 before, {ours[n][0]:,} now" for n in ours if n not in then["classes"]]
     moved = [name for name, (_, places, _) in then["classes"].items() if places != ours.get(name, (0, "", ""))[1]]
     if not found and moved:
-        found.append(f"{part} images of class {moved[0]} have other places in the set")
+        found.append(f"{part} images of class {moved[0]} are in a different order")
     if not found and then["files"] != now["files"]:
         found.append(f"{part} images: files have other names or sizes")
     return found
 
 
 def without_pixels(record: Record) -> Record:
-    """What does not depend on whether the images are decoded already."""
+    """Return the part of a record that does not depend on whether the images are decoded already."""
     return {
         part: {**about, "classes": {name: row[:2] for name, row in about["classes"].items()}}
         for part, about in record.items()
@@ -119,7 +119,7 @@ def completed(now: Record, then: Mapping[str, Any]) -> Record:
 
 
 def is_record(value: Any) -> bool:
-    """Whether a value can be such a description, or none."""
+    """Return whether a value can be such a description, or none."""
     if value == {}:
         return True
     return isinstance(value, dict) and all(_is_part(value.get(part)) for part in PARTS)

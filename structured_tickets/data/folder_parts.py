@@ -34,7 +34,7 @@ def find_parts(root: Path, wanted: str) -> dict[str, Path]:
         DataError: A part is missing, or could be two folders. The message names what is there.
     """
     if root.is_file():
-        raise DataError(f"{root} is a file. Unpack it, and name the folder by --data; {wanted}")
+        raise DataError(f"{root} is a file. Unpack it, and give the folder with --data; {wanted}")
     folders = _folders(root)
     found: dict[str, Path] = {}
     for part, names in NAMES.items():
@@ -71,7 +71,7 @@ def other_folders(root: Path, parts: Collection[Path]) -> list[Path]:
 
 
 def _way_out(folders: Collection[Path], found: dict[str, Path]) -> str:
-    """What the user can do about a missing part."""
+    """Return the advice about a missing part."""
     others = [folder for folder in folders if folder not in found.values()]
     below = (inner for folder in others for inner in _folders(folder))
     for inner in itertools.islice(itertools.chain(others, below), MOST_SEARCHED):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from structured_tickets.base.errors import DataError
-from structured_tickets.base.text_tables import few
+from structured_tickets.base.text_tables import counted, few
 from structured_tickets.data.decoded_images import Decoding, one_line, open_images
 from structured_tickets.data.folder_parts import JUNK, find_parts, other_folders, require_classes_at_the_top
 from structured_tickets.data.image_sets import (
@@ -35,7 +35,7 @@ SAMPLED = 1000  # images of a part that are looked for in another
 MOST_COMPARED = 5000  # images in which they are looked for, all of the same size as one of them
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
-WANTED = "what is wanted is <part>/<class>/* in the folder that --data names, with at least one image per class"
+WANTED = "expected: <part>/<class>/<images> in the folder given by --data, with at least one image per class"
 
 
 def read_imagefolder(root: Path, size: int, decoding: Decoding) -> Splits:
@@ -49,10 +49,12 @@ def read_imagefolder(root: Path, size: int, decoding: Decoding) -> Splits:
         _require_known_classes(root, part, parts[part], train, parts[train])
         absent = empty_classes([name for _, name in parts[part]], _classes(parts[train]))
         if absent:
-            log.warning("%s has no image of %s: the accuracy says nothing about it", root / part, few(absent))
+            kind = "test" if part == others[-1] else "validation"
+            words = "%s has no images of %s, so the %s accuracy does not cover them"
+            log.warning(words, root / part, few(absent), kind)
     _warn_of_classes_within_classes(root / train, parts[train])
     if unread := [f.name for f in other_folders(root, found.values()) if _holds_images(f)]:
-        log.warning("%s: folders of images that are not read: %s", root, few(unread))
+        log.warning("%s: ignored folders of images: %s", root, few(unread))
     for part in others:
         _warn_of_shared_images(root, train, part, parts)
     return _load(root, parts, size, decoding)
@@ -75,7 +77,7 @@ def read_tiny_imagenet(root: Path, size: int, decoding: Decoding) -> Splits:
     folder = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
     archive = root if root.suffix == ".zip" else root / "tiny-imagenet-200.zip"
     if not (folder / "train").is_dir() and archive.is_file():
-        raise DataError(f"{archive} is still packed; unpack it first, and name by --data the folder it is unpacked in")
+        raise DataError(f"{archive} is still packed. Unpack it, and give the folder with --data")
     train = _sorted_files(folder / "train")
     _check_listed(folder / "wnids.txt", _classes(train))
     raw = (folder / "val" / "images").is_dir()
@@ -97,15 +99,15 @@ def _annotated_files(folder: Path) -> Files:
     annotations = folder / "val_annotations.txt"
     if not annotations.is_file():
         raise DataError(
-            f"{folder / 'images'} is not sorted by class and {annotations} is missing; "
-            f"put it there from the archive, or sort the images into {folder}/<class>/"
+            f"{folder / 'images'} is not sorted by class and {annotations} is missing. "
+            f"Copy it there from the archive, or sort the images into {folder}/<class>/"
         )
     present = set(os.listdir(folder / "images"))  # noqa: PTH208 (names are all that is wanted)
     files = []
     for row in _lines(annotations):
         file, *columns = row.split("\t")
         if not columns:
-            raise DataError(f"{annotations} has the line {row!r}; <file><tab><class> is expected")
+            raise DataError(f"{annotations} has the line {row!r}. Expected: <file><tab><class>")
         if file not in present:
             raise DataError(f"{folder / 'images'} has no {file}, which {annotations.name} lists")
         files.append((str(folder / "images" / file), columns[0]))
@@ -124,7 +126,7 @@ def _sorted_files(folder: Path) -> Files:
     names = os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208
     loose = next((name for name in names if is_image_file(name)), None)
     if loose:
-        raise DataError(f"{folder} has to be sorted into class folders, {folder}/<class>/*; {loose} lies in none")
+        raise DataError(f"every image in {folder} must be in a class folder ({folder}/<class>/), but {loose} is not")
     return _class_files(folder)
 
 
@@ -145,9 +147,9 @@ def _class_files(folder: Path) -> Files:
             files += [(os.path.join(root, n), name) for n in images]  # noqa: PTH118 (a million of them)
             others += [n for n in sorted(set(names) - set(images)) if _may_be_meant(n)]
     if absent := empty_classes([name for _, name in files], classes):
-        raise DataError(f"{folder} has no valid file for the classes {few(absent)} ({', '.join(SUFFIXES)}); {WANTED}")
+        raise DataError(f"no image files for {few(absent)} in {folder} (accepted: {', '.join(SUFFIXES)}); {WANTED}")
     if others:
-        log.warning("%s: not read, for their suffix or since they are in no class: %s", folder, few(others))
+        log.warning("%s: ignored files (unknown suffix, or outside a class folder): %s", folder, few(others))
     return files
 
 
@@ -192,7 +194,7 @@ def _refuse_circle(top: Path, link: Path) -> None:
 
 
 def is_image_file(name: str) -> bool:
-    """Whether it is called like an image, and not hidden; what is in it does not matter here."""
+    """Return whether a file is called like an image, and not hidden, whatever it contains."""
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
@@ -202,7 +204,7 @@ def _is_nobodys(name: str) -> bool:
 
 
 def _may_be_meant(name: str) -> bool:
-    """Whether somebody may take this file for an image of the set: it is no text, and no cache of a file manager."""
+    """Return whether a user may take this file for an image: it is no text, and no cache of a file manager."""
     kind = mimetypes.guess_type(name)[0] or ""
     text = kind.startswith("text/") or kind.endswith(("/json", "/xml"))
     return not text and name.lower() not in ("thumbs.db", "desktop.ini")
@@ -284,7 +286,7 @@ def _load(root: Path, parts: dict[str, Files], size: int, decoding: Decoding, st
     train, *others = parts
     classes = _classes(parts[train])
     if len(classes) < 2:
-        raise DataError(f"{root}/{train} has one class alone, {classes[0]}: there is nothing to tell apart; {WANTED}")
+        raise DataError(f"{root}/{train} has only one class, {classes[0]}. At least two are needed; {WANTED}")
     for part in others:
         _require_known_classes(root, part, parts[part], train, parts[train])
     index = {name: k for k, name in enumerate(classes)}
@@ -294,7 +296,8 @@ def _load(root: Path, parts: dict[str, Files], size: int, decoding: Decoding, st
     ]
     validation = sets[1] if len(sets) > 2 else None
     if validation is not None:
-        log.info("%s: %d images for validation, none of %s is held out", root / others[0], len(validation), train)
+        found = counted(len(validation), "image")
+        log.info("%s: %s for validation, none of %s is held out", root / others[0], found, train)
     return with_validation(sets[0], sets[-1], classes, statistics, validation)
 
 
@@ -307,7 +310,7 @@ def _from_files(files: Sequence[tuple[str, int]], size: int, root: Path, part: s
         except OSError as error:  # a link to nowhere, say
             raise DataError(f"cannot read the image {path}: {error.strerror}") from error
         if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
-            raise DataError(f"cannot read the image {path}: it is no regular file")
+            raise DataError(f"cannot read the image {path}: it is not a regular file")
         digest.update(os.fsencode(f"{os.path.relpath(path, root)} {status.st_size}\n"))
     images = open_images([path for path, _ in files], size, root, part, decoding)
     return ImageSet(images, torch.tensor([label for _, label in files]), digest.hexdigest())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from structured_tickets.base.errors import DataError
-from structured_tickets.base.text_tables import few
+from structured_tickets.base.text_tables import counted, few
 from structured_tickets.data.decoded_images import Decoding, Images, LazyImages, one_line, require_memory
 from structured_tickets.data.table_sets import CIFAR10, CIFAR100, TableFormat, checked_labels, find_table
 
@@ -118,12 +118,14 @@ def with_validation(
         return Splits(train, val, test, mean, std, tuple(classes))
     rest, held_out = split_indices(len(train))
     if not len(held_out):
-        raise DataError(f"{len(train)} training images are too few: a tenth of them is held out for validation")
+        raise DataError(
+            f"not enough training images ({len(train):,}): a tenth of them is held out for validation. Add more images"
+        )
     training = train.subset(rest)
     kept, before = (set(labels.unique().tolist()) for labels in (training.labels, train.labels))
     if lost := sorted(before - kept):
         log.warning(
-            "no training image is left of %s: all are among those held out for validation",
+            "no training images left for %s: all of them were held out for validation. Add more images",
             few([classes[label] for label in lost]),
         )
     mean, std = statistics or channel_statistics(training.sample(STATISTICS_SAMPLE))
@@ -144,7 +146,8 @@ def require_every_class(found: Iterable[str], classes: Sequence[str], where: obj
     """
     absent = empty_classes(found, classes)
     if absent:
-        raise DataError(f"{where} has no image of {few(absent)}; some of each of {len(classes)} classes are expected")
+        classes_of = counted(len(classes), "class")
+        raise DataError(f"{where} has no images of {few(absent)}. Expected: images of each of {classes_of}")
 
 
 def read_cifar10(root: Path, size: int, decoding: Decoding) -> Splits:
@@ -222,25 +225,25 @@ def _open_torchvision(dataset_class: Any, root: Path, train: bool) -> Any:
     except Exception as error:  # a file that passes no check can raise anything while it is read
         if not (isinstance(error, RuntimeError) and "not found" in str(error)):
             raise DataError(
-                f"{dataset_class.__name__} under {root} is damaged ({one_line(error)}); put there {here}"
+                f"{dataset_class.__name__} under {root} is damaged ({one_line(error)}). Replace it. Expected: {here}"
             ) from error
-    log.info("%s is not under %s; looking for its archive, then downloading it", dataset_class.__name__, root)
+    log.info("%s is not under %s. Looking for its archive, then downloading it", dataset_class.__name__, root)
     try:
         return dataset_class(root, train=train, download=True)
     except Exception as error:  # urllib, tarfile and torchvision share no error class
         raise DataError(
-            f"{dataset_class.__name__} cannot be had: no complete copy under {root} and no download "
-            f"({one_line(error)}). Put there {here}, or name its folder by --data"
+            f"{dataset_class.__name__}: no complete copy under {root}, and the download failed ({one_line(error)}). "
+            f"Expected: {here}. Copy the files there, or give another folder with --data"
         ) from error
 
 
 def _layout(dataset_class: Any, root: Path) -> str:
-    """What torchvision looks for, and where."""
+    """Return the files that torchvision looks for, with their places."""
     if hasattr(dataset_class, "tgz_md5"):
         archive = f"{root / dataset_class.filename} (md5 {dataset_class.tgz_md5})"
         return f"{archive} or its unpacked folder {dataset_class.base_folder}/"
     archives = ", ".join(f"{file} (md5 {md5})" for file, md5 in dataset_class.resources)
-    return f"into {root / dataset_class.__name__ / 'raw'} the files {archives}"
+    return f"in {root / dataset_class.__name__ / 'raw'} the files {archives}"
 
 
 def _colour_images(pixels: Tensor, size: int) -> Tensor:

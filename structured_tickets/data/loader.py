@@ -149,7 +149,7 @@ class BatchLoader:
 
 
 def _fits(images: Tensor, device: torch.device) -> bool:
-    """Whether the device has memory to spare for the images."""
+    """Return whether the device has memory to spare for the images."""
     return device.type != "cuda" or images.numel() < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
@@ -184,8 +184,8 @@ def _read(images: LazyImages, parts: Sequence[Tensor], device: torch.device) -> 
         if WORKER_DIED not in str(error):
             raise
         failure = MachineError(
-            f"argument --workers: a process that decodes images has died ({first_line(error)}); "
-            "fewer workers need less memory"
+            f"argument --workers: a process that decodes images has died ({first_line(error)}). "
+            "Fewer workers need less memory"
         )
         error.__traceback__ = None
     # The workers end when nothing refers to their iterator any more. A caller may keep the error, so neither its
@@ -202,7 +202,7 @@ def _leave_stopping_to_the_first(worker: int) -> None:
 
 @contextmanager
 def _unheard(number: int) -> Iterator[None]:
-    """While it lasts, the signal waits; in processes that begin now it waits for ever."""
+    """Block a signal inside the context. Processes started meanwhile inherit the block and never receive it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
     try:
         yield

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from structured_tickets.base.errors import DataError
+from structured_tickets.base.text_tables import counted
 from structured_tickets.base.untrusted_text import parse_json
 from structured_tickets.data.decoded_images import one_line, read_image
 
@@ -29,7 +30,7 @@ Part = tuple[Tensor, Tensor]  # images uint8 [n, 3, 32, 32] and labels int64 [n]
 
 @dataclass(frozen=True)
 class TableFormat:
-    """What the files of a data set are called and hold.
+    """Names and contents of the files of a data set.
 
     Attributes:
         name: The npz file is `<name>.npz`.
@@ -50,7 +51,7 @@ CIFAR100 = TableFormat("cifar100", 100, ("fine_label", "label"), ("cifar100", "d
 
 @dataclass(frozen=True)
 class ImageTable:
-    """What was in the files.
+    """Images and labels that were in the files.
 
     Attributes:
         train, test: Images and labels.
@@ -73,7 +74,7 @@ def find_table(root: Path, table: TableFormat) -> ImageTable | None:
     if root.suffix == ".npz" and not root.is_dir():
         return read_npz(root, table)
     if root.is_file():
-        raise DataError(f"{root} is one file, but not npz; --data takes an .npz file, or a folder")
+        raise DataError(f"{root} is one file, but not npz. --data takes an .npz file, or a folder")
     if (root / f"{table.name}.npz").is_file():
         return read_npz(root / f"{table.name}.npz", table)
     for folder in (root, *(root / name for name in table.folders)):
@@ -95,11 +96,11 @@ def read_npz(file: Path, table: TableFormat) -> ImageTable:
     packed = "jpeg" in arrays
     missing = [name for name in (PACKED if packed else ARRAYS) if name not in arrays]
     if missing:
-        raise DataError(f"{file} has no {_words(missing)}; expected are {_words(ARRAYS)}, or {_words(PACKED)}")
+        raise DataError(f"{file} has no {_words(missing)}. Expected: {_words(ARRAYS)}, or {_words(PACKED)}")
     train, test = (_packed_parts if packed else _plain_parts)(file, arrays, table.class_count)
     names = arrays.get("classes", numpy.array([], str))
     if names.dtype.kind not in "US" or names.ndim != 1:
-        raise DataError(f"{file}: classes is {_described(names)}; {table.class_count} names are expected")
+        raise DataError(f"{file}: classes is {_described(names)}. Expected: {table.class_count} names")
     words = [name.decode(errors="replace") if isinstance(name, bytes) else name for name in names.tolist()]
     return ImageTable(train, test, _checked_names(words, table, file), file)
 
@@ -121,7 +122,7 @@ def _plain_parts(file: Path, arrays: Mapping[str, numpy.ndarray], class_count: i
     for part in ("train", "test"):
         pixels, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
         if pixels.dtype != numpy.uint8 or pixels.shape[1:] != (SIDE, SIDE, 3):
-            raise DataError(f"{file}: x_{part} is {_described(pixels)}; uint8 [n, {SIDE}, {SIDE}, 3] is expected")
+            raise DataError(f"{file}: x_{part} is {_described(pixels)}. Expected: uint8 [n, {SIDE}, {SIDE}, 3]")
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
         parts.append((images, checked_labels(labels, len(images), class_count, f"{file}: y_{part}")))
     return parts
@@ -130,11 +131,12 @@ def _plain_parts(file: Path, arrays: Mapping[str, numpy.ndarray], class_count: i
 def _packed_parts(file: Path, arrays: Mapping[str, numpy.ndarray], class_count: int) -> list[Part]:
     jpeg, offsets = arrays["jpeg"], arrays["offsets"]
     if jpeg.dtype != numpy.uint8 or jpeg.ndim != 1:
-        raise DataError(f"{file}: jpeg is {_described(jpeg)}; uint8 [bytes] is expected")
+        raise DataError(f"{file}: jpeg is {_described(jpeg)}. Expected: uint8 [bytes]")
     if offsets.dtype.kind not in "iu" or offsets.ndim != 1 or not _ascend(offsets, len(jpeg)):
         raise DataError(
-            f"{file}: offsets is {_described(offsets)}; n + 1 ascending positions in the {len(jpeg)} bytes of jpeg "
-            "are expected"
+            f"{file}: offsets is {_described(offsets)}. Expected: n + 1 ascending positions in the "
+            f"{counted(len(jpeg), 'byte')} "
+            "of jpeg"
         )
     count = len(offsets) - 1
     labels = checked_labels(arrays["labels"], count, class_count, f"{file}: labels")
@@ -180,10 +182,10 @@ def _shards(folder: Path, part: str) -> list[Path]:
 def _check_complete(folder: Path, part: str, files: Sequence[Path]) -> None:
     """Refuse a set of which files are missing: `train-00000-of-00002.parquet` says how many there are."""
     if not files:
-        raise DataError(f"{folder} has no {part}-*.parquet; train-*.parquet and test-*.parquet are expected")
+        raise DataError(f"{folder} has no {part}-*.parquet. Expected: train-*.parquet and test-*.parquet")
     totals = [int(found[1]) for file in files if (found := re.search(r"-of-(\d+)", file.name))]
     if totals and totals != [len(files)] * len(files):
-        raise DataError(f"{folder} has {len(files)} file(s) {part}-*.parquet; {max(totals)} are expected")
+        raise DataError(f"{folder} has {counted(len(files), 'file')} {part}-*.parquet. Expected: {max(totals)}")
 
 
 def _read_shard(file: Path, table: TableFormat) -> tuple[Tensor, Tensor, tuple[str, ...]]:
@@ -201,7 +203,7 @@ def _read_shard(file: Path, table: TableFormat) -> tuple[Tensor, Tensor, tuple[s
     encoded: list[Any] = [row.get("bytes") if isinstance(row, dict) else row for row in images]
     bad = next((k for k, content in enumerate(encoded) if not isinstance(content, bytes)), None)
     if bad is not None:
-        raise DataError(f"{file}: {image} of row {bad} has no bytes; {{bytes, path}} is expected")
+        raise DataError(f"{file}: {image} of row {bad} has no bytes. Expected: {{bytes, path}}")
     targets = checked_labels(labels, len(encoded), table.class_count, f"{file}: {label}")
     names = _checked_names(_class_names(rows.schema.metadata, label), table, file)
     return _decoded(encoded, file), targets, names
@@ -238,16 +240,16 @@ def checked_labels(values: numpy.ndarray, image_count: int, class_count: int, wh
         DataError: They are not whole numbers, not as many as the images, or not in [0, class_count).
     """
     if values.dtype.kind not in "iu" or values.shape not in ((image_count,), (image_count, 1)):
-        raise DataError(f"{where} is {_described(values)}; {image_count} whole numbers are expected, one per image")
+        raise DataError(f"{where} is {_described(values)}. Expected: {image_count:,} whole numbers, one per image")
     low, high = (values.min(), values.max()) if values.size else (0, 0)
     if low < 0 or high >= class_count:
-        raise DataError(f"{where} has values from {low} to {high}; 0 to {class_count - 1} are expected")
+        raise DataError(f"{where} has values from {low} to {high}. Expected: 0 to {class_count - 1}")
     return torch.from_numpy(values.reshape(-1).astype(numpy.int64))
 
 
 def _checked_names(names: Sequence[str], table: TableFormat, file: Path) -> tuple[str, ...]:
     if len(names) not in (0, table.class_count):
-        raise DataError(f"{file} names {len(names)} classes; {table.name} has {table.class_count}")
+        raise DataError(f"{file} names {counted(len(names), 'class')}, but {table.name} has {table.class_count}")
     return tuple(names)
 
 
@@ -261,7 +263,7 @@ def _decoded(encoded: Sequence[bytes], file: Path) -> Tensor:
         image = read_image(io.BytesIO(content), f"{k} of {file}")
         if image.shape != images.shape[1:]:
             size = f"{image.shape[2]}x{image.shape[1]}"
-            raise DataError(f"the image {k} of {file} has {size} pixels; {SIDE}x{SIDE} are expected")
+            raise DataError(f"the image {k} of {file} has {size} pixels. Expected: {SIDE}x{SIDE}")
         images[k] = image
     return images
 

@@ -1,4 +1,4 @@
-"""How long networks take, measured in turns, and why a compact one can be slower than the whole."""
+"""The time that networks take, measured in turns, and why a compact one can be slower than the whole."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from structured_tickets.base.atomic_files import write_atomically
 from structured_tickets.base.errors import DataError, RunError, StorageError, UsageError
-from structured_tickets.base.text_tables import counted, text_table
+from structured_tickets.base.text_tables import counted, megabytes, millions, text_table
 from structured_tickets.export.deployed import LARGEST_IMAGE, load, save
 from structured_tickets.export.latency import REPEATS, latencies, why_slower
 from structured_tickets.networks import build_model, runs_a_file, sources_of
@@ -72,7 +72,7 @@ def read_ticket(folder: Path, state: int | None = None, best: bool = False, arch
         UsageError: The network comes from a user's file, and `arch` does not name it, or names another.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder} is not the folder of a run")
+        raise DataError(f"{folder} is not a run folder")
     run_folder = RunFolder(folder)
     state = _last_round(run_folder) if state is None else state
     path = run_folder.best(state) if best else run_folder.checkpoint(state)
@@ -106,9 +106,11 @@ def _network(run: RunState, arch: str | None, file: Path) -> nn.Module:
     """Build the run's network. A user's file is only run if `arch` names it: the checkpoint may be from anyone."""
     named, size = run.args.get("arch"), run.args.get("image_size")
     if not isinstance(named, str) or not isinstance(size, int) or not 0 < size <= LARGEST_IMAGE:
-        raise DataError(f"{file} does not say which network it holds, for images of how many pixels")
+        raise DataError(f"{file} names no network, or no size of its images")
     if runs_a_file(named) and arch is None:
-        raise UsageError(f"argument --arch: the network comes from {named}: name it again, since its code will be run")
+        raise UsageError(
+            f"argument --arch: this network comes from your file, whose code will be run. Confirm with --arch {named}"
+        )
     model = build_model(arch or named, len(run.classes), size)
     note_channel_units(model, channel_units_of(run.args), (3, size, size))
     warn_of_changed_code(run.sources, sources_of(arch or named), "The exported network is that of the changed code")
@@ -195,8 +197,8 @@ def _advice(ticket: Ticket, kept: dict[str, list[int]], small: nn.Module, rows: 
     seconds, name = min((time.median, name) for time, name in zip(found, names, strict=True))
     best = f"{name} is the fastest here ({1e3 * seconds:.1f} ms). " if name != "smallest" else ""
     return (
-        f"the compact network is slower than the dense one: {now:.1f} ms instead of {before:.1f} for {batch} images. "
-        f"{best}Prune with --channel_units stream and --round_units 8 for a network that is faster"
+        f"the compact network is slower than the dense one: {now:.1f} ms instead of {before:.1f} for "
+        f"{counted(batch, 'image')}. {best}For a faster network, prune with --channel_units stream --round_units 8"
     )
 
 
@@ -233,7 +235,7 @@ def require_same_logits(what: str, found: Tensor, wanted: Tensor) -> None:
     """Raise ExportError if the logits differ by more than rounding."""
     difference = float((found - wanted).abs().max()) / max(1.0, float(wanted.abs().max()))
     if not difference <= TOLERANCE:
-        raise ExportError(f"{what} differs from the masked network by {difference:.2g}; nothing of it is kept")
+        raise ExportError(f"{what} differs from the masked network by {difference:.2g}. The file was deleted")
 
 
 def _write(
@@ -323,7 +325,7 @@ def _table(rows: list[dict]) -> str:
     lines = []
     for row in rows:
         times = [f"{row[f'latency_ms_batch_{b}']:.1f} ms ±{row[f'noise_batch_{b}']:.0%}" for b in LATENCY_BATCHES]
-        size = f"{row['bytes'] / 1e6:.2f} MB"
-        lines.append([row["network"], f"{row['parameters']:,}", f"{row['macs'] / 1e6:.1f} M", size, *times])
+        parameters = f"{row['parameters']:,}"
+        lines.append([row["network"], parameters, millions(row["macs"]), megabytes(row["bytes"]), *times])
     threads = counted(rows[0]["threads"], "thread")
     return f"{text_table(head, lines, right=True)}\nlatency: median of {REPEATS}, ± half of them, fp32, {threads}"

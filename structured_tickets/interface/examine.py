@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from structured_tickets.base.errors import BadType, BadValue, UsageError, first_line
 from structured_tickets.base.modes import in_mode
+from structured_tickets.base.text_tables import counted
 from structured_tickets.interface.arguments import one_of
 from structured_tickets.interface.foreign import (
     image_shape,
@@ -128,7 +129,7 @@ def _called(twin: nn.Module, images: Tensor) -> tuple[Tensor, list[str]]:
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise BadValue(f"{name} gives {found} for {len(images)} images, not logits [{len(images)}, classes]")
+        raise BadValue(f"{name} gives {found} for {counted(len(images), 'image')}, not logits [{len(images)}, classes]")
     return logits, list(called)
 
 

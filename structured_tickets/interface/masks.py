@@ -1,4 +1,4 @@
-"""What `structured_tickets.regroup` returns: which weights and units stay."""
+"""The result of `structured_tickets.regroup`: the weights and units that are kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from structured_tickets.base.errors import BadType, BadValue
-from structured_tickets.base.text_tables import text_table
+from structured_tickets.base.text_tables import counted, text_table
 from structured_tickets.interface.foreign import OwnParameters, unwrapped
 from structured_tickets.interface.units import Units, on_the_right, ranked, require_same
 from structured_tickets.pruning.masks import HeldMask, MaskPair, count_ones
@@ -18,7 +18,7 @@ from structured_tickets.unit_groups.unit import UnitGroup, kept_units, kinds
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Masks:
-    """Which weights global L1 keeps, and which the structure keeps; made by `structured_tickets.regroup`.
+    """The L1 mask and the structure of a network; made by `structured_tickets.regroup`.
 
     `print(masks)` shows how many units stay in each layer. The masks are float tensors of the parameters' shapes, 1
     where kept and 0 where pruned, by parameter name; do not write into them. A weight is, by its two masks,
@@ -154,7 +154,7 @@ class Masks:
         pair, weights = self.pair, sum(self.pair.structure[n].numel() for n in ranked(self.groups))
         doomed, dead = (self._share({n: m.float() for n, m in masks.items()}) for masks in (pair.doomed, pair.dead))
         parts = {"kept": self.density, "doomed": doomed, "dead": dead}
-        return f"{weights:,} prunable weights: " + ", ".join(
+        return f"{counted(weights, 'prunable weight')}: " + ", ".join(
             f"{100 * part:.1f}% {word}" for word, part in parts.items()
         )
 

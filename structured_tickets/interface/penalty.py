@@ -300,5 +300,5 @@ def _tell(penalty: weakref.ref[Penalty], optimizer: optim.Optimizer, before: boo
 
 
 def _is_adaptive(optimizer: optim.Optimizer) -> bool:
-    """Whether an optimizer divides the gradient by its size, and the penalty with it."""
+    """Return whether an optimizer divides the gradient by its size, and the penalty with it."""
     return "sgd" not in type(optimizer).__name__.lower()

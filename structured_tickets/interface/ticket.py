@@ -1,4 +1,4 @@
-"""What a shrunk network carries with it, so that it can be saved and built again."""
+"""Notes on a shrunk network, with which it can be saved and built again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Kept = dict[str, dict[str, list[int]]]
 
 @dataclass(frozen=True)
 class Ticket:
-    """What `save` has to know about a network that `shrink` made: that network's attribute `structured_ticket`.
+    """All that `save` has to know about a network that `shrink` made: that network's attribute `structured_ticket`.
 
     It survives copies, pickles and training. All values are plain.
 

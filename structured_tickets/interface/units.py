@@ -1,4 +1,4 @@
-"""What `structured_tickets.units` returns: the units of a network, named, counted and printable."""
+"""The result of `structured_tickets.units`: the units of a network, named, counted and printable."""
 
 from __future__ import annotations
 
@@ -107,8 +107,9 @@ class Units:
             [_others(g) for g in self.groups],
         ]
         table = text_table(head, list(zip(*columns, strict=True)))
-        share = f"{self.prunable:,} of {self.parameters:,} parameters ({100 * self.prunable / self.parameters:.1f}%)"
-        left = text_table(["left alone", "why"], list(self.left_alone.items())) if self.left_alone else ""
+        parameters = counted(self.parameters, "parameter")
+        share = f"{self.prunable:,} of {parameters} ({100 * self.prunable / self.parameters:.1f}%)"
+        left = text_table(["not pruned", "why"], list(self.left_alone.items())) if self.left_alone else ""
         return f"{table}\n\n{self.network}: {self._counts()}, with {share}\n\n{left}".rstrip()
 
     def _counts(self) -> str:

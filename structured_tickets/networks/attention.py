@@ -11,7 +11,7 @@ RENAMED = {"in_proj_": "qkv.", "out_proj.": "proj."}
 
 
 class SelfAttention(nn.Module):
-    """What `nn.MultiheadAttention` computes of one sequence, by two linear layers `qkv` and `proj`.
+    """The computation of `nn.MultiheadAttention` on one sequence, by two linear layers `qkv` and `proj`.
 
     Torch's keeps the input projection as a bare parameter, to which no hook can listen, and its heads in a number that
     has to divide the width. State dicts of the original load too.

@@ -80,7 +80,7 @@ def sources_of(arch: str) -> dict[str, str]:
 
 
 def runs_a_file(arch: str) -> bool:
-    """Whether building this network runs code of a user's file."""
+    """Return whether building this network runs code of a user's file."""
     return arch not in MODELS and not arch.startswith(LIBRARIES)
 
 

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.base.modes import in_mode
+from structured_tickets.base.text_tables import counted
 from structured_tickets.networks.hosted import logits_of
 from structured_tickets.networks.registry import ModelSpec
 
 
 @dataclass(frozen=True)
 class FirstPass:
-    """What a network does with images.
+    """Results of a network's first forward passes.
 
     Attributes:
         called: Its convolutions and linear layers, in the order in which it calls them.
@@ -81,7 +82,7 @@ def _evaluated(network: nn.Module, arch: str, num_classes: int, img_size: int) -
     except Exception as error:  # whatever the network's code raises
         reason = first_line(error)
         raise UsageError(
-            f"argument --arch: {arch} cannot take images of {img_size} pixels ({reason}); try another --image_size"
+            f"argument --arch: {arch} cannot take images of {img_size} pixels ({reason}). Try another --image_size"
         ) from error
     logits = found if type(found) in (tuple, list) else logits_of(found)  # of several, it is not known which is judged
     if not _are_logits(logits, num_classes):
@@ -90,7 +91,7 @@ def _evaluated(network: nn.Module, arch: str, num_classes: int, img_size: int) -
         )
     if len(takes) > 1 and all(takes):
         raise UsageError(
-            f"argument --arch: {arch} calls its `normalize` {len(takes)} times in a forward pass, not once"
+            f"argument --arch: {arch} calls its `normalize` {counted(len(takes), 'time')} in a forward pass, not once"
         )
     return list(called), takes == [True]
 

@@ -24,7 +24,7 @@ LONGEST = 10**6  # bytes of such a file
 def wanted_statistics(
     model: nn.Module, spec: ModelSpec, found: WeightFile | None, weights: Weights | None
 ) -> tuple[Statistics, str] | None:
-    """What the weights of a file, or those that are fetched for a network, want; and where that is said.
+    """Statistics of the images that weights want, and the place that says so.
 
     Args:
         found, weights: The file and what was taken from it; None for weights that were fetched.

@@ -1,4 +1,4 @@
-"""Which of its kernels a network computes with, and how much of what it could."""
+"""The choice of a network's kernels."""
 
 from __future__ import annotations
 

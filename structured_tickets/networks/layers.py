@@ -33,7 +33,7 @@ class Normalize(nn.Module):
 
 
 class _Normalising(nn.Module):
-    """What a library's network gets in front of its own `forward`."""
+    """The layer that a library's network gets in front of its own `forward`."""
 
     normalize: nn.Module
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from structured_tickets.base.errors import DataError, first_line
-from structured_tickets.base.text_tables import few
+from structured_tickets.base.text_tables import counted, few
 from structured_tickets.networks.hosted import bare, of_the_data
 from structured_tickets.networks.hugging_face import is_of_transformers, renamed
 from structured_tickets.networks.input_statistics import Statistics, wanted_statistics
@@ -51,7 +51,7 @@ def load_pretrained_weights(
     elif spec.pretrained is not None:
         source, weights = spec.pretrained, _weights_from_timm(spec.pretrained)
     else:
-        raise DataError("no ImageNet weights are published for this model; give a local file by --pretrained FILE")
+        raise DataError("no ImageNet weights are published for this model. Give a file with --pretrained")
     heads = set() if with_classifier else _heads(model, spec, weights)
     extra = _load(model, weights, source, heads)
     if found and chosen:
@@ -97,15 +97,15 @@ def load_initial_weights(model: nn.Module, file: str | Path, key: str | None = N
     if wrong and all(_layer(name) in heads for name in wrong):
         there, here = (int(values[f"{min(heads)}.weight"].shape[0]) for values in (state, own))
         raise DataError(
-            f"--init {file}: its classifier {min(heads)} has {there:,} classes, not {here:,}. To start with a fresh "
-            "classifier, give the file by --pretrained, with --prune_type pt"
+            f"--init {file}: its classifier {min(heads)} has {counted(there, 'class')}, not {here:,}. To start with "
+            "a fresh classifier, give the file with --pretrained and --prune_type pt"
         )
     if not wrong:
         missing, unexpected = model.load_state_dict(state, strict=False)
         extra = [name for name in unexpected if not _is_needed(name, of_data)]
         wrong = sorted(name for name in [*unexpected, *missing] if _is_needed(name, of_data))
     if wrong:
-        raise DataError(f"--init {file}: another network's weights (first difference: {wrong[0]})")
+        raise DataError(f"--init {file}: these weights belong to another network (first difference: {wrong[0]})")
     _report(found, chosen, extra)
     kinds = _other_types(model, state)
     converted = f", converted from {kinds}" if kinds else ""
@@ -209,7 +209,7 @@ def _about_a_head(model: nn.Module, head: str, weights: Mapping[str, Tensor]) ->
     if own is None or there is None:
         return f"{said}: there is none in the file"
     if own.shape != there.shape:
-        return f"{said}: it has {there.shape[0]:,} classes in the file and {own.shape[0]:,} here"
+        return f"{said}: it has {counted(there.shape[0], 'class')} in the file and {own.shape[0]:,} here"
     return f"{said}. To take it from the file, add --fc"
 
 
@@ -239,6 +239,6 @@ def _weights_from_timm(timm_name: str) -> dict[str, Tensor]:
     except Exception as error:  # the hub client's errors share no base class
         reason = first_line(error)
         raise DataError(
-            f"cannot fetch ImageNet weights {timm_name} ({reason}); download them elsewhere and give the file "
-            f"by --pretrained FILE"
+            f"cannot fetch ImageNet weights {timm_name} ({reason}). Download them elsewhere and give the file "
+            f"with --pretrained"
         ) from error

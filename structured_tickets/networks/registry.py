@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What the algorithms may know about a network without knowing its layers.
+    """Notes on a network: all that the algorithms may know without knowing its layers.
 
     A network that is registered carries it as `.spec`; of others, their host keeps it (`networks.hosted`).
 
@@ -93,7 +93,7 @@ def _place_of(build: Callable[..., nn.Module]) -> tuple[str, str]:
 
 
 class Origin:
-    """What all copies of a network have in common."""
+    """Facts that all copies of a network have in common."""
 
     def __copy__(self) -> Origin:
         return self
@@ -133,6 +133,6 @@ def require_size(name: str, img_size: int, at_least: int = 1, multiple_of: int =
         UsageError: They are too small, or cannot be cut into patches.
     """
     if img_size < at_least:
-        raise UsageError(f"{name} halves the resolution too often for --image_size {img_size}: {at_least} or more")
+        raise UsageError(f"{name} needs an --image_size of at least {at_least}, not {img_size}")
     if img_size % multiple_of:
-        raise UsageError(f"{name} wants an --image_size that is a multiple of {multiple_of}, not {img_size}")
+        raise UsageError(f"{name} needs an --image_size divisible by {multiple_of}, not {img_size}")

@@ -31,7 +31,7 @@ _LOCK = threading.RLock()  # what is imported is the same for all threads
 
 
 class _Folder:
-    """What is imported from a user's folder.
+    """Modules that are imported from a user's folder.
 
     Args:
         own: Where absolute imports look: the file's own folder, and the one that holds its package.

@@ -65,7 +65,7 @@ def _class_token_after(block: Any, x: Tensor) -> Tensor:
 
 
 def _first_of(attention: Any, x: Tensor) -> Tensor:
-    """What attention gives the first token: [batch, tokens, dim] -> [batch, 1, dim]."""
+    """Return the output of attention for the first token: [batch, tokens, dim] -> [batch, 1, dim]."""
     if not hasattr(attention, "qkv"):  # a branch without heads asks nothing of the other tokens
         return attention(x[:, :1])
     batch, tokens, _ = x.shape

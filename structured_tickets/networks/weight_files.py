@@ -38,7 +38,7 @@ LAST = frozenset(["init", "initial", "optimizer"])
 
 @dataclass(frozen=True)
 class WeightFile:
-    """What a file of weights holds.
+    """Contents of a file of weights.
 
     Attributes:
         tensors: By full name.

@@ -25,14 +25,14 @@ from structured_tickets.base.console import exit_status
 from structured_tickets.base.environment import commit, has_cpp_compiler, processor, version_of
 from structured_tickets.base.errors import RunError, first_line
 from structured_tickets.base.secrets_in_text import refuse_secrets
-from structured_tickets.base.text_tables import counted, text_table
+from structured_tickets.base.text_tables import counted, gigabytes, text_table
 from structured_tickets.settings.argument_types import OneLineParser, path
 from structured_tickets.sweeps.executors import cores_here
 
 
 @dataclass(frozen=True)
 class Part:
-    """What only some commands need: its packages, and those commands."""
+    """An optional part: its packages, and the commands that need it."""
 
     packages: tuple[str, ...]
     use: str
@@ -235,7 +235,7 @@ def _machine_rows(found: Mapping[str, Any]) -> list[list[str]]:
         ["system", machine["system"]],
         ["processor", machine["processor"]],
         ["cores", f"{machine['cores']}" + (f", {own} for this process" if own != machine["cores"] else "")],
-        ["memory", _gigabytes(machine["memory_bytes"]) + (f", {_gigabytes(free)} free" if free is not None else "")],
+        ["memory", gigabytes(machine["memory_bytes"]) + (f", {gigabytes(free)} free" if free is not None else "")],
         *_computing_rows(found["computing"]),
     ]
 
@@ -247,7 +247,7 @@ def _computing_rows(computing: Mapping[str, Any]) -> Iterator[list[str]]:
     torch = f"torch is built for CUDA {computing['cuda']}" if computing["cuda"] else "torch is built without CUDA"
     yield ["GPUs", f"{len(computing['gpus']) or 'none'}; {torch}"]
     for k, gpu in enumerate(computing["gpus"]):
-        yield [f"cuda:{k}", f"{gpu['name']}, {_gigabytes(gpu['bytes'])}, compute capability {gpu['capability']}"]
+        yield [f"cuda:{k}", f"{gpu['name']}, {gigabytes(gpu['bytes'])}, compute capability {gpu['capability']}"]
     for warning in computing["warnings"]:
         yield ["warning", warning]
     yield ["device", f"{computing['device']}, {counted(computing['threads'], 'thread')} on the processor"]
@@ -278,13 +278,9 @@ def _folder_rows(folders: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     kept = "decoded images are kept in .decoded"
     cache = kept if images["writable"] else "cannot be written: decoded images are not kept"
     return [
-        ["working", here["path"], f"{runs}, {_gigabytes(here['free_bytes'])} free"],
+        ["working", here["path"], f"{runs}, {gigabytes(here['free_bytes'])} free"],
         ["images", images["path"], cache if images["exists"] else "no such folder (digits need none)"],
     ]
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB"
 
 
 def _advice(found: Mapping[str, Any]) -> str:

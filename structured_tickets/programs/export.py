@@ -1,4 +1,4 @@
-"""Write the ticket of a run at its real size: model.safetensors and config.json, ONNX, torch.export."""
+"""Write the final network of a round without its pruned units: safetensors and JSON, ONNX, torch.export."""
 
 from __future__ import annotations
 
@@ -17,21 +17,29 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Raises: UsageError."""
     parser = OneLineParser(prog=name_in_help("export"), description=__doc__, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN_DIR", type=path, help="folder of the run")
-    parser.add_argument("--round", type=count(0), help="which round (default: the last that is finished)")
-    parser.add_argument("--best", action="store_true", help="its weights of best validation accuracy, not its last")
+    parser.add_argument("--round", type=count(0), help="round to export (default: the last finished one)")
+    parser.add_argument(
+        "--best",
+        action="store_true",
+        help="use the weights with the best validation accuracy of the round, not the last ones",
+    )
     parser.add_argument("--out", type=path, metavar="DIR", help="default: RUN_DIR/export/round_<k>")
     parser.add_argument(
-        "--round_to", type=count(1), default=1, metavar="N", help="keep more units, up to a multiple of N in each layer"
+        "--round_to",
+        type=count(1),
+        default=1,
+        metavar="N",
+        help="keep extra units so that each layer has a multiple of N",
     )
-    parser.add_argument("--onnx", action="store_true", help="also model.onnx, compared with ONNX Runtime's outputs")
-    parser.add_argument("--pt2", action="store_true", help="also model.pt2, by torch.export")
+    parser.add_argument("--onnx", action="store_true", help="also write model.onnx, and check it with ONNX Runtime")
+    parser.add_argument("--pt2", action="store_true", help="also write model.pt2 (torch.export)")
     parser.add_argument(
         "--arch",
         type=architecture,
         metavar="FILE.py:FACTORY",
-        help="the network, if the run's comes from your own file",
+        help="network of the run, if it comes from your own file (its code will be run)",
     )
-    parser.add_argument("--quiet", action="store_true", help="only the table")
+    parser.add_argument("--quiet", action="store_true", help="print only the table")
     return parser.parse_args(argv)
 
 

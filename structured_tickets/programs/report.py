@@ -23,15 +23,15 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         type=truth,
         default=True,
         metavar="BOOL",
-        help="measure the compact network of each round here (default: true)",
+        help="measure the latency of each round's network on this machine (default: true)",
     )
     parser.add_argument(
         "--arch",
         type=architecture,
         metavar="FILE.py:FACTORY",
-        help="the network, if the runs' comes from your own file",
+        help="network of the runs, if it comes from your own file (its code will be run)",
     )
-    parser.add_argument("--quiet", action="store_true", help="only the name of the page, and warnings")
+    parser.add_argument("--quiet", action="store_true", help="print only the path of the page, and warnings")
     return parser.parse_args(argv)
 
 

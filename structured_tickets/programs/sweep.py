@@ -1,4 +1,4 @@
-"""Many runs: a grid of settings over seeds, carried out side by side, continued by the same command."""
+"""Many runs: a grid of settings over seeds, run side by side. Run the same command again to continue."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ EXAMPLES = """examples:
   {report} sweep_output_1a2b3c4d
 
 A file holds `flags:` (flag: value), `grid:` (flag: [values], or a list of such grids) and `list:` (runs by themselves).
-The same command again continues: what is finished is left alone, what was broken off goes on."""
+Run the same command again to continue: finished runs are kept, interrupted ones continue."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,11 +76,11 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FLAG=VALUES",
         action="extend",
-        help="values with commas between them; every combination is a run. With semicolons, values may "
-        "hold commas: vit_prune_target='head;head,mlp'",
+        help="FLAG=VALUE,VALUE: every combination of values is a run. If a value contains commas, separate the values "
+        "by semicolons: vit_prune_target='head;head,mlp'",
     )
     what.add_argument("--file", type=path, help="YAML with flags, grid and list")
-    what.add_argument("--out", type=path, metavar="DIR", help="folder (default: named after the grid)")
+    what.add_argument("--out", type=path, metavar="DIR", help="folder of the sweep (default: named after the grid)")
     what.add_argument(
         "--share_round_0",
         type=truth,
@@ -97,7 +97,7 @@ def _add_where(parser: argparse.ArgumentParser) -> None:
         "--executor",
         choices=("local", "ray", "slurm"),
         default="local",
-        help="processes here (default); a Ray cluster; or batch scripts for Slurm",
+        help="local: processes on this machine (default); ray: a Ray cluster; slurm: write batch scripts for Slurm",
     )
     where.add_argument(
         "--jobs",
@@ -110,17 +110,19 @@ def _add_where(parser: argparse.ArgumentParser) -> None:
         type=count(1, PARALLEL),
         default=1,
         metavar="N",
-        help="of each run (default: 1). The last digits of results depend on it",
+        help="CPU threads per run (default: 1). Results can differ in the last digits between thread counts",
     )
     where.add_argument(
         "--retries",
         type=count(0),
         default=2,
         metavar="N",
-        help="how often a run is begun again that was killed (default: 2)",
+        help="how many times a killed run is restarted (default: 2)",
     )
-    where.add_argument("--address", default="auto", help="ray: of the cluster (default: auto, the one that runs here)")
-    where.add_argument("--gpus_per_run", type=NONNEGATIVE, metavar="N", help="ray: GPUs of a run (default: 0)")
+    where.add_argument(
+        "--address", default="auto", help="ray: address of the cluster (default: auto, the cluster on this machine)"
+    )
+    where.add_argument("--gpus_per_run", type=NONNEGATIVE, metavar="N", help="ray: GPUs per run (default: 0)")
     where.add_argument("--slurm_options", default="", metavar="WORDS", help="slurm: e.g. '--partition=gpu --time=60'")
 
 
@@ -129,12 +131,19 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     search.add_argument(
         "--search",
         action="store_true",
-        help="do not run the whole grid: successive halving by Optuna. All begin with few epochs, the "
-        "better third goes on with three times as many",
+        help="search instead of running the whole grid (successive halving with Optuna): all settings start with few "
+        "epochs, the best third continues with three times as many",
     )
-    search.add_argument("--density", type=POSITIVE, metavar="PERCENT", help="search: at most this share of the weights")
-    search.add_argument("--macs", type=POSITIVE, metavar="MILLIONS", help="search: at most so many MACs")
-    search.add_argument("--rungs", type=count(1), default=3, help="search: how many budgets of epochs (default: 3)")
+    search.add_argument(
+        "--density",
+        type=POSITIVE,
+        metavar="PERCENT",
+        help="search: largest share of the prunable weights that a round may keep",
+    )
+    search.add_argument(
+        "--macs", type=POSITIVE, metavar="MILLIONS", help="search: largest number of MACs per image, in millions"
+    )
+    search.add_argument("--rungs", type=count(1), default=3, help="search: number of epoch budgets (default: 3)")
 
 
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, Spec]:
@@ -150,14 +159,14 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, Spec]:
     grids = [*(grids if isinstance(grids, list) else [grids]), *([_grid_of(args.grid)] if args.grid else [])]
     spec = Spec((*words_of(from_file.get("flags") or {}), *flags), tuple(grids), tuple(from_file.get("list") or ()))
     if not spec.count:
-        raise UsageError("argument --grid: nothing to run; give --grid FLAG=VALUES ... or --file FILE")
+        raise UsageError("argument --grid: nothing to run. Give --grid FLAG=VALUES ... or --file FILE")
     if spec.count > MOST_RUNS:
-        raise UsageError(f"argument --grid: more than {MOST_RUNS} combinations, which no sweep can have")
+        raise UsageError(f"argument --grid: more than {MOST_RUNS:,} combinations. Use a smaller grid")
     refuse_secrets([*spec.flags, *(word for settings in spec.combinations() for word in words_of(settings))])
     if not args.search and (args.density or args.macs):
-        raise UsageError("argument --density, --macs: only read by --search")
+        raise UsageError("argument --density, --macs: only used with --search")
     if args.search and args.executor == "slurm":
-        raise UsageError("argument --search: not with --executor slurm, which only writes scripts")
+        raise UsageError("argument --search: cannot be combined with --executor slurm, which only writes scripts")
     if args.search and not (args.density or args.macs):
         raise UsageError("argument --search: needs a budget: --density PERCENT or --macs MILLIONS")
     try:
@@ -249,10 +258,11 @@ def _search(args: argparse.Namespace, spec: Spec, words: Sequence[str]) -> str:
 
 
 def describe_search(ready: Ready) -> str:
-    """What `--search --dry_run` prints: the settings, and the epochs that the search may give them."""
+    """Return the text of `--search --dry_run`: the settings, and the epochs that the search may give them."""
     table = text_table(["setting"], [[" ".join(f"{k}={v}" for k, v in s.items())] for s in ready.settings])
     epochs = ", ".join(map(str, ready.budgets))
-    return f"{table}\n{len(ready.settings)} settings, {ready.seeds} runs each; epochs of a round: {epochs}"
+    settings, runs = counted(len(ready.settings), "setting"), counted(ready.seeds, "run")
+    return f"{table}\n{settings}, {runs} each; epochs per round: {epochs}"
 
 
 @contextmanager
@@ -276,7 +286,8 @@ def locked(out: Path) -> Iterator[None]:
 def runs_of_other_sweeps(out: Path, jobs: Sequence[Job]) -> list[str]:
     """A sentence if the folder holds runs that are not in this sweep."""
     others = {p.parent.name for p in out.glob("runs/*/args.yaml")} - {job.name for job in jobs}
-    return [f"{out} holds {len(others)} runs that are not in this sweep; reports leave them out"] if others else []
+    runs = counted(len(others), "run")
+    return [f"{out} holds {runs} of other sweeps. Reports leave them out"] if others else []
 
 
 def write_record(
@@ -294,7 +305,7 @@ def write_record(
 
 
 def describe(wanted: Plan) -> str:
-    """What `--dry_run` prints: the plan as a table."""
+    """Return the text of `--dry_run`: the plan as a table."""
     rows = [["dense" if j.dense else "run", title_of(j), str(j.rounds * j.epochs), j.name] for j in wanted.jobs]
     runs = sum(not j.dense for j in wanted.jobs)
     sums = f"{counted(runs, 'run')}, {counted(len(wanted.jobs) - runs, 'dense round')} that they share"
@@ -315,7 +326,7 @@ def conclude(jobs: Sequence[Job], outcomes: Mapping[str, Outcome], out: Path) ->
     text = [summarise(out)]
     if offline := sorted(out.glob("runs/*/wandb/offline-run-*")):
         text.append(
-            f"{len(offline)} WandB runs are offline; to send them: "
+            f"offline: {counted(len(offline), 'WandB run')}. To upload: "
             f"wandb sync {_shorter(out)}/runs/*/wandb/offline-run-*"
         )
     if any(o.fine for job in jobs if not job.dense for o in [outcomes[job.name]]):

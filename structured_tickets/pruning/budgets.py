@@ -1,4 +1,4 @@
-"""How many units stay in each group."""
+"""Budgets: the number of units that stay in each group."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Budget = Callable[[Sequence["UnitGroup"], Scores, Mapping[str, "Tensor"]], dict[
 
 
 def kept_count(units: int, ratio: float) -> int:
-    """How many of `units` stay when the share `ratio` goes: at least one, rounded down but for floating-point dust."""
+    """Return how many of `units` stay when the share `ratio` goes: at least one, rounded down (with 1e-9 added)."""
     return max(1, math.floor(units * (1 - ratio) + 1e-9))
 
 

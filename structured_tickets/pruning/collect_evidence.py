@@ -96,7 +96,7 @@ def _statistics(
 
 
 def _features_last(layer: nn.Module, output: Tensor) -> bool:
-    """Whether the features are an output's last axis: of linear layers, also where they work on [.., height, width]."""
+    """Return whether the features are an output's last axis: of linear layers, also on [.., height, width]."""
     return isinstance(layer, nn.Linear) or output.ndim != 4
 
 

@@ -113,7 +113,7 @@ def _blocks_exchanged(both: Sequence[Mask], blocks: Sequence[UnitGroup], draw: t
 
 
 def _following(mask: Mask, groups: Sequence[UnitGroup]) -> Mask:
-    """What is not ranked follows the weights again, which have been shuffled one by one."""
+    """Return what is not ranked follows the weights again, which have been shuffled one by one."""
     return follow_units(groups, {p.name: mask[p.name] for g in groups for p in g.slices if p.ranked}, mask)
 
 

@@ -1,4 +1,4 @@
-"""What happens between two rounds: rank and prune by global L1, then regroup. Decides only; changes no model."""
+"""The decision between two rounds: rank and prune by global L1, then regroup. Decides only; changes no model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def count_to_keep(
     previous: MaskPair | None,
     state: int = 0,
 ) -> int:
-    """How many of the named weights the next element-wise mask leaves, whatever the method.
+    """Return how many of the named weights the next element-wise mask leaves, whatever the method.
 
     A share of those that the last one left. Where units take inputs of other layers with them, a layer with half of its
     units has a quarter of its weights: there it is the share of units that is to stay after round `state`, of the

@@ -1,4 +1,4 @@
-"""What a round holds at zero, and which doomed units have faded out."""
+"""Weights that a round holds at zero, and doomed units that have faded out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def held_masks(
     groups: Sequence[UnitGroup] = (),
     faded: Mapping[str, Sequence[int]] | None = None,
 ) -> Mask:
-    """What a round holds at zero (by parameter name, 0 where held): all but the structure; RSST only the dead.
+    """Return what a round holds at zero (by parameter name, 0 where held): all but the structure; RSST only the dead.
 
     Args:
         groups, faded: Unit groups, and for some of them (by name) units that are held at zero besides.

@@ -30,7 +30,7 @@ class Method:
 
     @property
     def one_shot(self) -> bool:
-        """Whether masks do not depend on the round before."""
+        """Return whether masks do not depend on the round before."""
         return self.ranks != "trained"
 
 

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from structured_tickets.base.errors import UsageError
 from structured_tickets.base.modes import in_mode, set_mode
+from structured_tickets.base.text_tables import counted
 from structured_tickets.networks.kernels import fused_attention, uncompiled
 from structured_tickets.networks.precision import computing
 from structured_tickets.pruning.masks import (
@@ -49,7 +50,7 @@ ADMM_RHO = 0.01
 
 @dataclass(frozen=True)
 class Admm:
-    """How ADMM trains.
+    """Settings of ADMM's training.
 
     Attributes:
         epochs: How often weights and their projection take turns.
@@ -72,7 +73,7 @@ class Admm:
 
 @dataclass(frozen=True)
 class Task:
-    """What a one-shot pruner is given.
+    """Everything that a one-shot pruner is given.
 
     Attributes:
         model: The network; its own weights are not looked at.
@@ -171,9 +172,9 @@ def _synflow(task: Task) -> Mask:
             silent = [n for n, s in scores.items() if bool(masks[n].any()) and not bool(s.any())]
             if k == 1 and silent:
                 log.warning(
-                    "SynFlow: nothing flows through %d of %d layers, such as %s; they lose all weights first",
+                    "SynFlow: nothing flows through %d of %s, such as %s. They lose all weights first",
                     len(silent),
-                    len(scores),
+                    counted(len(scores), "layer"),
                     silent[0],
                 )
             masks = {n: m.double() for n, m in top_mask(scores, masks, keep).items()}
@@ -261,7 +262,7 @@ def train_by_admm(model: nn.Module, task: Task, admm: Admm) -> Mask:
         far = sum(float((w.detach() - target[n]).square().sum()) for n, w in weights.items())
         norm = sum(float(w.detach().square().sum()) for w in weights.values())
         log.info(
-            "ADMM epoch %3d of %d: loss %.4f, %.1f %% of the weights' norm to be cut",
+            "ADMM epoch %3d of %d: loss %.4f, %.1f%% of the weights' norm to be cut",
             epoch,
             admm.epochs,
             float(loss.detach()),

@@ -1,4 +1,4 @@
-"""How a run prunes, as named values."""
+"""The rules by which a run prunes, as named values."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def kinds_of(targets: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class RoundRules:
-    """How a run prunes. Names and values are those of the command line.
+    """The rules by which a run prunes. Names and values are those of the command line.
 
     Attributes:
         structured: Whether units are dropped whole; without it masks stay element-wise (ViT only).
@@ -76,7 +76,7 @@ class RoundRules:
 
     @property
     def removes_inputs(self) -> bool:
-        """Whether a dropped unit takes its inputs of other prunable layers with it: the channel of a stream does."""
+        """Return whether a dropped unit takes its inputs of other prunable layers with it: a stream's does."""
         return self.structured and self.channel_units == STREAM
 
     def gone(self, state: int) -> float:
@@ -84,7 +84,7 @@ class RoundRules:
         return self.share(self.ratios["channel"], state)
 
     def budgets(self, state: int, structure: Mapping[str, Tensor] | None = None) -> dict[str, Budget]:
-        """How many units of each kind stay after round `state`.
+        """Return how many units of each kind stay after round `state`.
 
         Args:
             structure: What the rounds before have left, by parameter name.

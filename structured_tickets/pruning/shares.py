@@ -1,4 +1,4 @@
-"""Where the prunable weights and units stand in a round."""
+"""Shares of the prunable weights and units in a round: zero, doomed, kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from structured_tickets.unit_groups.unit import UnitGroup, kept_units, kinds
 
 @dataclass(frozen=True)
 class Shares:
-    """Where the prunable weights stand during a round, in percent."""
+    """Shares of the prunable weights during a round, in percent."""
 
     zero: float
     squeezed: float

@@ -1,4 +1,4 @@
-"""Which units of a network a run can prune; what stays whole, the reason, and what to change."""
+"""The units of a network that a run can prune; what stays whole, the reason, and what to change."""
 
 from __future__ import annotations
 

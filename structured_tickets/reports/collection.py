@@ -76,7 +76,7 @@ def _folder(path: Path, folders: Sequence[Path]) -> Collection:
 
 
 def _follows(key: str, axes: Sequence[str], every: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether runs that agree in the axes agree in this setting too."""
+    """Return whether runs that agree in the axes agree in this setting too."""
     values: dict[tuple[str, ...], set[str]] = {}
     for args in every:
         values.setdefault(tuple(worded(args.get(a)) for a in axes), set()).add(worded(args.get(key)))
@@ -198,7 +198,7 @@ def _run(folder: Path, settings: dict[str, Any], wanted: int | None = None, reas
 
 
 def _unfinished(folder: Path) -> str:
-    """Whether a process is at work there now."""
+    """Return whether a process is at work there now."""
     if (folder / "lock").is_symlink():  # which taking the lock would follow, to whatever file it names
         return "not finished"
     try:
@@ -208,7 +208,7 @@ def _unfinished(folder: Path) -> str:
     if held is None:
         return "running"
     held.close()
-    return "broken off; the same command continues"
+    return "interrupted: run the same command again to continue"
 
 
 def _groups(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:

@@ -28,7 +28,7 @@ class Comparison:
         densities: Of both, in percent.
         p: Of a paired t-test over seeds; nan for less than two seeds. `adjusted`: by Holm's method for the number of
             comparisons that were made together (Holm, Scand. J. Statist. 6, 1979).
-        low, high: 95 % interval of the mean difference (of this comparison alone); nan for less than two seeds.
+        low, high: 95% interval of the mean difference (of this comparison alone); nan for less than two seeds.
     """
 
     first: str
@@ -51,37 +51,41 @@ class Comparison:
 
     @property
     def is_seen(self) -> bool:
-        """Whether the difference is more than what seeds do by themselves."""
+        """Return whether the difference is more than what seeds do by themselves."""
         return self.adjusted < LEVEL
 
     @property
     def sentence(self) -> str:
-        """What can be said."""
+        """Return what can be said."""
         value = f"{_signed(self.mean)} points"
         if self.seeds < 2:
             said = f"One seed says nothing about the difference between {self.first} and {self.second}: {value}"
         elif math.isnan(self.adjusted):
             said = (
-                f"{self.first} and {self.second} differ by {value} in each of {self.seeds} seeds, which leaves "
-                "nothing to test with"
+                f"{self.first} and {self.second} differ by {value} in each of {counted(self.seeds, 'seed')}, which "
+                "leaves nothing to test with"
             )
         elif self.is_seen and self.mean > 0:
-            said = f"{self.first} is better than {self.second} with {self.seeds} seeds: by {self._evidence()}"
+            said = (
+                f"{self.first} is better than {self.second} with {counted(self.seeds, 'seed')}: by {self._evidence()}"
+            )
         elif self.is_seen:
-            said = f"{self.second} is better than {self.first} with {self.seeds} seeds: by {self._evidence(-1)}"
+            said = (
+                f"{self.second} is better than {self.first} with {counted(self.seeds, 'seed')}: by {self._evidence(-1)}"
+            )
         else:
             said = (
-                f"No difference can be seen between {self.first} and {self.second} with {self.seeds} seeds: "
+                f"No difference can be seen between {self.first} and {self.second} with {counted(self.seeds, 'seed')}: "
                 f"{self._evidence()}"
             )
         one, other = self.densities
         apart = abs(one - other) > SAME_DENSITY
-        where = [self.where, f"at {one:.1f} and {other:.1f} % density" if apart else ""]
+        where = [self.where, f"at {one:.1f} and {other:.1f}% density" if apart else ""]
         return "; ".join([said, *filter(None, where)]) + "."
 
     def _evidence(self, sign: int = 1) -> str:
         low, high = sorted((sign * self.low, sign * self.high))
-        interval = f"95 % interval {_signed(low)} to {_signed(high)}, {_p(self.adjusted)}"
+        interval = f"95% interval {_signed(low)} to {_signed(high)}, {_p(self.adjusted)}"
         return f"{_signed(sign * self.mean)} points ({interval})"
 
 

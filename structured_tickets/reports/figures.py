@@ -35,7 +35,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Roles:
-    """Which settings are told apart by what.
+    """The means by which settings are told apart.
 
     Attributes:
         colour: Flags whose values have a colour and a marker each.
@@ -184,7 +184,7 @@ def training_figure(group: Group, name: str) -> Drawn:
 
 
 def kept_figure(group: Group, name: str) -> Drawn:
-    """Which share of its units each layer keeps, round by round, mean over seeds."""
+    """Return which share of its units each layer keeps, round by round, mean over seeds."""
     from matplotlib.figure import Figure
 
     rows = [group.rows(state) for state in range(group.rounds)]

@@ -1,4 +1,4 @@
-"""How long the compact network of each round takes here, measured in turns."""
+"""The time that the compact network of each round takes here, measured in turns."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def measured(collection: Collection, folder: Path, arch: str | None = None) -> d
     wanted = {_shape(run, state): (run, state) for run in collection.runs for state in range(len(run.rounds))}
     missing = {shape: place for shape, place in wanted.items() if shape not in known}
     if missing:
-        log.info("measuring the latency of %d networks", len(missing))
+        log.info("measuring the latency of %s", counted(len(missing), "network"))
         known |= _measure(missing, arch)
         kept = {"where": here, "milliseconds": {shape: astuple(time) for shape, time in known.items()}}
         write_atomically(json.dumps(kept, indent=1) + "\n", folder / CACHE)
@@ -62,7 +62,7 @@ def _cached(path: Path, here: dict[str, Any]) -> dict[str, MeasuredTime]:
 
 
 def _is_a_time(values: Any) -> bool:
-    """Whether this is a median between two quartiles; an earlier version wrote the median only."""
+    """Return whether this is a median between two quartiles; an earlier version wrote the median only."""
     if not isinstance(values, list) or len(values) != 3 or not all(map(is_number, values)):
         return False
     median, low, high = values
@@ -70,7 +70,7 @@ def _is_a_time(values: Any) -> bool:
 
 
 def _shape(run: Run, state: int) -> str:
-    """What the time depends on."""
+    """Return what the time depends on."""
     row = run.rounds[state]
     whole = run.args.get("struct") in ("refill", "rsst") or run.args.get("regroup")
     kept = row["kept_per_layer"] if whole else run.rounds[0]["kept_per_layer"]

@@ -49,7 +49,11 @@ TITLES = {
         "Latency",
         "Of the compact network, on the machine that made this page, in float32.",
     ),
-    "penalty": ("Lambda and squeeze", "Penalty", "What the penalty was, and what it left of the doomed weights."),
+    "penalty": (
+        "Lambda and doomed weights",
+        "Penalty",
+        "What the penalty was, and what it left of the doomed weights.",
+    ),
     "cost": (
         "Cost",
         "Cost",
@@ -128,7 +132,7 @@ def build(collection: Collection, latency: Mapping[tuple[str, int], MeasuredTime
 
 
 def _findings(collection: Collection, effects: Sequence[Comparison], dense: Sequence[Comparison]) -> list[str]:
-    """What the report says in plain words, most important first."""
+    """Return what the report says in plain words, most important first."""
     said = []
     if best := best_by_validation(collection):
         title, rows = best.group.title, best.rows
@@ -137,10 +141,10 @@ def _findings(collection: Collection, effects: Sequence[Comparison], dense: Sequ
             if collection.axes
             else f"In {best.where} the run"
         )
-        accuracy = f"{spread([judged(r) for r in rows])} % on the test images ({counted(len(rows), 'seed')})"
+        accuracy = f"{spread([judged(r) for r in rows])}% on the test images ({counted(len(rows), 'seed')})"
         density, macs = size_of(rows)
         said.append(
-            f"{which} reaches {accuracy} with {density:.1f} % of the prunable weights, {macs:.1f} M MACs an image."
+            f"{which} reaches {accuracy} with {density:.1f}% of the prunable weights, {macs:.1f} M MACs for one image."
         )
         said += [c.sentence for c in dense if c.first == title]
     effects_said = [c.sentence for c in effects] + not_compared(collection)
@@ -229,7 +233,7 @@ def _counts(collection: Collection) -> str:
 
 
 def _common_settings(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """What all runs share."""
+    """Return what all runs share."""
     every = [run.args for run in runs if run.args]
     shared = {k: v for k, v in every[0].items() if scope_of(k).compared and all(a.get(k) == v for a in every)}
     return [(k, ",".join(map(str, v)) if isinstance(v, list) else str(v)) for k, v in sorted(shared.items())]
@@ -238,5 +242,5 @@ def _common_settings(runs: Sequence[Run]) -> list[tuple[str, str]]:
 def _cost(collection: Collection) -> list[str]:
     """Sentences on time."""
     spent = sum(r.result["seconds"] for r in (*collection.runs, *collection.dense) if r.result)
-    said = [f"{spent / 60:.1f} minutes of training and evaluation in all, summed over runs."] if spent else []
+    said = [f"{spent / 60:.1f} min of training and evaluation in all, summed over runs."] if spent else []
     return said + [f"{sentence[0].upper()}{sentence[1:]}." for sentence in time_saved(collection)]

@@ -14,7 +14,7 @@ from structured_tickets.runs.rows import Row
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has written.
+    """Everything that a run has written.
 
     Attributes:
         settings: Flag -> value of what tells it from the other runs, the seed included.
@@ -123,7 +123,7 @@ def size_of(rows: Sequence[Row]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Collection:
-    """What a report is about.
+    """The runs that a report is about.
 
     Attributes:
         axes: The flags that differ between groups.

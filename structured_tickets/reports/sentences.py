@@ -1,4 +1,4 @@
-"""What there is to say of runs besides their numbers: weak penalties, time that was saved."""
+"""Sentences about runs besides their numbers: weak penalties, time that was saved."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def weak_penalties(collection: Collection) -> list[str]:
     weak = sum(ratio > SQUEEZE_GOAL for ratio in ratios)
     if not weak:
         return []
-    share = f"{100 * SQUEEZE_GOAL:.0f} %"
+    share = f"{100 * SQUEEZE_GOAL:.0f}%"
     return [
-        f"In {weak} of {len(ratios)} RSST runs the penalty was weak: more than {share} of the norm of the doomed "
-        "weights was left in the last round, and hardening cuts it off. Train longer, or use --penalty auto."
+        f"In {weak} of {counted(len(ratios), 'RSST run')} the penalty was weak: more than {share} of the norm of the "
+        "doomed weights was left in the last round, and hardening cuts it off. Train longer, or use --penalty auto."
     ]
 
 
@@ -33,5 +33,5 @@ def time_saved(collection: Collection) -> list[str]:
     times = f"{counted(len(given), 'time')} instead of {len(taken)}"
     return [
         f"round 0 was trained {times}: {saved:.0f} s of training saved, {spent:.0f} s spent "
-        f"({100 * saved / (spent + saved):.0f} % less)"
+        f"({100 * saved / (spent + saved):.0f}% less)"
     ]

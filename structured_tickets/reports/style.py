@@ -1,4 +1,4 @@
-"""How figures look: colours that colour-blind readers tell apart, with markers and dashes that say the same."""
+"""The look of figures: colours that colour-blind readers tell apart, with markers and dashes that say the same."""
 
 from __future__ import annotations
 

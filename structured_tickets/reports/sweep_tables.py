@@ -36,7 +36,7 @@ class Table:
     rows: list[list[Any]]
 
     def is_numeric(self, column: int) -> bool:
-        """Whether there are only numbers in it."""
+        """Return whether there are only numbers in it."""
         return all(isinstance(row[column], int | float) for row in self.rows)
 
     def csv(self) -> str:
@@ -196,7 +196,7 @@ def comparisons_table(name: str, caption: str, comparisons: Sequence[Comparison]
 
 
 def printed_summary(path: Path) -> str:
-    """What a sweep prints when it ends."""
+    """Return what a sweep prints when it ends."""
     try:
         collection = collect(path)
     except DataError as error:

@@ -1,4 +1,4 @@
-"""What a command line and its run folder tell at once, before torch and images are loaded, which takes seconds."""
+"""Answers that a command line and its run folder give at once, before torch and images are loaded."""
 
 from __future__ import annotations
 
@@ -86,5 +86,5 @@ def check_same_settings(identity: Mapping[str, Any], saved_identity: Mapping[str
     for key in sorted(keys, key=lambda k: known.index(k) if k in FLAGS else len(known)):
         ours, theirs = (d.get(key, "its default") for d in (identity, saved_identity))
         if ours != theirs:
-            way_out = "choose another --save_dir" + AS_BEFORE.get((key, theirs), "")
-            raise UsageError(f"argument --{key}: the run folder holds a run with {theirs}, not {ours}; {way_out}")
+            way_out = "Choose another --save_dir" + AS_BEFORE.get((key, theirs), "")
+            raise UsageError(f"argument --{key}: the run in this folder used {theirs}, not {ours}. {way_out}")

@@ -1,4 +1,4 @@
-"""How a run begins in its folder, or goes on from what it finds there."""
+"""Start a run in its folder, or continue the one that is there."""
 
 from __future__ import annotations
 
@@ -75,13 +75,13 @@ def take_up(
     args, found = setup.args, find_run(setup.args, folder, run)
     args.penalty = run.args["penalty"]
     log_to_file(folder.path / "log.txt")
+    _explain_doomed(setup)
     log_warnings(args.warnings)
     if found is None:
         run = _begun(setup, run, folder, source, store)
     else:
         run = continued(run, found, setup.numerics)
-        where = folder.path, found.state, found.epoch, counted(args.epochs, "epoch")
-        log.info("continuing the run in %s: round %d, %d of %s done", *where)
+        _say_where_it_continues(run, folder, args)
     trackers = Trackers()
     if len(run.rounds) < args.pruning_times:
         _warn_if_the_penalty_is_weak(setup)
@@ -116,6 +116,28 @@ def _begun(
     return run
 
 
+def _explain_doomed(setup: Setup) -> None:
+    """Say once what the word means, before the first message that uses it."""
+    if setup.rules.method.squeezes and setup.rules.structured:
+        log.info(
+            "doomed weights are kept by the L1 mask, but belong to pruned units. The penalty of RSST shrinks them to "
+            "zero during the round"
+        )
+
+
+def _say_where_it_continues(run: RunState, folder: RunFolder, args: argparse.Namespace) -> None:
+    rounds = len(run.rounds)
+    if rounds >= args.pruning_times:
+        log.info(
+            "the run in %s has already finished %s. Writing its results again", folder.path, counted(rounds, "round")
+        )
+    elif rounds > run.state:
+        log.info("continuing the run in %s after round %d", folder.path, run.state)
+    else:
+        epochs = counted(args.epochs, "epoch")
+        log.info("continuing the run in %s: round %d, %d of %s done", folder.path, run.state, run.epoch, epochs)
+
+
 def _describe(setup: Setup, run: RunState, folder: RunFolder) -> None:
     """Write the settings of the run, and what it runs on."""
     folder.write_settings(run.args)
@@ -136,7 +158,8 @@ def _introduce(setup: Setup, folder: RunFolder) -> None:
             log.info("%s", line)
     if setup.world.size > 1:
         whole = "; BatchNorm sees whole batches" * has_batchnorm(setup.model)
-        log.info("%d processes share batches of %d images%s", setup.world.size, args.batch_size, whole)
+        processes, images = counted(setup.world.size, "process"), counted(args.batch_size, "image")
+        log.info("%s share batches of %s%s", processes, images, whole)
 
 
 def _warn_if_the_penalty_is_weak(setup: Setup) -> None:
@@ -156,7 +179,7 @@ def _warn_if_the_penalty_is_weak(setup: Setup) -> None:
 
 
 def find_run(args: argparse.Namespace, folder: RunFolder, run: RunState) -> RunState | None:
-    """What there is to go on from: the folder's newest checkpoint, else the one that was named; None for a new run.
+    """Return the state to continue from: the folder's newest checkpoint, else the one named; None for a new run.
 
     The folder is made, and locked; a checkpoint that was named is copied there. Nothing is made if this raises, but for
     the lock of a folder that holds a run already.
@@ -179,8 +202,8 @@ def find_run(args: argparse.Namespace, folder: RunFolder, run: RunState) -> RunS
         _check_same(run, given)
         if given.state >= args.pruning_times:
             raise UsageError(
-                f"argument --checkpoint: {wanted} is of round {given.state}; --pruning_times "
-                f"{args.pruning_times} ends before"
+                f"argument --checkpoint: {wanted} is from round {given.state}, but a run with --pruning_times "
+                f"{args.pruning_times} ends earlier"
             )
     if not folder.is_locked:  # else a process may be at work there that has not written a checkpoint yet
         folder.refuse_foreign_results()
@@ -215,8 +238,8 @@ def continued(run: RunState, found: RunState, numerics: Mapping[str, Any]) -> Ru
         log.warning("precision changed: the run began in %s and continues in %s", found.precision, run.precision)
     if found.processes != run.processes:
         log.warning(
-            "the run began with %d processes and continues with %d. Results can differ in the last digits",
-            found.processes,
+            "the run began with %s and continues with %d. Results can differ in the last digits",
+            counted(found.processes, "process"),
             run.processes,
         )
     warn_of_changed_code(

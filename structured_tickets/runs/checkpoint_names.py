@@ -1,4 +1,4 @@
-"""Which files of a folder are a run's checkpoints. Needs no torch."""
+"""Names of the checkpoints in a run's folder. Needs no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, field by field, and whether it is of this network. Checkpoints are untrusted."""
+"""Fields of a checkpoint, and their checks against a network. Checkpoints are untrusted."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn, optim
 
 from structured_tickets.base.errors import DataError
 from structured_tickets.base.randomness import are_random_states
+from structured_tickets.base.text_tables import counted
 from structured_tickets.base.untrusted_tensors import is_state
 from structured_tickets.data.fingerprint import is_record
 from structured_tickets.pruning.masks import MaskPair
@@ -89,7 +90,8 @@ def check_fits(
             raise DataError(f"the checkpoint holds another network's optimizer state (at {where})")
     groups = [len(group["params"]) for group in saved.get("param_groups", ())]
     if groups and groups != [len(group["params"]) for group in optimizer.param_groups]:
-        raise DataError(f"the checkpoint's optimizer has {sum(groups)} parameters, the network {len(parameters)}")
+        theirs = counted(sum(groups), "parameter")
+        raise DataError(f"the checkpoint's optimizer has {theirs}, the network {len(parameters)}")
 
 
 def _is_number(value: Any) -> bool:
@@ -120,7 +122,7 @@ def _is_setting(value: Any) -> bool:
 
 
 def _is_cell(value: Any) -> bool:
-    """Of a row: a value, or numbers by name."""
+    """True for a cell of a row: a value, or numbers by name."""
     return _is_plain(value) or _is_dict_of(lambda v: _is_number(v) or _is_list_of(_is_number)(v))(value)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from structured_tickets.base.errors import DataError, UsageError
 from structured_tickets.base.randomness import mixed_seed, random_states, restore_random_states, seed_everything
+from structured_tickets.base.text_tables import counted
 from structured_tickets.base.untrusted_tensors import as_state_dict, load_tensors
 from structured_tickets.networks import build_model
 from structured_tickets.networks.hosted import of_the_data
@@ -42,21 +43,23 @@ class ControlSource:
         """
         ticket = argparse.Namespace(**{**vars(args), "control": "none", "control_of": None})
         path = Path(args.control_of or own_folder(ticket))
-        first = "run the same command without --control first, or name its folder by --control_of"
+        first = "first run the same command without --control, or give its run folder with --control_of"
         if not path.is_dir():
-            raise UsageError(f"argument --control: {path}, the run to compare with, is not there: {first}")
+            raise UsageError(f"argument --control: the run to compare with does not exist ({path}); {first}")
         self.folder = RunFolder(path)
         newest = self.folder.newest_run()
         if newest is None or len(newest.rounds) < args.pruning_times:
             rounds = len(newest.rounds) if newest else 0
-            raise UsageError(f"argument --control: {path} has {rounds} of {args.pruning_times} rounds: {first}")
+            raise UsageError(
+                f"argument --control: {path} has finished {rounds} of {counted(args.pruning_times, 'round')}; {first}"
+            )
         ours, theirs = identity_of(settings_of(ticket)), identity_of(newest.args)
         different = sorted(k for k in (ours.keys() | theirs.keys()) - {"exp_name"} if ours.get(k) != theirs.get(k))
         if vars(args).get(PENALTY_CHOSEN):  # it follows from the others
             different = [k for k in different if k != "penalty"] or different
         if different:
             flags = ", ".join(f"--{k}" for k in different)
-            raise UsageError(f"argument --control: the run in {path} has another {flags}; only --control may differ")
+            raise UsageError(f"argument --control: the run in {path} has another {flags}. Only --control may differ")
         self.dense: RunState = RunFolder.load(self.folder.checkpoint(0))
         self.args = args
 
@@ -77,7 +80,10 @@ class ControlSource:
         if CONTROLS[self.args.control].fresh:
             drawn, of_data = self._new_weights(len(run.classes), image_size)
             if same := [n for n in names if torch.equal(drawn[n], self.dense.init_weight[n])]:
-                raise UsageError(f"argument --control: {self.args.arch} always begins with the same {same[0]}")
+                raise UsageError(
+                    f"argument --control: {self.args.arch} has fixed initial weights ({same[0]}) and cannot be "
+                    "re-initialised"
+                )
             weights = {n: v for n, v in drawn.items() if n not in of_data}
             begun.init_weight = {n: weights.get(n, value).clone() for n, value in run.init_weight.items()}
         return begun
@@ -91,7 +97,7 @@ class ControlSource:
         return model.state_dict(), of_the_data(model)
 
     def masks(self, state: int) -> MaskPair:
-        """What the run decided when round `state` had ended.
+        """Return the masks that the run decided when round `state` had ended.
 
         Raises:
             DataError: The file cannot be read, or does not hold the masks of this network.

@@ -53,7 +53,7 @@ class DenseStore:
             found = RunFolder.load(entry.checkpoint(0))
             RunFolder.load(entry.best(0))
         except DataError as error:
-            log.warning("%s; round 0 is trained here", error)
+            log.warning("%s. Training round 0 again", error)
             shutil.rmtree(entry.path, ignore_errors=True)  # so that the one that is trained can take its place
             return None
         _copy(entry.best(0), folder.best(0))
@@ -62,7 +62,7 @@ class DenseStore:
     def take(
         self, run: RunState, folder: RunFolder, settings: Mapping[str, Any], numerics: Mapping[str, Any]
     ) -> RunState:
-        """`run`, which has not begun, with round 0 behind it if the store has that; it notes where to leave it, if not.
+        """Return `run` after round 0 if the store has it, else `run` with the address where round 0 will be stored.
 
         Args:
             settings: Those that round 0 depends on.
@@ -78,9 +78,8 @@ class DenseStore:
         restore_random_states(found.rng)
         found = replace(found, **own, round_0=about)
         folder.save(found)
-        log.info(
-            "round 0 is taken from %s: %.0f s of training saved", self.entry(address).path, seconds_of(found.history)
-        )
+        saved = seconds_of(found.history)
+        log.info("reusing round 0 from %s (saves %.0f s of training)", self.entry(address).path, saved)
         return found
 
     def leave(self, run: RunState, folder: RunFolder, numerics: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from structured_tickets.base.text_tables import counted
+from structured_tickets.base.text_tables import counted, millions
 from structured_tickets.base.weights import cloned_state
 from structured_tickets.pruning.decide import decide
 from structured_tickets.pruning.masks import MaskPair
@@ -63,7 +63,7 @@ def _layers(setup: Setup) -> list[str]:
         total += weight.numel()
         shape = str(tuple(weight.shape))
         lines.append(f"  {name:40s} {shape:20s} {weight.numel():>10,}  {counted(group.units, group.kind)}")
-    return [*lines, f"  {counted(len(setup.names), 'layer')}, {total:,} weights"]
+    return [*lines, f"  {counted(len(setup.names), 'layer')}, {counted(total, 'weight')}"]
 
 
 def _whole(setup: Setup) -> list[str]:
@@ -81,8 +81,8 @@ def _rounds(setup: Setup) -> list[str]:
         cost: Cost = cost_of(model, {} if pair is None else pair.structure, setup.image_size)
         units = ", ".join(f"{kept}/{of} {kind}s" for kind, (kept, of) in kept_per_kind(groups, pair).items())
         density = shares(pair, setup.names, rules).kept
-        macs = f"{cost.macs / 1e6:.1f} M MACs"
-        lines.append(f"  {state:3d}  {density:6.2f}%  {units}  {cost.parameters:,} parameters  {macs}")
+        size = f"{counted(cost.parameters, 'parameter')}  {millions(cost.macs)} MACs"
+        lines.append(f"  {state:3d}  {density:6.2f}%  {units}  {size}")
     return lines
 
 

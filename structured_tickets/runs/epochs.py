@@ -19,7 +19,7 @@ from structured_tickets.training.meter import Meter
 
 @dataclass(frozen=True)
 class TrainedEpoch:
-    """What came of an epoch.
+    """The result of an epoch.
 
     Attributes:
         meter: Loss and accuracy over its images.

@@ -156,7 +156,7 @@ class Experiment:
             self.folder.forget_rounds(state, setup.args.keep_checkpoints)
         if setup.world.is_first:
             self.folder.progress(run).forget()
-        self.reporter.round(run.rounds[-1], run.rounds)
+        self.reporter.round(run.rounds[-1], run.rounds, last=state + 1 == setup.args.pruning_times)
         self.stop.obey(f"after round {state}")
 
     def finish(self) -> str:

@@ -55,16 +55,16 @@ class Progress:
         save_atomically({"owner": self.owner, "rng": random_states(), "values": dict(values)}, self.path)
 
     def load(self) -> dict[str, Any]:
-        """What was saved last, random states restored; empty if there is nothing that can be read."""
+        """Return the values saved last, and restore the random states; empty if there is nothing that can be read."""
         try:
             found = load_safely(self.path) if self.path.exists() else {}
         except DataError as error:
-            log.warning("%s; beginning again", error)
+            log.warning("%s. Starting this step again", error)
             return {}
         if not isinstance(found, dict) or found.get("owner") != self.owner:
             return {}
         if not isinstance(found.get("values"), dict) or not are_random_states(found.get("rng")):
-            log.warning("%s is not what a run writes; beginning again", self.path)
+            log.warning("%s is not a progress file of this program. Starting this step again", self.path)
             return {}
         restore_random_states(found["rng"])
         return found["values"]
@@ -111,7 +111,7 @@ class RunFolder:
         return self.path / "masks" / f"round_{state}.pt"
 
     def progress(self, run: RunState) -> Progress:
-        """Of what follows the round that `run` has trained."""
+        """Return the progress file of the step after the round that `run` has trained."""
         return Progress(self.path / "progress.pth.tar", f"{run.tracker_id} {run.state}")
 
     def checkpoints(self) -> list[Path]:
@@ -119,7 +119,7 @@ class RunFolder:
         return checkpoints(self.path)
 
     def candidates(self) -> list[Path]:
-        """What the run can go on from, the furthest first."""
+        """Return the files that the run can continue from, the furthest first."""
         return candidates(self.path)
 
     def newest_run(self) -> RunState | None:
@@ -136,7 +136,7 @@ class RunFolder:
                 if path == paths[-1]:
                     raise
                 self._damaged.add(path)
-                log.warning("%s; going back to the checkpoint before", error)
+                log.warning("%s. Using the previous checkpoint instead", error)
         return None
 
     def refuse_foreign_results(self) -> None:
@@ -150,11 +150,14 @@ class RunFolder:
         for name in ("metrics.jsonl", "summary.csv"):
             file = self.path / name
             if file.exists() and file.stat().st_size:
-                raise UsageError(f"argument --save_dir: {file} holds results, but there is no checkpoint beside it")
+                raise UsageError(
+                    f"argument --save_dir: {file} holds results, but the folder has no checkpoint to continue from. "
+                    "Choose another folder"
+                )
 
     @property
     def is_locked(self) -> bool:
-        """Whether a process has locked the folder; it may have ended since."""
+        """True if a process has locked the folder; it may have ended since."""
         return (self.path / "lock").exists()
 
     def lock(self) -> None:
@@ -170,7 +173,10 @@ class RunFolder:
         except OSError as error:
             raise StorageError(f"cannot make the run folder {self.path}: {error.strerror}") from error
         if self._lock is None:
-            raise UsageError(f"argument --save_dir: another process is running in {self.path}")
+            raise UsageError(
+                f"argument --save_dir: another process is using {self.path}. Wait until it ends, or choose another "
+                "folder"
+            )
 
     def clear_away(self) -> None:
         """Remove what a process that was killed while it wrote has left; only what a run would write."""
@@ -225,12 +231,15 @@ class RunFolder:
         """
         fields = load_safely(path)
         if not isinstance(fields, dict) or fields.get("version") != VERSION:
-            raise DataError(f"{path} is not a checkpoint of this program's version {VERSION}")
+            raise DataError(
+                f"{path} is not a checkpoint of format version {VERSION}. It may come from another version of this "
+                "program"
+            )
         try:
             return RunFolder._checked(fields)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = first_line(error)
-            raise DataError(f"cannot read the checkpoint {path}: {reason}; it is not loaded") from error
+            raise DataError(f"cannot read the checkpoint {path}: {reason}. The file was not loaded") from error
 
     @staticmethod
     def _checked(fields: dict[str, Any]) -> RunState:

@@ -1,4 +1,4 @@
-"""What becomes of a command: network and data are loaded, then its rounds are planned, or carried out."""
+"""Carry out a command: load network and data, then plan its rounds or run them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from structured_tickets.base.console import exit_status, log_warnings
 from structured_tickets.base.distributed import World, is_about_peers, lost
 from structured_tickets.base.errors import MachineError, RunError, UsageError, first_line
+from structured_tickets.base.text_tables import counted
 from structured_tickets.runs.at_once import folder_of
 from structured_tickets.runs.compared_run import ControlSource
 from structured_tickets.runs.dry_run import describe_plan
@@ -45,17 +46,17 @@ def run(args: argparse.Namespace) -> str:
 
 
 def _in_one_line(error: Exception, world: World, args: argparse.Namespace) -> RunError | None:
-    """What a user can do about an error of torch's; None if it is a bug."""
+    """Return the error that a user can act on, for one of torch's; None if it is a bug."""
     if is_about_memory(error):
         return MachineError(
-            f"argument --batch_size: the memory does not suffice for {args.arch} and {args.batch_size} "
-            f"images at a time ({first_line(error)})"
+            f"argument --batch_size: not enough memory for {args.arch} with {counted(args.batch_size, 'image')} per "
+            f"batch ({first_line(error)}). Use a smaller --batch_size"
         )
     return lost(error) if world.size > 1 and is_about_peers(error) else None
 
 
 def is_about_memory(error: Exception) -> bool:
-    """Whether memory ran out; of torch's errors, only those of GPUs have a class of their own."""
+    """Return whether memory ran out; of torch's errors, only those of GPUs have a class of their own."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -81,12 +82,14 @@ def settle_in(args: argparse.Namespace, world: World) -> None:
     if world.size == 1:
         return
     if world.size > args.batch_size:
-        raise UsageError(f"argument --batch_size: {args.batch_size} images are too few for {world.size} processes")
+        raise UsageError(
+            f"argument --batch_size: must be at least the number of processes ({world.size}), not {args.batch_size}"
+        )
     if args.compile:
-        raise UsageError("argument --compile: not with several processes")
+        raise UsageError("argument --compile: cannot be combined with several processes")
     if args.gpu >= 0:
         if "gpu" in args.explicit and args.gpu != world.local_rank:
-            args.warnings.append("--gpu is not read: under torchrun each process has its own GPU")
+            args.warnings.append("--gpu is ignored: torchrun gives each process its own GPU")
         args.gpu = world.local_rank
 
 

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: its final network, and its result."""
+"""Results of a finished run: its final network and its summary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run has written, read without torch: settings, metrics, rounds, result."""
+"""Read the files of a run without torch: settings, metrics, rounds, result."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def own_folder(args: argparse.Namespace) -> Path:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run has begun there."""
+    """Return whether a run has begun there."""
     return (folder / "args.yaml").is_file()
 
 

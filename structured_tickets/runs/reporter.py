@@ -1,4 +1,4 @@
-"""What a run tells: one reporter, and its sinks (console and log file, metrics.jsonl and summary.csv, WandB)."""
+"""Report a run: one reporter, and its sinks (console and log file, metrics.jsonl and summary.csv, WandB)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from structured_tickets.base.atomic_files import append, write_atomically
-from structured_tickets.base.console import is_terminal
+from structured_tickets.base.console import ONLY_IN_THE_FILE, is_terminal
 from structured_tickets.pruning.shares import Shares
 from structured_tickets.runs.rows import Row
 from structured_tickets.runs.tables import rounds_table
@@ -55,10 +55,7 @@ class Reporter:
             size: What is said of a network that trains at a smaller size.
             step: Epochs before the round.
         """
-        words = (
-            "round %d starts: %.2f%% of the prunable weights are zero, %.2f%% doomed (under the penalty), %.2f%% kept%s"
-        )
-        log.info(words, state, part.zero, part.squeezed, part.kept, size)
+        log.info("round %d starts: %s%s", state, in_words(part), size)
         self.tracker.log({"remain_weight": 100 - part.zero, "prune_times": state, "step": step})
 
     def epoch(self, row: Row) -> None:
@@ -76,10 +73,14 @@ class Reporter:
         for row in history:
             self.tracker.log({k: row[k] for k in TRACKED})
 
-    def round(self, row: Row, rounds: Sequence[Row]) -> None:
-        """One finished round: a row in summary.csv and at the tracker."""
+    def round(self, row: Row, rounds: Sequence[Row], last: bool = False) -> None:
+        """One finished round: a row in summary.csv and at the tracker.
+
+        Args:
+            last: The table of all rounds is printed next, with this row in it.
+        """
         self.write_summary(rounds)
-        log.info("%s", rounds_table([row]))
+        log.info("%s", rounds_table([row]), extra=ONLY_IN_THE_FILE if last else None)
         self.tracker.log({k: v for k, v in row.items() if isinstance(v, int | float)} | {"prune_times": row["round"]})
 
     def write_summary(self, rounds: Sequence[Row]) -> None:
@@ -114,8 +115,21 @@ class SilentReporter(Reporter):
     def epoch(self, row: Row) -> None:
         """Nothing."""
 
-    def round(self, row: Row, rounds: Sequence[Row]) -> None:
+    def round(self, row: Row, rounds: Sequence[Row], last: bool = False) -> None:
         """Nothing."""
+
+
+def in_words(part: Shares) -> str:
+    """Say where the prunable weights stand, in shares that add up to 100% as they are written, too."""
+    kept = round(part.kept, 2)
+    others = {"zero": part.zero, "doomed": part.squeezed}
+    # Dead weights that train like the others (--rsst_dead free) are none of these.
+    others["pruned, but not held at zero"] = 100 - part.kept - part.zero - part.squeezed
+    rounded = {name: round(share, 2) for name, share in others.items()}
+    largest = max(rounded, key=lambda name: rounded[name])
+    rounded[largest] += 100 - kept - sum(rounded.values())
+    said = [f"{share:.2f}% {name}" for name, share in rounded.items() if share > 0.005]
+    return ", ".join([f"{kept:.2f}% of the prunable weights kept", *said])
 
 
 def _json_line(row: Row) -> str:

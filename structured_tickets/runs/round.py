@@ -25,7 +25,7 @@ PROBES = 2  # images that show which parameters the logits depend on
 
 
 class Round:
-    """What trains the network in one round. It is made when the round begins, and dies with it.
+    """One round: the network under its masks, with optimizer and penalty. Made when the round begins.
 
     Attributes:
         number: From 0.
@@ -100,14 +100,16 @@ class Round:
 
     @property
     def shares(self) -> Shares:
-        """Where the prunable weights stand."""
+        """Shares of the prunable weights that are zero, doomed and kept."""
         return shares(self.pair, self.setup.names, self.setup.rules)
 
     @property
     def size_in_words(self) -> str:
-        """What a message says of a network that trains at a smaller size; empty where nothing is left out."""
+        """The end of a message about a network that trains at a smaller size; empty where nothing is left out."""
         share = self.trainee.share
-        return "" if share == 1 else f". Training a smaller network with {100 * share:.1f}% of the parameters"
+        if share == 1:
+            return ""
+        return f". Training a smaller network, without the units that are zero: {100 * share:.1f}% of all parameters"
 
     def doomed_norm(self) -> float:
         """Return the norm of the doomed weights; 0 without any."""

@@ -28,7 +28,7 @@ def check_same_run(
         UsageError: The message names the first difference.
     """
     check_same_settings(identity, saved_identity)
-    check_same_data(run, data, contents, "the images or labels are not those that the run began with")
+    check_same_data(run, data, contents, "the images or labels have changed since the run began")
 
 
 def check_same_data(run: RunState, data: str, contents: Mapping[str, Any], otherwise: str) -> None:

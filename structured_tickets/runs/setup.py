@@ -20,6 +20,7 @@ from structured_tickets.base.environment import has_cpp_compiler, numerics
 from structured_tickets.base.errors import MachineError, UsageError
 from structured_tickets.base.modes import set_mode
 from structured_tickets.base.randomness import seed_everything
+from structured_tickets.base.text_tables import counted
 from structured_tickets.data.catalog import DATASETS, load_splits
 from structured_tickets.data.loader import BatchLoader, Loaders, make_loaders
 from structured_tickets.networks import build_model, runs_a_file, spec_of
@@ -59,14 +60,15 @@ def choose_device(gpu: int) -> torch.device:
         return torch.device("cpu")
     if gpu >= torch.cuda.device_count():
         raise MachineError(
-            f"argument --gpu: {gpu}; this machine has {torch.cuda.device_count()} CUDA device(s), numbered from 0"
+            f"argument --gpu: no CUDA device {gpu}. This machine has "
+            f"{counted(torch.cuda.device_count(), 'CUDA device')}, numbered from 0"
         )
     return torch.device("cuda", gpu)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run works with, from its first round to its last.
+    """Network, images, units and rules of a run, the same in all rounds.
 
     Attributes:
         args: The settings.
@@ -97,7 +99,7 @@ class Setup:
 
     @cached_property
     def rules(self) -> RoundRules:
-        """How the run prunes."""
+        """The pruning rules of the run."""
         return rules_from(self.args, self.groups)
 
     @cached_property
@@ -125,7 +127,7 @@ class Setup:
 
     @property
     def numerics(self) -> dict[str, Any]:
-        """What the last digits of results depend on here."""
+        """All that the last digits of results depend on here."""
         others = {"processes": self.world.size} if self.world.size > 1 else {}
         return numerics(self.device) | {"precision": str(self.precision), "compiled": self.args.compile} | others
 
@@ -232,8 +234,9 @@ def _check_last_batch(model: nn.Module, images: int, batch_size: int, image_size
             trial(torch.zeros(1, 3, image_size, image_size))
         except ValueError as error:
             raise UsageError(
-                f"argument --batch_size: {batch_size} leaves a batch of one of the {images} training images, and at "
-                f"--image_size {image_size} BatchNorm has one pixel of it to average over; take another of the two"
+                f"argument --batch_size: {counted(images, 'training image')} in batches of {batch_size} leave one "
+                f"image in the last batch, which is too little for BatchNorm at --image_size {image_size}. Change "
+                "--batch_size or --image_size"
             ) from error
 
 
@@ -282,5 +285,5 @@ def prepare_for_speed(model: nn.Module, precision: torch.dtype, compiled: bool =
     channels_side_by_side(model)
     if compiled:
         if on_cpu and not has_cpp_compiler():
-            raise UsageError("argument --compile: needs a C++ compiler; none was found (g++, clang++ or CXX)")
+            raise UsageError("argument --compile: needs a C++ compiler, but none was found (g++, clang++ or CXX)")
         model.compile()

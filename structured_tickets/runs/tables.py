@@ -1,10 +1,10 @@
-"""What a run shows of its rounds, as text. Needs no torch."""
+"""The rounds of a run as text. Needs no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from structured_tickets.base.text_tables import text_table
+from structured_tickets.base.text_tables import millions, text_table
 from structured_tickets.runs.rows import Row
 
 
@@ -37,7 +37,7 @@ def rounds_table(rounds: Sequence[Row]) -> str:
                 f"{row['density']:.2f}",
                 *("{}/{}".format(*row["kept_units"][k]) for k in kinds),
                 f"{row['parameters']:,}",
-                f"{row['macs'] / 1e6:.1f} M",
+                millions(row["macs"]),
                 *(
                     _percent(row[k])
                     for k in (

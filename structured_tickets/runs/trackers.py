@@ -1,4 +1,4 @@
-"""Where rows go besides files of our own: WandB, in a thread so that no server ever stops training, and TensorBoard."""
+"""Trackers besides the run's own files: WandB, in a thread so that no server ever stops training, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from structured_tickets.base.errors import first_line
+from structured_tickets.base.text_tables import counted
 from structured_tickets.runs.state import RunState
 from structured_tickets.settings.identity import tracker_name
 
@@ -29,7 +30,7 @@ PENDING_ROWS = 10_000
 
 
 def key_is_configured() -> bool:
-    """Whether WandB has a key to log in with, in the environment or in ~/.netrc."""
+    """Return whether WandB has a key to log in with, in the environment or in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
@@ -41,7 +42,7 @@ def key_is_configured() -> bool:
 
 
 class Sink(Protocol):
-    """What takes rows; `step` is in each of them."""
+    """Interface of a tracker: it takes rows, with `step` in each of them."""
 
     def log(self, row: dict[str, Any]) -> None: ...
 
@@ -179,7 +180,8 @@ class Tracker:
             log.warning('WandB did not finish within %g s. Run "wandb sync" to upload the rest', FINISH_SECONDS)
         elif self._dropped:
             log.warning(
-                "WandB was too slow and misses %d rows. They are in metrics.jsonl and summary.csv", self._dropped
+                "WandB was too slow and misses %s, to be found in metrics.jsonl and summary.csv",
+                counted(self._dropped, "row"),
             )
         self._leave()
 

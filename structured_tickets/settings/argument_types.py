@@ -1,4 +1,4 @@
-"""What the programs' command lines are made of: a parser with errors of one line, and types of values."""
+"""Parts of the programs' command lines: a parser with errors of one line, and types of values."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 from structured_tickets.base.errors import UsageError
 from structured_tickets.networks import parse_arch
 from structured_tickets.pruning.rules import TARGET_KINDS, kinds_of
+
+CLOSE = 0.75  # how much of two flags' names has to be the same for one to be a misspelling of the other
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -39,11 +41,12 @@ class OneLineParser(argparse.ArgumentParser):
         return found
 
     def _unrecognized(self, words: Sequence[str]) -> str:
-        known = [o for a in self._actions for o in a.option_strings]
+        known = [o.strip("-") for a in self._actions for o in a.option_strings]
         flags = [w.split("=")[0] for w in words if len(w.split("=")[0].strip("-")) > 1 and w.startswith("-")]
-        near = [difflib.get_close_matches(flag, known, 1) for flag in flags]
-        hints = [f"{flag}: did you mean {n[0]}?" for flag, n in zip(flags, near, strict=True) if n]
-        return "; ".join([f"unrecognized arguments: {' '.join(map(shlex.quote, words))}", *hints])
+        near = {flag: difflib.get_close_matches(flag.strip("-"), known, 1, CLOSE) for flag in flags}
+        hints = [f"{flag}: did you mean --{found[0]}?" for flag, found in near.items() if found]
+        hints += [] if flags and all(near.values()) else [f'"{self.prog} --help" lists all flags']
+        return ". ".join([f"unrecognized arguments: {' '.join(map(shlex.quote, words))}", *hints])
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:

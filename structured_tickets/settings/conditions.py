@@ -1,4 +1,4 @@
-"""Which runs read a flag: conditions on the arguments, and the words that tell a user about them."""
+"""Conditions under which runs read a flag: tests on the arguments, and the words that tell a user about them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from structured_tickets.unit_groups.kinds import FILTER, STREAM
 
 @dataclass(frozen=True)
 class Condition:
-    """Which runs read a flag.
+    """The runs that read a flag.
 
     Attributes:
         holds: Arguments, all of them settled -> True if this run reads the flag.
@@ -56,7 +56,7 @@ def prunes_channels(args: argparse.Namespace) -> bool:
 
 
 def channel_units_of(settings: Mapping[str, Any]) -> str:
-    """What a channel is as a unit in a run of these settings, which may be those of an earlier version."""
+    """Return what a channel is, as a unit, in a run of these settings, which may be those of an earlier version."""
     wanted = settings.get("channel_units", FILTER)
     return STREAM if wanted == STREAM and prunes_channels(argparse.Namespace(**settings)) else FILTER
 
@@ -67,12 +67,12 @@ def shrinks_units(args: argparse.Namespace) -> bool:
 
 
 def penalty_of_flags(args: argparse.Namespace) -> str:
-    """How the penalty acts where the flags do not say it: "auto", which depends on the length of a round, too."""
+    """Return how the penalty acts where the flags do not say it: "auto", which also asks for the length of a round."""
     return penalty_before(args) if args.preset == "as_documented" else "auto"
 
 
 def penalty_before(args: argparse.Namespace) -> str:
-    """What `--penalty auto` meant before 0.2, however short the rounds."""
+    """Return what `--penalty auto` meant before 0.2, however short the rounds."""
     return DECOUPLED if OPTIMIZERS[args.optimizer].adaptive else GRADIENT
 
 

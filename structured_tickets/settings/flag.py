@@ -1,4 +1,4 @@
-"""What a flag of the runner is: what it takes, which runs read it, and what it decides."""
+"""A flag of the runner: the values that it takes, the runs that read it, and what it decides."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from structured_tickets.settings.conditions import Condition
 
 @dataclass(frozen=True)
 class Scope:
-    """What a flag decides.
+    """The things that a flag decides.
 
     Attributes:
         run: Runs with different values are different runs: they have different folders, and none continues another.
@@ -61,6 +61,7 @@ class Flag:
         bare: The flag takes no value; it is false unless it is given.
         derived: Arguments -> the value where neither the command line nor its preset names the flag, and for `auto`.
         read: Which runs read the flag; None: all.
+        example: The flag with a value, as in a command; only for flags that most runs set.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Flag:
     bare: bool = False
     derived: Callable[[argparse.Namespace], Any] | None = None
     read: Condition | None = None
+    example: str = ""
 
     def add_to(self, group: Any) -> None:
         """Add the flag to a parser, or to a group of its flags."""
@@ -81,7 +83,7 @@ class Flag:
             return
         switch = {"nargs": "?", "const": True} if self.type is truth else {}
         value = {"type": self.type, "default": self.default, "choices": self.choices, "metavar": self.metavar}
-        group.add_argument(f"--{self.name}", help=self.help, **value, **switch)
+        group.add_argument(f"--{self.name}", help=self.help, **value, **switch).example = self.example
 
     @property
     def parsed_default(self) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from structured_tickets.base.environment import numbers_at_once
@@ -91,6 +91,7 @@ DATA = (
         type=path_text,
         default="data",
         metavar="DIR",
+        example="--data photos",
     ),
     Flag(
         "dataset",
@@ -98,10 +99,11 @@ DATA = (
         EVERY_ROUND,
         default="cifar100",
         choices=DATASETS,
+        example="--dataset digits",
     ),
     Flag(
         "image_size",
-        "side of the images that the model sees (default: the data set's own)",
+        "side of the images, in pixels (default: that of the data set)",
         EVERY_ROUND,
         type=SIZE,
         metavar="PIXELS",
@@ -110,18 +112,21 @@ DATA = (
     Flag(
         "image_store", "image files: " + _rows(IMAGE_STORES.items()), LAST_DIGITS, default="auto", choices=IMAGE_STORES
     ),
-    Flag("workers", "threads or processes that decode image files", MACHINE, type=count(0, PARALLEL), default=4),
+    Flag(
+        "workers", "number of threads or processes that decode image files", MACHINE, type=count(0, PARALLEL), default=4
+    ),
 )
 
 MODEL = (
     Flag(
         "arch",
-        f"network: {', '.join(MODELS)}; timm/NAME or torchvision/NAME; hf/NAME or hf/FOLDER (transformers); your own: "
+        f"network: {', '.join(MODELS)}, timm/NAME, torchvision/NAME, hf/NAME or hf/FOLDER (transformers). Your own: "
         "FILE.py:FACTORY, called with num_classes (and img_size, if it takes it), or NAME for models/NAME.py",
         EVERY_ROUND,
         type=architecture,
         default="res20s",
         metavar="NAME",
+        example="--arch vit_tiny",
     ),
     Flag(
         "init",
@@ -139,15 +144,15 @@ MODEL = (
     ),
     Flag(
         "pretrained_key",
-        "where in the file of --pretrained or --init the weights are, if it holds several (plain and averaged, teacher "
-        "and student): its keys, with dots between",
+        "keys, with dots between, under which the weights are in the file of --pretrained or --init, if it holds "
+        "several (plain and averaged, teacher and student)",
         WEIGHTS_FILE,
         metavar="KEY",
         read=Condition(lambda a: bool(a.pretrained or a.init), "with --pretrained or --init"),
     ),
     Flag(
         "fc",
-        "with --prune_type pt: take the classifier from the file too, instead of a fresh one",
+        "with --prune_type pt: load the classifier from the file, too (without this flag it starts fresh)",
         EVERY_ROUND,
         bare=True,
         read=Condition(lambda a: a.prune_type == "pt" or a.vit_pretrained, "with --prune_type pt or --vit_pretrained"),
@@ -155,7 +160,7 @@ MODEL = (
 )
 
 TRAINING = (
-    Flag("epochs", "epochs of a round", EVERY_ROUND, type=COUNT, default=120),
+    Flag("epochs", "epochs per round", EVERY_ROUND, type=COUNT, default=120, example="--epochs 20"),
     Flag("batch_size", "images per batch, summed over all processes", EVERY_ROUND, type=COUNT, default=128),
     Flag(
         "optimizer",
@@ -177,7 +182,7 @@ TRAINING = (
     ),
     Flag(
         "decreasing_lr",
-        "multistep's epochs",
+        "epochs at which --lr_schedule multistep lowers the learning rate",
         EVERY_ROUND,
         type=milestones,
         default="91,136",
@@ -211,8 +216,8 @@ TRAINING = (
     ),
     Flag(
         "compile",
-        "compile the network by torch.compile: a minute or two of waiting, then faster steps; with --compact_training "
-        "again whenever the network becomes another",
+        "compile the network with torch.compile: some minutes at the start, then faster steps. With --compact_training "
+        "it is compiled again whenever the network becomes smaller",
         LAST_DIGITS,
         bare=True,
     ),
@@ -232,6 +237,7 @@ PRUNING = (
         AFTER_ROUND_0,
         default="rsst",
         choices=METHODS,
+        example="--struct refill",
     ),
     Flag(
         "pruning_times",
@@ -240,6 +246,7 @@ PRUNING = (
         type=ROUNDS,
         default=20,
         metavar="ROUNDS",
+        example="--pruning_times 3",
     ),
     Flag(
         "rate",
@@ -247,6 +254,7 @@ PRUNING = (
         AFTER_ROUND_0,
         type=SHARE,
         default=0.2,
+        example="--rate 0.3",
     ),
     Flag(
         "rate_mode",
@@ -293,7 +301,7 @@ PRUNING = (
     ),
     Flag(
         "rank_weights",
-        "what global L1 ranks",
+        "weights that global L1 ranks",
         AFTER_ROUND_0,
         default="trained",
         choices=("trained", "initial"),
@@ -360,7 +368,7 @@ PRUNING = (
 COMPARISONS = (
     Flag(
         "regroup",
-        "turn the mask of any method into whole units",
+        "regroup the mask of any method into whole units",
         AFTER_ROUND_0,
         bare=True,
         read=Condition(
@@ -370,7 +378,7 @@ COMPARISONS = (
     Flag("admm_epochs", "epochs of ADMM before each mask", AFTER_ROUND_0, type=COUNT, default=20, read=WITH_ADMM),
     Flag(
         "admm_rho",
-        "ADMM's pull towards the sparse network",
+        "strength with which ADMM pulls towards the sparse network",
         AFTER_ROUND_0,
         type=NONNEGATIVE,
         default=0.01,
@@ -378,15 +386,15 @@ COMPARISONS = (
     ),
     Flag(
         "control",
-        "instead of the ticket: " + _rows((name, control.summary) for name, control in CONTROLS.items()),
+        "what to train instead of the ticket; " + _rows((name, control.summary) for name, control in CONTROLS.items()),
         AFTER_ROUND_0,
         default="none",
         choices=CONTROLS,
     ),
     Flag(
         "control_of",
-        "folder of the finished run that --control compares with (default: where the same command without "
-        "--control puts it)",
+        "run folder of the finished run that --control is compared with (default: that of the same command without "
+        "--control)",
         SWEEPS_OWN,
         type=resolved_path,
         metavar="DIR",
@@ -397,14 +405,14 @@ COMPARISONS = (
 VIT = (
     Flag(
         "vit_structured",
-        "prune whole heads and neurons; without it ViTs are pruned weight by weight",
+        "prune whole heads and neurons (without this flag ViTs are pruned weight by weight)",
         AFTER_ROUND_0,
         bare=True,
         read=Condition(lambda a: METHODS[a.struct].regroups, "with --struct refill or rsst (else: --regroup)"),
     ),
     Flag(
         "vit_prune_target",
-        "which units: head, mlp, both of them, block (whole attention and MLP branches), or several with commas",
+        "units to prune: head, mlp, both, block (whole attention and MLP branches), or several with commas",
         AFTER_ROUND_0,
         type=prune_targets,
         default="head",
@@ -413,7 +421,7 @@ VIT = (
     ),
     Flag(
         "mlp_prune_ratio",
-        "share of neurons (default: --rate)",
+        "share of neurons to prune (default: --rate)",
         AFTER_ROUND_0,
         type=SHARE,
         derived=lambda a: a.rate,
@@ -423,7 +431,7 @@ VIT = (
     ),
     Flag(
         "block_prune_ratio",
-        "share of blocks (default: --rate)",
+        "share of blocks to prune (default: --rate)",
         AFTER_ROUND_0,
         type=SHARE,
         # set only if blocks are pruned, so that the identity of older runs stays the same
@@ -457,7 +465,7 @@ RSST = (
     ),
     Flag(
         "reg_granularity_prune",
-        "delta in the formulas of --RST_schedule: lambda at the end",
+        "delta in the formulas of --RST_schedule: lambda at the end of a round",
         AFTER_ROUND_0,
         type=POSITIVE,
         default=1.0,
@@ -540,10 +548,17 @@ RSST = (
 )
 
 OUTPUT = (
-    Flag("save_dir", "run folder (default: named after the settings)", SWEEPS_OWN, type=path_text, metavar="DIR"),
+    Flag(
+        "save_dir",
+        "run folder (default: named after the settings)",
+        SWEEPS_OWN,
+        type=path_text,
+        metavar="DIR",
+        example="--save_dir my_run",
+    ),
     Flag(
         "resume",
-        "fail if the run folder holds no run to continue (without this flag the same command continues, too)",
+        "fail if the run folder holds no run to continue (a run in the folder is continued without this flag, too)",
         SWEEPS_OWN,
         bare=True,
     ),
@@ -572,10 +587,10 @@ OUTPUT = (
     ),
     Flag("print_freq", "number of batches between log lines", MACHINE, type=COUNT, default=200, metavar="BATCHES"),
     Flag("dry_run", "print the plan and train nothing", SWEEPS_OWN, bare=True),
-    Flag("quiet", "only warnings and the final table", SWEEPS_OWN, bare=True),
+    Flag("quiet", "print only warnings and the final table", SWEEPS_OWN, bare=True),
     Flag(
         "verbose",
-        "print what is decided for each layer, at every round; the run's log.txt always has it",
+        "print the decision for every layer in every round; the run's log.txt always has it",
         SWEEPS_OWN,
         bare=True,
     ),
@@ -584,34 +599,47 @@ OUTPUT = (
 TRACKING = (
     Flag(
         "wandb",
-        "auto: online where a key is configured, else local files only",
+        "auto: upload if an API key is configured, else local files only",
         NOTHING,
         default="auto",
         choices=("auto", "online", "offline", "disabled"),
     ),
     Flag(
         "exp_name",
-        "name of the experiment: the run's at WandB, and part of its folder's name (default: made from the settings)",
+        "name of the run at WandB, and part of the run folder's name (default: made from the settings)",
         AFTER_ROUND_0,
         metavar="NAME",
     ),
-    Flag("wandb_group", "group of the run at WandB; sweeps set it to their name", SWEEPS_OWN, metavar="NAME"),
+    Flag("wandb_group", "group of the run at WandB (in a sweep: the name of the sweep)", SWEEPS_OWN, metavar="NAME"),
     Flag("wandb_tags", "tags of the run at WandB", NOTHING, type=word_list, default=(), metavar="TAG,..."),
-    Flag("tensorboard", "also TensorBoard's event files, in tensorboard/ of the run folder", NOTHING, bare=True),
+    Flag("tensorboard", "also write TensorBoard event files, in tensorboard/ of the run folder", NOTHING, bare=True),
 )
 
+# What one sets first, in the order of the help text.
+FIRST = ("arch", "dataset", "data", "struct", "rate", "pruning_times", "epochs", "save_dir")
+
+
+def _grouped(groups: Mapping[str, tuple[Flag, ...]]) -> dict[str, tuple[Flag, ...]]:
+    """Return the groups of the help text, with the flags that most runs set before all others."""
+    flags = {flag.name: flag for group in groups.values() for flag in group}
+    others = {title: tuple(f for f in group if f.name not in FIRST) for title, group in groups.items()}
+    return {"start with these": tuple(flags[name] for name in FIRST), **others}
+
+
 # Heading of the help text -> its flags.
-GROUPS: dict[str, tuple[Flag, ...]] = {
-    "data": DATA,
-    "model": MODEL,
-    "training (of each round)": TRAINING,
-    "pruning": PRUNING,
-    "one-shot pruners and controls": COMPARISONS,
-    "ViT": VIT,
-    "RSST": RSST,
-    "output": OUTPUT,
-    "tracking": TRACKING,
-}
+GROUPS = _grouped(
+    {
+        "data": DATA,
+        "model": MODEL,
+        "training (of each round)": TRAINING,
+        "pruning": PRUNING,
+        "one-shot pruners and controls": COMPARISONS,
+        "ViT": VIT,
+        "RSST": RSST,
+        "output": OUTPUT,
+        "tracking": TRACKING,
+    }
+)
 FLAGS: dict[str, Flag] = {flag.name: flag for flags in GROUPS.values() for flag in flags}
 
 
@@ -622,7 +650,7 @@ PENALTY_CHOSEN = "penalty_chosen"
 
 
 def scope_of(name: str) -> Scope:
-    """What a flag decides. One that is not in the table, as in a checkpoint of another version, may decide anything."""
+    """Return what a flag decides. One that is not in the table, as in an older checkpoint, may decide anything."""
     if name in (LAMBDA_FOLLOWS, PENALTY_CHOSEN):
         return NOTHING
     return FLAGS[name].scope if name in FLAGS else EVERY_ROUND

@@ -22,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Make the parser of all flags, in the groups of the table."""
     parser = OneLineParser(
         prog=name_in_help("run"),
+        usage="%(prog)s [--FLAG VALUE] ...",  # all flags would fill a page before the first one is explained
         allow_abbrev=False,
         epilog=EXAMPLES.format(command=typed("run")),
         description="Find structured lottery tickets. Each round trains the network, prunes weights by global L1, "
@@ -40,7 +41,13 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         said = action.default in (None, ()) or "(default: " in (action.help or "")
-        return action.help if said else super()._get_help_string(action)
+        text = action.help if said else super()._get_help_string(action)
+        example = getattr(action, "example", "")
+        return f"{text}\nexample: {example}" if example else text
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Wrap the text, and keep an example on a line of its own."""
+        return [line for part in text.split("\n") for line in super(_HelpFormatter, self)._split_lines(part, width)]
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:

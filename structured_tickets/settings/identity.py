@@ -1,4 +1,4 @@
-"""Which run a command is: the settings that decide what it computes, and names made of them."""
+"""The identity of a run: the settings that decide what it computes, and names made of them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _has_literal_lambda(settings: Mapping[str, Any]) -> bool:
 
 
 def is_penalty_chosen(settings: Mapping[str, Any]) -> bool:
-    """Whether nobody had named the `penalty` of a run. Runs before 0.2 do not say it: then, if it is the usual one."""
+    """Return whether nobody had named the `penalty` of a run; of one before 0.2, whether it is the usual one."""
     args = argparse.Namespace(optimizer=settings.get("optimizer", "sgd"))
     return bool(settings.get(PENALTY_CHOSEN, settings.get("penalty") == penalty_before(args)))
 

@@ -1,4 +1,4 @@
-"""What a command line asks for, as values that know nothing of it."""
+"""Turn a command line into values that know nothing of it."""
 
 from __future__ import annotations
 
@@ -138,8 +138,8 @@ def _warnings_of_few_units(rules: RoundRules, groups: Sequence[UnitGroup]) -> li
     if not spared:
         return []
     return [
-        f"--min_units {rules.min_units}: nothing will be pruned in {len(spared)} of {len(ranked)} layers, because they "
-        "have no more units than that"
+        f"--min_units {rules.min_units}: nothing will be pruned in {len(spared)} of {counted(len(ranked), 'layer')}, "
+        "because they have no more units than that"
     ]
 
 
@@ -166,7 +166,7 @@ def warnings_of_fillback(rules: RoundRules, groups: Sequence[UnitGroup], rounds:
 
 
 def _kept(rules: RoundRules, kind: str, sizes: Sequence[int], everywhere: bool, rounds: int) -> list[list[int]]:
-    """How many units of a kind stay, by round and by layer, or in the network."""
+    """Return the number of kept units of a kind, by round and by layer, or in the network."""
     pools = [sum(sizes)] if everywhere else sizes
     ratios = [rules.share(rules.ratios[kind], k) * (1 - rules.fillback_rate) for k in range(rounds - 1)]
     return [[kept_count(units, ratio) for units in pools] for ratio in ratios]

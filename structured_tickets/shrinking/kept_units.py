@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from structured_tickets.base.errors import DataError
+from structured_tickets.base.text_tables import counted
 from structured_tickets.networks.registry import spec_of
 from structured_tickets.unit_groups.find import unit_groups
 from structured_tickets.unit_groups.kinds import kind_of
@@ -62,7 +63,7 @@ def structure_of(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> dict[st
     for group in groups:
         units = kept.get(group.name)
         if units is None or any(not 0 <= u < group.units for u in units):
-            raise DataError(f"the kept units do not fit the model: {group.name} has {group.units} units")
+            raise DataError(f"the kept units do not fit the model: {group.name} has {counted(group.units, 'unit')}")
         flags[group.name] = torch.zeros(group.units, dtype=torch.bool)
         flags[group.name][list(units)] = True
     return masks_of_units(groups, flags, dict(model.named_parameters()))

@@ -1,4 +1,4 @@
-"""Where jobs run: processes on this machine, or a Ray cluster."""
+"""Executors of jobs: processes on this machine, or a Ray cluster."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Executor(Protocol):
 
 @dataclass(frozen=True)
 class Places:
-    """What tasks have in common.
+    """Settings that all tasks share.
 
     Attributes:
         logs: Folder for a file with each job's output.
@@ -124,7 +124,7 @@ class LocalExecutor:
             outcome = self._once(task)
             if self._stopping or not told_to_stop(outcome):
                 return outcome
-            log.warning("%s: %s; it is begun again", job.name, outcome.reason)
+            log.warning("%s: %s. Restarting it", job.name, outcome.reason)
         return self._once(task)
 
     def _once(self, task: Task) -> Outcome:
@@ -180,7 +180,7 @@ class Killed(RunError):
 
 
 def carry_out_on_a_node(task: Task) -> Outcome:
-    """What a Ray worker does.
+    """Carry out a task on a Ray worker.
 
     Raises:
         Killed: A signal has ended the job.

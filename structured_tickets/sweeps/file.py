@@ -12,7 +12,7 @@ from structured_tickets.base.untrusted_text import parse_yaml
 
 LONGEST = 10**6  # characters
 
-SHAPE = "flags is a mapping; grid a mapping, or a list of mappings; list a list of mappings"
+SHAPE = "expected: flags: a mapping; grid: a mapping, or a list of mappings; list: a list of mappings"
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def _problems(found: Any) -> Iterator[str]:
-    """What is wrong with the content of a sweep file.
+    """Yield what is wrong with the content of a sweep file.
 
     Aliases can make a small file's values endless, so none is written out whole.
     """

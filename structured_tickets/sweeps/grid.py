@@ -31,7 +31,7 @@ MOST_RUNS = 100_000  # combinations: all are planned before the first begins
 
 @dataclass(frozen=True)
 class Spec:
-    """What a sweep is asked for.
+    """The request of a sweep: flags, grids and listed runs.
 
     Attributes:
         flags: Words of the runner's command line that all runs share.
@@ -50,7 +50,7 @@ class Spec:
 
     @property
     def count(self) -> int:
-        """How many combinations there are."""
+        """Number of combinations."""
         return len(self.listed) + sum(math.prod(map(len, grid.values())) for grid in self.grids)
 
     def combinations(self) -> list[dict[str, Any]]:
@@ -101,7 +101,7 @@ class Plan:
 
 
 def words_of(settings: Settings) -> list[str]:
-    """Settings as a command line: true and false are a bare flag and none where the flag takes no value, None is none.
+    """Convert settings to command-line words. None omits a flag; true adds one without a value, false omits it.
 
     Raises:
         UsageError: There is no such flag, or the value does not fit.
@@ -142,10 +142,10 @@ def check_axes(spec: Spec) -> None:
     for key in spec.axes:
         _require_flag(key)
         if key == HELP or not scope_of(key).axis:
-            raise UsageError(f"argument --grid: {key} cannot differ between runs, which are not named by it")
+            raise UsageError(f"argument --grid: {key} cannot differ between the runs of a sweep")
     for word in _joined(spec.flags):
         if (key := _key(word)) == HELP or scope_of(key).own:
-            raise UsageError(f"argument --{key}: not in a sweep, which decides it for each of its runs")
+            raise UsageError(f"argument --{key}: not in a sweep. The sweep sets it for each of its runs")
 
 
 def plan(spec: Spec, out: Path, share_round_0: bool = True) -> Plan:
@@ -168,8 +168,8 @@ def plan(spec: Spec, out: Path, share_round_0: bool = True) -> Plan:
         if known is None or known.rounds < job.rounds:
             jobs[job.name] = job
     _check_init(jobs.values())
-    notes = [f"{doubled} combinations differ in nothing that is read, and are left out"] if doubled else []
-    notes += [f"{shorter} combinations are the first rounds of others, and are left out"] if shorter else []
+    notes = [f"left out {counted(doubled, 'combination')}: only unused flags differ"] if doubled else []
+    notes += [f"left out {counted(shorter, 'combination')}: part of a run with more rounds"] if shorter else []
     added: dict[str, Job] = {}
     for job in list(jobs.values()):
         if ticket := _ticket_of(job, out):
@@ -179,7 +179,7 @@ def plan(spec: Spec, out: Path, share_round_0: bool = True) -> Plan:
                 home = jobs if ticket.name in jobs else added
                 home[ticket.name] = replace(ticket, added=home is added)
     if added:
-        notes.append(f"added, with which controls are compared: {counted(len(added), 'run')}")
+        notes.append(f"added {counted(len(added), 'run')} for controls to be compared with")
     jobs = added | jobs
     ordered = sorted(jobs.values(), key=lambda j: bool(j.after))
     dense = _dense_jobs(ordered, out) if share_round_0 else {}
@@ -201,8 +201,8 @@ def _check_init(jobs: Iterable[Job]) -> None:
     for file, different in makers.items():
         if len(different) > 1:
             raise UsageError(
-                f"argument --init: {file} is not there; the first of several different runs would make it "
-                "for all others"
+                f"argument --init: {file} does not exist. The first of several different runs would write "
+                "it for all others"
             )
 
 

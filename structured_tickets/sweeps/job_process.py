@@ -51,7 +51,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended.
+    """The end of a job.
 
     Attributes:
         status: Exit status of the process; negative: the signal that killed it; None: it never ran.
@@ -198,7 +198,7 @@ def _last_words(log: Path, start: int, status: int | None) -> str:
         lines = file.read().decode(errors="replace").splitlines()
     said = next((line.strip() for line in reversed(lines) if line.strip()), "")
     if status is not None and status < 0:
-        return f"killed by {signal.Signals(-status).name}" + (f"; it said last: {said}" if said else "")
+        return f"killed by {signal.Signals(-status).name}" + (f". Its last line: {said}" if said else "")
     return said.removeprefix("error: ") or f"exit status {status}"
 
 
@@ -218,6 +218,6 @@ def run(task: Task) -> Outcome:
 
 
 def told_to_stop(outcome: Outcome) -> bool:
-    """Whether it was a signal that ended the job, after which it can be continued."""
+    """Return whether a signal ended the job, after which it can be continued."""
     stopped = (128 + signal.SIGINT, 128 + signal.SIGTERM)
     return outcome.status is not None and (outcome.status < 0 or outcome.status in stopped)

@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs: on a terminal a line for each running job, elsewhere a line as each ends."""
+"""Show the progress of a sweep: on a terminal a line for each running job, elsewhere a line as each ends."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _rows_of(job: Job) -> list[dict]:
 
 
 def title_of(job: Job) -> str:
-    """What tells the job from the others of its sweep."""
+    """Return the settings that tell the job from the others of its sweep."""
     words = " ".join(f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in job.settings.items())
     title = f"round 0 of {words}" if job.dense else words or job.name
     return title if len(title) <= NAME_WIDTH else title[: NAME_WIDTH - 1] + "…"
@@ -94,5 +94,6 @@ def title_of(job: Job) -> str:
 def where_of(row: dict, job: Job) -> str:
     """The place in the run, and the accuracy there."""
     return (
-        f"round {row['round'] + 1}/{job.rounds}  epoch {row['epoch'] + 1}/{job.epochs}  val {row['val_accuracy']:.2f}"
+        f"round {row['round']} (last: {job.rounds - 1})  epoch {row['epoch']} (last: {job.epochs - 1})  "
+        f"val {row['val_accuracy']:.2f}%"
     )

@@ -13,6 +13,7 @@ from types import FrameType
 
 from structured_tickets.base.errors import DataError, Interrupted
 from structured_tickets.base.signals import STOPPING, handle, restore
+from structured_tickets.base.text_tables import counted
 from structured_tickets.runs.read import read_result
 from structured_tickets.sweeps.executors import (
     Executor,
@@ -44,7 +45,7 @@ def executor_for(args: argparse.Namespace) -> Executor:
 
 
 def is_finished(job: Job) -> bool:
-    """Whether nothing is left to do, by the file that a run writes last."""
+    """Return whether nothing is left to do, by the file that a run writes last."""
     try:
         return read_result(job.folder).get("rounds", 0) >= job.rounds
     except DataError:
@@ -73,7 +74,7 @@ def carry_out(jobs: Sequence[Job], args: argparse.Namespace) -> dict[str, Outcom
     outcomes |= {j.name: Outcome(0) for j in jobs if j.dense and j.name not in needed}
     view = LiveView(len(jobs), len(outcomes), args.quiet)
     if outcomes:
-        log.info("%d of %d jobs are finished already", len(outcomes), len(jobs))
+        log.info("%d of %s already finished", len(outcomes), counted(len(jobs), "job"))
     if len(outcomes) == len(jobs):
         return outcomes
     executor = executor_for(args)
@@ -88,7 +89,8 @@ def carry_out(jobs: Sequence[Job], args: argparse.Namespace) -> dict[str, Outcom
             executor.close()
     if stop.number is not None:
         done = sum(o.fine for o in outcomes.values())
-        raise Interrupted(f"stopped with {done} of {len(jobs)} jobs finished; the same command continues", stop.number)
+        said = f"stopped with {done} of {counted(len(jobs), 'job')} finished. Run the same command again to continue"
+        raise Interrupted(said, stop.number)
     return outcomes
 
 
@@ -134,7 +136,7 @@ def _schedule(
             missing = [name for name in job.after if name not in outcomes]
             failed = [name for name in job.after if name in outcomes and not outcomes[name].fine]
             if failed:
-                end(waiting.pop(job.name), Outcome(None, f"not begun, since {failed[0]} failed"))
+                end(waiting.pop(job.name), Outcome(None, f"not started, because {failed[0]} failed"))
             elif not missing:
                 running[executor.submit(waiting.pop(job.name))] = job
         done, _ = wait(running, POLL_SECONDS, FIRST_COMPLETED)

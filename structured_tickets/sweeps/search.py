@@ -30,7 +30,7 @@ FACTOR = 3  # of epochs from one rung to the next; one setting in so many goes o
 
 @dataclass(frozen=True)
 class Reached:
-    """What a setting reached with a budget of epochs: at the first of its rounds within the limits, or its best there.
+    """The result of a setting with a budget of epochs: at the first of its rounds within the limits, or its best there.
 
     Attributes:
         val, test: Mean accuracy over seeds, RSST's hardened, in percent; nan if no round is within the limits.
@@ -46,7 +46,7 @@ class Reached:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search has found.
+    """The findings of a search.
 
     Attributes:
         table: For the console.
@@ -109,7 +109,7 @@ def prepared(args: argparse.Namespace, spec: Spec) -> Ready:
             ready.jobs.update({(len(ready.settings), epochs): each for epochs, each in jobs.items()})
             ready.settings.append({k: v for k, v in setting.items() if k in own[0].settings})
     if len(ready.settings) < 2:
-        raise UsageError("argument --search: the grid leaves nothing to choose")
+        raise UsageError("argument --search: the grid must contain at least two settings")
     return ready
 
 
@@ -122,7 +122,7 @@ def _equipped(job: Job, args: argparse.Namespace) -> Job:
 
 @dataclass
 class Results:
-    """What a search has come to.
+    """The results of a search so far.
 
     Attributes:
         last: Number of the setting -> what it reached with the most epochs that it was given.
@@ -173,7 +173,10 @@ def search(args: argparse.Namespace, ready: Ready) -> Found:
 
 
 def _without_repetition(jobs: Iterable[Sequence[Job]]) -> list[Job]:
-    """What several settings need, like a ticket of several controls, once; as a run of its own if it is one."""
+    """Return each job once, also if several settings need it, such as the ticket of several controls.
+
+    It is a run of its own if it is one for any of them.
+    """
     found: dict[str, Job] = {}
     for job in (job for some in jobs for job in some):
         if job.name not in found or found[job.name].added:
@@ -208,7 +211,7 @@ def scaled(words: Sequence[str], epochs: int) -> dict[str, Any]:
 
 
 def within(jobs: Sequence[Job], epochs: int, limits: Limits) -> Reached:
-    """What the best round within the limits has reached, mean over seeds."""
+    """Return the result of the best round within the limits, mean over seeds."""
     state, rows = limits.best_round([read_rounds(job.folder) for job in jobs])
     if not rows:
         return Reached(epochs)
@@ -217,9 +220,10 @@ def within(jobs: Sequence[Job], epochs: int, limits: Limits) -> Reached:
 
 
 def _in_words(found: Reached) -> str:
+    epochs = counted(found.epochs, "epoch")
     if math.isnan(found.val):
-        return f"{found.epochs} epochs: no round is within the limits"
-    return f"{found.epochs} epochs: val {found.val:.2f} at {found.density:.1f} % density, {found.macs:.1f} M MACs"
+        return f"{epochs}: no round is within the limits"
+    return f"{epochs}: val {found.val:.2f} at {found.density:.1f}% density, {found.macs:,.1f} M MACs"
 
 
 def _conclude(result: Results, out: Path) -> Found:
@@ -240,7 +244,7 @@ def _conclude(result: Results, out: Path) -> Found:
                 last.test,
             ]
         )
-    table = Table("search", "What each setting reached with the most epochs that it was given", head, rows)
+    table = Table("search", "Result of each setting with the most epochs that it was given", head, rows)
     write_atomically(table.csv(), out / "search.csv")
     text = [text_table(head, [[shown(c) for c in row] for row in rows])]
     text += [f"failed: {in_words(ready.settings[k])}: {reason}" for k, reason in sorted(result.failed.items())]
@@ -249,14 +253,14 @@ def _conclude(result: Results, out: Path) -> Found:
     winner = next(iter(finalists), None)
     if winner is not None:
         last = reached[winner]
-        basis = f"{counted(ready.seeds, 'seed')}, {last.density:.1f} % density, {last.macs:.1f} M MACs"
+        basis = f"{counted(ready.seeds, 'seed')}, {last.density:.1f}% density, {last.macs:,.1f} M MACs"
         text.append(
-            f"best: {in_words(ready.settings[winner])} with {last.test:.2f} % on the test images in round "
+            f"best: {in_words(ready.settings[winner])} with {last.test:.2f}% on the test images in round "
             f"{last.round} ({basis})"
         )
     elif reached:
         text.append(
-            "no setting has a round within the limits; allow more, or prune further by --rate and --pruning_times"
+            "no setting has a round within the limits. Raise the limits, or prune more with --rate or --pruning_times"
         )
     jobs = _without_repetition(ready.jobs[k, ready.budgets[-1]] for k in finalists)
     return Found("\n".join(text), jobs, len(result.failed))

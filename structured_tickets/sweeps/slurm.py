@@ -18,7 +18,7 @@ SCRIPT = """#!/usr/bin/env bash
 #SBATCH --array=1-{count}{at_once}
 #SBATCH --cpus-per-task={threads}
 #SBATCH --output={output}
-{options}# Line number SLURM_ARRAY_TASK_ID of the list is this task's job; the same job again continues or does nothing.
+{options}# Line number SLURM_ARRAY_TASK_ID of the list is this task's job. Submitting it again continues its run.
 set -euo pipefail
 export OMP_NUM_THREADS={threads} MKL_NUM_THREADS={threads}
 cd {cwd}

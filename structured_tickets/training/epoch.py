@@ -34,7 +34,7 @@ ShowProgress = Callable[[Iterable, int, int, str], Iterable]
 
 @dataclass
 class Passer:
-    """What a round passes to every step.
+    """Values that a round passes to every step.
 
     Attributes:
         args: The settings.

@@ -45,7 +45,7 @@ class Meter:
         self.steps += other.steps
 
     def reached(self) -> dict[str, float]:
-        """What `start` goes on from."""
+        """Return the sums that `start` continues from."""
         loss, correct, seen = self.sums.tolist()
         return {"loss": loss, "correct": correct, "seen": int(seen), "steps": self.steps}
 

@@ -1,4 +1,4 @@
-"""Stopping in good order: a signal becomes a wish that the training loop grants."""
+"""Stop in good order: the training loop ends its step after a signal, and the state is saved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from structured_tickets.base.signals import STOPPING, handle, restore
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a wish that the training loop grants after the step; the second kills.
+    """Make the training loop stop after the current step on the first Ctrl-C or SIGTERM; the second one kills.
 
     In a thread of another program no signal is waited for: that program has its own way to stop.
 
@@ -44,7 +44,7 @@ class StopRequest:
         """Raise `Interrupted` if a signal has come, to any process."""
         number = int(self.world.highest(torch.tensor(self.signal or 0)))
         if number:
-            raise Interrupted(f"stopped {where}; the same command continues", number)
+            raise Interrupted(f"stopped {where}. The state is saved; run the same command again to continue", number)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""What a round trains: the network at its real size, with the optimizer and the masks that fit it."""
+"""The network that a round trains, at its real size, with the optimizer and the masks that fit it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ LANES = 16  # float32 numbers in a vector register, and channels in a block of t
 
 
 class Trainee:
-    """A network of which some weights are held at zero, at its real size where `compact`.
+    """A network with some weights held at zero; if `compact`, without the units that are zero.
 
-    Some weights that are not held have no place in the smaller network either: those of a kept filter for a channel
-    that is gone. In the whole network they only decay, or are squeezed. So that they do here too, they are parameters
-    of a layer `idle`, in one long axis, which nothing computes with. Frozen parameters stay frozen, and layers are in
-    the modes that the whole network gives them.
+    Weights of a kept filter that read a removed channel are not held, but have no place in the smaller network. They
+    are stored as extra parameters, in one long axis of a layer `idle`, so that weight decay and penalty still act on
+    them; nothing computes with them. Frozen parameters stay frozen, and layers are in the modes that the whole network
+    gives them.
 
     Attributes:
         whole: The network at full size; its weights are as they were until `write_back`.

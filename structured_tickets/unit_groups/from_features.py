@@ -51,7 +51,7 @@ def channels_of(model: nn.Module, following: Following, spec: ModelSpec, stem: b
 
 
 def _logits(following: Following) -> Tensor:
-    """Which features are logits, or are added into them: bool [count + 1]."""
+    """Return the features that are logits, or are added into them: bool [count + 1]."""
     features = following.features
     flags = torch.zeros(features.count + 1, dtype=torch.bool)
     for found, why in features.reasons:
@@ -155,7 +155,7 @@ def linear_units(model: nn.Module, following: Following, spec: ModelSpec) -> lis
 
 
 def _read(features: Features) -> Tensor:
-    """Which features something is computed of: bool [count + 1]."""
+    """Return the features that something is computed of: bool [count + 1]."""
     flags = torch.zeros(features.count + 1, dtype=torch.bool)
     for event in features.events:
         for line in (getattr(event, name, None) for name in ("sources", "columns", "one", "other")):

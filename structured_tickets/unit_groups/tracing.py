@@ -68,7 +68,9 @@ def _graphs_of_both_modes(model: nn.Module) -> list[fx.GraphModule]:
                 graphs.append(Tracer().trace(model))
     except Exception as error:  # whatever the network's code does with a value that is not a tensor
         reason = first_line(error)
-        raise not_followed(model, f"is no fixed graph ({reason})") from error
+        raise not_followed(
+            model, f"has no fixed graph, for example because it branches on tensor values ({reason})"
+        ) from error
     networks = [fx.GraphModule(model, graph) for graph in graphs]
     for name in set(vars(model)) - own_names:  # constants, which the tracer leaves on the network
         delattr(model, name)

@@ -575,7 +575,7 @@ def test_a_sweep_file_that_is_none(name):
 def test_a_grid_that_is_endless_is_refused_at_once():
     words = [f"{flag}={','.join(f'0.{k}' for k in range(1, 400))}" for flag in ("lr", "rate")]
     status, _, line = ends_well(sweep, ["--grid", *words, "--dry_run"])
-    assert status == 2 and "more than 100000 combinations" in line
+    assert status == 2 and "more than 100,000 combinations" in line
 
 
 def test_a_dry_run_of_a_search_begins_nothing():
@@ -583,7 +583,7 @@ def test_a_dry_run_of_a_search_begins_nothing():
     words = ["--grid", "rate=0.1,0.2", "seed=0,1", "--search", "--density", "50", "--dry_run", "--epochs", "9"]
     with mock.patch.object(sweep, "locked", refuse_to_begin):
         status, out, _ = ends_well(sweep, words)
-    assert status == 0 and "2 settings, 2 runs each; epochs of a round: 1, 3, 9" in out
+    assert status == 0 and "2 settings, 2 runs each; epochs per round: 1, 3, 9" in out
 
 
 # Exports and reports

@@ -202,7 +202,7 @@ def test_a_signal_stops_all_after_the_same_step_and_the_run_goes_on(start, arch,
     wait_for_rows(process, folder, 2)
     os.kill(workers_of(process)[1], signal.SIGTERM)  # to one of them
     _, stderr = process.communicate(timeout=200)
-    assert stderr.count("stopped ") == 1 and "the same command continues" in stderr
+    assert stderr.count("stopped ") == 1 and "the same command again to continue" in stderr
     assert process.first_failure[1] == 143 if start is Workers else "exitcode  : 143" in stderr
     together(tiny(folder, **words))
     assert_same_runs(tmp_path / "whole", folder)
@@ -217,8 +217,8 @@ def test_another_number_of_processes_goes_on_with_a_warning(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"batch_size": 1}, "argument --batch_size: 1 images are too few for 2 processes"),
-        ({"compile": True}, "argument --compile: not with several processes"),
+        ({"batch_size": 1}, "argument --batch_size: must be at least the number of processes (2), not 1"),
+        ({"compile": True}, "argument --compile: cannot be combined with several processes"),
     ],
 )
 def test_usage_errors_are_one_line_of_one_process(words, message, tmp_path):
@@ -326,13 +326,13 @@ def test_processes_that_see_other_images_are_refused(tmp_path):
     words = tiny(tmp_path / "run", dataset="imagefolder", batch_size=4)
     process = Workers(words, also=partial(each_has_its_own_data, str(tmp_path)))
     _, stderr = process.communicate(timeout=200)
-    assert process.returncode and "processes disagree on the images or labels" in stderr
+    assert process.returncode and "the processes differ in the images or labels" in stderr
 
 
 def test_disagreement_is_an_error(monkeypatch):
     world = World(0, 3)
     monkeypatch.setattr(World, "gather", lambda self, value: [value, "other", value])
-    with pytest.raises(RunError, match="disagree on the masks: rank 1 differs"):
+    with pytest.raises(RunError, match="differ in the masks: not equal to rank 0: rank 1"):
         world.check_agreement("the masks", "one")
     assert digest_of({"a": torch.zeros(2)}) != digest_of({"a": torch.ones(2)})
 

@@ -131,7 +131,7 @@ def test_after_a_damaged_newest_checkpoint_the_one_before_is_used(damage, broken
     assert program.main(tiny(tmp_path / "run", **words)) == 0
     said = capsys.readouterr().err
     assert (
-        said.count("going back to the checkpoint before") == 1
+        said.count("Using the previous checkpoint instead") == 1
         and f"continuing the run in {tmp_path / 'run'}: round 1, " in said
     )
     assert_same_runs(home / "whole", tmp_path / "run")
@@ -313,8 +313,8 @@ def _move(folder) -> None:
 
 CHANGES = {
     "one pixel": (_paint, "test images of class dog look different"),
-    "a file is gone": (lambda f: (f / "test" / "cat" / "3.bmp").unlink(), "test images of class cat: 4 then, 3 now"),
-    "another label": (_move, "test images of class cat: 4 then, 3 now; test images of class frog: 4 then, 5 now"),
+    "a file is gone": (lambda f: (f / "test" / "cat" / "3.bmp").unlink(), "test images of class cat: 4 before, 3 now"),
+    "another label": (_move, "test images of class cat: 4 before, 3 now; test images of class frog: 4 before, 5 now"),
     "another name": (lambda f: (f / "test" / "dog" / "3.bmp").rename(f / "test" / "dog" / "4.bmp"), "other names"),
     "nothing": (lambda f: os.utime(f / "test" / "cat" / "3.bmp", (1, 1)), ""),
 }
@@ -335,7 +335,7 @@ def test_data_that_have_changed_are_refused_and_the_difference_is_named(
     assert program.main(more) == (2 if message else 0)
     if message:
         said = capsys.readouterr().err.splitlines()[-1]
-        assert "argument --data: the images or labels are not those that the run began with" in said and message in said
+        assert "argument --data: the images or labels have changed since the run began" in said and message in said
         assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.tar")} == before
 
 
@@ -399,7 +399,7 @@ def test_memory_that_runs_out(broken_off, tmp_path, monkeypatch, capsys):
         patch.setattr(torch.nn.CrossEntropyLoss, "forward", greedy)
         assert program.main(tiny(tmp_path, **words)) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "--batch_size: the memory does not suffice for" in line and "can't allocate memory" in line
+    assert "--batch_size: not enough memory for" in line and "can't allocate memory" in line
     assert program.main(tiny(tmp_path, **words)) == 0
     assert_same_runs(home / "whole", tmp_path)
 
@@ -415,7 +415,7 @@ def test_a_second_process_refuses_and_the_lock_of_a_dead_one_is_taken_over(tmp_p
         time.sleep(0.05)
     second = start(words)
     _, stderr = second.communicate(timeout=100)
-    assert second.returncode == 2 and "another process is running" in stderr.splitlines()[-1]
+    assert second.returncode == 2 and "another process is using" in stderr.splitlines()[-1]
     assert first.poll() is None
     first.kill()
     first.wait()

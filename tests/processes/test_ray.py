@@ -105,9 +105,9 @@ def test_ctrl_c_stops_the_jobs_on_the_cluster(cluster, tmp_path):
     wait_for(lambda: any(p.stat().st_size for p in out.glob("runs/*/metrics.jsonl")), 200)
     process.terminate()
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 143 and "the same command continues" in stderr
+    assert process.returncode == 143 and "the same command again to continue" in stderr
     (log,) = (p for p in (out / "logs").iterdir() if "epoch" in p.read_text())
-    assert "the same command continues" in log.read_text().splitlines()[-1]
+    assert "the same command again to continue" in log.read_text().splitlines()[-1]
     size = log.stat().st_size
     time.sleep(3)
     assert log.stat().st_size == size, "nothing runs on"

@@ -88,7 +88,7 @@ def test_what_a_run_does_not_read_makes_no_further_run():
         ("rsst", "x^3"),
         ("refill", None),
     ]
-    assert notes == ["2 combinations differ in nothing that is read, and are left out"]
+    assert notes == ["left out 2 combinations: only unused flags differ"]
 
 
 def test_an_unread_flag_that_changes_another_default_stays():
@@ -120,7 +120,7 @@ def test_one_dense_round_for_all_that_begin_alike():
 
 def test_the_first_rounds_of_others_are_said_to_be():
     _, _, notes = runs_of({"pruning_times": [2, 4], "seed": [0, 1]})
-    assert notes == ["2 combinations are the first rounds of others, and are left out"]
+    assert notes == ["left out 2 combinations: part of a run with more rounds"]
 
 
 def test_null_leaves_any_flag_out():
@@ -135,7 +135,7 @@ def test_null_leaves_any_flag_out():
 
 def test_no_two_runs_make_one_file_of_initial_weights(tmp_path):
     base = f"--init={tmp_path / 'init.pt'}"
-    with pytest.raises(UsageError, match="the first of several different runs would make it"):
+    with pytest.raises(UsageError, match="The first of several different runs would write it"):
         runs_of({"seed": [0, 1]}, base)
     assert len(runs_of({"struct": ["rsst", "refill"]}, base)[0]) == 2, "the same weights, whoever makes them"
     (tmp_path / "init.pt").touch()
@@ -154,7 +154,7 @@ def test_controls_wait_for_their_tickets_which_are_added():
     jobs, dense, notes = runs_of({"control": ["reinit", "permute"], "seed": [0, 1]})
     tickets = {j.name: j for j in jobs if j.settings["control"] == "none"}
     assert len(jobs) == 6 and len(tickets) == 2 and not dense
-    assert notes == ["added, with which controls are compared: 2 runs"]
+    assert notes == ["added 2 runs for controls to be compared with"]
     for job in jobs[2:]:
         (ticket,) = job.after
         assert parse_args(job.words).control_of == str(tickets[ticket].folder)
@@ -231,9 +231,12 @@ def test_settings_become_words():
         (["--grid", "seed=0", "--lerning_rate", "1"], "--lerning_rate"),
         ([], "nothing to run"),
         (["--grid", "seed=0", "--search"], "needs a budget"),
-        (["--grid", "seed=0", "--search", "--density", "50"], "leaves nothing to choose"),
-        (["--grid", "seed=0", "--density", "50"], "only read by --search"),
-        (["--grid", "seed=0,1", "--executor", "slurm", "--search", "--macs", "1"], "not with --executor slurm"),
+        (["--grid", "seed=0", "--search", "--density", "50"], "must contain at least two settings"),
+        (["--grid", "seed=0", "--density", "50"], "only used with --search"),
+        (
+            ["--grid", "seed=0,1", "--executor", "slurm", "--search", "--macs", "1"],
+            "cannot be combined with --executor slurm",
+        ),
         (["--grid", "seed=0", "--jobs", "0"], "at least 1"),
         (["--grid", "seed=0", "--epochs", "2", "stray"], "unrecognized arguments: stray"),
         (["--grid", "data=a,b"], "data cannot differ"),
@@ -259,9 +262,9 @@ def test_usage_errors_are_one_line_and_leave_nothing(words, said, tmp_path, monk
         ("[1, 2]", "holds no mapping"),
         ("grids: {seed: [0]}", "grids: not one of"),
         ("grid: {seed: 0}", "seed needs a list"),
-        ("grid: 3", "grid a mapping"),
-        ("flags: [a]", "flags is a mapping"),
-        ("list: {seed: 0}", "list a list"),
+        ("grid: 3", "grid: a mapping"),
+        ("flags: [a]", "flags: a mapping"),
+        ("list: {seed: 0}", "list: a list"),
         ("grid: {seed: [{a: 1}]}", "is not a value"),
         ("grid: {seed: []}", "seed needs a list"),
         ("grid: {on: [1, 2]}", "True is no flag's name"),
@@ -316,13 +319,13 @@ def test_a_failing_run_stops_no_other_and_the_same_command_continues(sweep_here,
     first = sweep_here(words)
     assert first.status == 1, first.stderr
     assert "3 of 6 jobs failed" in first.stderr and first.stdout.count("loss") >= 1
-    assert "not begun, since micro_digits_round_0" in first.stdout
+    assert "not started, because micro_digits_round_0" in first.stdout
     assert first.stdout.index("best by validation") < first.stdout.index("why")
     finished = [p.parent for p in out.glob("runs/*/result.json")]
     assert len(finished) == 2
     before = {p: p.stat().st_mtime_ns for f in finished for p in f.iterdir()}
     second = sweep_here(words)
-    assert second.status == 1 and "3 of 6 jobs are finished already" in second.stderr
+    assert second.status == 1 and "3 of 6 jobs already finished" in second.stderr
     assert before == {p: p.stat().st_mtime_ns for f in finished for p in f.iterdir()}, "finished runs are left alone"
 
 
@@ -345,7 +348,7 @@ def test_killed_and_continued_it_gives_what_runs_by_themselves_give(start, arch,
     wait_for(lambda: any("continuing" in p.read_text() for p in out.glob("logs/*")))
     second.send_signal(signal.SIGINT)
     _, stderr = second.communicate(timeout=120)
-    assert second.returncode == 130 and "the same command continues" in stderr
+    assert second.returncode == 130 and "the same command again to continue" in stderr
     if start is fork_sweep:
         third = sweep_here(words)
         status, stdout, stderr = third.status, third.stdout, third.stderr
@@ -427,7 +430,7 @@ def test_jobs_wait_for_what_they_need_and_do_not_begin_if_it_failed():
         schedule._schedule(jobs, outcomes, executor, LiveView(4, 0, quiet=True), schedule.StopSignals())
         assert executor.order == order
         assert sum(not o.fine for o in outcomes.values()) == unfinished
-    assert outcomes["control"].reason == "not begun, since a failed"
+    assert outcomes["control"].reason == "not started, because a failed"
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.slow)])
@@ -491,7 +494,7 @@ def test_a_job_is_pinned_and_stopped_with_its_state_saved(server, tmp_path):
     assert os.sched_getaffinity(process.pid) == {core}
     process.stop()
     outcome = process.wait()
-    assert outcome.status == 143 and "the same command continues" in outcome.reason
+    assert outcome.status == 143 and "the same command again to continue" in outcome.reason
     assert (tmp_path / "run" / "0checkpoint.pth.tar").exists()
 
 
@@ -504,7 +507,9 @@ def test_a_job_ends_in_good_order_with_the_process_that_began_it(tmp_path):
     process.kill()
     process.communicate()
     (log,) = (tmp_path / "sweep" / "logs").iterdir()
-    wait_for(lambda: "stopped in the middle" in log.read_text() or "the same command continues" in log.read_text())
+    wait_for(
+        lambda: "stopped in the middle" in log.read_text() or "the same command again to continue" in log.read_text()
+    )
 
 
 def test_a_job_says_why_it_failed(server, tmp_path):
@@ -598,7 +603,11 @@ def test_a_line_for_each_running_job(tmp_path, monkeypatch):
     view.update(jobs[1:])
     view.close()
     shown = terminal.getvalue()
-    assert "struct=rsst seed=0   58%" in shown and "round 2/3  epoch 3/4  val 71.50" in shown and "jobs 3/5" in shown
+    assert (
+        "struct=rsst seed=0   58%" in shown
+        and "round 1 (last: 2)  epoch 2 (last: 3)  val 71.50%" in shown
+        and "jobs 3/5" in shown
+    )
 
 
 # Search
@@ -684,7 +693,7 @@ def test_a_searchs_control_is_not_averaged_with_its_ticket(monkeypatch, tmp_path
     assert found == {
         f"struct=refill control={c}": v for c, v in (("none", 80), ("reinit", 60), ("random_structure", 40))
     }
-    assert "best: struct=refill control=none with 79.00 %" in capsys.readouterr().out
+    assert "best: struct=refill control=none with 79.00%" in capsys.readouterr().out
     names = [job["name"] for job in record["jobs"]]
     assert len(names) == len(set(names)), "a run is written down once"
     assert len({job.name for job in jobs}) == len({(job.name, job.epochs) for job in jobs})

@@ -39,7 +39,7 @@ def test_a_finished_run_a_wrong_setting_and_nothing_to_resume_load_nothing(tmp_p
     out, said, packages = loaded_by(words)
     assert out == table and "nothing to do: the run in" in said and "has finished 2 rounds" in said and not packages
     _, said, packages = loaded_by([*words, "--lr", "0.02"], expected=2)
-    assert "argument --lr: the run folder holds a run with 0.05, not 0.02" in said and not packages
+    assert "argument --lr: the run in this folder used 0.05, not 0.02" in said and not packages
     _, said, packages = loaded_by(["--resume", "--save_dir", tmp_path / "nowhere"], expected=2)
     assert "argument --resume: no run to continue in" in said and not packages
 

@@ -203,10 +203,10 @@ def test_the_ticket_is_found_in_its_default_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"control_of": "nowhere"}, "the run to compare with, is not there"),
-        ({"struct": "refill"}, "has another --struct; only --control may differ"),
-        ({"pruning_times": 4}, "has 3 of 4 rounds"),
-        ({"rate": 0.3}, "has another --mlp_prune_ratio, --rate; only --control may differ"),
+        ({"control_of": "nowhere"}, "the run to compare with does not exist"),
+        ({"struct": "refill"}, "has another --struct. Only --control may differ"),
+        ({"pruning_times": 4}, "has finished 3 of 4 rounds"),
+        ({"rate": 0.3}, "has another --mlp_prune_ratio, --rate. Only --control may differ"),
     ],
 )
 def test_a_control_needs_the_very_run_that_it_is_compared_with(changes, message, tickets, tmp_path, capsys):
@@ -220,14 +220,14 @@ def test_two_controls_do_not_share_a_folder(tickets, tmp_path, capsys):
     words = {"struct": "rsst", "pruning_times": 3, "control_of": tickets["rsst"]}
     assert run(*tiny(tmp_path, control="permute", **words)) == 0
     assert run(*tiny(tmp_path, control="reinit", **words)) == 2
-    assert "argument --control: the run folder holds a run with permute, not reinit" in capsys.readouterr().err
+    assert "argument --control: the run in this folder used permute, not reinit" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [{}, {"dry_run": True}])
 def test_a_control_without_its_ticket_is_refused_and_nothing_is_written(more, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(*tiny(None, control="reinit", **more)) == 2
-    assert "is not there: run the same command without --control first" in capsys.readouterr().err
+    assert "; first run the same command without --control" in capsys.readouterr().err
     assert run(*tiny(None, resume=True)) == 2
     assert list(tmp_path.iterdir()) == []
 
@@ -257,4 +257,4 @@ def net(num_classes):
     words = {"arch": f"{tmp_path / 'seeded.py'}:net", "struct": "refill"}
     assert run(*tiny(tmp_path / "ticket", **words)) == 0
     assert run(*tiny(tmp_path / "control", control=kind, control_of=tmp_path / "ticket", **words)) == 2
-    assert "always begins with the same" in capsys.readouterr().err
+    assert "has fixed initial weights" in capsys.readouterr().err

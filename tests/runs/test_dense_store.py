@@ -144,7 +144,7 @@ def test_a_shared_round_0_gives_the_same_run(settings, tmp_path, capsys):
     assert run(*tiny(tmp_path / "giver", **{**giver, "epochs": 2, "pruning_times": 1}, dense_store=store)) == 0
     assert run(*tiny(tmp_path / "alone", **settings)) == 0
     assert run(*tiny(tmp_path / "taker", **settings, dense_store=store)) == 0
-    assert "round 0 is taken from" in capsys.readouterr().err
+    assert "reusing round 0 from" in capsys.readouterr().err
     assert_same_runs(tmp_path / "alone", tmp_path / "taker")
     best = [RunFolder.load(tmp_path / d / "0model_SA_best.pth.tar").state_dict for d in ("alone", "taker")]
     assert equal(*best)
@@ -207,7 +207,7 @@ def test_a_damaged_entry_is_not_taken_and_is_replaced(file, tmp_path, capsys):
     (entry,) = store.iterdir()
     (entry / file).write_bytes(b"junk")
     assert run(*tiny(tmp_path / "two", dense_store=store)) == 0
-    assert "round 0 is trained here" in capsys.readouterr().err
+    assert "Training round 0 again" in capsys.readouterr().err
     assert not result(tmp_path / "two")["round_0_is_shared"]
     assert equal(dense(tmp_path / "one").state_dict, RunFolder.load(entry / "0checkpoint.pth.tar").state_dict)
     assert run(*tiny(tmp_path / "three", dense_store=store)) == 0

@@ -66,7 +66,7 @@ def test_a_run_whose_schedule_had_another_meaning_continues_with_that_meaning_al
     settings = {**SETTINGS, "RST_schedule": "x", "pruning_times": 3, "save_dir": folder}
     assert run(*flags(**settings)) == 2
     said = capsys.readouterr().err
-    assert "argument --reg_horizon: the run folder holds a run with documents" in said
+    assert "argument --reg_horizon: the run in this folder used documents" in said
     assert "continue it as it began with --reg_horizon documents" in said and said.count("\n") == 1
     assert run(*flags(**settings, reg_horizon="documents")) == 0
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -89,7 +89,7 @@ def test_a_run_of_the_version_before_continues(tmp_path):
     before, end = begun(tmp_path / "run"), json.loads((BEGUN / "end.json").read_text())
     assert run(*flags(**SETTINGS, pruning_times=3, save_dir=tmp_path / "run")) == 0
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert "round 1, 2 of 2 epochs done" in log and "round 2 starts" in log and "round 1 epoch" not in log
+    assert " after round 1\n" in log and "round 2 starts" in log and "round 1 epoch" not in log
     for name in ("summary.csv", "metrics.jsonl"):
         assert (tmp_path / "run" / name).read_text().startswith((BEGUN / name).read_text())
     after = RunFolder.load(tmp_path / "run" / "2checkpoint.pth.tar")
@@ -117,7 +117,7 @@ def test_a_named_experiment_has_its_own_folder_and_continues_there(tmp_path, mon
     assert (folders["one"] / "1checkpoint.pth.tar").exists() and len(list(tmp_path.iterdir())) == 3
     capsys.readouterr()
     assert run(*flags(**SETTINGS, exp_name="other", save_dir=folders["one"], pruning_times=2)) == 2
-    assert "argument --exp_name: the run folder holds a run with one, not other" in capsys.readouterr().err
+    assert "argument --exp_name: the run in this folder used one, not other" in capsys.readouterr().err
 
 
 def test_a_named_run_of_before_continues_in_the_folder_that_it_has(tmp_path, monkeypatch):

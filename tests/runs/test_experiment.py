@@ -138,7 +138,8 @@ def test_units_that_have_faded_out_are_left_out(fading, tmp_path, monkeypatch, c
     sizes = watched_sizes(monkeypatch)
     assert run(*tiny(tmp_path / "on", **fading)) == 0
     said = (
-        r"faded out and held at zero from now on: \d+ units\. Training a smaller network with [\d.]+% of the parameters"
+        r"faded out and held at zero from now on: \d+ units\. Training a smaller network, without the units that are "
+        r"zero: [\d.]+% of all parameters"
     )
     assert re.search(said, capsys.readouterr().err)
     assert sizes[:5] == sizes[:1] * 5 and sizes[9] < sizes[5] <= sizes[0]
@@ -211,6 +212,31 @@ def test_the_same_command_again_says_finished_and_changes_nothing(tmp_path, caps
     assert {p.name: p.read_bytes() for p in tmp_path.glob("*checkpoint.pth.tar")} == before
 
 
+def test_a_finished_run_whose_files_are_missing_is_not_said_to_continue(tmp_path, finished_run, capsys):
+    finished_run(tmp_path / "run")
+    (tmp_path / "run" / "ticket.pth.tar").unlink()
+    assert run(*tiny(tmp_path / "run")) == 0
+    said = capsys.readouterr().err
+    assert f"the run in {tmp_path / 'run'} has already finished 2 rounds" in said and "continuing" not in said
+    assert (tmp_path / "run" / "ticket.pth.tar").is_file()
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_no_row_of_the_table_is_printed_twice_at_the_end(rounds, tmp_path, capsys):
+    assert run(*tiny(tmp_path, pruning_times=rounds)) == 0
+    out, err = capsys.readouterr()
+    assert err.count("density %") == rounds - 1 and out.count("density %") == 1
+    assert (tmp_path / "log.txt").read_text().count("density %") == rounds  # which is read without the table
+
+
+@pytest.mark.parametrize("struct", ["rsst", "refill"])
+def test_the_word_for_weights_under_the_penalty_is_explained_once(struct, tmp_path, capsys):
+    assert run(*tiny(tmp_path, struct=struct, pruning_times=3)) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "doomed" in line and "doomed left" not in line]
+    explained = [line.startswith("doomed weights are ") for line in said]
+    assert explained[:1] == [True] * (struct == "rsst") and sum(explained) == len(explained[:1])
+
+
 def test_more_rounds_continue_a_finished_run(tmp_path, finished_run):
     finished_run(tmp_path / "a", pruning_times=3)
     finished_run(tmp_path / "b", pruning_times=1)
@@ -239,14 +265,14 @@ def test_with_the_two_newest_checkpoints_damaged_it_goes_back_to_the_round_befor
     (tmp_path / "b" / "result.json").unlink()  # else there is nothing to do, and no checkpoint is read
     assert run(*tiny(tmp_path / "b", pruning_times=3)) == 0
     said = capsys.readouterr().err
-    assert said.count("going back to the checkpoint before") == 2 and ": round 1, 1 of 1 epoch done" in said
+    assert said.count("Using the previous checkpoint instead") == 2 and " after round 1\n" in said
     assert_same_runs(tmp_path / "a", tmp_path / "b")
 
 
 def test_somebodys_results_without_checkpoints_are_left_alone(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("results\n")
     assert run(*tiny(tmp_path)) == 2
-    assert "holds results, but there is no checkpoint" in capsys.readouterr().err
+    assert "holds results, but the folder has no checkpoint" in capsys.readouterr().err
     assert (tmp_path / "metrics.jsonl").read_text() == "results\n"
 
 
@@ -254,7 +280,7 @@ def test_two_processes_do_not_share_a_folder(tmp_path, capsys):
     folder = RunFolder(tmp_path)
     folder.lock()
     assert run(*tiny(tmp_path)) == 2
-    assert "another process is running in" in capsys.readouterr().err
+    assert "another process is using" in capsys.readouterr().err
     folder.unlock()
     assert run(*tiny(tmp_path, pruning_times=1)) == 0
 
@@ -262,7 +288,7 @@ def test_two_processes_do_not_share_a_folder(tmp_path, capsys):
 def test_another_run_is_never_overwritten(tmp_path, finished_run, capsys):
     folder = finished_run(tmp_path / "run")
     assert run(*tiny(folder, rate=0.3)) == 2
-    assert "argument --rate: the run folder holds a run with 0.4, not 0.3;" in capsys.readouterr().err
+    assert "argument --rate: the run in this folder used 0.4, not 0.3." in capsys.readouterr().err
     assert run(*tiny(folder, image_size=12)) == 2
 
 
@@ -288,7 +314,7 @@ def test_a_run_that_was_taken_from_a_checkpoint_stands_by_itself(named, tmp_path
     given = finished_run(tmp_path / "a") / named
     if named != "0checkpoint.pth.tar":
         assert run(*tiny(tmp_path / "b", pruning_times=1, checkpoint=given)) == 2
-        assert "is of round 1; --pruning_times 1 ends before" in capsys.readouterr().err
+        assert "is from round 1, but a run with --pruning_times 1 ends earlier" in capsys.readouterr().err
         assert not (tmp_path / "b").exists()
     assert run(*tiny(tmp_path / "b", checkpoint=given)) == 0 and (tmp_path / "b" / "result.json").exists()
     shutil.rmtree(tmp_path / "a")
@@ -375,8 +401,10 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on(number, status, tmp_pa
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status
-    assert re.search(r"stopped in round 0, epoch \d+, after step|stopped in round 0, after epoch", errors)
-    assert "Traceback" not in errors
+    assert re.search(
+        r"^stopped in round 0, epoch \d+, after step|^stopped in round 0, after epoch", errors, re.MULTILINE
+    )
+    assert "Traceback" not in errors and "error" not in errors
     saved = RunFolder.load(tmp_path / "0checkpoint.pth.tar")
     assert saved.epoch >= 2
 
@@ -424,7 +452,7 @@ def test_init_is_written_once_and_then_read(tmp_path, capsys):
     a, b = (RunFolder.load(tmp_path / d / "0checkpoint.pth.tar") for d in "ab")
     assert equal(a.init_weight, b.init_weight) and not equal(a.state_dict, b.state_dict)
     assert run(*tiny(tmp_path / "c", init=file, arch="res56s")) == 3
-    assert "another network's weights" in capsys.readouterr().err
+    assert "these weights belong to another network" in capsys.readouterr().err
 
 
 PLAIN = {"criteria": "magnitude", "precision": "fp32", "batch_size": 6}

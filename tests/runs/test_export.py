@@ -154,7 +154,7 @@ def test_round_zero_is_dense_and_missing_things_are_named(runs, tmp_path, capsys
     assert kept["layer1.0.conv1"] == list(range(16))
     for words, message in (
         ([str(runs["micro_cnn"]), "--round", "7"], "holds no round 7"),
-        ([str(tmp_path / "nowhere")], "not the folder of a run"),
+        ([str(tmp_path / "nowhere")], "not a run folder"),
         ([str(tmp_path / "empty")], "holds no finished round"),
     ):
         (tmp_path / "empty").mkdir(exist_ok=True)

@@ -101,7 +101,7 @@ def test_a_class_without_an_image_to_train_on_is_named(tmp_path, caplog):
     splits = load_splits("imagefolder", tmp_path, 8, 1, "memory")
     lost = sorted({0, 1, 2} - set(splits.train.labels.tolist()))
     assert lost == [1], "the split is fixed"
-    assert "no training image is left of b: all are among those held out for validation" in caplog.text
+    assert "no training images left for b: all of them were held out for validation. Add more images" in caplog.text
 
 
 def big_endian_tiff(values: np.ndarray) -> bytes:
@@ -127,7 +127,7 @@ def big_endian_tiff(values: np.ndarray) -> bytes:
 def test_32_bits_say_not_what_is_white(values, photos, capsys):
     Image.fromarray(np.ones((9, 9), values)).save(photos / "train" / "cat" / "1.tif")
     assert run_on(photos) == 3
-    assert "1.tif: its pixels have 32 bits, of an unknown range; 8 or 16 are expected" in capsys.readouterr().err
+    assert "1.tif: its pixels have 32 bits, of an unknown range. Expected: 8 or 16 bits" in capsys.readouterr().err
 
 
 def test_transparent_is_white():
@@ -263,9 +263,9 @@ def test_what_is_not_read_is_said(photos, caplog, monkeypatch):
         (photos / "train" / name).write_bytes(b"something")
     (photos / "train" / "README.txt").write_text("about them")
     load_splits("imagefolder", photos, 8)
-    (said,) = [r.getMessage() for r in caplog.records if "not read" in r.getMessage()]
+    (said,) = [r.getMessage() for r in caplog.records if "ignored files" in r.getMessage()]
     assert said == (
-        f"{photos}/train: not read, for their suffix or since they are in no class: loose.png, a.heic, b.npy, no_suffix"
+        f"{photos}/train: ignored files (unknown suffix, or outside a class folder): loose.png, a.heic, b.npy, no_suffix"
     )
 
 
@@ -299,7 +299,7 @@ def test_labels_with_gaps_are_named(kind, tmp_path, capsys):
             pyarrow.parquet.write_table(table, tmp_path / f"{part}-00000-of-00001.parquet")
     assert main_imp_fillback.main(tiny(tmp_path / "run", dataset="cifar10", data=tmp_path)) == 3
     line = capsys.readouterr().err
-    assert "has no image of horse; some of each of 10 classes are expected" in line and line.count("\n") == 1
+    assert "has no images of horse. Expected: images of each of 10 classes" in line and line.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -386,15 +386,15 @@ REFUSED = {
     "an empty file": (replaced_by(b""), "cat/1.png: no known format"),
     "a bomb": (replaced_by(a_bomb()), "cat/1.png: Image size (10000000000 pixels) exceeds limit of 178956970 pixels"),
     "a name of two lines": (replaced_by(b"x", "a\nb.png"), r"cat/a\nb.png: no known format"),
-    "a pipe": (pipe, "cannot read the image {}/train/cat/pipe.png: it is no regular file"),
+    "a pipe": (pipe, "cannot read the image {}/train/cat/pipe.png: it is not a regular file"),
     "a link to itself": (link_to_itself, "cat/loop.png: Too many levels of symbolic links"),
     "a circle of links": (circle, "{}/train/cat/circle is a link to a folder that holds it"),
     "a circle of two links": (circle_of_two, "{}/train/cat/circle/circle is a link to a folder that holds it"),
-    "an empty class": (empty_class, "{}/train has no valid file for the classes fox (.jpg, .jpeg, "),
-    "one class": (without_dogs, "{}/train has one class alone, cat: there is nothing to tell apart"),
-    "one image": (one_image, "{}/train has one class alone, cat"),
-    "two images": (two_images, "2 training images are too few: a tenth of them is held out for validation"),
-    "no classes": (unsorted, "{}/train has no class folders; what is wanted is <part>/<class>/*"),
+    "an empty class": (empty_class, "no image files for fox in {}/train (accepted: .jpg, .jpeg, "),
+    "one class": (without_dogs, "{}/train has only one class, cat. At least two are needed"),
+    "one image": (one_image, "{}/train has only one class, cat"),
+    "two images": (two_images, "not enough training images (2): a tenth of them is held out for validation"),
+    "no classes": (unsorted, "{}/train has no class folders; expected: <part>/<class>/<images>"),
 }
 
 
@@ -438,7 +438,7 @@ def test_a_folder_that_cannot_be_listed_is_named(photos, monkeypatch, capsys):
 
 def test_images_that_no_memory_holds_are_refused():
     with pytest.raises(
-        UsageError, match=r"--image_size: 1,000,000 images of 16384 pixels a side take 805,306 GB of memory"
+        UsageError, match=r"--image_size: 1,000,000 images of 16384 x 16384 pixels take 805,306.4 GB of memory"
     ):
         resized(torch.zeros(1, 3, 1, 1, dtype=torch.uint8).expand(1_000_000, -1, -1, -1), 16384)
 
@@ -449,7 +449,10 @@ def test_a_batch_of_one_pixel_is_refused_before_the_run(photos, capsys):
     words = {"arch": "mobilenet", "image_size": 8}
     assert run_on(photos, batch_size=8, quiet=True, **words) == 2
     line = capsys.readouterr().err
-    assert "argument --batch_size: 8 leaves a batch of one of the 9 training images" in line and line.count("\n") == 1
+    assert (
+        "argument --batch_size: 9 training images in batches of 8 leave one image in the last batch" in line
+        and line.count("\n") == 1
+    )
     assert run_on(photos, batch_size=7, lr=1e-4, **words) == 0  # at a rate at which so few pixels do not diverge
 
 

@@ -163,7 +163,7 @@ def test_a_signal_to_all_processes_ends_a_run_that_decodes_in_several(number, st
         os.killpg(process.pid, number)
         _, errors = process.communicate(timeout=100)
         assert process.returncode == status and "Traceback" not in errors, errors
-        assert "the same command continues" in errors.splitlines()[-1]
+        assert "the same command again to continue" in errors.splitlines()[-1]
 
 
 def test_a_worker_that_dies_is_one_line(photos, tmp_path, monkeypatch, capsys):

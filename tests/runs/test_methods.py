@@ -221,7 +221,10 @@ def test_stopped_while_admm_trains_it_goes_on_and_ends_the_same(after, tmp_path,
 
     monkeypatch.setattr(experiment.StopRequest, "obey", obey)
     assert run(*words(tmp_path / "broken", "admm", **more)) == 143
-    assert f"stopped while ADMM trained after round {after}; the same command continues" in capsys.readouterr().err
+    assert (
+        f"stopped while ADMM trained after round {after}. The state is saved; run the same command again to continue"
+        in capsys.readouterr().err
+    )
     assert (tmp_path / "broken" / "progress.pth.tar").exists()
     assert run(*words(tmp_path / "broken", "admm", **more)) == 0
     assert_same_runs(tmp_path / "whole", tmp_path / "broken")

@@ -60,14 +60,15 @@ def test_a_run_continues_as_it_began(tmp_path, capsys):
     assert run(*tiny(home)) == 0 and "nothing to do" in capsys.readouterr().err
     assert run(*tiny(home, pruning_times=3)) == 0
     assert run(*tiny(home, penalty="gradient")) == 2
-    assert "the run folder holds a run with decoupled, not gradient" in capsys.readouterr().err
+    assert "the run in this folder used decoupled, not gradient" in capsys.readouterr().err
     other = tmp_path / "other"
     assert run(*tiny(other, penalty="gradient")) == 0
     capsys.readouterr()
     assert run(*tiny(other)) == 2
     said = capsys.readouterr().err
     assert (
-        "holds a run with gradient, not decoupled" in said and "continue it as it began with --penalty gradient" in said
+        "the run in this folder used gradient, not decoupled" in said
+        and "continue it as it began with --penalty gradient" in said
     )
 
 

@@ -6,7 +6,9 @@ import logging
 import os
 import pickle
 import random
+import re
 import time
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -21,8 +23,10 @@ from structured_tickets.base.errors import DataError, StorageError
 from structured_tickets.base.randomness import random_states, restore_random_states
 from structured_tickets.base.untrusted_tensors import save_atomically
 from structured_tickets.pruning.masks import MaskPair
+from structured_tickets.pruning.shares import Shares
 from structured_tickets.runs import trackers as tracker
 from structured_tickets.runs.folder import RunFolder, load_safely
+from structured_tickets.runs.reporter import in_words
 from structured_tickets.runs.rows import EPOCH_NUMBERS
 from structured_tickets.runs.state import RunState
 from structured_tickets.runs.tables import rounds_table
@@ -178,6 +182,23 @@ def test_auto_goes_online_only_with_a_key(tmp_path, monkeypatch, caplog):
     (tmp_path / ".netrc").unlink()
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     assert tracker.key_is_configured()
+
+
+@pytest.mark.parametrize(
+    "part, said",
+    [
+        (Shares(0, 0, 100), "100.00% of the prunable weights kept"),
+        (Shares(12.345, 20.005, 67.65), "67.65% of the prunable weights kept, 12.35% zero, 20.00% doomed"),
+        (Shares(100 / 3, 100 / 3, 100 / 3), "33.33% of the prunable weights kept, 33.34% zero, 33.33% doomed"),
+        (
+            Shares(0, 11.65, 68.35),
+            "68.35% of the prunable weights kept, 11.65% doomed, 20.00% pruned, but not held at zero",
+        ),
+    ],
+)
+def test_shares_in_a_message_add_up_to_100(part, said):
+    assert in_words(part) == said
+    assert sum(map(Decimal, re.findall(r"[\d.]+(?=%)", said))) == 100
 
 
 def test_the_table_of_rounds():

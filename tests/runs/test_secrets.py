@@ -151,7 +151,7 @@ def test_a_command_that_holds_a_secret_is_refused(value, planted, tmp_path, monk
     for program, words in commands:
         assert program.main(words) == 2
         out, err = capsys.readouterr()
-        assert err.count("\n") == 1 and "holds a password or a key" in err and leaks(out or "-", err) == []
+        assert err.count("\n") == 1 and "contains a password or an API key" in err and leaks(out or "-", err) == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "list.yaml", "sweep.yaml"]
 
 

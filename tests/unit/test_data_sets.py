@@ -109,7 +109,7 @@ def test_wrong_image_folders_are_named(photos, tmp_path):
     refused(
         "imagefolder",
         tmp_path / "nothing",
-        "nothing/train does not exist; what is wanted .* in the folder that --data names",
+        "nothing/train does not exist; expected: .* in the folder given by --data",
     )
     (photos / "train" / "cat" / "0.png").write_bytes(b"not an image")
     refused("imagefolder", photos, r"cannot read the image .*cat/0\.png: no known format$")
@@ -122,7 +122,7 @@ def test_wrong_image_folders_are_named(photos, tmp_path):
     refused("imagefolder", photos, r"cannot read the image .*cat/0\.png: No such file")
     (photos / "train" / "cat" / "0.png").unlink()
     (photos / "train" / "fox").mkdir()
-    refused("imagefolder", photos, r"no valid file for the classes fox")
+    refused("imagefolder", photos, r"no image files for fox")
     (photos / "train" / "fox").rmdir()
     (photos / "test" / "dog").rename(photos / "test" / "yak")
     refused("imagefolder", photos, r"photos/test has classes that .*photos/train lacks: yak$")
@@ -133,9 +133,9 @@ def test_an_own_folder_without_test_images_of_a_class_is_read_with_a_warning(pho
     (photos / "test" / "dog").rename(photos / "dog")
     splits = load_splits("imagefolder", photos, 8)
     assert splits.test.labels.tolist() == [0] * 3 + [2] * 3 and len(splits.classes) == 3
-    assert "photos/test has no image of dog: the accuracy says nothing about it" in caplog.text
+    assert "photos/test has no images of dog, so the test accuracy does not cover them" in caplog.text
     (photos / "test" / "dog").mkdir()
-    refused("imagefolder", photos, "no valid file for the classes dog")
+    refused("imagefolder", photos, "no image files for dog")
 
 
 def test_the_program_runs_on_an_image_folder(photos, tmp_path):
@@ -172,7 +172,7 @@ def test_tiny_imagenet_with_a_sorted_validation_folder_is_the_same(below, tiny_i
 
 def test_a_packed_tiny_imagenet_is_to_be_unpacked(tmp_path):
     (tmp_path / "tiny-imagenet-200.zip").write_bytes(b"PK")
-    sentence = r"tiny-imagenet-200\.zip is still packed; unpack it first"
+    sentence = r"tiny-imagenet-200\.zip is still packed. Unpack it"
     refused("tiny-imagenet", tmp_path, sentence)
     refused("tiny-imagenet", tmp_path / "tiny-imagenet-200.zip", sentence)
     refused("tiny-imagenet", tmp_path / "nothing", "nothing/train does not exist")
@@ -187,9 +187,11 @@ def test_faults_of_tiny_imagenet_are_named(tiny_imagenet, tmp_path):
         refused("tiny-imagenet", tmp_path, sentence)
 
     with_rows(rows + "val_9.JPEG\tn01\n", r"val/images has no val_9\.JPEG, which val_annotations\.txt lists")
-    with_rows(rows + "val_3.JPEG n01\n", r"val_annotations\.txt has the line 'val_3.JPEG n01'; <file><tab><class> is")
+    with_rows(
+        rows + "val_3.JPEG n01\n", r"val_annotations\.txt has the line 'val_3.JPEG n01'. Expected: <file><tab><class>"
+    )
     with_rows(rows + "val_0.JPEG\tn09\n", r"val has classes that .*train lacks: n09$")
-    with_rows(rows.replace("n01", "n02"), r"val has no image of n01; some of each of 2 classes are expected")
+    with_rows(rows.replace("n01", "n02"), r"val has no images of n01. Expected: images of each of 2 classes")
     (val / "val_annotations.txt").write_bytes(b"\xff\xfe")
     refused("tiny-imagenet", tmp_path, r"cannot read .*val_annotations\.txt: .*utf-8")
     (val / "val_annotations.txt").unlink()
@@ -230,14 +232,16 @@ def test_imagenet_as_kaggle_packs_it(imagenet):
 
 def test_faults_of_imagenet_are_named(imagenet):
     (imagenet / "val" / "n02").rename(imagenet / "n02")
-    refused("imagenet", imagenet, r"val has no image of n02; some of each of 2 classes are expected")
+    refused("imagenet", imagenet, r"val has no images of n02. Expected: images of each of 2 classes")
     (imagenet / "n02").rename(imagenet / "val" / "n03")
-    refused("imagenet", imagenet, r"val has no image of n02")
+    refused("imagenet", imagenet, r"val has no images of n02")
     (imagenet / "val" / "n03").rename(imagenet / "val" / "n02")
     write_image(imagenet / "val" / "n04" / "0.JPEG")
     refused("imagenet", imagenet, r"val has classes that .*train lacks: n04")
     write_image(imagenet / "val" / "ILSVRC2012_val_00000001.JPEG")
-    flat = r"val has to be sorted into class folders, .*val/<class>/\*; ILSVRC2012_val_00000001\.JPEG lies in none"
+    flat = (
+        r"every image in .*val must be in a class folder \(.*val/<class>/\), but ILSVRC2012_val_00000001\.JPEG is not"
+    )
     refused("imagenet", imagenet, flat)
     refused("imagenet", imagenet / "val", r"val/train does not exist")
 
@@ -270,7 +274,7 @@ def test_cifar_from_a_local_archive(tmp_path, monkeypatch):
 
 def test_a_broken_archive_without_network_says_what_to_put_where(tmp_path, offline):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"broken")
-    refused("cifar10", tmp_path, r"Put there .*cifar-10-python\.tar\.gz \(md5 c58f3010")
+    refused("cifar10", tmp_path, r"Expected: .*cifar-10-python\.tar\.gz \(md5 c58f3010")
     assert main_imp_fillback.main(["--dataset", "cifar10", "--data", str(tmp_path)]) == 3
 
 
@@ -278,7 +282,7 @@ def test_labels_that_torchvision_does_not_check_are_checked(tmp_path, monkeypatc
     folder, source = cifar_files(tmp_path, monkeypatch, "CIFAR10")
     (folder / "test_batch").write_bytes(pickle.dumps({"data": noise(20, 3072), "labels": [10] * 20}))
     monkeypatch.setattr(source, "test_list", [["test_batch", md5(folder / "test_batch")]])
-    refused("cifar10", tmp_path, r"test labels of CIFAR10 under .* has values from 10 to 10; 0 to 9 are expected")
+    refused("cifar10", tmp_path, r"test labels of CIFAR10 under .* has values from 10 to 10. Expected: 0 to 9")
 
 
 def test_fashion_mnist_becomes_colour_images_with_statistics_of_its_own(fashion, offline):
@@ -297,18 +301,16 @@ def test_fashion_mnist_becomes_colour_images_with_statistics_of_its_own(fashion,
 
 
 def test_faults_of_fashion_mnist_are_named(fashion, tmp_path, offline):
-    where = r"Put there into .*FashionMNIST/raw the files train-images-idx3-ubyte\.gz \(md5 [0-9a-f]{32}\), .*t10k"
-    refused("fashionmnist", tmp_path / "nothing", r"FashionMNIST cannot be had: .*no network.*" + where)
+    where = r"Expected: in .*FashionMNIST/raw the files train-images-idx3-ubyte\.gz \(md5 [0-9a-f]{32}\), .*t10k"
+    refused("fashionmnist", tmp_path / "nothing", r"FashionMNIST: no complete copy under .*no network.*" + where)
     load_splits("fashionmnist", fashion)
     images = fashion / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
     content = images.read_bytes()
     asked = len(offline)
     images.write_bytes(content[:-1])
-    refused("fashionmnist", fashion, r"FashionMNIST under .* is damaged \(.*\); put there into ")
+    refused("fashionmnist", fashion, r"FashionMNIST under .* is damaged \(.*\). Replace it. Expected: in ")
     images.write_bytes(idx(noise(39, 28, 28)))
-    refused(
-        "fashionmnist", fashion, r"training labels of FashionMNIST .* is int64 \[40\]; 39 whole numbers are expected"
-    )
+    refused("fashionmnist", fashion, r"training labels of FashionMNIST .* is int64 \[40\]. Expected: 39 whole numbers")
     assert len(offline) == asked
 
 
@@ -390,29 +392,29 @@ class Trap:
     [
         (
             {"y_test": None},
-            r"cifar10\.npz has no y_test; expected are x_train, y_train, x_test, y_test, or jpeg, offsets",
+            r"cifar10\.npz has no y_test. Expected: x_train, y_train, x_test, y_test, or jpeg, offsets",
         ),
         (
             {"x_train": np.zeros((20, 3, 32, 32), np.uint8)},
-            r"x_train is uint8 \[20, 3, 32, 32\]; uint8 \[n, 32, 32, 3\] is",
+            r"x_train is uint8 \[20, 3, 32, 32\]. Expected: uint8 \[n, 32, 32, 3\]",
         ),
-        ({"x_test": np.zeros((10, 32, 32, 3))}, r"x_test is float64 \[10, 32, 32, 3\]; uint8"),
-        ({"y_train": labels_of(19)}, r"y_train is int64 \[19\]; 20 whole numbers are expected, one per image"),
-        ({"y_train": labels_of(20) / 2}, r"y_train is float64 \[20\]; 20 whole numbers"),
-        ({"y_train": np.eye(10)[labels_of(20)]}, r"y_train is float64 \[20, 10\]; 20 whole numbers"),
-        ({"y_train": labels_of(20) + 1}, r"y_train has values from 1 to 10; 0 to 9 are expected"),
-        ({"y_test": labels_of(10) - 1}, r"y_test has values from -1 to 8; 0 to 9"),
+        ({"x_test": np.zeros((10, 32, 32, 3))}, r"x_test is float64 \[10, 32, 32, 3\]. Expected: uint8"),
+        ({"y_train": labels_of(19)}, r"y_train is int64 \[19\]. Expected: 20 whole numbers, one per image"),
+        ({"y_train": labels_of(20) / 2}, r"y_train is float64 \[20\]. Expected: 20 whole numbers"),
+        ({"y_train": np.eye(10)[labels_of(20)]}, r"y_train is float64 \[20, 10\]. Expected: 20 whole numbers"),
+        ({"y_train": labels_of(20) + 1}, r"y_train has values from 1 to 10. Expected: 0 to 9"),
+        ({"y_test": labels_of(10) - 1}, r"y_test has values from -1 to 8. Expected: 0 to 9"),
         (
             {"y_test": labels_of(10, 9)},
-            r"the test set of .*cifar10\.npz has no image of truck; some of each of 10 classes",
+            r"the test set of .*cifar10\.npz has no images of truck. Expected: images of each of 10 classes",
         ),
-        ({"y_train": labels_of(20, 4)}, r"training set .* has no image of deer, dog, frog, horse, ship and 1 more"),
+        ({"y_train": labels_of(20, 4)}, r"training set .* has no images of deer, dog, frog, horse, ship and 1 more"),
         (
             {"x_train": np.zeros((0, 32, 32, 3), np.uint8), "y_train": labels_of(0)},
-            r"training set .* has no image of airplane",
+            r"training set .* has no images of airplane",
         ),
-        ({"classes": np.array(["cat", "dog"])}, r"cifar10\.npz names 2 classes; cifar10 has 10"),
-        ({"classes": np.arange(10)}, r"classes is int64 \[10\]; 10 names are expected"),
+        ({"classes": np.array(["cat", "dog"])}, r"cifar10\.npz names 2 classes, but cifar10 has 10"),
+        ({"classes": np.arange(10)}, r"classes is int64 \[10\]. Expected: 10 names"),
         ({"classes": np.array([Trap()] * 10)}, r"cannot read .*cifar10\.npz as npz: Object arrays cannot be loaded"),
     ],
 )
@@ -427,20 +429,20 @@ def test_faults_of_arrays_are_named(changes, sentence, tmp_path, monkeypatch, of
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"split": None}, r"has no split; expected are x_train"),
-        ({"jpeg": np.zeros(9)}, r"jpeg is float64 \[9\]; uint8 \[bytes\] is expected"),
+        ({"split": None}, r"has no split. Expected: x_train"),
+        ({"jpeg": np.zeros(9)}, r"jpeg is float64 \[9\]. Expected: uint8 \[bytes\]"),
         (
             {"jpeg": np.zeros(9, np.uint8)},
-            r"offsets is int64 \[41\]; n \+ 1 ascending positions in the 9 bytes of jpeg",
+            r"offsets is int64 \[41\]. Expected: n \+ 1 ascending positions in the 9 bytes of jpeg",
         ),
-        ({"offsets": np.array([0, 9, 8])}, r"offsets is int64 \[3\]; n \+ 1 ascending"),
+        ({"offsets": np.array([0, 9, 8])}, r"offsets is int64 \[3\]. Expected: n \+ 1 ascending"),
         ({"offsets": np.array([], int)}, r"offsets is int64 \[0\]"),
         ({"offsets": np.array([0.0, 8.0])}, r"offsets is float64 \[2\]"),
-        ({"labels": labels_of(39)}, r"labels is int64 \[39\]; 40 whole numbers are expected"),
-        ({"split": np.full(40, 2)}, r"split has values from 2 to 2; 0 to 1 are expected"),
+        ({"labels": labels_of(39)}, r"labels is int64 \[39\]. Expected: 40 whole numbers"),
+        ({"split": np.full(40, 2)}, r"split has values from 2 to 2. Expected: 0 to 1"),
         (
             {"split": np.zeros(40, int)},
-            r"test set .* has no image of class 0, class 1, class 2, class 3, class 4 and 5 more",
+            r"test set .* has no images of class 0, class 1, class 2, class 3, class 4 and 5 more",
         ),
     ],
 )
@@ -455,7 +457,7 @@ def test_faults_of_packed_files_are_named(changes, sentence, tmp_path):
     [
         (b"nothing", r"cannot read the image 3 of .*cifar10\.npz: no known format$"),
         (encoded(noise(32, 32, 3), "JPEG")[:-400], r"cannot read the image 3 of .*cifar10\.npz: .*truncated"),
-        (encoded(noise(32, 48, 3), "PNG"), r"image 3 of .*cifar10\.npz has 48x32 pixels; 32x32 are expected"),
+        (encoded(noise(32, 48, 3), "PNG"), r"image 3 of .*cifar10\.npz has 48x32 pixels. Expected: 32x32"),
     ],
 )
 def test_a_bad_image_in_a_packed_file_is_named(content, sentence, tmp_path):
@@ -482,7 +484,7 @@ def test_damaged_and_missing_npz_files_are_named_and_nothing_is_downloaded(tmp_p
     refused("cifar10", tmp_path / "gone.npz", r"there is no file .*gone\.npz$")
     (tmp_path / "cifar.tar.gz").write_bytes(b"")
     refused(
-        "cifar10", tmp_path / "cifar.tar.gz", r"cifar\.tar\.gz is one file, but not npz; --data takes an \.npz file"
+        "cifar10", tmp_path / "cifar.tar.gz", r"cifar\.tar\.gz is one file, but not npz. --data takes an \.npz file"
     )
     assert offline == []
 
@@ -573,20 +575,20 @@ def test_faults_of_parquet_files_are_named(parquet, offline):
     whole = file.read_bytes()
     good = [{"bytes": encoded(noise(32, 32, 3), "PNG"), "path": None} for _ in range(10)]
     faults = [
-        ({"labels": labels_of(20) + 1}, r"test-.*parquet: label has values from 1 to 10; 0 to 9 are expected"),
-        ({"labels": [None, *range(9)]}, r"test-.*parquet: label is float64 \[10\]; 10 whole numbers are expected"),
-        ({"labels": list("abcdefghij")}, r"test-.*parquet: label is object \[10\]; 10 whole numbers"),
+        ({"labels": labels_of(20) + 1}, r"test-.*parquet: label has values from 1 to 10. Expected: 0 to 9"),
+        ({"labels": [None, *range(9)]}, r"test-.*parquet: label is float64 \[10\]. Expected: 10 whole numbers"),
+        ({"labels": list("abcdefghij")}, r"test-.*parquet: label is object \[10\]. Expected: 10 whole numbers"),
         ({"labels": labels_of(10), "image": "photo"}, r"has no column img or image, only photo, label"),
         ({"labels": labels_of(10), "label": "y"}, r"test-.*parquet has no column label, only img, y"),
-        ({"labels": labels_of(10, 9)}, r"the test set of .* has no image of truck"),
-        ({"labels": labels_of(10), "names": ["cat", "dog"]}, r"test-.*parquet names 2 classes; cifar10 has 10"),
+        ({"labels": labels_of(10, 9)}, r"the test set of .* has no images of truck"),
+        ({"labels": labels_of(10), "names": ["cat", "dog"]}, r"test-.*parquet names 2 classes, but cifar10 has 10"),
         (
             {"labels": labels_of(10), "images": [*good[:9], {"bytes": None, "path": "a.png"}]},
             r"img of row 9 has no bytes",
         ),
         (
             {"labels": labels_of(10), "images": list(range(10))},
-            r"img of row 0 has no bytes; \{bytes, path\} is expected",
+            r"img of row 0 has no bytes. Expected: \{bytes, path\}",
         ),
         (
             {"labels": labels_of(10), "images": [*good[:9], {"bytes": b"?"}]},
@@ -606,10 +608,10 @@ def test_faults_of_parquet_files_are_named(parquet, offline):
 
 def test_parquet_files_that_are_missing_are_named(parquet, offline):
     (parquet / "test-00000-of-00001.parquet").rename(parquet / "test-00000-of-00002.parquet")
-    refused("cifar10", parquet, r"has 1 file\(s\) test-\*\.parquet; 2 are expected")
+    refused("cifar10", parquet, r"has 1 file test-\*\.parquet. Expected: 2")
     (parquet / "test-00000-of-00002.parquet").unlink()
-    refused("cifar10", parquet, r"has no test-\*\.parquet; train-\*\.parquet and test-\*\.parquet are expected")
-    refused("cifar10", parquet / "train-00000-of-00001.parquet", r"is one file, but not npz; --data takes")
+    refused("cifar10", parquet, r"has no test-\*\.parquet. Expected: train-\*\.parquet and test-\*\.parquet")
+    refused("cifar10", parquet / "train-00000-of-00001.parquet", r"is one file, but not npz. --data takes")
     assert offline == []
 
 

@@ -256,7 +256,7 @@ def test_what_is_wrong_with_a_users_file_is_said_in_a_line(name, tmp_path, capsy
         ("resnet18", "timm/resnet18 or torchvision/resnet18?"),
         ("net.py", "does not say which function of it makes the network: net.py:NAME"),
         ("nowhere.py:net", "no such file: nowhere.py"),
-        ("timm/vit_tiny_patch16_224", "try another --image_size"),
+        ("timm/vit_tiny_patch16_224", "Try another --image_size"),
     ],
 )
 def test_unknown_names_are_refused_with_a_hint(arch, message, tmp_path, capsys):

@@ -56,7 +56,7 @@ def test_a_run_validates_on_the_folder_and_continues_only_with_it(tmp_path, caps
     assert "valid: 12 images for validation, none of train is held out" in capsys.readouterr().err
     shutil.rmtree(photos / "valid")
     assert run(*words) == 2
-    assert "validation images of class cat: 6 then, 1 now" in capsys.readouterr().err
+    assert "validation images of class cat: 6 before, 1 now" in capsys.readouterr().err
 
 
 REFUSED = {
@@ -116,7 +116,7 @@ def test_classes_of_the_validation_images_are_those_of_the_training_images(said,
         load_splits("imagefolder", tmp_path, 8)
     shutil.rmtree(tmp_path / "val" / "fox")
     assert sizes(tmp_path) == [12, 6, 12]
-    assert "val has no image of dog" in said()
+    assert "val has no images of dog" in said()
 
 
 def test_classes_within_classes_are_pointed_out(said, tmp_path):
@@ -148,7 +148,7 @@ def test_images_beside_the_parts_are_pointed_out(said, tmp_path):
     fill(tmp_path, "train", "test", "extra")
     (tmp_path / "notes").mkdir()
     assert sizes(tmp_path) == [11, 1, 12]
-    assert said() == f"{tmp_path}: folders of images that are not read: extra"
+    assert said() == f"{tmp_path}: ignored folders of images: extra"
 
 
 def test_images_that_are_in_two_parts_are_pointed_out(said, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import main_imp_fillback
 from structured_tickets.base.errors import UsageError
 from structured_tickets.networks import build_model
-from structured_tickets.settings.flag_table import LAMBDA_FOLLOWS
+from structured_tickets.settings.flag_table import FLAGS, LAMBDA_FOLLOWS
 from structured_tickets.settings.flags import build_parser, parse_args
 from structured_tickets.settings.identity import (
     as_understood_now,
@@ -68,6 +68,7 @@ def test_every_flag_has_a_help_text_and_a_group():
         assert action.help, action.option_strings
     titles = [g.title for g in parser._action_groups if g._group_actions]
     assert titles[1:] == [
+        "start with these",
         "data",
         "model",
         "training (of each round)",
@@ -79,8 +80,20 @@ def test_every_flag_has_a_help_text_and_a_group():
         "tracking",
     ]
     text = " ".join(parser.format_help().split())
-    assert "(default: 0.01)" in text and "(default: the data set's own)" in text
+    assert "(default: 0.01)" in text and "(default: that of the data set)" in text
     assert "None" not in text and "()" not in text
+
+
+def test_the_help_begins_with_eight_flags_and_an_example_of_each():
+    first = [flag for flag in FLAGS.values() if flag.example]
+    assert [flag.name for flag in first] == list(FLAGS)[:8]
+    assert list(FLAGS)[:8] == ["arch", "dataset", "data", "struct", "rate", "pruning_times", "epochs", "save_dir"]
+    lines = [line.strip() for line in build_parser().format_help().splitlines()]
+    assert lines.index("start with these:") < 10
+    for flag in first:
+        assert lines.count(f"example: {flag.example}") == 1
+        args = vars(parse_args(flag.example.split()))
+        assert args["explicit"] == [flag.name] and args[flag.name] != flag.parsed_default
 
 
 def test_rounds_without_end_are_refused():
@@ -91,6 +104,12 @@ def test_rounds_without_end_are_refused():
 def test_hyphens_stand_for_underscores():
     args = parse_args(["--vit-structured", "--arch=vit_tiny", "--vit-prune-target=both", "--mlp-prune-ratio", "0.4"])
     assert (args.vit_structured, args.vit_prune_target, args.mlp_prune_ratio) == (True, "both", 0.4)
+
+
+@pytest.mark.parametrize("word", ["--ema", "--model", "--learning_rate", "--save_directory"])
+def test_only_a_flag_of_nearly_the_same_name_is_suggested(word, capsys):
+    assert main_imp_fillback.main([word, "1"]) == 2
+    assert "did you mean" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -122,7 +141,9 @@ def test_hyphens_stand_for_underscores():
         (["--preset", "as_documente"], ["--preset", "did you mean as_documented?"]),
         (["--checkpoint", "none.tar"], ["--checkpoint", "no such file"]),
         (["--init", "x", "--vit_pretrained", "--arch", "vit_small"], ["--init", "pretrained"]),
-        (["stray"], ["unrecognized arguments: stray"]),
+        (["stray"], ["unrecognized arguments: stray", '" lists all flags']),
+        (["--ema", "0.9"], ["unrecognized arguments: --ema 0.9. ", '" lists all flags']),
+        (["--epoch", "9", "--ema", "1"], ["--epoch: did you mean --epochs?", '" lists all flags']),
     ],
 )
 def test_a_mistake_gets_one_line_and_status_2(words, parts, capsys):

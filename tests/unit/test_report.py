@@ -106,22 +106,22 @@ def test_holms_method_by_hand(monkeypatch):
     [
         (
             made_up(1.0, 2.0, 3.0, adjusted=0.01),
-            "one is better than other with 3 seeds: by +2.00 points (95 % interval +0.00 to +4.00, adjusted p = 0.01); last round.",
+            "one is better than other with 3 seeds: by +2.00 points (95% interval +0.00 to +4.00, adjusted p = 0.01); last round.",
         ),
         (
             made_up(-1.0, -2.0, -3.0, adjusted=0.0001),
-            "other is better than one with 3 seeds: by +2.00 points (95 % interval +0.00 to +4.00, adjusted p < 0.001); last round.",
+            "other is better than one with 3 seeds: by +2.00 points (95% interval +0.00 to +4.00, adjusted p < 0.001); last round.",
         ),
         (
             made_up(1.0, -1.0, 3.0, adjusted=0.4),
-            "No difference can be seen between one and other with 3 seeds: +1.00 points (95 % interval −2.00 to +4.00, adjusted p = 0.4); "
+            "No difference can be seen between one and other with 3 seeds: +1.00 points (95% interval −2.00 to +4.00, adjusted p = 0.4); "
             "last round.",
         ),
         (made_up(1.5), "One seed says nothing about the difference between one and other: +1.50 points; last round."),
         (
             made_up(1.5, densities=(50.0, 30.0)),
             "One seed says nothing about the difference between one and other: +1.50 points; "
-            "last round; at 50.0 and 30.0 % density.",
+            "last round; at 50.0 and 30.0% density.",
         ),
     ],
 )
@@ -290,7 +290,7 @@ def test_the_best_is_one_of_those_with_the_most_seeds_and_the_page_says_how_many
     best = best_by_validation(collect(path))
     assert best.group.settings["struct"] == "refill" and len(best.rows) == 3
     assert report.main([str(path), "--latency", "false"]) == 0
-    assert "(3 seeds) with 36.0 % of the prunable weights" in (path / "report" / "index.html").read_text()
+    assert "(3 seeds) with 36.0% of the prunable weights" in (path / "report" / "index.html").read_text()
 
 
 def test_a_search_is_judged_within_its_limits(tmp_path):
@@ -346,7 +346,7 @@ def test_a_run_that_is_at_work_is_said_to_be(tmp_path):
     held = lock(tmp_path / "run" / "lock")
     (during,) = collect(tmp_path / "run").runs
     held.close()
-    assert before.reason.startswith("broken off") and during.reason == "running"
+    assert before.reason.startswith("interrupted") and during.reason == "running"
 
 
 def test_labels_of_figures_may_hold_anything():
@@ -383,7 +383,7 @@ def test_weak_penalties_are_said(tmp_path):
     file = path / "runs" / "rsst_l1_0" / "summary.csv"
     file.write_text(file.read_text().replace(",0.02,", ",0.2,"))
     (said,) = weak_penalties(collect(path))
-    assert said.startswith("In 1 of 6 RSST runs the penalty was weak: more than 5 %")
+    assert said.startswith("In 1 of 6 RSST runs the penalty was weak: more than 5%")
 
 
 def test_failed_runs_are_in_the_table_of_runs(tmp_path):

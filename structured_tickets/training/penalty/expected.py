@@ -1,4 +1,4 @@
-"""How RSST's penalty acts, what it will leave of a doomed weight, and the way of acting that follows from it."""
+"""Ways in which RSST's penalty acts, what each will leave of a doomed weight, and the choice that follows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def expected_squeeze(clock: Clock, rate: LearningRate, momentum: float, way: str
 
 
 def way_of_acting(clock: Clock, rate: LearningRate, momentum: float, adaptive: bool) -> str:
-    """How the penalty acts where nobody has said it.
+    """Return how the penalty acts where nobody has said it.
 
     In the gradient, as the documents have it, if that squeezes doomed weights below `SQUEEZE_GOAL`; in a round that is
     too short, or has too low a learning rate for it, the first way that does; if none does, the one that leaves least.

@@ -1,4 +1,4 @@
-"""What pruners by growing regularisation share: which weights they act on, how strongly, how far they have come."""
+"""The base of pruners by growing regularisation: which weights they act on, how strongly, how far they have come."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How RSST's penalty strength lambda grows: pure functions of how far a round has come.
+"""The growth of lambda, the strength of RSST's penalty: pure functions of how far a round has come.
 
 An update is made once per batch. `n` is how many have been made, this one included; `K` how many a horizon holds (a
 round, or an epoch); `p = n / K` is the progress. With the documents' batch index k from 0, n = k + 1. Every schedule
