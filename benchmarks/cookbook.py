@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from benchmarks.methods import MEDIUM, few_images
 from benchmarks.original_commands import indented
 
 ROOT = Path(__file__).resolve().parent.parent
+WIDTH = 140
 
 
 @dataclass(frozen=True)
@@ -52,30 +54,28 @@ TASKS: dict[str, list[Step]] = {
     "Prune a network that I have": [
         Step(
             "The network is one of timm's with weights in a file. Here the file is trained first; yours is there already.",
-            f"{MAIN} {PHOTOS} --arch timm/resnet10t --pruning_times 1 {SHORT} --lr 0.05 \\\n    --save_dir trained --quiet",
+            f"{MAIN} {PHOTOS} --arch timm/resnet10t --pruning_times 1 \\\n    {SHORT} --lr 0.05 --save_dir trained --quiet",
         ),
         Step(
             "`--prune_type pt` starts every round from the weights of the file, `--fc` with its classifier. Refill cuts the "
             "units off, and the rest is trained on.",
-            f"{MAIN} {PHOTOS} --arch timm/resnet10t --prune_type pt --pretrained trained/ticket.pth.tar --fc \\\n"
-            f"    --struct refill --rate 0.3 --pruning_times 2 {SHORT} --lr 0.02 --save_dir pruned --quiet\n"
+            f"{MAIN} {PHOTOS} --arch timm/resnet10t --prune_type pt \\\n"
+            f"    --pretrained trained/ticket.pth.tar --fc --struct refill --rate 0.3 --pruning_times 2 \\\n"
+            f"    {SHORT} --lr 0.02 --save_dir pruned --quiet\n"
             "python export.py pruned",
         ),
         Step(
             "Your own module is `--arch FILE.py:FUNCTION`, where the function takes the number of classes: "
-            "[networks.md](networks.md). `--dry_run` says what of it can be pruned, and what stays whole and why.",
+            "[networks.md](networks.md). `--dry_run` says what of it can be pruned, and what stays whole and why. For a "
+            "training loop of your own there is the library: [examples/own_loop.py](../examples/own_loop.py) is a whole program.",
             f"{MAIN} {PHOTOS} --arch examples/my_model.py:net --rate 0.4 --pruning_times 2 --dry_run",
             30,
-        ),
-        Step(
-            "In a training loop of your own: the library. [examples/own_loop.py](../examples/own_loop.py) is a whole program.",
-            "python examples/own_loop.py",
         ),
     ],
     "Compare two methods": [
         Step(
             "The same budget, several seeds, and both methods side by side. The last table is of means over seeds.",
-            f"python sweep.py --grid struct=rsst,refill rate=0.4 seed=0,1,2 --out compared {DIGITS} --quiet",
+            f"python sweep.py --grid struct=rsst,refill rate=0.4 seed=0,1,2 --out compared \\\n    {DIGITS} --quiet",
             16,
         ),
         Step(
@@ -84,17 +84,18 @@ TASKS: dict[str, list[Step]] = {
         ),
         Step(
             "Before you claim anything of a structure: the same network with a random structure of the same size.",
-            f"python sweep.py --grid struct=rsst rate=0.4 control=none,random_structure seed=0,1,2 --out controls {DIGITS} \\\n"
-            "    --quiet",
+            f"python sweep.py --grid struct=rsst rate=0.4 control=none,random_structure seed=0,1,2 --out controls \\\n"
+            f"    {DIGITS} --quiet",
             16,
         ),
     ],
     "Half of the size, for deployment": [
         Step(
             "Streams as units, in whole lanes of the processor: nothing has to be put back into its place, so that time falls "
-            "with the MACs. `export.py` checks each file against the masked network and measures.",
-            f"{MAIN} {PHOTOS} --arch res20s --struct refill --channel_units stream --round_units 8 \\\n"
-            f"    --rate 0.5 --pruning_times 2 {SHORT} --lr 0.05 --save_dir half --quiet\n"
+            "with the MACs. A channel takes its outputs and the inputs of its readers along, so that 0.3 of the channels are "
+            "half of the weights. `export.py` checks each file against the masked network and measures.",
+            f"{MAIN} {PHOTOS} --arch res20s --struct refill \\\n"
+            f"    --channel_units stream --round_units 8 --rate 0.3 --pruning_times 2 \\\n    {SHORT} --lr 0.05 --save_dir half --quiet\n"
             "python export.py half --onnx --pt2",
         ),
         Step(
@@ -113,7 +114,7 @@ TASKS: dict[str, list[Step]] = {
             "A sweep for Slurm: scripts for each stage, and the command that submits them. The same command without "
             "`--executor` prints the tables when all is done. Ray: `--executor ray`.",
             f"python sweep.py --grid struct=rsst,refill seed=0,1 --out cluster --executor slurm \\\n"
-            f"    --slurm_options '--partition=gpu --time=120' {DIGITS}\n"
+            f"    --slurm_options '--partition=gpu --time=120' \\\n    {DIGITS}\n"
             "ls cluster/slurm",
             20,
         ),
@@ -135,8 +136,8 @@ TASKS: dict[str, list[Step]] = {
         ),
         Step(
             "The same command with another `--save_dir` gives the same bits on the same kind of machine.",
-            f"{MAIN} {PHOTOS} --arch res20s --struct refill --channel_units stream --round_units 8 \\\n"
-            f"    --rate 0.5 --pruning_times 2 {SHORT} --lr 0.05 --save_dir again --quiet\n"
+            f"{MAIN} {PHOTOS} --arch res20s --struct refill \\\n"
+            f"    --channel_units stream --round_units 8 --rate 0.3 --pruning_times 2 \\\n    {SHORT} --lr 0.05 --save_dir again --quiet\n"
             "python - <<'END'\n"
             "import torch\n"
             'one, other = (torch.load(f"{run}/ticket.pth.tar")["state_dict"] for run in ("half", "again"))\n'
@@ -194,7 +195,9 @@ def page(photos: Path, folder: Path) -> str:
             lines = printed.splitlines()
             left_out = ["..."] * (len(lines) > step.shown)
             ending = "\n".join([*left_out, *lines[-step.shown :]])
-            parts.append(f"{step.text}\n\n{indented(step.commands)}\n\nprints ({seconds:.0f} s)\n\n{indented(ending)}")
+            parts.append(
+                f"{textwrap.fill(step.text, WIDTH)}\n\n{indented(step.commands)}\n\nprints ({seconds:.0f} s)\n\n{indented(ending)}"
+            )
     return "\n\n".join(parts)
 
 
@@ -206,7 +209,7 @@ they printed. Here `photos` has """
     + f"{MEDIUM.images} training images of each of CIFAR-10's ten classes"
     + """, so that each command ends soon: **the accuracies mean
 nothing**. With images of your own, take more `--epochs` and a schedule that fits them. `python -m benchmarks.cookbook --data photos` ran
-all of it and wrote this page. {where}
+all of it, beside other programs, and wrote this page: {where}.
 
 The commands of the original documents are in [original_commands.md](original_commands.md)."""
 )
