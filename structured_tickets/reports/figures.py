@@ -170,8 +170,12 @@ def training_figure(group: Group, name: str) -> Drawn:
     for run in group.runs:
         colour, _ = colour_of([str(r.seed) for r in group.runs], str(run.seed))
         steps = [row["round"] * epochs + row["epoch"] + 1 for row in run.history]
+        judged = [(x, y) for x, r in zip(steps, run.history, strict=True) if (y := r.get("val_accuracy")) is not None]
         upper.plot(
-            steps, [r["val_accuracy"] for r in run.history], color=colour, linewidth=1.1, label=f"seed {run.seed}"
+            *map(list, zip(*judged, strict=True)) if judged else ([], []),
+            color=colour,
+            linewidth=1.1,
+            label=f"seed {run.seed}",
         )
         lower.plot(steps, [r["loss"] for r in run.history], color=colour, linewidth=1.1)
     for axes in (upper, lower):

@@ -16,7 +16,7 @@ from structured_tickets.base.text_tables import counted
 from structured_tickets.base.untrusted_tensors import is_state
 from structured_tickets.data.fingerprint import is_record
 from structured_tickets.pruning.masks import MaskPair
-from structured_tickets.runs.rows import EPOCH_NUMBERS, ROUND_NUMBERS
+from structured_tickets.runs.rows import EPOCH_NUMBERS, JUDGED, ROUND_NUMBERS
 
 LARGEST = 2**53  # up to here, numbers of JSON and of tables are exact
 
@@ -131,7 +131,16 @@ def _is_mask(value: Any) -> bool:
 
 
 def _is_row(numbers: Sequence[str]) -> Check:
-    return lambda row: _is_dict_of(_is_cell)(row) and all(_is_number(row.get(name)) for name in numbers)
+    """Return a check for rows with numbers under these names, and numbers or nothing where a row may lack them."""
+
+    def is_row(row: Any) -> bool:
+        return (
+            _is_dict_of(_is_cell)(row)
+            and all(_is_number(row.get(name)) for name in numbers)
+            and all(row.get(name) is None or _is_number(row[name]) for name in JUDGED)
+        )
+
+    return is_row
 
 
 def _is_optimizer(value: Any) -> bool:

@@ -71,12 +71,12 @@ def _remedy(precision: torch.dtype) -> str:
 
 
 def epoch_row(
-    current: Round, epoch: int, trained: TrainedEpoch, accuracies: tuple[float, float], evaluation: float
+    current: Round, epoch: int, trained: TrainedEpoch, accuracies: tuple[float | None, float | None], evaluation: float
 ) -> EpochRow:
     """Return the row of an epoch.
 
     Args:
-        accuracies: On the validation and test images, in percent.
+        accuracies: On the validation and test images, in percent; None where they were not judged.
         evaluation: Seconds that this took.
     """
     setup, meter = current.setup, trained.meter

@@ -110,16 +110,21 @@ class Experiment:
         """Evaluate the network, and save the state of the run."""
         run, began = self.run, time.perf_counter()
         self._hold_faded_units(current, epoch)
-        val, test = self.setup.accuracies(current.model)
-        row = epoch_row(current, epoch, trained, (val, test), time.perf_counter() - began)
+        judged = self.setup.accuracies(current.model) if self._is_judged(epoch) else None
+        row = epoch_row(current, epoch, trained, judged or (None, None), time.perf_counter() - began)
         run.history.append(row.plain())
         run.epoch, run.step, run.partial, run.reg_lambda = epoch + 1, 0, {}, row.reg_lambd
-        better = val > run.best_sa[0]
-        if better:
-            run.best_sa = [val, test, float(epoch)]
+        better = judged is not None and judged[0] > run.best_sa[0]
+        if judged and better:
+            run.best_sa = [*judged, float(epoch)]
         # The best one first: the checkpoint already says that this epoch is the best.
         self._save(current, *([self.folder.best(run.state)] if better else []))
         self.reporter.epoch(run.history[-1])
+
+    def _is_judged(self, epoch: int) -> bool:
+        """Return whether the network is judged after this epoch; it always is after the last one of a round."""
+        args = self.setup.args
+        return (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
 
     def _hold_faded_units(self, current: Round, epoch: int) -> None:
         run = self.run

@@ -61,9 +61,11 @@ class Reporter:
     def epoch(self, row: Row) -> None:
         """One epoch: a line in metrics.jsonl, on the console and at the tracker."""
         append(_json_line(row), self.folder / "metrics.jsonl")
+        judged = "val %(val_accuracy).2f  test %(test_accuracy).2f  " if row["val_accuracy"] is not None else ""
         log.info(
-            "round %(round)d epoch %(epoch)3d  loss %(loss).4f  train %(accuracy).2f  val %(val_accuracy).2f  "
-            "test %(test_accuracy).2f  lr %(lr).2g  lambda %(reg_lambd).3g  %(images_per_second).0f images/s",
+            "round %(round)d epoch %(epoch)3d  loss %(loss).4f  train %(accuracy).2f  "
+            + judged
+            + "lr %(lr).2g  lambda %(reg_lambd).3g  %(images_per_second).0f images/s",
             row,
         )
         self.track([row])
@@ -71,7 +73,7 @@ class Reporter:
     def track(self, history: Iterable[Row]) -> None:
         """Hand epochs to the trackers alone."""
         for row in history:
-            self.tracker.log({k: row[k] for k in TRACKED})
+            self.tracker.log({k: row[k] for k in TRACKED if row[k] is not None})
 
     def round(self, row: Row, rounds: Sequence[Row], last: bool = False) -> None:
         """One finished round: a row in summary.csv and at the tracker.

@@ -9,9 +9,10 @@ from typing import Any
 Row = dict[str, Any]
 
 # What every reader of a row relies on; rows of older versions lack some of the other columns.
-EPOCH_NUMBERS = ("round", "epoch", "step", "loss", "accuracy", "val_accuracy", "test_accuracy", "reg_lambd")
+EPOCH_NUMBERS = ("round", "epoch", "step", "loss", "accuracy", "reg_lambd")
 ROUND_NUMBERS = ("round", "step", "density", "parameters", "macs", "accuracy", "val_accuracy", "test_accuracy")
-MAY_LACK = ("hardened_val_accuracy", "hardened_test_accuracy", "squeeze_ratio", "seconds")
+JUDGED = ("val_accuracy", "test_accuracy")
+MAY_LACK = ("hardened_val_accuracy", "hardened_test_accuracy", "squeeze_ratio", "seconds", *JUDGED)
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class EpochRow:
         epoch: Of the round, from 0.
         step: Epochs since the run began.
         loss, accuracy: Means over the training images of the epoch, as they were augmented.
+        val_accuracy, test_accuracy: None for an epoch that is not judged (`--eval_every`).
         lr: Learning rate of the last step.
         reg_lambd: Strength of the penalty at the last step; 0 without one.
         train_batch_time: Seconds for a training step.
@@ -34,8 +36,8 @@ class EpochRow:
     step: int
     loss: float
     accuracy: float
-    val_accuracy: float
-    test_accuracy: float
+    val_accuracy: float | None
+    test_accuracy: float | None
     lr: float
     reg_lambd: float
     train_batch_time: float
@@ -60,7 +62,7 @@ class RoundRow:
         parameters, macs: Of the network that would be exported, for one image.
         hardened_val_accuracy, hardened_test_accuracy: Of the same weights with the structure applied; only for RSST.
         squeeze_ratio: Norm of the doomed weights after the round / before; None without doomed weights.
-        best_val_accuracy: The highest of the round, that epoch's test accuracy, and which epoch it was.
+        best_val_accuracy: The highest of the round's judged epochs, that epoch's test accuracy, and which epoch it was.
         reg_lambd: Strength of the penalty at the last step.
         remain_weight_after: Share of the prunable weights that the next element-wise mask keeps, in percent.
     """

@@ -161,6 +161,14 @@ MODEL = (
 
 TRAINING = (
     Flag("epochs", "epochs per round", EVERY_ROUND, type=COUNT, default=120, example="--epochs 20"),
+    Flag(
+        "eval_every",
+        "judge the network on validation and test images after every so many epochs, and after the last of each round",
+        EVERY_ROUND,
+        type=COUNT,
+        default=1,
+        metavar="EPOCHS",
+    ),
     Flag("batch_size", "images per batch, summed over all processes", EVERY_ROUND, type=COUNT, default=128),
     Flag(
         "optimizer",
