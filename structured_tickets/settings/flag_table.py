@@ -510,7 +510,7 @@ RSST = (
     Flag("reg_upper_limit", "cap on lambda; inf for none", AFTER_ROUND_0, type=LIMIT, default=1.0, read=WITH_RSST),
     Flag(
         "penalty",
-        _rows(WAYS.items()) + "; auto: the first of them that would leave at most 5%% of a doomed weight (adamw: not "
+        _rows(WAYS.items()) + "; auto: the first of these that would leave at most 5%% of a doomed weight (adamw: not "
         "the gradient)",
         AFTER_ROUND_0,
         default="auto",

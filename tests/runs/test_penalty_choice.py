@@ -12,7 +12,7 @@ from helpers.images import few_images
 from structured_tickets.runs.read import read_rounds, read_settings
 
 LONG = {"epochs": 40, "lr": 0.1}
-CHOSEN = "penalty: decoupled (multiply"
+CHOSEN = "penalty: decoupled (multiply doomed weights"
 
 
 @pytest.fixture(autouse=True)

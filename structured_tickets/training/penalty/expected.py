@@ -9,8 +9,8 @@ from structured_tickets.training.penalty.schedules import Clock
 GRADIENT, DECOUPLED, DIRECT = "gradient", "decoupled", "direct"
 WAYS = {
     GRADIENT: "add lambda * w to the gradient of doomed weights",
-    DECOUPLED: "multiply them by 1 - lambda * lr / peak lr",
-    DIRECT: "multiply them by 1 - lambda, whatever the learning rate",
+    DECOUPLED: "multiply doomed weights by 1 - lambda * lr / peak lr",
+    DIRECT: "multiply doomed weights by 1 - lambda, whatever the learning rate",
 }
 
 
