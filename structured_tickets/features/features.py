@@ -95,6 +95,24 @@ class Padding:
     line: Tensor
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Features along an axis that is divided into parts of given sizes.
+
+    Attributes:
+        module: Name of the module whose code does it.
+        sizes: Number of positions of each part.
+        labels, axis: What is divided.
+        line: The feature of each position along the axis: int64 [positions].
+    """
+
+    module: str
+    sizes: tuple[int, ...]
+    labels: Tensor
+    axis: int
+    line: Tensor
+
+
 Event = Through | Both | Gate | Contraction
 
 
@@ -106,6 +124,7 @@ class Features:
         heads: Those that products of matrices of features gave: weights of attention.
         events: How they are computed.
         paddings: Those that are always zero.
+        parts: Those that are divided into parts of given sizes.
     """
 
     def __init__(self) -> None:
@@ -113,6 +132,7 @@ class Features:
         self.events: list[Event] = []
         self.heads: list[Tensor] = []
         self.paddings: list[Padding] = []
+        self.parts: list[Parts] = []
         self._named: dict[str, int] = {}
         self._pairs: list[Tensor] = []
         self._inside: list[Tensor] = []

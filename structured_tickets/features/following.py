@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from structured_tickets.features.calls import Call, LayerCall, packet
 from structured_tickets.features.exported import Program
-from structured_tickets.features.features import Features, Through
+from structured_tickets.features.features import Features, Parts, Through
 from structured_tickets.features.labels import compact, plain, shortened, varying
 from structured_tickets.features.rules_of_axes import taken_axes
 from structured_tickets.features.rules_of_numbers import combined, mixed
@@ -25,6 +25,7 @@ from structured_tickets.features.tables import (
     BY_NUMBER,
     BY_PLACE,
     CHECKS,
+    IN_PARTS,
     LAYERS,
     RANDOM,
     REARRANGEMENTS,
@@ -186,7 +187,7 @@ class _Interpreter:
             elif name == "cat" and (joined := self._joined(node, call)) is not None:
                 found = joined
             elif name in REARRANGEMENTS:
-                found = self._rearranged(node, name)
+                found = self._rearranged(call, name)
             elif rule is not None:
                 found = rule(call)
             else:
@@ -220,9 +221,10 @@ class _Interpreter:
         """Whether a call makes features out of what has none: a layer with weights."""
         return packet(node.target) in LAYERS
 
-    def _rearranged(self, node: fx.Node, name: str) -> Any:
+    def _rearranged(self, call: Call, name: str) -> Any:
+        node = call.node
         if name in BY_NUMBER or name in BY_PLACE:
-            self._taken_apart(node, name)
+            self._taken_apart(call, name)
         if name in SHAPING:
             return self.env[node.args[0]].reshape(node.meta["val"].shape)  # type: ignore[index]
         args: Any = fx.map_arg(node.args, self._literal)
@@ -244,8 +246,9 @@ class _Interpreter:
             found = shortened(combined(call, found, part.narrow(axis, 0, 1), product=False, shape=found.shape))
         return found.expand(node.meta["val"].shape)
 
-    def _taken_apart(self, node: fx.Node, name: str) -> None:
-        """Keep what is taken by its place along an axis of features, unless the axis is divided into equal parts."""
+    def _taken_apart(self, call: Call, name: str) -> None:
+        """Keep what is taken by its place along an axis of features, unless the axis is divided into parts."""
+        node = call.node
         if any(source not in self.values for source in node.all_input_nodes[1:]):
             raise ValueError("places that depend on the image")
         labels: Tensor = self.env[node.args[0]]  # type: ignore[index]
@@ -255,6 +258,9 @@ class _Interpreter:
                 parts = -(-labels.shape[axis] // node.args[1])
             if parts and isinstance(parts, int) and labels.shape[axis] % parts == 0:
                 self.following.tensors.append(labels.unflatten(axis, (parts, -1)))
+            elif name in IN_PARTS and isinstance(node.args[1], list | tuple) and len(varying(labels)) == 1:
+                line, sizes = compact(labels).flatten(), tuple(node.args[1])
+                self.following.features.parts.append(Parts(call.module, sizes, labels, axis, line))
             elif not _takes_all(node, labels.shape[axis]):
                 self.following.fixed.append((labels, axis))
 

@@ -14,9 +14,9 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from structured_tickets.base.errors import UsageError
+from structured_tickets.features.attributes import settable, sizes_of_parts
 from structured_tickets.features.exported import program_of
 from structured_tickets.features.following import Following
-from structured_tickets.features.paddings import settable
 from structured_tickets.networks.registry import ModelSpec, origin_of, spec_of
 from structured_tickets.unit_groups.channels import channel_groups as channels_of_modules
 from structured_tickets.unit_groups.from_features import channels_of, linear_units, neurons_of
@@ -177,6 +177,7 @@ def _follow(model: nn.Module, image: Sequence[int]) -> Following:
         if not any(settable(model, padding)):
             for zeros in (padding.before, padding.after):
                 following.features.keep_whole(zeros, "zeros are added by their number")
+    following.fixed += [(p.labels, p.axis) for p in following.features.parts if not any(sizes_of_parts(model, p))]
     following.keep_what_makes_no_tensor()
     return following
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -151,7 +152,15 @@ def linear_units(model: nn.Module, following: Following, spec: ModelSpec) -> lis
             alike[key].append(places)
     groups = [_group(model, key[0], units) for key, units in alike.items() if len(units) > 1]
     order = {n: k for k, (n, _) in enumerate(model.named_parameters())}
-    return sorted(groups, key=lambda g: (g.kind != "head", order[g.root.name]))
+    groups.sort(key=lambda g: (g.kind != "head", order[g.root.name]))
+    names = Counter[str]()
+    return [_named(g, names) for g in groups]
+
+
+def _named(group: UnitGroup, names: Counter[str]) -> UnitGroup:
+    """The group with a name of its own: units of one layer may be of several sorts."""
+    names[group.name] += 1
+    return group if names[group.name] == 1 else replace(group, name=f"{group.name}#{names[group.name]}")
 
 
 def _read(features: Features) -> Tensor:

@@ -13,6 +13,7 @@ from torch import nn
 
 from structured_tickets.base.errors import UsageError
 from structured_tickets.networks.registry import ModelSpec
+from structured_tickets.shrinking.inserted_layers import INSERTED
 from structured_tickets.shrinking.shrink import shrink
 from structured_tickets.unit_groups.find import features_of, unit_groups
 from structured_tickets.unit_groups.unit import masks_of_units
@@ -210,6 +211,21 @@ class Grouped(nn.Module):
         return self.out(x.transpose(1, 2).reshape(b, n, -1))
 
 
+class Gated(nn.Module):
+    """One number in two gates what another gives, or a filter of it: parts whose sizes stand in an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = (32, 20, 12)
+        self.into, self.deep = nn.Linear(24, 64), nn.Conv1d(12, 12, 3, padding=1, groups=12)
+        self.out = nn.Linear(32, 24)
+
+    def forward(self, x):
+        gate, plain, filtered = torch.split(self.into(x), self.sizes, -1)
+        filtered = self.deep(filtered.transpose(1, 2)).transpose(1, 2)
+        return self.out(F.gelu(gate) * torch.cat((plain, filtered), -1))
+
+
 class ViT(nn.Module):
     def __init__(self, attention=Attention):
         super().__init__()
@@ -238,7 +254,7 @@ CNNS = {
     Gates: {"a.0", "b.0", "c.0"},
     Scaled: {"a.0", "c.0"},
 }
-NETWORKS = [*CNNS, ViT, *(functools.partial(ViT, kind) for kind in (Fixed, Biased, Resized, Grouped))]
+NETWORKS = [*CNNS, ViT, *(functools.partial(ViT, kind) for kind in (Fixed, Biased, Resized, Grouped, Gated))]
 
 
 def made(build):
@@ -367,6 +383,17 @@ def test_a_group_of_heads_that_share_keys_is_one_unit_that_is_not_computed():
     ]
     small = shrink(model, masks).network
     assert small.mixers[0].query.weight.shape == (24, 24) and small.mixers[0].out.weight.shape == (24, 12)
+
+
+def test_what_is_divided_into_parts_is_divided_into_smaller_ones():
+    model = made(lambda: ViT(Gated))
+    groups, kept, masks = pruned(model)
+    assert [(g.name, g.units) for g in groups[:2]] == [("mixers.0.into", 20), ("mixers.0.into#2", 12)]
+    assert groups[0].root.index[0].tolist() == [0, 32] and groups[1].root.index[0].tolist() == [20, 52]
+    small = shrink(model, masks).network.mixers[0]
+    plain, filtered = (int(kept[g.name].sum()) for g in groups[:2])
+    assert small.sizes == (plain + filtered, plain, filtered) and small.into.out_features == 2 * (plain + filtered)
+    assert not any(isinstance(m, INSERTED) for m in small.modules()) and model.mixers[0].sizes == (32, 20, 12)
 
 
 def test_what_is_cut_keeps_the_memory_layout_in_which_it_trains_faster():
