@@ -50,7 +50,8 @@ def unit_groups(model: nn.Module, prune_stem: bool = False, blocks: bool = False
     linear = [] if following is None else linear_units(model, following, spec)
     if not _is_transformer(model, linear):
         return channel_groups(model, prune_stem)
-    return [g for g in linear if g.name not in spec.whole]
+    found = [] if following is None else linear_units(model, following, spec, convolutions=True)
+    return [g for g in found if g.name not in spec.whole]
 
 
 def channel_groups(

@@ -19,6 +19,7 @@ from structured_tickets.unit_groups.unit import Slice, UnitGroup, rows
 
 Places: TypeAlias = dict[tuple[str, int], list[int]]
 """(Parameter, axis) -> positions of one unit."""
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def channels_of(model: nn.Module, following: Following, spec: ModelSpec, stem: bool) -> list[UnitGroup]:
@@ -130,25 +131,32 @@ def _is_only_normalised(following: Following, given: Tensor) -> bool:
     return len(readers) == 1 and all(kind is Gate and names for kind, names in readers)
 
 
-def linear_units(model: nn.Module, following: Following, spec: ModelSpec) -> list[UnitGroup]:
+def linear_units(
+    model: nn.Module, following: Following, spec: ModelSpec, convolutions: bool = False
+) -> list[UnitGroup]:
     """Return heads, then neurons: sets of rows and columns of linear layers that can be removed together.
 
     A set that attention's products of matrices join is a head; others are neurons.
+
+    Args:
+        convolutions: Sets of filters of convolutions, and what reads these, are heads and neurons, too.
     """
     features = following.features
     sets = features.sets(layers=True)
     heads = {int(n) for found in features.heads for n in sets[found].unique()}
     outside = outside_of_layers(following)
     contractions = [e for e in features.events if isinstance(e, Contraction)]
-    depthwise = {e.weight.rpartition(".")[0] for e in contractions if e.depthwise}  # they filter neurons one by one
+    cut = {e.weight.rpartition(".")[0] for e in contractions if e.depthwise}  # they filter neurons one by one
+    if convolutions:
+        cut |= {n for n, m in model.named_modules() if isinstance(m, CONVOLUTIONS) and n != spec.stem}
     alike: dict[tuple, list[Places]] = defaultdict(list)
     for number, places in places_of_units(following, _lines(following)).items():
         kind = "head" if number in heads else "neuron"
         key = (kind, *sorted((*k, len(v)) for k, v in places.items()))
         axes = {axis for _, axis in places}
         layers = {weight.rpartition(".")[0] for weight, _ in places}
-        linear = all(isinstance(model.get_submodule(n), nn.Linear) or n in depthwise for n in layers)
-        if linear and axes == {0, 1} and spec.classifier not in layers and not outside & {w for w, _ in places}:
+        known = all(isinstance(model.get_submodule(n), nn.Linear) or n in cut for n in layers)
+        if known and axes == {0, 1} and spec.classifier not in layers and not outside & {w for w, _ in places}:
             alike[key].append(places)
     groups = [_group(model, key[0], units) for key, units in alike.items() if len(units) > 1]
     order = {n: k for k, (n, _) in enumerate(model.named_parameters())}

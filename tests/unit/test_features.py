@@ -244,6 +244,25 @@ class ViT(nn.Module):
         return self.fc(x[:, 0])
 
 
+class Hybrid(nn.Module):
+    """Convolutions with a residual stream of their own, then a transformer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.widen, self.narrow, self.down = (
+            conv(3, 8),
+            conv(8, 20, 1),
+            conv(20, 8),
+            conv(8, 24, 4, stride=4),
+        )
+        self.mixer, self.norm, self.fc = Attention(), nn.LayerNorm(24), nn.Linear(24, 5)
+
+    def forward(self, x):
+        x = self.embed(x)
+        x = self.down(x + self.narrow(self.widen(x))).flatten(2).transpose(1, 2)
+        return self.fc(self.norm(x + self.mixer(x))[:, 0])
+
+
 CNNS = {
     Listed: {"first.0", "parts.0.0", "parts.1.0", "last.0"},
     Upwards: {"down", "skip", "last"},
@@ -254,7 +273,7 @@ CNNS = {
     Gates: {"a.0", "b.0", "c.0"},
     Scaled: {"a.0", "c.0"},
 }
-NETWORKS = [*CNNS, ViT, *(functools.partial(ViT, kind) for kind in (Fixed, Biased, Resized, Grouped, Gated))]
+NETWORKS = [*CNNS, ViT, *(functools.partial(ViT, kind) for kind in (Fixed, Biased, Resized, Grouped, Gated)), Hybrid]
 
 
 def made(build):
@@ -265,8 +284,8 @@ def made(build):
         for name, low in (("weight", 0.5), ("bias", -0.4), ("running_mean", -0.3), ("running_var", 0.5)):
             if getattr(norm, name, None) is not None:
                 getattr(norm, name).data.uniform_(low, low + 0.7)
-    stem = "stem.0" if isinstance(model, Cnn) else "embed"
-    model.spec = ModelSpec(type(model).__name__, stem, "fc", "", image=(3, 8, 8))
+    stem = "stem.0" if isinstance(model, Cnn) else "embed.0" if isinstance(model, Hybrid) else "embed"
+    model.spec = ModelSpec(type(model).__name__, stem, "fc", "", image=(3, 8, 8), followed=isinstance(model, Hybrid))
     return model
 
 
@@ -383,6 +402,12 @@ def test_a_group_of_heads_that_share_keys_is_one_unit_that_is_not_computed():
     ]
     small = shrink(model, masks).network
     assert small.mixers[0].query.weight.shape == (24, 24) and small.mixers[0].out.weight.shape == (24, 12)
+
+
+def test_convolutions_in_front_of_a_transformer_have_neurons():
+    groups = {g.name: g for g in unit_groups(made(Hybrid))}
+    assert {n: (g.kind, g.units) for n, g in groups.items()} == {"mixer.query": ("head", 4), "widen.0": ("neuron", 20)}
+    assert [(s.layer, s.axis) for s in groups["widen.0"].slices] == [("widen.0", 0), ("narrow.0", 1)]
 
 
 def test_what_is_divided_into_parts_is_divided_into_smaller_ones():
