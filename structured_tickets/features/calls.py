@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
-from structured_tickets.features.features import Features
+from structured_tickets.features.features import NEVER, Features
 
 
 def packet(target: object) -> str:
@@ -82,9 +82,9 @@ class Call:
         """Shape of what comes out."""
         return self.node.meta["val"].shape
 
-    def keep(self, labels: Tensor, why: str) -> None:
-        """Keep these features whole."""
-        self.features.keep_whole(labels, why)
+    def keep(self, labels: Tensor, why: str, zeros: int = NEVER) -> None:
+        """Keep these features whole, or at least as zeros in their places."""
+        self.features.keep_whole(labels, why, zeros)
 
 
 Rule: TypeAlias = Callable[[Call], Any]

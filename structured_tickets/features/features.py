@@ -14,6 +14,10 @@ OTHER = -1
 """Label of a number that belongs to no feature."""
 ZERO = 0
 """Label of a number that is always zero."""
+LOGITS = "it is one of the logits"
+"""Why what comes out of a network stays."""
+NEVER, IN_ROWS, ALWAYS = range(3)
+"""How far features that stay can be zeros: not at all; where a layer gives them; also in what is computed of them."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class Features:
         self._named: dict[str, int] = {}
         self._pairs: list[Tensor] = []
         self._inside: list[Tensor] = []
-        self._whole: list[tuple[Tensor, str]] = []
+        self._whole: list[tuple[Tensor, str, int]] = []
         self._placed: list[Tensor] = []
         self._numbers: list[Tensor] = []
         self._found: dict[bool, Tensor] = {}
@@ -177,11 +181,15 @@ class Features:
             pairs.append(torch.stack([one[both], other[both]]).unique(dim=1))
             self._found.clear()
 
-    def keep_whole(self, features: Tensor, why: str) -> None:
-        """Features that cannot be removed."""
+    def keep_whole(self, features: Tensor, why: str, zeros: int = NEVER) -> None:
+        """Features that cannot be removed.
+
+        Args:
+            zeros: Whether they can be zeros in their places, though.
+        """
         found = features[features > 0].unique()
         if len(found):
-            self._whole.append((found, why))
+            self._whole.append((found, why, zeros))
 
     def keep_in_place(self, features: Tensor) -> None:
         """Features whose places in tensors have to stay; they can be zeros, which nothing computes."""
@@ -190,7 +198,7 @@ class Features:
     @property
     def reasons(self) -> list[tuple[Tensor, str]]:
         """What cannot be removed, and why."""
-        return self._whole
+        return [(features, why) for features, why, _ in self._whole]
 
     def sets(self, layers: bool) -> Tensor:
         """Number of the set of features that each belongs to: int64 [count + 1]; the first entry is unused.
@@ -206,13 +214,17 @@ class Features:
             found = self._found[layers] = _connected(pairs, self.count + 1)
         return found
 
-    def whole(self, layers: bool) -> Tensor:
-        """Which sets cannot be removed: bool [sets]."""
-        return self._flagged(layers, [features for features, _ in self._whole])
+    def whole(self, layers: bool, zeros: int = ALWAYS + 1) -> Tensor:
+        """Which sets cannot be removed: bool [sets].
+
+        Args:
+            zeros: Those that can be zeros so far, or farther, are left out.
+        """
+        return self._flagged(layers, [features for features, _, possible in self._whole if possible < zeros])
 
     def there(self, layers: bool = False) -> Tensor:
         """Which wires, or units, stay in tensors, whatever is removed: bool [sets]."""
-        return self._flagged(layers, [*(features for features, _ in self._whole), *self._placed])
+        return self._flagged(layers, [*(features for features, *_ in self._whole), *self._placed])
 
     def _flagged(self, layers: bool, lines: list[Tensor]) -> Tensor:
         sets = self.sets(layers)
@@ -241,7 +253,7 @@ class Features:
     def needed(self, masks: Mapping[str, Tensor], alive: Tensor) -> Tensor:
         """Which features the logits depend on, of those that are alive: bool [count + 1]."""
         flags = torch.zeros(self.count + 1, dtype=torch.bool)
-        for features, _ in self._whole:
+        for features, *_ in self._whole:
             flags[features] = True
         for event in reversed(self.events):
             if isinstance(event, Contraction):

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from structured_tickets.features.calls import Call, LayerCall, packet
 from structured_tickets.features.exported import Program
-from structured_tickets.features.features import Features, Parts, Through
+from structured_tickets.features.features import LOGITS, Features, Parts, Through
 from structured_tickets.features.labels import compact, plain, shortened, varying
 from structured_tickets.features.rules_of_axes import taken_axes
 from structured_tickets.features.rules_of_numbers import combined, mixed
@@ -102,7 +102,7 @@ class _Interpreter:
             self.env[node] = None  # a graph within the graph
         elif node.op == "output":
             for source in node.all_input_nodes:
-                self._keep(source, "it is one of the logits")
+                self._keep(source, LOGITS)
         else:
             self._call(node)
 

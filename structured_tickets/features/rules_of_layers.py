@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from structured_tickets.features.calls import Call, LayerCall
-from structured_tickets.features.features import OTHER, Contraction, Gate
+from structured_tickets.features.features import IN_ROWS, OTHER, Contraction, Gate
 from structured_tickets.features.labels import line_along, plain, varying
 from structured_tickets.features.rules_of_numbers import mixed
 
@@ -95,10 +95,10 @@ def layer_normalisation(call: Call) -> Tensor:
     """A normalisation over the last axes."""
     labels = call.labels(0)
     axes = range(labels.ndim - len(call.argument(1)), labels.ndim)
-    return mixed(call, labels, axes, "it is normalised together with other features").expand(call.shape)
+    return mixed(call, labels, axes, "it is normalised together with other features", zeros=IN_ROWS).expand(call.shape)
 
 
 def group_normalisation(call: Call) -> Tensor:
     """A normalisation over groups of channels."""
-    call.keep(call.labels(0), "it is normalised together with other features")
+    call.keep(call.labels(0), "it is normalised together with other features", IN_ROWS)
     return plain(call.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from structured_tickets.features.calls import LayerCall
-from structured_tickets.features.features import Both, Contraction, Features, Gate, Through
+from structured_tickets.features.features import ALWAYS, IN_ROWS, LOGITS, Both, Contraction, Features, Gate, Through
 from structured_tickets.features.following import Following
 from structured_tickets.networks.registry import ModelSpec
 from structured_tickets.unit_groups.operations import is_depthwise, is_plain_conv, is_prunable_norm
@@ -57,7 +57,7 @@ def _logits(following: Following) -> Tensor:
     features = following.features
     flags = torch.zeros(features.count + 1, dtype=torch.bool)
     for found, why in features.reasons:
-        if why == "it is one of the logits":
+        if why == LOGITS:
             flags[found] = True
     for event in reversed(features.events):
         if isinstance(event, Through) and not event.nonzero:
@@ -150,15 +150,20 @@ def linear_units(
     if convolutions:
         cut |= {n for n, m in model.named_modules() if isinstance(m, CONVOLUTIONS) and n != spec.stem}
     alike: dict[tuple, list[Places]] = defaultdict(list)
-    for number, places in places_of_units(following, _lines(following)).items():
+    zeros = features.whole(layers=True) & ~features.whole(layers=True, zeros=ALWAYS)  # a bias would show there
+    known = torch.arange(features.count + 1).where(zeros[sets], 0)
+    further = [(n, axis, known[line.clamp(min=0)]) for n, axis, line in lines_that_follow(following)]
+    cut |= {n.rpartition(".")[0] for n, _, line in further if bool((line > 0).any())}
+    for number, places in places_of_units(following, [*_lines(following), *further], ALWAYS).items():
         kind = "head" if number in heads else "neuron"
         key = (kind, *sorted((*k, len(v)) for k, v in places.items()))
         axes = {axis for _, axis in places}
         layers = {weight.rpartition(".")[0] for weight, _ in places}
-        known = all(isinstance(model.get_submodule(n), nn.Linear) or n in cut for n in layers)
-        if known and axes == {0, 1} and spec.classifier not in layers and not outside & {w for w, _ in places}:
+        linear = all(isinstance(model.get_submodule(n), nn.Linear) or n in cut for n in layers)
+        if linear and axes == {0, 1} and spec.classifier not in layers and not outside & {w for w, _ in places}:
             alike[key].append(places)
-    groups = [_group(model, key[0], units) for key, units in alike.items() if len(units) > 1]
+    follow = {n for n, _, _ in further}
+    groups = [_group(model, key[0], units, follow) for key, units in alike.items() if len(units) > 1]
     order = {n: k for k, (n, _) in enumerate(model.named_parameters())}
     groups.sort(key=lambda g: (g.kind != "head", order[g.root.name]))
     names = Counter[str]()
@@ -174,6 +179,9 @@ def _named(group: UnitGroup, names: Counter[str]) -> UnitGroup:
 def _read(features: Features) -> Tensor:
     """Which features something is computed of: bool [count + 1]."""
     flags = torch.zeros(features.count + 1, dtype=torch.bool)
+    for found, why in features.reasons:
+        if why != LOGITS:
+            flags[found] = True
     for event in features.events:
         for line in (getattr(event, name, None) for name in ("sources", "columns", "one", "other")):
             if line is not None:
@@ -187,7 +195,7 @@ def neurons_of(model: nn.Module, following: Following, spec: ModelSpec) -> list[
     The columns that read them belong to them where linear layers do, and not the classifier.
     """
     features = following.features
-    wires, whole = features.sets(layers=False), features.whole(layers=False)
+    wires, whole = features.sets(layers=False), features.whole(layers=False, zeros=IN_ROWS)
     known = {g.name: g for g in linear_units(model, following, spec) if g.kind == "neuron"}
     owned = {s.name for g in known.values() for s in g.slices if s.axis == 0}
     outside, read, groups = outside_of_layers(following), _read(features), []
@@ -206,14 +214,17 @@ def neurons_of(model: nn.Module, following: Following, spec: ModelSpec) -> list[
     return groups
 
 
-def places_of_units(following: Following, lines: Iterable[tuple[str, int, Tensor]]) -> dict[int, Places]:
+def places_of_units(
+    following: Following, lines: Iterable[tuple[str, int, Tensor]], zeros: int = ALWAYS + 1
+) -> dict[int, Places]:
     """Return the places of each set of features that can be removed, by its number.
 
     Args:
         lines: (parameter, axis, feature of each position along the axis, or less than 1 where there is none).
+        zeros: Of those that cannot, these count which can be zeros so far.
     """
     features = following.features
-    sets, whole = features.sets(layers=True), features.whole(layers=True)
+    sets, whole = features.sets(layers=True), features.whole(True, zeros)
     members: dict[int, Places] = defaultdict(lambda: defaultdict(list))
     for name, axis, line in lines:
         numbers = sets[line.clamp(min=0)]
@@ -239,14 +250,29 @@ def _lines(following: Following) -> Iterator[tuple[str, int, Tensor]]:
                 yield event.weight, 1, event.columns
 
 
-def _group(model: nn.Module, kind: str, units: list[dict[tuple[str, int], list[int]]]) -> UnitGroup:
+def lines_that_follow(following: Following) -> Iterator[tuple[str, int, Tensor]]:
+    """Biases, and weights and biases of normalisations, with the feature of each position: of each layer once."""
+    seen = set()
+    for event in following.features.events:
+        if isinstance(event, Contraction) and event.bias and event.bias not in seen:
+            seen.add(event.bias)
+            yield event.bias, 0, event.rows
+        elif isinstance(event, Gate) and event.parameters and event.parameters[0] not in seen:
+            seen.add(event.parameters[0])
+            line = torch.zeros(int(event.places.max()) + 1, dtype=torch.long)
+            line[event.places] = event.features
+            for name in event.parameters:
+                yield name, 0, line
+
+
+def _group(model: nn.Module, kind: str, units: list[Places], follow: Collection[str]) -> UnitGroup:
     order = {n: k for k, (n, _) in enumerate(model.named_parameters())}
-    keys = sorted(units[0], key=lambda k: (k[1], order[k[0]]))
+    keys = sorted(units[0], key=lambda k: (k[1], k[0] in follow, order[k[0]]))
     units = sorted(units, key=lambda u: u[keys[0]])
-    slices = tuple(_slice(weight, axis, torch.tensor([u[weight, axis] for u in units])) for weight, axis in keys)
+    slices = tuple(_slice(n, axis, torch.tensor([u[n, axis] for u in units]), n not in follow) for n, axis in keys)
     return UnitGroup(slices[0].layer, kind, slices)
 
 
-def _slice(name: str, axis: int, index: Tensor) -> Slice:
+def _slice(name: str, axis: int, index: Tensor, ranked: bool) -> Slice:
     layer, _, param = name.rpartition(".")
-    return Slice(layer, axis, index, param)
+    return Slice(layer, axis, index, param, ranked)

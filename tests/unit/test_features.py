@@ -226,6 +226,36 @@ class Gated(nn.Module):
         return self.out(F.gelu(gate) * torch.cat((plain, filtered), -1))
 
 
+class Response(nn.Module):
+    """Each neuron is divided by the mean length of all."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.gain, self.out = nn.Linear(24, 40), nn.Parameter(torch.rand(40)), nn.Linear(40, 24)
+
+    def forward(self, x):
+        x = F.gelu(self.into(x))
+        length = x.norm(dim=1, keepdim=True)
+        return self.out(x + self.gain * x * (length / (length.mean(-1, keepdim=True) + 1e-6)))
+
+
+class Spatial(nn.Module):
+    """Half of the neurons are normalised together and mixed over places, and gate the other half."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.norm, self.places, self.out = (
+            nn.Linear(24, 80),
+            nn.LayerNorm(40),
+            nn.Linear(5, 5),
+            nn.Linear(40, 24),
+        )
+
+    def forward(self, x):
+        plain, gate = F.gelu(self.into(x)).chunk(2, -1)
+        return self.out(plain * self.places(self.norm(gate).transpose(1, 2)).transpose(1, 2))
+
+
 class ViT(nn.Module):
     def __init__(self, attention=Attention):
         super().__init__()
@@ -273,7 +303,12 @@ CNNS = {
     Gates: {"a.0", "b.0", "c.0"},
     Scaled: {"a.0", "c.0"},
 }
-NETWORKS = [*CNNS, ViT, *(functools.partial(ViT, kind) for kind in (Fixed, Biased, Resized, Grouped, Gated)), Hybrid]
+NETWORKS = [
+    *CNNS,
+    ViT,
+    *(functools.partial(ViT, kind) for kind in (Fixed, Biased, Resized, Grouped, Gated)),
+    Hybrid,
+]
 
 
 def made(build):
@@ -402,6 +437,44 @@ def test_a_group_of_heads_that_share_keys_is_one_unit_that_is_not_computed():
     ]
     small = shrink(model, masks).network
     assert small.mixers[0].query.weight.shape == (24, 24) and small.mixers[0].out.weight.shape == (24, 12)
+
+
+@pytest.mark.parametrize("kind", [Response, Spatial])
+@torch.no_grad()
+def test_neurons_whose_places_stay_are_not_computed(kind):
+    model = made(lambda: ViT(kind)).eval()
+    groups, kept, masks = pruned(model)
+    group = groups[0]
+    assert [(s.name, s.index.flatten().tolist(), s.ranked) for s in group.slices] == [
+        (f"mixers.0.{name}", list(range(40)), name.endswith("weight"))
+        for name in ("into.weight", "into.bias", "out.weight")
+    ]
+    network, left = shrink(model, masks, spread=0).network, int(kept[group.name].sum())
+    small, into = network.mixers[0], model.mixers[0].into
+    assert small.into.out_features == into.out_features - 40 + left and small.out.in_features == left
+    for found in (network, shrink(model, masks).network):
+        torch.testing.assert_close(found(images()), masked(model, masks)(images()), rtol=1e-4, atol=1e-5)
+
+
+class Pooled(Cnn):
+    """The classifier has a layer whose numbers are normalised together."""
+
+    def build(self):
+        self.a, self.fc = conv(8, 12), nn.Sequential(nn.Linear(12, 30), nn.LayerNorm(30), nn.SiLU(), nn.Linear(30, 5))
+
+    def middle(self, x):
+        return self.a(x)
+
+
+@torch.no_grad()
+def test_rows_of_a_linear_layer_before_a_normalisation_are_not_computed():
+    model = made(Pooled).eval()
+    model.spec = ModelSpec("Pooled", "stem.0", "fc.3", "", image=(3, 8, 8), followed=True)
+    groups, kept, masks = pruned(model)
+    assert [g.name for g in groups] == ["a.0", "fc.0"]
+    small = shrink(model, masks).network
+    assert small.fc[0].out_features == int(kept["fc.0"].sum())
+    torch.testing.assert_close(small(images()), masked(model, masks)(images()), rtol=1e-4, atol=1e-5)
 
 
 def test_convolutions_in_front_of_a_transformer_have_neurons():
