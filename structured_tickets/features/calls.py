@@ -19,6 +19,19 @@ def packet(target: object) -> str:
 
 
 @dataclass(frozen=True)
+class Filters:
+    """What the weights of a convolution are computed of.
+
+    Attributes:
+        weight: Name of the parameter of the same shape.
+        beside: Names of others that have an entry for each filter.
+    """
+
+    weight: str
+    beside: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class LayerCall:
     """A layer with the features that it reads and gives.
 
@@ -43,6 +56,7 @@ class Call:
         inside: Whether a call is made by the module that owns a parameter.
         features: New ones are numbered there.
         tensors: Labels of further tensors that have to stay rectangles.
+        filters: If it is a convolution whose weights are computed: of what.
         made: If it is a layer's: what this one read, and what it gave.
     """
 
@@ -52,6 +66,7 @@ class Call:
     inside: Callable[[fx.Node, str], bool]
     features: Features
     tensors: list[Tensor]
+    filters: Filters | None = None
     made: LayerCall | None = None
 
     def argument(self, place: int, word: str = "", default: Any = None) -> Any:

@@ -71,6 +71,8 @@ class Contraction:
         inside: The layer itself computes it, and not another module with the layer's weights.
         grouped: True if rows read some of the columns each, all of which are kept whole.
         depthwise: True if row r reads feature r of `columns`, and the weight has no axis for columns.
+        computed: The weights are computed of the parameter, filter by filter: of all its columns.
+        beside: Names of other parameters of which they are, that have an entry for each row.
     """
 
     weight: str
@@ -81,6 +83,8 @@ class Contraction:
     depthwise: bool = False
     inside: bool = True
     grouped: bool = False
+    computed: bool = False
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -262,6 +266,8 @@ class Features:
                 wanted = flags[event.rows] & alive[event.rows]
                 if event.depthwise:
                     read = wanted & _left(masks, event.weight, event.axes[0], len(event.rows))
+                elif event.computed:
+                    read = wanted.any().expand(len(event.columns))
                 else:
                     read = _columns_read(masks, event, wanted)
                 flags[event.columns[read & (event.columns > 0)]] = True

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from structured_tickets.features.calls import Call, LayerCall, packet
+from structured_tickets.features.computed_weights import computed_filters
 from structured_tickets.features.exported import Program
 from structured_tickets.features.features import LOGITS, Features, Parts, Through
 from structured_tickets.features.labels import compact, plain, shortened, varying
@@ -90,6 +91,8 @@ class _Interpreter:
         self.env: dict[fx.Node, Any] = {}
         self.values: dict[fx.Node, Any] = {}  # of what depends on nothing that is trained or seen
         self.names: dict[fx.Node, str] = {}
+        self.filters = computed_filters(program)
+        self.behind = {n for f in self.filters.values() for n in (f.weight, *f.beside)}
 
     def run(self) -> None:
         for node in self.program.graph.graph.nodes:
@@ -117,6 +120,7 @@ class _Interpreter:
         if (
             number
             and node in self.names
+            and self.names[node] not in self.behind
             and 1 < value.numel() <= LARGEST
             and not all(_holds(u, node) for u in node.users)
         ):
@@ -179,7 +183,7 @@ class _Interpreter:
         if name in CHECKS:
             return None
         own, inside = self.following, self.program.is_of_its_layer
-        call = Call(node, self._labels, self._name, inside, own.features, own.tensors)
+        call = Call(node, self._labels, self._name, inside, own.features, own.tensors, self.filters.get(node))
         try:
             rule = RULES.get(name)
             if node.target is operator.getitem:

@@ -27,6 +27,7 @@ def transposed_convolution(call: Call) -> Tensor:
 def _convolved(call: Call, weight: str, bias: str, groups: int, axes: tuple[int, int]) -> Tensor:
     labels, outputs = call.labels(0), call.shape[1]
     columns = _read(call, labels, 1)
+    weight = weight or (call.filters.weight if call.filters else "")
     if not weight:
         call.keep(labels, "the weights of the layer that reads it are computed")
         return plain(call.shape)
@@ -54,10 +55,12 @@ def _layer(
         features.join(rows, columns, layer=True)
     elif groups > 1:
         call.keep(torch.cat([rows, columns]), "its layer's groups must stay equally large")
-    inside = call.inside(call.node, weight)
-    features.events.append(
-        Contraction(weight, bias, columns, rows, axes, depthwise, inside, groups > 1 and not depthwise)
-    )
+    inside, grouped = call.inside(call.node, weight), groups > 1 and not depthwise
+    beside = call.filters.beside if call.filters else ()
+    computed = call.filters is not None and not depthwise
+    if computed:
+        features.keep_in_place(columns)
+    features.events.append(Contraction(weight, bias, columns, rows, axes, depthwise, inside, grouped, computed, beside))
     call.made = LayerCall(weight, columns, rows)
     return rows
 

@@ -223,12 +223,19 @@ class _Cutter:
             return _positions(leaving)
         rows = _at_least_one(_positions(_flags(event.rows, self._kept(1)) & leaving))
         columns = rows
-        if not event.depthwise:
+        if event.computed:
+            columns = _positions(arriving)
+            if len(columns) < len(arriving):
+                raise ValueError(f"the weights of {event.weight} are computed of all columns")
+            rows = self._worth_placing(event, rows, columns, leaving)
+        elif not event.depthwise:
             read = torch.stack([_flags(e.columns, self._kept(2)) for e in events]).any(0)
             columns = _at_least_one(_positions(read & arriving))
             rows = self._worth_placing(event, rows, columns, leaving)
         axes = {0: rows} if event.depthwise else {event.axes[0]: rows, event.axes[1]: columns}
         self._tensor(event.weight, axes)
+        for name in event.beside:
+            self._tensor(name, {0: rows})
         for layer in layers:
             _resize(layer, len(rows), len(columns))
             axis = -1 if isinstance(layer, nn.Linear) else 1

@@ -25,7 +25,9 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def channels_of(model: nn.Module, following: Following, spec: ModelSpec, stem: bool) -> list[UnitGroup]:
     """Return one group per convolution, as `channel_groups` does."""
     left_dense = {spec.classifier} if stem else {spec.classifier, spec.stem}
-    convs = {n: m for n, m in model.named_modules() if is_plain_conv(m) and n not in left_dense}
+    contractions = [e for e in following.features.events if isinstance(e, Contraction)]
+    computed = {e.weight.rpartition(".")[0] for e in contractions if e.computed or e.beside}
+    convs = {n: m for n, m in model.named_modules() if (is_plain_conv(m) or n in computed) and n not in left_dense}
     logits = _logits(following)
     outside = outside_of_layers(following)
     calls = {c.layer.rpartition(".")[0]: c for c in following.calls if c.layer not in outside}

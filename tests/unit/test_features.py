@@ -139,6 +139,37 @@ class Scaled(Cnn):
         return self.c(torch.addcmul(x, x, self.gain))
 
 
+class Standardised(nn.Conv2d):
+    """Each filter is shifted and scaled before it is used, and has a gain."""
+
+    def __init__(self, *args, **words):
+        super().__init__(*args, **words)
+        self.gain = nn.Parameter(torch.rand(self.out_channels, 1, 1, 1) + 0.5)
+
+    def forward(self, x):
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        w = self.gain * w / (w.pow(2).mean((1, 2, 3), keepdim=True) + 1e-5).sqrt()
+        return F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Together(nn.Conv2d):
+    """All filters are divided by the same number."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight / self.weight.norm(), self.bias, self.stride, self.padding)
+
+
+class Computed(Cnn):
+    """Weights are computed, of one layer's filters together."""
+
+    def build(self):
+        self.a, self.b = Standardised(8, 16, 3, padding=1), Standardised(16, 16, 3, padding=1, groups=16)
+        self.c, self.d = Together(16, 10, 1), Standardised(10, 12, 3, padding=1, bias=False)
+
+    def middle(self, x):
+        return self.d(self.c(self.b(self.a(x).relu()).relu()).relu())
+
+
 class Attention(nn.Module):
     """As it is written by hand."""
 
@@ -302,6 +333,7 @@ CNNS = {
     Called: {"a", "b"},
     Gates: {"a.0", "b.0", "c.0"},
     Scaled: {"a.0", "c.0"},
+    Computed: {"a", "d"},
 }
 NETWORKS = [
     *CNNS,
