@@ -147,6 +147,7 @@ class Features:
         self._whole: list[tuple[Tensor, str, int]] = []
         self._placed: list[Tensor] = []
         self._numbers: list[Tensor] = []
+        self._computed: list[Tensor] = []
         self._found: dict[bool, Tensor] = {}
 
     def new(self, number: int, name: str = "") -> Tensor:
@@ -164,11 +165,22 @@ class Features:
         self._numbers.append(found[[0, -1]])
         return found
 
-    def are_numbers(self, labels: Tensor) -> bool:
-        """Return whether all features among these labels are numbers of parameters."""
+    def computed_of(self, sources: Tensor, number: int) -> Tensor:
+        """Number new features that are computed of others: int64 [number]; of numbers of parameters, they are such."""
+        found = self.new(number)
+        if number and self.are_numbers(sources, computed=True):
+            self._computed.append(found[[0, -1]])
+        return found
+
+    def are_numbers(self, labels: Tensor, computed: bool = False) -> bool:
+        """Return whether all features among these labels are numbers of parameters.
+
+        Args:
+            computed: Or computed of such alone.
+        """
         found = labels[labels > 0]
         known = torch.zeros_like(found, dtype=torch.bool)
-        for first, last in self._numbers:
+        for first, last in (*self._numbers, *(self._computed if computed else [])):
             known |= (found >= first) & (found <= last)
         return bool(known.all())
 

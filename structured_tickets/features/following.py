@@ -324,7 +324,8 @@ def _flat(value: Any) -> Sequence[Any]:
 
 def _holds(user: fx.Node, parameter: fx.Node) -> bool:
     slots = SLOTS.get(packet(user.target), ())
-    return all(k in slots for k, a in enumerate(user.args) if a is parameter)
+    places = [k for k, a in enumerate(user.args) if a is parameter]
+    return bool(places) and all(k in slots for k in places)  # in none, if it is one of a list
 
 
 def _takes_all(node: fx.Node, size: int) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 from structured_tickets.features.calls import Call, LayerCall
 from structured_tickets.features.features import IN_ROWS, OTHER, Contraction, Gate
 from structured_tickets.features.labels import line_along, plain, varying
-from structured_tickets.features.rules_of_numbers import mixed
+from structured_tickets.features.rules_of_numbers import combined, mixed
 
 
 def convolution(call: Call) -> Tensor:
@@ -72,8 +72,9 @@ def linear(call: Call) -> Tensor:
     if not weight or others:
         found = mixed(call, labels, [-1], "the weights of the layer that reads it are computed")
         return found.expand(call.shape)
-    rows = _layer(call, weight, bias, _read(call, labels, -1), call.shape[-1], (0, 1))
-    return rows.expand(call.shape)
+    rows = _layer(call, weight, bias, _read(call, labels, -1), call.shape[-1], (0, 1)).expand(call.shape)
+    computed = call.labels_of(call.argument(2, "bias")) if call.argument(2, "bias") is not None and not bias else None
+    return rows if computed is None else combined(call, rows, computed, product=False)
 
 
 def channel_normalisation(call: Call) -> Tensor:

@@ -43,7 +43,7 @@ def fresh(features: Features, labels: Tensor) -> Tensor:
     """New features, never zero, in the places of others, with which they have to be removed."""
     small = compact(labels)
     old, inverse = small.unique(return_inverse=True)
-    new = torch.where(old > 0, features.new(len(old)), OTHER)
+    new = torch.where(old > 0, features.computed_of(old, len(old)), OTHER)
     features.join(old, new)
     features.events.append(Through(old[old > 0], new[old > 0], nonzero=True))
     return new[inverse].expand(labels.shape)
@@ -134,10 +134,16 @@ def without_what_is_repeated(call: Call, one: Tensor, other: Tensor) -> Tensor:
     These features do not belong together by that; the number stays.
     """
     several = [a for a in varying(other) if a not in varying(one)]
-    if not several or not bool((one > 0).any()) or not call.features.are_numbers(one):
+    if not several or not bool((one > 0).any()) or not _stays(call.features, one, other):
         return one
     call.keep(one, "it is combined with several features")
     return plain(one.shape)
+
+
+def _stays(features: Features, one: Tensor, other: Tensor) -> bool:
+    """Whether the first are numbers of parameters, or computed of such and the others are not."""
+    computed = features.are_numbers(one, computed=True) and not features.are_numbers(other, computed=True)
+    return computed or features.are_numbers(one)
 
 
 def without_what_crosses(call: Call, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,7 +177,7 @@ def paired(call: Call, one: Tensor, other: Tensor, product: bool) -> Tensor:
     for labels, partner in ((a, b), (b, a)):
         call.keep(labels[(labels > 0) & (partner == OTHER)], "it is combined with numbers that cannot be removed")
     sets = sets_of(a[both], b[both])  # one feature for all that have to go together
-    new = features.new(int(sets.max()) + 1 if len(sets) else 0)[sets]
+    new = features.computed_of(torch.cat([a[both], b[both]]), int(sets.max()) + 1 if len(sets) else 0)[sets]
     found[both] = new
     features.join(a[both], new)
     features.join(b[both], new)

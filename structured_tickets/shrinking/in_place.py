@@ -216,8 +216,10 @@ class _Cutter:
         layers = [self.small.get_submodule(n.rpartition(".")[0]) for n in self.names[event.weight]]
         whole = bool(arriving.all()) and bool(leaving.all())
         if not all(isinstance(m, LAYERS) for m in layers) or not all(e.inside for e in events):
-            if not whole:
+            if not whole and (event.grouped or event.depthwise):
                 raise ValueError(f"{event.weight} is used without its layer")
+            if not whole:  # other code computes with the weight: it reads what arrives, and gives what leaves
+                self._tensor(event.weight, {event.axes[0]: _positions(leaving), event.axes[1]: _positions(arriving)})
             return _positions(leaving)
         if event.grouped:  # whole, as its groups have to stay equally large
             return _positions(leaving)

@@ -146,7 +146,6 @@ def linear_units(
     features = following.features
     sets = features.sets(layers=True)
     heads = {int(n) for found in features.heads for n in sets[found].unique()}
-    outside = outside_of_layers(following)
     contractions = [e for e in features.events if isinstance(e, Contraction)]
     cut = {e.weight.rpartition(".")[0] for e in contractions if e.depthwise}  # they filter neurons one by one
     if convolutions:
@@ -162,7 +161,7 @@ def linear_units(
         axes = {axis for _, axis in places}
         layers = {weight.rpartition(".")[0] for weight, _ in places}
         linear = all(isinstance(model.get_submodule(n), nn.Linear) or n in cut for n in layers)
-        if linear and axes == {0, 1} and spec.classifier not in layers and not outside & {w for w, _ in places}:
+        if linear and axes == {0, 1} and spec.classifier not in layers:
             alike[key].append(places)
     follow = {n for n, _, _ in further}
     groups = [_group(model, key[0], units, follow) for key, units in alike.items() if len(units) > 1]

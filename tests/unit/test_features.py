@@ -257,6 +257,28 @@ class Gated(nn.Module):
         return self.out(F.gelu(gate) * torch.cat((plain, filtered), -1))
 
 
+class Turned(Attention):
+    """Queries and keys are turned by angles that depend on places; biases are put together outside of their layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.first, self.last = nn.Linear(24, 72, bias=False), *(nn.Parameter(torch.rand(24)) for _ in "qv")
+        self.register_buffer("none", torch.zeros(24))
+        self.register_buffer("periods", torch.rand(3) + 0.5)
+
+    def turned(self, x):
+        angles = torch.arange(5)[:, None] / self.periods.repeat(2)
+        one, other = x.chunk(2, -1)
+        return x * angles.cos() + torch.cat([-other, one], -1) * angles.sin()
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        bias = torch.cat((self.first, self.none, self.last))
+        q, k, v = F.linear(x, self.query.weight, bias).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(self.turned(q), self.turned(k), v)
+        return self.out(x.transpose(1, 2).reshape(b, n, -1))
+
+
 class Response(nn.Module):
     """Each neuron is divided by the mean length of all."""
 
@@ -338,7 +360,7 @@ CNNS = {
 NETWORKS = [
     *CNNS,
     ViT,
-    *(functools.partial(ViT, kind) for kind in (Fixed, Biased, Resized, Grouped, Gated)),
+    *(functools.partial(ViT, kind) for kind in (Fixed, Biased, Resized, Grouped, Gated, Turned)),
     Hybrid,
 ]
 
@@ -524,6 +546,15 @@ def test_what_is_divided_into_parts_is_divided_into_smaller_ones():
     plain, filtered = (int(kept[g.name].sum()) for g in groups[:2])
     assert small.sizes == (plain + filtered, plain, filtered) and small.into.out_features == 2 * (plain + filtered)
     assert not any(isinstance(m, INSERTED) for m in small.modules()) and model.mixers[0].sizes == (32, 20, 12)
+
+
+def test_heads_that_are_turned_take_their_biases_with_them():
+    model = made(lambda: ViT(Turned))
+    groups, kept, masks = pruned(model)
+    assert [(g.kind, g.units) for g in groups][:2] == [("head", 4)] * 2
+    small, left = shrink(model, masks).network.mixers[0], int(kept["mixers.0.query"].sum())
+    assert small.query.weight.shape == (18 * left, 24) and small.first.shape == small.none.shape == (6 * left,)
+    assert small.heads == left and small.periods.shape == (3,)
 
 
 def test_what_is_cut_keeps_the_memory_layout_in_which_it_trains_faster():
