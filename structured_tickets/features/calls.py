@@ -9,13 +9,26 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
-from structured_tickets.features.features import Features
+from structured_tickets.features.features import NEVER, Features
 
 
 def packet(target: object) -> str:
     """Name of an operation without its overload."""
     name = str(getattr(target, "overloadpacket", target))
     return name.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What the weights of a convolution are computed of.
+
+    Attributes:
+        weight: Name of the parameter of the same shape.
+        beside: Names of others that have an entry for each filter.
+    """
+
+    weight: str
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,7 @@ class Call:
         inside: Whether a call is made by the module that owns a parameter.
         features: New ones are numbered there.
         tensors: Labels of further tensors that have to stay rectangles.
+        filters: If it is a convolution whose weights are computed: of what.
         made: If it is a layer's: what this one read, and what it gave.
     """
 
@@ -52,6 +66,7 @@ class Call:
     inside: Callable[[fx.Node, str], bool]
     features: Features
     tensors: list[Tensor]
+    filters: Filters | None = None
     made: LayerCall | None = None
 
     def argument(self, place: int, word: str = "", default: Any = None) -> Any:
@@ -82,9 +97,9 @@ class Call:
         """Shape of what comes out."""
         return self.node.meta["val"].shape
 
-    def keep(self, labels: Tensor, why: str) -> None:
-        """Keep these features whole."""
-        self.features.keep_whole(labels, why)
+    def keep(self, labels: Tensor, why: str, zeros: int = NEVER) -> None:
+        """Keep these features whole, or at least as zeros in their places."""
+        self.features.keep_whole(labels, why, zeros)
 
 
 Rule: TypeAlias = Callable[[Call], Any]

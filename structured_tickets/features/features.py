@@ -14,6 +14,10 @@ OTHER = -1
 """Label of a number that belongs to no feature."""
 ZERO = 0
 """Label of a number that is always zero."""
+LOGITS = "it is one of the logits"
+"""Why what comes out of a network stays."""
+NEVER, IN_ROWS, ALWAYS = range(3)
+"""How far features that stay can be zeros: not at all; where a layer gives them; also in what is computed of them."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ class Contraction:
         inside: The layer itself computes it, and not another module with the layer's weights.
         grouped: True if rows read some of the columns each, all of which are kept whole.
         depthwise: True if row r reads feature r of `columns`, and the weight has no axis for columns.
+        computed: The weights are computed of the parameter, filter by filter: of all its columns.
+        beside: Names of other parameters of which they are, that have an entry for each row.
     """
 
     weight: str
@@ -77,6 +83,8 @@ class Contraction:
     depthwise: bool = False
     inside: bool = True
     grouped: bool = False
+    computed: bool = False
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,24 @@ class Padding:
     line: Tensor
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Features along an axis that is divided into parts of given sizes.
+
+    Attributes:
+        module: Name of the module whose code does it.
+        sizes: Number of positions of each part.
+        labels, axis: What is divided.
+        line: The feature of each position along the axis: int64 [positions].
+    """
+
+    module: str
+    sizes: tuple[int, ...]
+    labels: Tensor
+    axis: int
+    line: Tensor
+
+
 Event = Through | Both | Gate | Contraction
 
 
@@ -106,6 +132,7 @@ class Features:
         heads: Those that products of matrices of features gave: weights of attention.
         events: How they are computed.
         paddings: Those that are always zero.
+        parts: Those that are divided into parts of given sizes.
     """
 
     def __init__(self) -> None:
@@ -113,12 +140,14 @@ class Features:
         self.events: list[Event] = []
         self.heads: list[Tensor] = []
         self.paddings: list[Padding] = []
+        self.parts: list[Parts] = []
         self._named: dict[str, int] = {}
         self._pairs: list[Tensor] = []
         self._inside: list[Tensor] = []
-        self._whole: list[tuple[Tensor, str]] = []
+        self._whole: list[tuple[Tensor, str, int]] = []
         self._placed: list[Tensor] = []
         self._numbers: list[Tensor] = []
+        self._computed: list[Tensor] = []
         self._found: dict[bool, Tensor] = {}
 
     def new(self, number: int, name: str = "") -> Tensor:
@@ -136,11 +165,22 @@ class Features:
         self._numbers.append(found[[0, -1]])
         return found
 
-    def are_numbers(self, labels: Tensor) -> bool:
-        """Return whether all features among these labels are numbers of parameters."""
+    def computed_of(self, sources: Tensor, number: int) -> Tensor:
+        """Number new features that are computed of others: int64 [number]; of numbers of parameters, they are such."""
+        found = self.new(number)
+        if number and self.are_numbers(sources, computed=True):
+            self._computed.append(found[[0, -1]])
+        return found
+
+    def are_numbers(self, labels: Tensor, computed: bool = False) -> bool:
+        """Return whether all features among these labels are numbers of parameters.
+
+        Args:
+            computed: Or computed of such alone.
+        """
         found = labels[labels > 0]
         known = torch.zeros_like(found, dtype=torch.bool)
-        for first, last in self._numbers:
+        for first, last in (*self._numbers, *(self._computed if computed else [])):
             known |= (found >= first) & (found <= last)
         return bool(known.all())
 
@@ -157,11 +197,15 @@ class Features:
             pairs.append(torch.stack([one[both], other[both]]).unique(dim=1))
             self._found.clear()
 
-    def keep_whole(self, features: Tensor, why: str) -> None:
-        """Features that cannot be removed."""
+    def keep_whole(self, features: Tensor, why: str, zeros: int = NEVER) -> None:
+        """Features that cannot be removed.
+
+        Args:
+            zeros: Whether they can be zeros in their places, though.
+        """
         found = features[features > 0].unique()
         if len(found):
-            self._whole.append((found, why))
+            self._whole.append((found, why, zeros))
 
     def keep_in_place(self, features: Tensor) -> None:
         """Features whose places in tensors have to stay; they can be zeros, which nothing computes."""
@@ -170,7 +214,7 @@ class Features:
     @property
     def reasons(self) -> list[tuple[Tensor, str]]:
         """What cannot be removed, and why."""
-        return self._whole
+        return [(features, why) for features, why, _ in self._whole]
 
     def sets(self, layers: bool) -> Tensor:
         """Number of the set of features that each belongs to: int64 [count + 1]; the first entry is unused.
@@ -186,13 +230,17 @@ class Features:
             found = self._found[layers] = _connected(pairs, self.count + 1)
         return found
 
-    def whole(self, layers: bool) -> Tensor:
-        """Which sets cannot be removed: bool [sets]."""
-        return self._flagged(layers, [features for features, _ in self._whole])
+    def whole(self, layers: bool, zeros: int = ALWAYS + 1) -> Tensor:
+        """Which sets cannot be removed: bool [sets].
+
+        Args:
+            zeros: Those that can be zeros so far, or farther, are left out.
+        """
+        return self._flagged(layers, [features for features, _, possible in self._whole if possible < zeros])
 
     def there(self, layers: bool = False) -> Tensor:
         """Which wires, or units, stay in tensors, whatever is removed: bool [sets]."""
-        return self._flagged(layers, [*(features for features, _ in self._whole), *self._placed])
+        return self._flagged(layers, [*(features for features, *_ in self._whole), *self._placed])
 
     def _flagged(self, layers: bool, lines: list[Tensor]) -> Tensor:
         sets = self.sets(layers)
@@ -221,7 +269,7 @@ class Features:
     def needed(self, masks: Mapping[str, Tensor], alive: Tensor) -> Tensor:
         """Which features the logits depend on, of those that are alive: bool [count + 1]."""
         flags = torch.zeros(self.count + 1, dtype=torch.bool)
-        for features, _ in self._whole:
+        for features, *_ in self._whole:
             flags[features] = True
         for event in reversed(self.events):
             if isinstance(event, Contraction):
@@ -230,6 +278,8 @@ class Features:
                 wanted = flags[event.rows] & alive[event.rows]
                 if event.depthwise:
                     read = wanted & _left(masks, event.weight, event.axes[0], len(event.rows))
+                elif event.computed:
+                    read = wanted.any().expand(len(event.columns))
                 else:
                     read = _columns_read(masks, event, wanted)
                 flags[event.columns[read & (event.columns > 0)]] = True

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, fx
 
 from structured_tickets.features.calls import Call, LayerCall, packet
+from structured_tickets.features.computed_weights import computed_filters
 from structured_tickets.features.exported import Program
-from structured_tickets.features.features import Features, Through
+from structured_tickets.features.features import LOGITS, Features, Parts, Through
 from structured_tickets.features.labels import compact, plain, shortened, varying
 from structured_tickets.features.rules_of_axes import taken_axes
 from structured_tickets.features.rules_of_numbers import combined, mixed
@@ -25,6 +26,7 @@ from structured_tickets.features.tables import (
     BY_NUMBER,
     BY_PLACE,
     CHECKS,
+    IN_PARTS,
     LAYERS,
     RANDOM,
     REARRANGEMENTS,
@@ -89,6 +91,8 @@ class _Interpreter:
         self.env: dict[fx.Node, Any] = {}
         self.values: dict[fx.Node, Any] = {}  # of what depends on nothing that is trained or seen
         self.names: dict[fx.Node, str] = {}
+        self.filters = computed_filters(program)
+        self.behind = {n for f in self.filters.values() for n in (f.weight, *f.beside)}
 
     def run(self) -> None:
         for node in self.program.graph.graph.nodes:
@@ -101,7 +105,7 @@ class _Interpreter:
             self.env[node] = None  # a graph within the graph
         elif node.op == "output":
             for source in node.all_input_nodes:
-                self._keep(source, "it is one of the logits")
+                self._keep(source, LOGITS)
         else:
             self._call(node)
 
@@ -116,6 +120,7 @@ class _Interpreter:
         if (
             number
             and node in self.names
+            and self.names[node] not in self.behind
             and 1 < value.numel() <= LARGEST
             and not all(_holds(u, node) for u in node.users)
         ):
@@ -178,7 +183,7 @@ class _Interpreter:
         if name in CHECKS:
             return None
         own, inside = self.following, self.program.is_of_its_layer
-        call = Call(node, self._labels, self._name, inside, own.features, own.tensors)
+        call = Call(node, self._labels, self._name, inside, own.features, own.tensors, self.filters.get(node))
         try:
             rule = RULES.get(name)
             if node.target is operator.getitem:
@@ -186,7 +191,7 @@ class _Interpreter:
             elif name == "cat" and (joined := self._joined(node, call)) is not None:
                 found = joined
             elif name in REARRANGEMENTS:
-                found = self._rearranged(node, name)
+                found = self._rearranged(call, name)
             elif rule is not None:
                 found = rule(call)
             else:
@@ -220,9 +225,10 @@ class _Interpreter:
         """Whether a call makes features out of what has none: a layer with weights."""
         return packet(node.target) in LAYERS
 
-    def _rearranged(self, node: fx.Node, name: str) -> Any:
+    def _rearranged(self, call: Call, name: str) -> Any:
+        node = call.node
         if name in BY_NUMBER or name in BY_PLACE:
-            self._taken_apart(node, name)
+            self._taken_apart(call, name)
         if name in SHAPING:
             return self.env[node.args[0]].reshape(node.meta["val"].shape)  # type: ignore[index]
         args: Any = fx.map_arg(node.args, self._literal)
@@ -244,8 +250,9 @@ class _Interpreter:
             found = shortened(combined(call, found, part.narrow(axis, 0, 1), product=False, shape=found.shape))
         return found.expand(node.meta["val"].shape)
 
-    def _taken_apart(self, node: fx.Node, name: str) -> None:
-        """Keep what is taken by its place along an axis of features, unless the axis is divided into equal parts."""
+    def _taken_apart(self, call: Call, name: str) -> None:
+        """Keep what is taken by its place along an axis of features, unless the axis is divided into parts."""
+        node = call.node
         if any(source not in self.values for source in node.all_input_nodes[1:]):
             raise ValueError("places that depend on the image")
         labels: Tensor = self.env[node.args[0]]  # type: ignore[index]
@@ -255,6 +262,9 @@ class _Interpreter:
                 parts = -(-labels.shape[axis] // node.args[1])
             if parts and isinstance(parts, int) and labels.shape[axis] % parts == 0:
                 self.following.tensors.append(labels.unflatten(axis, (parts, -1)))
+            elif name in IN_PARTS and isinstance(node.args[1], list | tuple) and len(varying(labels)) == 1:
+                line, sizes = compact(labels).flatten(), tuple(node.args[1])
+                self.following.features.parts.append(Parts(call.module, sizes, labels, axis, line))
             elif not _takes_all(node, labels.shape[axis]):
                 self.following.fixed.append((labels, axis))
 
@@ -314,7 +324,8 @@ def _flat(value: Any) -> Sequence[Any]:
 
 def _holds(user: fx.Node, parameter: fx.Node) -> bool:
     slots = SLOTS.get(packet(user.target), ())
-    return all(k in slots for k, a in enumerate(user.args) if a is parameter)
+    places = [k for k, a in enumerate(user.args) if a is parameter]
+    return bool(places) and all(k in slots for k in places)  # in none, if it is one of a list
 
 
 def _takes_all(node: fx.Node, size: int) -> bool:

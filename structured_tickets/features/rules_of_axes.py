@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from structured_tickets.features.calls import Call, packet
-from structured_tickets.features.features import Padding
+from structured_tickets.features.features import ALWAYS, Padding
 from structured_tickets.features.labels import line_along, plain, varying, without
 from structured_tickets.features.rules_of_numbers import fresh, mixed
 
@@ -29,7 +29,7 @@ def _reduced(call: Call, axes: Any, why: str) -> Tensor:
     axes = [axes] if isinstance(axes, int) else list(axes or range(labels.ndim))
     keepdim = len(call.shape) == labels.ndim
     if {a % labels.ndim for a in axes} & set(varying(labels)):
-        return mixed(call, labels, axes, why, keepdim)
+        return mixed(call, labels, axes, why, keepdim, ALWAYS)
     return without(labels, axes, keepdim)
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from structured_tickets.features.calls import Call, LayerCall
-from structured_tickets.features.features import OTHER, Contraction, Gate
+from structured_tickets.features.features import IN_ROWS, OTHER, Contraction, Gate
 from structured_tickets.features.labels import line_along, plain, varying
-from structured_tickets.features.rules_of_numbers import mixed
+from structured_tickets.features.rules_of_numbers import combined, mixed
 
 
 def convolution(call: Call) -> Tensor:
@@ -27,6 +27,7 @@ def transposed_convolution(call: Call) -> Tensor:
 def _convolved(call: Call, weight: str, bias: str, groups: int, axes: tuple[int, int]) -> Tensor:
     labels, outputs = call.labels(0), call.shape[1]
     columns = _read(call, labels, 1)
+    weight = weight or (call.filters.weight if call.filters else "")
     if not weight:
         call.keep(labels, "the weights of the layer that reads it are computed")
         return plain(call.shape)
@@ -54,10 +55,12 @@ def _layer(
         features.join(rows, columns, layer=True)
     elif groups > 1:
         call.keep(torch.cat([rows, columns]), "its layer's groups must stay equally large")
-    inside = call.inside(call.node, weight)
-    features.events.append(
-        Contraction(weight, bias, columns, rows, axes, depthwise, inside, groups > 1 and not depthwise)
-    )
+    inside, grouped = call.inside(call.node, weight), groups > 1 and not depthwise
+    beside = call.filters.beside if call.filters else ()
+    computed = call.filters is not None and not depthwise
+    if computed:
+        features.keep_in_place(columns)
+    features.events.append(Contraction(weight, bias, columns, rows, axes, depthwise, inside, grouped, computed, beside))
     call.made = LayerCall(weight, columns, rows)
     return rows
 
@@ -69,8 +72,9 @@ def linear(call: Call) -> Tensor:
     if not weight or others:
         found = mixed(call, labels, [-1], "the weights of the layer that reads it are computed")
         return found.expand(call.shape)
-    rows = _layer(call, weight, bias, _read(call, labels, -1), call.shape[-1], (0, 1))
-    return rows.expand(call.shape)
+    rows = _layer(call, weight, bias, _read(call, labels, -1), call.shape[-1], (0, 1)).expand(call.shape)
+    computed = call.labels_of(call.argument(2, "bias")) if call.argument(2, "bias") is not None and not bias else None
+    return rows if computed is None else combined(call, rows, computed, product=False)
 
 
 def channel_normalisation(call: Call) -> Tensor:
@@ -95,10 +99,10 @@ def layer_normalisation(call: Call) -> Tensor:
     """A normalisation over the last axes."""
     labels = call.labels(0)
     axes = range(labels.ndim - len(call.argument(1)), labels.ndim)
-    return mixed(call, labels, axes, "it is normalised together with other features").expand(call.shape)
+    return mixed(call, labels, axes, "it is normalised together with other features", zeros=IN_ROWS).expand(call.shape)
 
 
 def group_normalisation(call: Call) -> Tensor:
     """A normalisation over groups of channels."""
-    call.keep(call.labels(0), "it is normalised together with other features")
+    call.keep(call.labels(0), "it is normalised together with other features", IN_ROWS)
     return plain(call.shape)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from structured_tickets.features.calls import Call, packet
-from structured_tickets.features.features import OTHER, ZERO, Both, Features, Through, sets_of
+from structured_tickets.features.features import ALWAYS, NEVER, OTHER, ZERO, Both, Features, Through, sets_of
 from structured_tickets.features.labels import compact, plain, shortened, varying, without
 
 
@@ -43,20 +43,26 @@ def fresh(features: Features, labels: Tensor) -> Tensor:
     """New features, never zero, in the places of others, with which they have to be removed."""
     small = compact(labels)
     old, inverse = small.unique(return_inverse=True)
-    new = torch.where(old > 0, features.new(len(old)), OTHER)
+    new = torch.where(old > 0, features.computed_of(old, len(old)), OTHER)
     features.join(old, new)
     features.events.append(Through(old[old > 0], new[old > 0], nonzero=True))
     return new[inverse].expand(labels.shape)
 
 
-def mixed(call: Call, labels: Tensor, axes: Iterable[int], why: str, keepdim: bool = True) -> Tensor:
-    """Every number that comes out depends on all along these axes, which are left with one position."""
+def mixed(
+    call: Call, labels: Tensor, axes: Iterable[int], why: str, keepdim: bool = True, zeros: int = NEVER
+) -> Tensor:
+    """Every number that comes out depends on all along these axes, which are left with one position.
+
+    Args:
+        zeros: How far what goes in can be zeros.
+    """
     axes = [a % labels.ndim for a in axes]
     inside = [a for a in varying(labels) if a in axes]
     if not inside:
         return without(fresh(call.features, labels), axes, keepdim)
     if len(inside) == len(varying(labels)):
-        call.keep(labels, why)
+        call.keep(labels, why, zeros)
         return without(plain(labels.shape), axes, keepdim)
     slices = without(labels, axes, keepdim=True)
     call.features.join(compact(labels), compact(slices))
@@ -107,13 +113,15 @@ def combined(call: Call, one: Tensor, other: Tensor, product: bool, shape: torch
     shape = call.shape if shape is None else shape
     one, other = equally_many_axes(one, other)
     one, other = without_what_is_repeated(call, one, other), without_what_is_repeated(call, other, one)
+    if product:
+        one, other = without_what_crosses(call, one, other)
     if not bool((one > 0).any()):
         one, other = other, one
     if not bool((other > 0).any()):
         bound = [a for a in varying(one) if other.shape[a] > 1] if bool((other == OTHER).any()) else []
         if bound and len(bound) == len(varying(one)):
-            call.keep(one, "it is combined with numbers that cannot be removed")
-            return plain(shape)
+            call.keep(one, "it is combined with numbers that cannot be removed", ALWAYS if product else NEVER)
+            return one.expand(shape) if product else plain(shape)
         if bound:  # what lies along the other axes is removed with all along these
             call.features.join(compact(one), compact(without(one, bound, keepdim=True)))
         return (one if product else fresh(call.features, one)).expand(shape)
@@ -126,10 +134,27 @@ def without_what_is_repeated(call: Call, one: Tensor, other: Tensor) -> Tensor:
     These features do not belong together by that; the number stays.
     """
     several = [a for a in varying(other) if a not in varying(one)]
-    if not several or not bool((one > 0).any()) or not call.features.are_numbers(one):
+    if not several or not bool((one > 0).any()) or not _stays(call.features, one, other):
         return one
     call.keep(one, "it is combined with several features")
     return plain(one.shape)
+
+
+def _stays(features: Features, one: Tensor, other: Tensor) -> bool:
+    """Whether the first are numbers of parameters, or computed of such and the others are not."""
+    computed = features.are_numbers(one, computed=True) and not features.are_numbers(other, computed=True)
+    return computed or features.are_numbers(one)
+
+
+def without_what_crosses(call: Call, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors whose features lie along different axes do not belong together: the fewer ones stay."""
+    if not set(varying(one)).isdisjoint(varying(other)) or not all(varying(t) for t in (one, other)):
+        return one, other
+    if compact(one).numel() < compact(other).numel():
+        call.keep(one, "it is multiplied with features along another axis")
+        return plain(one.shape), other
+    call.keep(other, "it is multiplied with features along another axis")
+    return one, plain(other.shape)
 
 
 def equally_many_axes(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +177,7 @@ def paired(call: Call, one: Tensor, other: Tensor, product: bool) -> Tensor:
     for labels, partner in ((a, b), (b, a)):
         call.keep(labels[(labels > 0) & (partner == OTHER)], "it is combined with numbers that cannot be removed")
     sets = sets_of(a[both], b[both])  # one feature for all that have to go together
-    new = features.new(int(sets.max()) + 1 if len(sets) else 0)[sets]
+    new = features.computed_of(torch.cat([a[both], b[both]]), int(sets.max()) + 1 if len(sets) else 0)[sets]
     found[both] = new
     features.join(a[both], new)
     features.join(b[both], new)

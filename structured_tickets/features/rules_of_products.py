@@ -82,7 +82,11 @@ def _products(call: Call, a: Tensor, b: Tensor, one: Tensor, other: Tensor) -> T
                 call.keep(whole, "it is multiplied with numbers that cannot be removed")
                 return plain(torch.broadcast_shapes(a.shape, b.shape))
             return mine
-    return paired(call, a, b, product=True)
+    found = paired(call, a, b, product=True)
+    matrices = {x for t in (one, other) for x in varying(t)}
+    if matrices and max(matrices) < one.ndim - 2:  # all numbers of a matrix are of one feature: of a head
+        call.features.heads.append(found[found > 0])
+    return found
 
 
 def _sums(call: Call, one: Tensor, other: Tensor, shape: Sequence[int]) -> Tensor:

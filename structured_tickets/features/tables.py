@@ -99,6 +99,8 @@ BY_NUMBER = _names("chunk tensor_split channel_shuffle")
 """Rearrangements that divide an axis into equal parts."""
 BY_PLACE = _names("flip gather index index_select narrow roll select slice split split_with_sizes unbind unfold")
 """Rearrangements that take positions of an axis by their numbers."""
+IN_PARTS = _names("split split_with_sizes")
+"""Of these, those that divide an axis into parts of given sizes."""
 SHAPING = _names("view reshape flatten unflatten view_as reshape_as _unsafe_view")
 """Rearrangements that leave all numbers in their order."""
 REARRANGEMENTS = (

@@ -15,7 +15,7 @@ from structured_tickets.features.exported import first_names
 from structured_tickets.networks.hosted import is_hosted
 from structured_tickets.networks.registry import ModelSpec, change_notes, spec_of
 from structured_tickets.shrinking.trial import check_units, places_channels
-from structured_tickets.unit_groups.find import LITTLE, features_of, is_transformer, share_in_units, unit_groups
+from structured_tickets.unit_groups.find import features_of, is_transformer, share_in_units, unit_groups
 from structured_tickets.unit_groups.kinds import STREAM, kind_of
 from structured_tickets.unit_groups.left_alone import ALWAYS, left_alone, weights_of
 from structured_tickets.unit_groups.operations import is_plain_conv
@@ -32,7 +32,7 @@ CANNOT_BE_REMOVED = {
 }
 """Kind of unit -> why a layer stays whole whose units turn out to hang together."""
 MUCH = 0.1
-"""Share of the weights of a transformer's linear layers: where more stay whole, its features are followed."""
+"""Share of the weights of a transformer's layers: where more stay whole, its features are followed."""
 SHARED = "shares its weights with another layer, whose units would not be the same"
 TORCHS_ATTENTION = (
     "torch's own attention, whose heads cannot be removed. Write it with two linear layers qkv and proj, and the "
@@ -139,15 +139,14 @@ def _trial(model: nn.Module, notes: ModelSpec, image_size: int, stem: bool, bloc
 def _leaves_much(model: nn.Module, trial: _Trial) -> bool:
     """True if units cannot be removed, or if heads and neurons that can go leave many weights of linear layers.
 
-    Of timm's and torchvision's networks half of them may be left: their attention is told by its layers, and following
-    large ones takes a minute.
+    In timm's and torchvision's networks layers of any kind count: many are convolutions.
     """
     if trial.error is not None or trial.stays:
         return True
     if not trial.transformer:
         return False
     if trial.notes.name.startswith(("timm/", "torchvision/")):
-        return share_in_units(model, trial.groups) < LITTLE
+        return share_in_units(model, trial.groups) < 1 - MUCH
     layers = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != trial.notes.classifier]
     weights = sum(p.numel() for m in layers for p in m.parameters() if p.ndim > 1)
     return _removable(model, trial) < (1 - MUCH) * weights

@@ -17,11 +17,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from structured_tickets.base.modes import in_mode
+from structured_tickets.features.attributes import settable, sizes_of_parts
 from structured_tickets.features.calls import LayerCall
 from structured_tickets.features.exported import first_names
 from structured_tickets.features.features import Contraction
 from structured_tickets.features.following import Following
-from structured_tickets.features.paddings import settable
 from structured_tickets.shrinking.cuts import Cuts, Shrunk, cut_value, of_the_same_type
 from structured_tickets.shrinking.inserted_layers import Rearranged
 
@@ -71,6 +71,7 @@ def shrink_in_place(
             _Cutter(small, room, cuts, names, spread).cut(following)
             _set_numbers(small, following, room, attributes)
             _set_paddings(small, following, room)
+            _set_parts(small, following, room)
             return Shrunk(small, cuts)
 
         try:
@@ -128,15 +129,15 @@ def _ways(following: Following, masks: Mapping[str, Tensor], spread: int) -> Ite
         heads[wires[found]] = True
     there = stay.clone()
     there[wires[1:][needed[1:]]] = True
-    padded = torch.zeros_like(stay)
-    for padding in features.paddings:
-        padded[wires[padding.line[padding.line > 0]]] = True
+    counted = torch.zeros_like(stay)  # what attributes say the number of
+    for line in (*(p.line for p in features.paddings), *(p.line for p in features.parts)):
+        counted[wires[line[line > 0]]] = True
     if bool(heads.any()) and not bool(there[heads].all()):
         for attributes in ("heads", "all"):
             yield Room(there[wires], needed), attributes
     yield Room((there | heads)[wires], needed), ""
-    if bool(padded.any()):
-        yield Room((there | heads | padded)[wires], needed), ""
+    if bool(counted.any()):
+        yield Room((there | heads | counted)[wires], needed), ""
     yield Room(torch.ones_like(needed), needed), ""
 
 
@@ -215,19 +216,28 @@ class _Cutter:
         layers = [self.small.get_submodule(n.rpartition(".")[0]) for n in self.names[event.weight]]
         whole = bool(arriving.all()) and bool(leaving.all())
         if not all(isinstance(m, LAYERS) for m in layers) or not all(e.inside for e in events):
-            if not whole:
+            if not whole and (event.grouped or event.depthwise):
                 raise ValueError(f"{event.weight} is used without its layer")
+            if not whole:  # other code computes with the weight: it reads what arrives, and gives what leaves
+                self._tensor(event.weight, {event.axes[0]: _positions(leaving), event.axes[1]: _positions(arriving)})
             return _positions(leaving)
         if event.grouped:  # whole, as its groups have to stay equally large
             return _positions(leaving)
         rows = _at_least_one(_positions(_flags(event.rows, self._kept(1)) & leaving))
         columns = rows
-        if not event.depthwise:
+        if event.computed:
+            columns = _positions(arriving)
+            if len(columns) < len(arriving):
+                raise ValueError(f"the weights of {event.weight} are computed of all columns")
+            rows = self._worth_placing(event, rows, columns, leaving)
+        elif not event.depthwise:
             read = torch.stack([_flags(e.columns, self._kept(2)) for e in events]).any(0)
             columns = _at_least_one(_positions(read & arriving))
             rows = self._worth_placing(event, rows, columns, leaving)
         axes = {0: rows} if event.depthwise else {event.axes[0]: rows, event.axes[1]: columns}
         self._tensor(event.weight, axes)
+        for name in event.beside:
+            self._tensor(name, {0: rows})
         for layer in layers:
             _resize(layer, len(rows), len(columns))
             axis = -1 if isinstance(layer, nn.Linear) else 1
@@ -352,6 +362,15 @@ def _set_paddings(small: nn.Module, following: Following, room: Room) -> None:
         left = tuple(int(room.there[zeros].sum()) for zeros in (padding.before, padding.after))
         for module, attribute, others in settable(small, padding):
             setattr(module, attribute, type(getattr(module, attribute))((*others, *left)))
+
+
+def _set_parts(small: nn.Module, following: Following, room: Room) -> None:
+    """Set attributes that say how large parts are."""
+    for parts in following.features.parts:
+        flags = _flags(parts.line, room.there)
+        left = tuple(int(part.sum()) for part in flags.split(parts.sizes))
+        for module, attribute in sizes_of_parts(small, parts):
+            setattr(module, attribute, type(getattr(module, attribute))(left))
 
 
 def _renumber(module: nn.Module, before: int, after: int, width: int, which: str) -> None:

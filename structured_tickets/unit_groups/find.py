@@ -14,9 +14,9 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from structured_tickets.base.errors import UsageError
+from structured_tickets.features.attributes import settable, sizes_of_parts
 from structured_tickets.features.exported import program_of
 from structured_tickets.features.following import Following
-from structured_tickets.features.paddings import settable
 from structured_tickets.networks.registry import ModelSpec, origin_of, spec_of
 from structured_tickets.unit_groups.channels import channel_groups as channels_of_modules
 from structured_tickets.unit_groups.from_features import channels_of, linear_units, neurons_of
@@ -50,7 +50,8 @@ def unit_groups(model: nn.Module, prune_stem: bool = False, blocks: bool = False
     linear = [] if following is None else linear_units(model, following, spec)
     if not _is_transformer(model, linear):
         return channel_groups(model, prune_stem)
-    return [g for g in linear if g.name not in spec.whole]
+    found = [] if following is None else linear_units(model, following, spec, convolutions=True)
+    return [g for g in found if g.name not in spec.whole]
 
 
 def channel_groups(
@@ -177,6 +178,7 @@ def _follow(model: nn.Module, image: Sequence[int]) -> Following:
         if not any(settable(model, padding)):
             for zeros in (padding.before, padding.after):
                 following.features.keep_whole(zeros, "zeros are added by their number")
+    following.fixed += [(p.labels, p.axis) for p in following.features.parts if not any(sizes_of_parts(model, p))]
     following.keep_what_makes_no_tensor()
     return following
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from structured_tickets.features.calls import LayerCall
-from structured_tickets.features.features import Both, Contraction, Features, Gate, Through
+from structured_tickets.features.features import ALWAYS, IN_ROWS, LOGITS, Both, Contraction, Features, Gate, Through
 from structured_tickets.features.following import Following
 from structured_tickets.networks.registry import ModelSpec
 from structured_tickets.unit_groups.operations import is_depthwise, is_plain_conv, is_prunable_norm
@@ -18,12 +19,15 @@ from structured_tickets.unit_groups.unit import Slice, UnitGroup, rows
 
 Places: TypeAlias = dict[tuple[str, int], list[int]]
 """(Parameter, axis) -> positions of one unit."""
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def channels_of(model: nn.Module, following: Following, spec: ModelSpec, stem: bool) -> list[UnitGroup]:
     """Return one group per convolution, as `channel_groups` does."""
     left_dense = {spec.classifier} if stem else {spec.classifier, spec.stem}
-    convs = {n: m for n, m in model.named_modules() if is_plain_conv(m) and n not in left_dense}
+    contractions = [e for e in following.features.events if isinstance(e, Contraction)]
+    computed = {e.weight.rpartition(".")[0] for e in contractions if e.computed or e.beside}
+    convs = {n: m for n, m in model.named_modules() if (is_plain_conv(m) or n in computed) and n not in left_dense}
     logits = _logits(following)
     outside = outside_of_layers(following)
     calls = {c.layer.rpartition(".")[0]: c for c in following.calls if c.layer not in outside}
@@ -55,7 +59,7 @@ def _logits(following: Following) -> Tensor:
     features = following.features
     flags = torch.zeros(features.count + 1, dtype=torch.bool)
     for found, why in features.reasons:
-        if why == "it is one of the logits":
+        if why == LOGITS:
             flags[found] = True
     for event in reversed(features.events):
         if isinstance(event, Through) and not event.nonzero:
@@ -129,34 +133,56 @@ def _is_only_normalised(following: Following, given: Tensor) -> bool:
     return len(readers) == 1 and all(kind is Gate and names for kind, names in readers)
 
 
-def linear_units(model: nn.Module, following: Following, spec: ModelSpec) -> list[UnitGroup]:
+def linear_units(
+    model: nn.Module, following: Following, spec: ModelSpec, convolutions: bool = False
+) -> list[UnitGroup]:
     """Return heads, then neurons: sets of rows and columns of linear layers that can be removed together.
 
     A set that attention's products of matrices join is a head; others are neurons.
+
+    Args:
+        convolutions: Sets of filters of convolutions, and what reads these, are heads and neurons, too.
     """
     features = following.features
     sets = features.sets(layers=True)
     heads = {int(n) for found in features.heads for n in sets[found].unique()}
-    outside = outside_of_layers(following)
     contractions = [e for e in features.events if isinstance(e, Contraction)]
-    depthwise = {e.weight.rpartition(".")[0] for e in contractions if e.depthwise}  # they filter neurons one by one
+    cut = {e.weight.rpartition(".")[0] for e in contractions if e.depthwise}  # they filter neurons one by one
+    if convolutions:
+        cut |= {n for n, m in model.named_modules() if isinstance(m, CONVOLUTIONS) and n != spec.stem}
     alike: dict[tuple, list[Places]] = defaultdict(list)
-    for number, places in places_of_units(following, _lines(following)).items():
+    zeros = features.whole(layers=True) & ~features.whole(layers=True, zeros=ALWAYS)  # a bias would show there
+    known = torch.arange(features.count + 1).where(zeros[sets], 0)
+    further = [(n, axis, known[line.clamp(min=0)]) for n, axis, line in lines_that_follow(following)]
+    cut |= {n.rpartition(".")[0] for n, _, line in further if bool((line > 0).any())}
+    for number, places in places_of_units(following, [*_lines(following), *further], ALWAYS).items():
         kind = "head" if number in heads else "neuron"
         key = (kind, *sorted((*k, len(v)) for k, v in places.items()))
         axes = {axis for _, axis in places}
         layers = {weight.rpartition(".")[0] for weight, _ in places}
-        linear = all(isinstance(model.get_submodule(n), nn.Linear) or n in depthwise for n in layers)
-        if linear and axes == {0, 1} and spec.classifier not in layers and not outside & {w for w, _ in places}:
+        linear = all(isinstance(model.get_submodule(n), nn.Linear) or n in cut for n in layers)
+        if linear and axes == {0, 1} and spec.classifier not in layers:
             alike[key].append(places)
-    groups = [_group(model, key[0], units) for key, units in alike.items() if len(units) > 1]
+    follow = {n for n, _, _ in further}
+    groups = [_group(model, key[0], units, follow) for key, units in alike.items() if len(units) > 1]
     order = {n: k for k, (n, _) in enumerate(model.named_parameters())}
-    return sorted(groups, key=lambda g: (g.kind != "head", order[g.root.name]))
+    groups.sort(key=lambda g: (g.kind != "head", order[g.root.name]))
+    names = Counter[str]()
+    return [_named(g, names) for g in groups]
+
+
+def _named(group: UnitGroup, names: Counter[str]) -> UnitGroup:
+    """The group with a name of its own: units of one layer may be of several sorts."""
+    names[group.name] += 1
+    return group if names[group.name] == 1 else replace(group, name=f"{group.name}#{names[group.name]}")
 
 
 def _read(features: Features) -> Tensor:
     """Return the features that something is computed of: bool [count + 1]."""
     flags = torch.zeros(features.count + 1, dtype=torch.bool)
+    for found, why in features.reasons:
+        if why != LOGITS:
+            flags[found] = True
     for event in features.events:
         for line in (getattr(event, name, None) for name in ("sources", "columns", "one", "other")):
             if line is not None:
@@ -170,7 +196,7 @@ def neurons_of(model: nn.Module, following: Following, spec: ModelSpec) -> list[
     The columns that read them belong to them where linear layers do, and not the classifier.
     """
     features = following.features
-    wires, whole = features.sets(layers=False), features.whole(layers=False)
+    wires, whole = features.sets(layers=False), features.whole(layers=False, zeros=IN_ROWS)
     known = {g.name: g for g in linear_units(model, following, spec) if g.kind == "neuron"}
     owned = {s.name for g in known.values() for s in g.slices if s.axis == 0}
     outside, read, groups = outside_of_layers(following), _read(features), []
@@ -189,14 +215,17 @@ def neurons_of(model: nn.Module, following: Following, spec: ModelSpec) -> list[
     return groups
 
 
-def places_of_units(following: Following, lines: Iterable[tuple[str, int, Tensor]]) -> dict[int, Places]:
+def places_of_units(
+    following: Following, lines: Iterable[tuple[str, int, Tensor]], zeros: int = ALWAYS + 1
+) -> dict[int, Places]:
     """Return the places of each set of features that can be removed, by its number.
 
     Args:
         lines: (parameter, axis, feature of each position along the axis, or less than 1 where there is none).
+        zeros: Of those that cannot, these count which can be zeros so far.
     """
     features = following.features
-    sets, whole = features.sets(layers=True), features.whole(layers=True)
+    sets, whole = features.sets(layers=True), features.whole(True, zeros)
     members: dict[int, Places] = defaultdict(lambda: defaultdict(list))
     for name, axis, line in lines:
         numbers = sets[line.clamp(min=0)]
@@ -222,14 +251,29 @@ def _lines(following: Following) -> Iterator[tuple[str, int, Tensor]]:
                 yield event.weight, 1, event.columns
 
 
-def _group(model: nn.Module, kind: str, units: list[dict[tuple[str, int], list[int]]]) -> UnitGroup:
+def lines_that_follow(following: Following) -> Iterator[tuple[str, int, Tensor]]:
+    """Biases, and weights and biases of normalisations, with the feature of each position: of each layer once."""
+    seen = set()
+    for event in following.features.events:
+        if isinstance(event, Contraction) and event.bias and event.bias not in seen:
+            seen.add(event.bias)
+            yield event.bias, 0, event.rows
+        elif isinstance(event, Gate) and event.parameters and event.parameters[0] not in seen:
+            seen.add(event.parameters[0])
+            line = torch.zeros(int(event.places.max()) + 1, dtype=torch.long)
+            line[event.places] = event.features
+            for name in event.parameters:
+                yield name, 0, line
+
+
+def _group(model: nn.Module, kind: str, units: list[Places], follow: Collection[str]) -> UnitGroup:
     order = {n: k for k, (n, _) in enumerate(model.named_parameters())}
-    keys = sorted(units[0], key=lambda k: (k[1], order[k[0]]))
+    keys = sorted(units[0], key=lambda k: (k[1], k[0] in follow, order[k[0]]))
     units = sorted(units, key=lambda u: u[keys[0]])
-    slices = tuple(_slice(weight, axis, torch.tensor([u[weight, axis] for u in units])) for weight, axis in keys)
+    slices = tuple(_slice(n, axis, torch.tensor([u[n, axis] for u in units]), n not in follow) for n, axis in keys)
     return UnitGroup(slices[0].layer, kind, slices)
 
 
-def _slice(name: str, axis: int, index: Tensor) -> Slice:
+def _slice(name: str, axis: int, index: Tensor, ranked: bool) -> Slice:
     layer, _, param = name.rpartition(".")
-    return Slice(layer, axis, index, param)
+    return Slice(layer, axis, index, param, ranked)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from structured_tickets.features.features import Contraction, Gate
+from structured_tickets.features.features import Contraction
 from structured_tickets.features.following import Following
 from structured_tickets.networks.registry import ModelSpec
-from structured_tickets.unit_groups.from_features import Places, outside_of_layers, places_of_units
+from structured_tickets.unit_groups.from_features import Places, lines_that_follow, outside_of_layers, places_of_units
 from structured_tickets.unit_groups.unit import Slice, UnitGroup
 
 
@@ -88,16 +88,9 @@ def _lines(following: Following) -> Iterator[tuple[str, int, Tensor]]:
         if isinstance(event, Contraction) and event.weight not in seen:
             seen.add(event.weight)
             yield event.weight, event.axes[0], event.rows
-            if event.bias:
-                yield event.bias, 0, event.rows
             if not event.depthwise and not event.grouped:
                 yield event.weight, event.axes[1], event.columns
-        elif isinstance(event, Gate) and event.parameters and event.parameters[0] not in seen:
-            seen.add(event.parameters[0])
-            line = torch.zeros(int(event.places.max()) + 1, dtype=torch.long)
-            line[event.places] = event.features
-            for name in event.parameters:
-                yield name, 0, line
+    yield from lines_that_follow(following)
 
 
 def _layer(parameter: str) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 
 from structured_tickets.base.errors import UsageError
 from structured_tickets.networks.registry import ModelSpec
+from structured_tickets.shrinking.inserted_layers import INSERTED
 from structured_tickets.shrinking.shrink import shrink
 from structured_tickets.unit_groups.find import features_of, unit_groups
 from structured_tickets.unit_groups.unit import masks_of_units
@@ -138,6 +139,37 @@ class Scaled(Cnn):
         return self.c(torch.addcmul(x, x, self.gain))
 
 
+class Standardised(nn.Conv2d):
+    """Each filter is shifted and scaled before it is used, and has a gain."""
+
+    def __init__(self, *args, **words):
+        super().__init__(*args, **words)
+        self.gain = nn.Parameter(torch.rand(self.out_channels, 1, 1, 1) + 0.5)
+
+    def forward(self, x):
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        w = self.gain * w / (w.pow(2).mean((1, 2, 3), keepdim=True) + 1e-5).sqrt()
+        return F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Together(nn.Conv2d):
+    """All filters are divided by the same number."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight / self.weight.norm(), self.bias, self.stride, self.padding)
+
+
+class Computed(Cnn):
+    """Weights are computed, of one layer's filters together."""
+
+    def build(self):
+        self.a, self.b = Standardised(8, 16, 3, padding=1), Standardised(16, 16, 3, padding=1, groups=16)
+        self.c, self.d = Together(16, 10, 1), Standardised(10, 12, 3, padding=1, bias=False)
+
+    def middle(self, x):
+        return self.d(self.c(self.b(self.a(x).relu()).relu()).relu())
+
+
 class Attention(nn.Module):
     """As it is written by hand."""
 
@@ -210,6 +242,73 @@ class Grouped(nn.Module):
         return self.out(x.transpose(1, 2).reshape(b, n, -1))
 
 
+class Gated(nn.Module):
+    """One number in two gates what another gives, or a filter of it: parts whose sizes stand in an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = (32, 20, 12)
+        self.into, self.deep = nn.Linear(24, 64), nn.Conv1d(12, 12, 3, padding=1, groups=12)
+        self.out = nn.Linear(32, 24)
+
+    def forward(self, x):
+        gate, plain, filtered = torch.split(self.into(x), self.sizes, -1)
+        filtered = self.deep(filtered.transpose(1, 2)).transpose(1, 2)
+        return self.out(F.gelu(gate) * torch.cat((plain, filtered), -1))
+
+
+class Turned(Attention):
+    """Queries and keys are turned by angles that depend on places; biases are put together outside of their layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.first, self.last = nn.Linear(24, 72, bias=False), *(nn.Parameter(torch.rand(24)) for _ in "qv")
+        self.register_buffer("none", torch.zeros(24))
+        self.register_buffer("periods", torch.rand(3) + 0.5)
+
+    def turned(self, x):
+        angles = torch.arange(5)[:, None] / self.periods.repeat(2)
+        one, other = x.chunk(2, -1)
+        return x * angles.cos() + torch.cat([-other, one], -1) * angles.sin()
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        bias = torch.cat((self.first, self.none, self.last))
+        q, k, v = F.linear(x, self.query.weight, bias).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(self.turned(q), self.turned(k), v)
+        return self.out(x.transpose(1, 2).reshape(b, n, -1))
+
+
+class Response(nn.Module):
+    """Each neuron is divided by the mean length of all."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.gain, self.out = nn.Linear(24, 40), nn.Parameter(torch.rand(40)), nn.Linear(40, 24)
+
+    def forward(self, x):
+        x = F.gelu(self.into(x))
+        length = x.norm(dim=1, keepdim=True)
+        return self.out(x + self.gain * x * (length / (length.mean(-1, keepdim=True) + 1e-6)))
+
+
+class Spatial(nn.Module):
+    """Half of the neurons are normalised together and mixed over places, and gate the other half."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.norm, self.places, self.out = (
+            nn.Linear(24, 80),
+            nn.LayerNorm(40),
+            nn.Linear(5, 5),
+            nn.Linear(40, 24),
+        )
+
+    def forward(self, x):
+        plain, gate = F.gelu(self.into(x)).chunk(2, -1)
+        return self.out(plain * self.places(self.norm(gate).transpose(1, 2)).transpose(1, 2))
+
+
 class ViT(nn.Module):
     def __init__(self, attention=Attention):
         super().__init__()
@@ -228,6 +327,25 @@ class ViT(nn.Module):
         return self.fc(x[:, 0])
 
 
+class Hybrid(nn.Module):
+    """Convolutions with a residual stream of their own, then a transformer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.widen, self.narrow, self.down = (
+            conv(3, 8),
+            conv(8, 20, 1),
+            conv(20, 8),
+            conv(8, 24, 4, stride=4),
+        )
+        self.mixer, self.norm, self.fc = Attention(), nn.LayerNorm(24), nn.Linear(24, 5)
+
+    def forward(self, x):
+        x = self.embed(x)
+        x = self.down(x + self.narrow(self.widen(x))).flatten(2).transpose(1, 2)
+        return self.fc(self.norm(x + self.mixer(x))[:, 0])
+
+
 CNNS = {
     Listed: {"first.0", "parts.0.0", "parts.1.0", "last.0"},
     Upwards: {"down", "skip", "last"},
@@ -237,8 +355,14 @@ CNNS = {
     Called: {"a", "b"},
     Gates: {"a.0", "b.0", "c.0"},
     Scaled: {"a.0", "c.0"},
+    Computed: {"a", "d"},
 }
-NETWORKS = [*CNNS, ViT, *(functools.partial(ViT, kind) for kind in (Fixed, Biased, Resized, Grouped))]
+NETWORKS = [
+    *CNNS,
+    ViT,
+    *(functools.partial(ViT, kind) for kind in (Fixed, Biased, Resized, Grouped, Gated, Turned)),
+    Hybrid,
+]
 
 
 def made(build):
@@ -249,8 +373,8 @@ def made(build):
         for name, low in (("weight", 0.5), ("bias", -0.4), ("running_mean", -0.3), ("running_var", 0.5)):
             if getattr(norm, name, None) is not None:
                 getattr(norm, name).data.uniform_(low, low + 0.7)
-    stem = "stem.0" if isinstance(model, Cnn) else "embed"
-    model.spec = ModelSpec(type(model).__name__, stem, "fc", "", image=(3, 8, 8))
+    stem = "stem.0" if isinstance(model, Cnn) else "embed.0" if isinstance(model, Hybrid) else "embed"
+    model.spec = ModelSpec(type(model).__name__, stem, "fc", "", image=(3, 8, 8), followed=isinstance(model, Hybrid))
     return model
 
 
@@ -367,6 +491,70 @@ def test_a_group_of_heads_that_share_keys_is_one_unit_that_is_not_computed():
     ]
     small = shrink(model, masks).network
     assert small.mixers[0].query.weight.shape == (24, 24) and small.mixers[0].out.weight.shape == (24, 12)
+
+
+@pytest.mark.parametrize("kind", [Response, Spatial])
+@torch.no_grad()
+def test_neurons_whose_places_stay_are_not_computed(kind):
+    model = made(lambda: ViT(kind)).eval()
+    groups, kept, masks = pruned(model)
+    group = groups[0]
+    assert [(s.name, s.index.flatten().tolist(), s.ranked) for s in group.slices] == [
+        (f"mixers.0.{name}", list(range(40)), name.endswith("weight"))
+        for name in ("into.weight", "into.bias", "out.weight")
+    ]
+    network, left = shrink(model, masks, spread=0).network, int(kept[group.name].sum())
+    small, into = network.mixers[0], model.mixers[0].into
+    assert small.into.out_features == into.out_features - 40 + left and small.out.in_features == left
+    for found in (network, shrink(model, masks).network):
+        torch.testing.assert_close(found(images()), masked(model, masks)(images()), rtol=1e-4, atol=1e-5)
+
+
+class Pooled(Cnn):
+    """The classifier has a layer whose numbers are normalised together."""
+
+    def build(self):
+        self.a, self.fc = conv(8, 12), nn.Sequential(nn.Linear(12, 30), nn.LayerNorm(30), nn.SiLU(), nn.Linear(30, 5))
+
+    def middle(self, x):
+        return self.a(x)
+
+
+@torch.no_grad()
+def test_rows_of_a_linear_layer_before_a_normalisation_are_not_computed():
+    model = made(Pooled).eval()
+    model.spec = ModelSpec("Pooled", "stem.0", "fc.3", "", image=(3, 8, 8), followed=True)
+    groups, kept, masks = pruned(model)
+    assert [g.name for g in groups] == ["a.0", "fc.0"]
+    small = shrink(model, masks).network
+    assert small.fc[0].out_features == int(kept["fc.0"].sum())
+    torch.testing.assert_close(small(images()), masked(model, masks)(images()), rtol=1e-4, atol=1e-5)
+
+
+def test_convolutions_in_front_of_a_transformer_have_neurons():
+    groups = {g.name: g for g in unit_groups(made(Hybrid))}
+    assert {n: (g.kind, g.units) for n, g in groups.items()} == {"mixer.query": ("head", 4), "widen.0": ("neuron", 20)}
+    assert [(s.layer, s.axis) for s in groups["widen.0"].slices] == [("widen.0", 0), ("narrow.0", 1)]
+
+
+def test_what_is_divided_into_parts_is_divided_into_smaller_ones():
+    model = made(lambda: ViT(Gated))
+    groups, kept, masks = pruned(model)
+    assert [(g.name, g.units) for g in groups[:2]] == [("mixers.0.into", 20), ("mixers.0.into#2", 12)]
+    assert groups[0].root.index[0].tolist() == [0, 32] and groups[1].root.index[0].tolist() == [20, 52]
+    small = shrink(model, masks).network.mixers[0]
+    plain, filtered = (int(kept[g.name].sum()) for g in groups[:2])
+    assert small.sizes == (plain + filtered, plain, filtered) and small.into.out_features == 2 * (plain + filtered)
+    assert not any(isinstance(m, INSERTED) for m in small.modules()) and model.mixers[0].sizes == (32, 20, 12)
+
+
+def test_heads_that_are_turned_take_their_biases_with_them():
+    model = made(lambda: ViT(Turned))
+    groups, kept, masks = pruned(model)
+    assert [(g.kind, g.units) for g in groups][:2] == [("head", 4)] * 2
+    small, left = shrink(model, masks).network.mixers[0], int(kept["mixers.0.query"].sum())
+    assert small.query.weight.shape == (18 * left, 24) and small.first.shape == small.none.shape == (6 * left,)
+    assert small.heads == left and small.periods.shape == (3,)
 
 
 def test_what_is_cut_keeps_the_memory_layout_in_which_it_trains_faster():
