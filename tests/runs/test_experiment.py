@@ -470,7 +470,7 @@ PLAIN = {"criteria": "magnitude", "precision": "fp32", "batch_size": 6}
         {"lr_schedule": "cosine"},
         {"block_loss_grad": "true"},
         {"optimizer": "adamw", "lr": 0.001},
-        {"penalty": "decoupled"},
+        {"penalty": "gradient"},
         {"weight_decay": 0.01},
         {"precision": "bf16"},
         {"momentum": 0.5},
