@@ -1,4 +1,4 @@
-"""Where a module keeps numbers of channels that its forward pass computes with: of zeros around them, and of parts."""
+"""Attributes that hold numbers of channels with which a forward pass computes: of zeros around them, and of parts."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def packet(target: object) -> str:
 
 @dataclass(frozen=True)
 class Filters:
-    """What the weights of a convolution are computed of.
+    """The parameters that the weights of a convolution are computed of.
 
     Attributes:
         weight: Name of the parameter of the same shape.

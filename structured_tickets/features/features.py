@@ -213,7 +213,7 @@ class Features:
 
     @property
     def reasons(self) -> list[tuple[Tensor, str]]:
-        """What cannot be removed, and why."""
+        """Return what cannot be removed, and why."""
         return [(features, why) for features, why, _ in self._whole]
 
     def sets(self, layers: bool) -> Tensor:
@@ -231,7 +231,7 @@ class Features:
         return found
 
     def whole(self, layers: bool, zeros: int = ALWAYS + 1) -> Tensor:
-        """Which sets cannot be removed: bool [sets].
+        """Return which sets cannot be removed: bool [sets].
 
         Args:
             zeros: Those that can be zeros so far, or farther, are left out.
@@ -239,7 +239,7 @@ class Features:
         return self._flagged(layers, [features for features, _, possible in self._whole if possible < zeros])
 
     def there(self, layers: bool = False) -> Tensor:
-        """Which wires, or units, stay in tensors, whatever is removed: bool [sets]."""
+        """Return which wires, or units, stay in tensors, whatever is removed: bool [sets]."""
         return self._flagged(layers, [*(features for features, *_ in self._whole), *self._placed])
 
     def _flagged(self, layers: bool, lines: list[Tensor]) -> Tensor:
@@ -250,7 +250,7 @@ class Features:
         return flags
 
     def alive(self, masks: Mapping[str, Tensor]) -> Tensor:
-        """Which features can be other than zero under masks (parameter name -> 0/1): bool [count + 1]."""
+        """Return which features can be other than zero under masks (parameter name -> 0/1): bool [count + 1]."""
         flags = torch.zeros(self.count + 1, dtype=torch.bool)
         for event in self.events:
             if isinstance(event, Through):
@@ -267,7 +267,7 @@ class Features:
         return flags
 
     def needed(self, masks: Mapping[str, Tensor], alive: Tensor) -> Tensor:
-        """Which features the logits depend on, of those that are alive: bool [count + 1]."""
+        """Return which features the logits depend on, of those that are alive: bool [count + 1]."""
         flags = torch.zeros(self.count + 1, dtype=torch.bool)
         for features, *_ in self._whole:
             flags[features] = True
@@ -313,7 +313,7 @@ def _left(masks: Mapping[str, Tensor], name: str, axis: int, size: int) -> Tenso
 
 
 def _left_of_any(masks: Mapping[str, Tensor], names: tuple[str, ...], places: Tensor) -> Tensor:
-    """Which entries the mask of one of these parameters leaves: bool [places]; all, if one has no mask."""
+    """Return which entries the mask of one of these parameters leaves: bool [places]; all, if one has no mask."""
     if not names or any(name not in masks for name in names):
         return torch.ones_like(places, dtype=torch.bool)
     return torch.stack([masks[name].flatten().bool().cpu() for name in names]).any(0)[places]

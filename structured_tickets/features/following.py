@@ -222,7 +222,7 @@ class _Interpreter:
             )
 
     def _writes(self, node: fx.Node) -> bool:
-        """Whether a call makes features out of what has none: a layer with weights."""
+        """Return whether a call makes features out of what has none: a layer with weights."""
         return packet(node.target) in LAYERS
 
     def _rearranged(self, call: Call, name: str) -> Any:
@@ -296,7 +296,7 @@ class _Interpreter:
         return True
 
     def _written(self, target: fx.Node, found: Any) -> None:
-        """What is written into a tensor shows in those that it is a view of."""
+        """Show what is written into a tensor in those that it is a view of."""
         before = self.env.get(target)
         self.env[target] = found
         while packet(target.target) in VIEWS and isinstance(target.args[0], fx.Node):

@@ -141,7 +141,7 @@ def without_what_is_repeated(call: Call, one: Tensor, other: Tensor) -> Tensor:
 
 
 def _stays(features: Features, one: Tensor, other: Tensor) -> bool:
-    """Whether the first are numbers of parameters, or computed of such and the others are not."""
+    """Return whether the first are numbers of parameters, or computed of such and the others are not."""
     computed = features.are_numbers(one, computed=True) and not features.are_numbers(other, computed=True)
     return computed or features.are_numbers(one)
 

@@ -74,7 +74,7 @@ def multiplied(call: Call, one: Tensor, other: Tensor) -> Tensor:
 
 
 def _products(call: Call, a: Tensor, b: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """Where nothing is added up but numbers of the same features: each product belongs to its two factors."""
+    """Label products without sums over different features: each product belongs to its two factors."""
     for mine, whole, theirs in ((a, one, other), (b, other, one)):
         if not bool((theirs > 0).any()):
             lead = [x for x in varying(whole) if x < whole.ndim - 2 and theirs.shape[x] > 1]
@@ -90,7 +90,7 @@ def _products(call: Call, a: Tensor, b: Tensor, one: Tensor, other: Tensor) -> T
 
 
 def _sums(call: Call, one: Tensor, other: Tensor, shape: Sequence[int]) -> Tensor:
-    """Where different features are added up: what comes out belongs to all of them, matrix by matrix."""
+    """Label sums of different features: what comes out belongs to all of them, matrix by matrix."""
     lead = [a for a in range(len(shape) - 2) if any(a in varying(t) for t in (one, other))]
     matrices = [t for t in (one, other) if bool((t > 0).any())]
     if not lead or len(matrices) < 2 or any(not set(lead) <= set(varying(t)) for t in matrices):

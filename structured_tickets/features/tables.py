@@ -1,4 +1,4 @@
-"""What operations do with features. To support another one, add it to the table that describes it.
+"""The table of what operations do with features. To support another one, add it to the table that describes it.
 
 An operation is named as in `torch.ops.aten`. One that is in no table keeps what it is given whole, and nothing is
 assumed of what comes out.

@@ -1,4 +1,4 @@
-"""Where each channel of a rearranged tensor was before."""
+"""The place that each channel of a rearranged tensor had before."""
 
 from __future__ import annotations
 

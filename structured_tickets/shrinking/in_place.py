@@ -34,7 +34,7 @@ READ, GIVEN = "structured_tickets_read", "structured_tickets_given"
 
 @dataclass(frozen=True)
 class Room:
-    """What of a network's features is to be left.
+    """The part of a network's features that is to be left.
 
     Attributes:
         there: Which features tensors hold: bool [count + 1].
@@ -246,7 +246,7 @@ class _Cutter:
         return rows
 
     def _kept(self, spread: int) -> Tensor:
-        """Which features layers deal with: those that are needed, or from some spread on all."""
+        """Return which features layers deal with: those that are needed, or from some spread on all."""
         return self.room.there if self.spread >= spread else self.room.needed
 
     def _worth_placing(self, event: Contraction, rows: Tensor, columns: Tensor, leaving: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which units masks keep, and the masks that keep given units."""
+"""The units that masks keep, and the masks that keep given units."""
 
 from __future__ import annotations
 
