@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,7 +29,7 @@ from structured_tickets.pruning.masks import Mask
 from structured_tickets.pruning.usable_units import UsableUnits, usable_units
 from structured_tickets.shrinking.cost import cost_of
 from structured_tickets.shrinking.kept_units import kept_units_of
-from structured_tickets.shrinking.shrink import shrink
+from structured_tickets.shrinking.shrink import masked_copy, shrink
 from structured_tickets.unit_groups.unit import UnitGroup, masks_of_units
 
 SIDES = (32, 64, 96, 128, 160, 192, 224, 240, 256)
@@ -185,8 +184,7 @@ def relative_difference(model: nn.Module, small: nn.Module, masks: Mask, side: i
     """Return by how much the compact network's logits differ from the masked one's, relative to the largest."""
     model.eval()
     images = torch.rand(4, 3, side, side, generator=torch.Generator().manual_seed(2))
-    parameters = dict(model.named_parameters())
-    wanted = functional_call(model, {n: parameters[n] * m for n, m in masks.items()}, (images,))
+    wanted = masked_copy(model, masks)(images)
     return float((small(images) - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
 
 
