@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -73,7 +74,8 @@ def main() -> None:
         reached = harness.verdict(statistics.median(seconds) <= GOALS[name]) if name in GOALS else ""
         rows.append([name, harness.spread(seconds), f"<= {GOALS[name]} s: {reached}" if reached else ""])
     print(harness.table(["command", "seconds", "goal"], rows))
-    imports = {name: lambda name=name: command("-c", f"import {name}") for name in IMPORTS}
+    installed = [name for name in IMPORTS if find_spec(name.split(".")[0])]
+    imports = {name: lambda name=name: command("-c", f"import {name}") for name in installed}
     times = harness.alternate({"python": lambda: command("-c", ""), **imports}, args.rounds, cpu, 1)
     print(harness.table(["import", "seconds"], [[name, harness.spread(seconds)] for name, seconds in times.items()]))
 
