@@ -140,7 +140,7 @@ TASKS: dict[str, list[Step]] = {
             f"    --channel_units stream --round_units 8 --rate 0.3 --pruning_times 2 \\\n    {SHORT} --lr 0.05 --save_dir again --quiet\n"
             "python - <<'END'\n"
             "import torch\n"
-            'one, other = (torch.load(f"{run}/ticket.pth.tar")["state_dict"] for run in ("half", "again"))\n'
+            'one, other = (torch.load(f"{run}/ticket.pth.tar", weights_only=True)["state_dict"] for run in ("half", "again"))\n'
             'print("the same bits:", all(torch.equal(value, other[name]) for name, value in one.items()))\n'
             "END",
         ),
