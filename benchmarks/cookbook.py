@@ -8,10 +8,8 @@ PHOTOS is an image folder (`train/<class>/*`, `test/<class>/*`), of which some i
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import subprocess
-import sys
 import tempfile
 import textwrap
 import time
@@ -165,23 +163,9 @@ def run(step: Step, place: Path) -> tuple[str, float]:
     Raises:
         SystemExit: They failed.
     """
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(place), "WANDB_MODE": "disabled"}
     began = time.perf_counter()
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", step.commands],
-        cwd=place,
-        env=environment,
-        text=True,
-        check=False,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    seconds = time.perf_counter() - began
-    print(f"{seconds:5.0f} s, exit status {done.returncode}: {step.commands[:70]!r}", file=sys.stderr, flush=True)
-    if done.returncode:
-        raise SystemExit(f"{step.commands}\n{done.stdout}")
-    return re.sub(re.escape(str(place)) + "/?", "", done.stdout).strip(), seconds
+    said = harness.printed_by(step.commands, place, {"PYTHONPATH": str(place), "WANDB_MODE": "disabled"})
+    return re.sub(re.escape(str(place)) + "/?", "", said).strip(), time.perf_counter() - began
 
 
 def page(photos: Path, folder: Path) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -98,6 +100,32 @@ def matrix_limit(dtype: torch.dtype, device: torch.device, size: int = 2048) -> 
     a = torch.rand(size, size, device=device).to(dtype)
     times = [timed(lambda: a @ a, device) for _ in range(40)]
     return 2 * size**3 / min(times[2:])
+
+
+def printed_by(commands: str, folder: Path, environment: Mapping[str, str]) -> str:
+    """Run a shell's commands, which stop at the first failure; return what they printed, both streams.
+
+    Args:
+        folder: Where they run.
+        environment: Variables besides those of this process; `python` is this one.
+
+    Raises:
+        SystemExit: They failed; with what they printed.
+    """
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", commands],
+        cwd=folder,
+        env={**os.environ, "PATH": path, **environment},
+        text=True,
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    print(f"exit status {done.returncode}: {commands.strip()[:70]!r}", file=sys.stderr, flush=True)
+    if done.returncode:
+        raise SystemExit(f"{commands}\n{done.stdout}")
+    return done.stdout
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -8,23 +8,20 @@ PHOTOS is an image folder (`train/<class>/*`, `test/<class>/*`); the commands' d
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
+from benchmarks import harness
 from benchmarks.methods import LARGE, few_images
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # Every command is run as it is written: a shell function adds the small budget, and of a flag given twice the last counts.
 PREAMBLE = """
-set -euo pipefail
 python() {
     case "$1" in
         main_imp_fillback.py) command python "$@" $FEW --save_dir "$(mktemp -d "$OUT/run.XXXX")" ;;
@@ -201,25 +198,9 @@ def run(recipe: Recipe, data: dict[str, str], out: Path) -> str:
     Raises:
         SystemExit: It failed.
     """
-    environment = {
-        **os.environ,
-        "OUT": str(out),
-        "FEW": f"{data.get(recipe.data, '')} {FEW}",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
-    done = subprocess.run(
-        ["bash", "-c", PREAMBLE + recipe.text],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        check=False,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    print(f"{recipe.title}: exit status {done.returncode}", file=sys.stderr, flush=True)
-    if done.returncode:
-        raise SystemExit(f"{recipe.text}\n{done.stdout}")
-    return re.sub(re.escape(str(out)) + r"\S*", "RUN", done.stdout).strip()
+    environment = {"OUT": str(out), "FEW": f"{data.get(recipe.data, '')} {FEW}"}
+    said = harness.printed_by(PREAMBLE + recipe.text, ROOT, environment)
+    return re.sub(re.escape(str(out)) + r"\S*", "RUN", said).strip()
 
 
 def indented(text: str) -> str:
