@@ -223,6 +223,7 @@ def find_run(args: argparse.Namespace, folder: RunFolder, run: RunState) -> RunS
 
 
 def _check_same(run: RunState, found: RunState) -> None:
+    """Refuse to go on from another run. A penalty that nobody has named stays the one that the run began with."""
     if run.args[PENALTY_CHOSEN] and is_penalty_chosen(found.args):
         run.args["penalty"] = found.args["penalty"]
     check_same_run(found, identity_of(run.args), identity_of(found.args), run.data, run.contents)
