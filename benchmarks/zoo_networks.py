@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import multiprocessing
@@ -20,15 +19,8 @@ from torchvision.models import _api
 
 from structured_tickets.networks.user_files import imported
 
-HUGGING_FACE = (
-    "google/vit-base-patch16-224",
-    "facebook/deit-tiny-patch16-224",
-    "microsoft/swin-tiny-patch4-window7-224",
-    "microsoft/resnet-18",
-    "facebook/convnextv2-atto-1k-224",
-    "apple/mobilevit-xx-small",
-)
-"""Networks of Hugging Face, by the names of their configurations; rows where the program knows `hf/NAME`."""
+HUGGING_FACE = ("vit", "deit", "beit", "swin", "convnext", "resnet")
+"""Types of Hugging Face, in the sizes that they have by default: configurations by name would have to be downloaded."""
 
 
 def names_of_networks(cache: Path, cases: Path | None) -> list[str]:
@@ -93,8 +85,7 @@ def _of_torchvision() -> list[str]:
 
 
 def _of_hugging_face() -> list[str]:
-    external = importlib.import_module("structured_tickets.networks.external")
-    return [f"hf/{name}" for name in HUGGING_FACE] if hasattr(external, "from_hugging_face") else []
+    return [f"hf/{name}" for name in HUGGING_FACE]
 
 
 def _of_files(folder: Path) -> list[str]:

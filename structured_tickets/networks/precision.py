@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from structured_tickets.base.modes import set_mode
 from structured_tickets.networks.kernels import frugal
 
 
@@ -17,6 +19,50 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
         native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
         return torch.bfloat16 if native else torch.float32
     return torch.bfloat16 if wanted == "bf16" else torch.float32
+
+
+def precision_of(
+    model: nn.Module, wanted: str, device: torch.device, image_size: int
+) -> tuple[torch.dtype, str | None]:
+    """Choose the type of a network's matrix products, and without a wish none that a kernel computes wrongly.
+
+    On processors, oneDNN's gradient of the weights of a convolution that has a stride and sees one pixel reads beyond
+    the pixel if that is in bfloat16 (torch 2.14.1): now and then a weight gets a gradient of any size.
+
+    Returns:
+        The type, and a sentence about such layers, if there are any.
+    """
+    chosen = choose_precision(wanted, device)
+    if device.type != "cpu" or chosen != torch.bfloat16:
+        return chosen, None
+    layers = _strided_over_one_pixel(model, image_size)
+    if not layers:
+        return chosen, None
+    fault = (
+        f"at --image_size {image_size}, {layers[0]} has a stride and sees one pixel, where torch's gradient in "
+        "bfloat16 can be wrong on a processor"
+    )
+    if wanted == "auto":
+        return torch.float32, f"{fault}. So this run computes in float32; larger images are free of that"
+    return chosen, f"{fault}. Use --precision fp32, or larger images"
+
+
+def _strided_over_one_pixel(model: nn.Module, image_size: int) -> list[str]:
+    """Return the names of the convolutions with a stride whose input is one pixel when the network sees an image."""
+    twin = copy.deepcopy(model)  # a user's network may count its calls
+    found = []
+
+    def look(name: str, images: tuple[Tensor, ...]) -> None:
+        if images and images[0].shape[2:].numel() == 1:
+            found.append(name)
+
+    for name, layer in twin.named_modules():
+        if isinstance(layer, nn.Conv2d) and max(layer.stride) > 1:
+            layer.register_forward_pre_hook(lambda _, images, name=name: look(name, images))  # type: ignore[misc]
+    set_mode(twin, False)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        twin(torch.zeros(1, 3, image_size, image_size))
+    return found
 
 
 def name_of(precision: torch.dtype) -> str:

@@ -29,7 +29,7 @@ from structured_tickets.networks.hosted import put_normalize
 from structured_tickets.networks.input_statistics import Statistics
 from structured_tickets.networks.kernels import set_fused_attention
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
-from structured_tickets.networks.precision import choose_precision
+from structured_tickets.networks.precision import precision_of
 from structured_tickets.networks.pretrained import load_pretrained_weights
 from structured_tickets.networks.registry import note_channel_units
 from structured_tickets.pruning.rules import RoundRules
@@ -196,8 +196,9 @@ def _loaded(args: Any) -> tuple[nn.Module, Loaders, tuple[str, ...], torch.dtype
     wanted = load_start_weights(model, settings)
     put_normalize(model, Normalize(*(wanted or (splits.mean, splits.std))))
     _check_last_batch(model, len(splits.train), args.batch_size, size)
+    precision, remark = precision_of(model, settings.get("precision", "auto"), device, size)
+    said += [remark] if remark else []
     model.to(device)
-    precision = choose_precision(settings.get("precision", "auto"), device)
     prepare_for_speed(model, precision, settings.get("compile", False))
     loaders = make_loaders(splits, args.batch_size, device, source.flip, seed)
     return model, loaders, tuple(splits.classes), precision, said

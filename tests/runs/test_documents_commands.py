@@ -32,7 +32,6 @@ BUDGET = {
     "criteria_batches": 1,
     "wandb": "disabled",
     "keep_checkpoints": 1,
-    "precision": "fp32",  # the kernels for bfloat16 of some processors gave NaN at one pixel a channel
 }
 SIZES = {"vgg16_bn": 32}  # pixels at least
 

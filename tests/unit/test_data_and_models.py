@@ -14,10 +14,10 @@ from structured_tickets.base.errors import DataError, UsageError
 from structured_tickets.base.randomness import mixed_seed
 from structured_tickets.data.image_sets import ImageSet
 from structured_tickets.data.loader import BatchLoader, crop_and_flip
-from structured_tickets.networks import MODELS, build_model, register_model
+from structured_tickets.networks import MODELS, build_model, precision, register_model
 from structured_tickets.networks.kernels import set_fused_attention
 from structured_tickets.networks.layers import Normalize
-from structured_tickets.networks.precision import choose_precision
+from structured_tickets.networks.precision import choose_precision, precision_of
 from structured_tickets.networks.pretrained import load_pretrained_weights
 from structured_tickets.networks.vit import vit_small
 from structured_tickets.pruning.decide import decide
@@ -111,6 +111,21 @@ def test_precision_and_device():
     assert choose_precision("fp32", cpu) == torch.float32 and choose_precision("bf16", cpu) == torch.bfloat16
     assert choose_precision("auto", cpu) in (torch.float32, torch.bfloat16)
     assert choose_device(-1) == cpu
+
+
+@pytest.mark.parametrize("size, chosen", [(8, torch.float32), (16, torch.bfloat16)])
+def test_bfloat16_is_left_where_a_stride_meets_one_pixel(size, chosen, monkeypatch):
+    monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: True)
+    model = build_model("mobilenet", 10, size)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found, said = precision_of(model, "auto", torch.device("cpu"), size)
+    assert found == chosen and (said is None) == (size == 16)
+    if said:
+        assert said.startswith("at --image_size 8, layers.11.conv1 has a stride and sees one pixel")
+        assert precision_of(model, "fp32", torch.device("cpu"), size) == (torch.float32, None)
+        asked, warning = precision_of(model, "bf16", torch.device("cpu"), size)
+        assert asked == torch.bfloat16 and warning.endswith("Use --precision fp32, or larger images")
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def imagenet_vit(**changes):
