@@ -18,7 +18,7 @@ from structured_tickets.pruning.masks import Mask, MaskPair
 from structured_tickets.pruning.methods import CONTROLS
 from structured_tickets.shrinking.cost import OVERLAPPING, cost_of
 from structured_tickets.unit_groups.kinds import kind_of
-from structured_tickets.unit_groups.unit import UnitGroup, kinds, masks_of_units, parameter_of
+from structured_tickets.unit_groups.unit import UnitGroup, kept_units, kinds, masks_of_units, parameter_of
 
 CONTROL_STREAM = 2021  # keeps a control's random numbers apart from its run's
 NARROWING_STEPS = 14  # finer than one unit of ten thousand
@@ -34,6 +34,7 @@ def controlled(
     seed: int,
     state: int,
     image_size: int,
+    within: MaskPair | None = None,
 ) -> MaskPair:
     """The masks of a control in place of a ticket's.
 
@@ -42,6 +43,8 @@ def controlled(
         pair: The ticket's masks for the round after `state`.
         targets: Kinds of unit that the run drops whole; none where it prunes weight by weight.
         seed: Everything random comes from it; what is redrawn, from `state` too.
+        within: The control's own masks of round `state`. What is redrawn takes its units from those that they keep, as
+            a ticket does: for rounds that go on with trained weights, of which other units have none.
     """
     kind = CONTROLS[control].masks
     if kind == "same":
@@ -49,11 +52,16 @@ def controlled(
     if kind == "narrow":
         return narrow_pair(model, groups, cost_of(model, pair.structure, image_size).macs, image_size)
     parts = (seed, CONTROL_STREAM, 1 + state) if kind == "redrawn" else (seed, CONTROL_STREAM)
-    return permuted_pair(pair, groups, targets, torch.Generator().manual_seed(mixed_seed(*parts)))
+    draw = torch.Generator().manual_seed(mixed_seed(*parts))
+    return permuted_pair(pair, groups, targets, draw, within if kind == "redrawn" else None)
 
 
 def permuted_pair(
-    pair: MaskPair, groups: Sequence[UnitGroup], targets: Sequence[str], draw: torch.Generator
+    pair: MaskPair,
+    groups: Sequence[UnitGroup],
+    targets: Sequence[str],
+    draw: torch.Generator,
+    within: MaskPair | None = None,
 ) -> MaskPair:
     """The pair with its units in another order within each group, in both masks and all their slices alike.
 
@@ -63,6 +71,8 @@ def permuted_pair(
     Args:
         targets: Kinds of unit that are permuted; none: everything goes weight by weight.
         draw: Where the orders come from.
+        within: Units that the pair keeps come to places that this one keeps, and living ones to living ones, as far as
+            there are so many; whole blocks change places as without it.
     """
     current, refill = pair.current, pair.refill
     chosen = [g for g in groups if g.kind in targets]
@@ -74,7 +84,7 @@ def permuted_pair(
     for alike in _of_one_shape([g for g in chosen if kind_of(g.kind).holds_units], current):
         both = _blocks_exchanged(both, alike, draw)
     for group in (g for g in chosen if not kind_of(g.kind).holds_units):
-        both = _units_permuted(both, group, draw)
+        both = _units_permuted(both, group, draw, within)
     if not chosen:
         both = [_following(m, groups) for m in both]
     return MaskPair(*both)
@@ -85,14 +95,32 @@ def _shuffled(both: Sequence[Mask], name: str, draw: torch.Generator) -> list[Te
     return [m[name].flatten()[order].view(m[name].shape) for m in both]
 
 
-def _units_permuted(both: Sequence[Mask], group: UnitGroup, draw: torch.Generator) -> list[Mask]:
+def _units_permuted(
+    both: Sequence[Mask], group: UnitGroup, draw: torch.Generator, within: MaskPair | None
+) -> list[Mask]:
     order = torch.randperm(group.units, generator=draw)
+    if within is not None:
+        order = _order_within(order, group, MaskPair(*both), within)
     out = [dict(m) for m in both]
     for part in group.slices:
         for mask in out:
             value, places, sources = mask[part.name], part.index.flatten(), part.index[order].flatten()
             mask[part.name] = value.index_copy(part.axis, places, value.index_select(part.axis, sources))
     return out
+
+
+def _order_within(order: Tensor, group: UnitGroup, pair: MaskPair, within: MaskPair) -> Tensor:
+    """Return which unit comes to each place: kept ones to kept ones, living ones to living ones, as `order` says."""
+    units, places = _standing(group, pair)[order], _standing(group, within)
+    found = torch.empty_like(order)
+    found[places.argsort(descending=True, stable=True)] = order[units.argsort(descending=True, stable=True)]
+    return found
+
+
+def _standing(group: UnitGroup, pair: MaskPair) -> Tensor:
+    """Return 2 for each unit that the structure keeps, 1 for one of which L1 has left a weight, 0 for a dead one."""
+    kept, living = kept_units(group, pair.structure), kept_units(group, pair.current)
+    return torch.where(kept, 2, living.long())
 
 
 def _of_one_shape(blocks: Sequence[UnitGroup], masks: Mapping[str, Tensor]) -> list[list[UnitGroup]]:

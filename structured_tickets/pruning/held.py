@@ -35,6 +35,22 @@ def held_masks(
     return held | {n: mask * held.get(n, 1.0) for n, mask in outside.items()}
 
 
+def continued(trained: Mapping[str, Tensor], anew: Mapping[str, Tensor], could_train: Mapping[str, Tensor]) -> Mask:
+    """Return the weights with which a round begins that goes on from the one before (learning-rate rewinding).
+
+    Renda et al. 2020, "Comparing Rewinding and Fine-tuning in Neural Network Pruning", section 3.
+
+    Args:
+        trained: State dict at the end of the round before.
+        anew: Values of those weights that it held at zero, by parameter name: what they begin with if they live now.
+        could_train: 1 where it could train a weight, by parameter name; names that are missing could be trained whole.
+    """
+    found = {n: value.clone() for n, value in trained.items()}
+    for name, mask in could_train.items():
+        found[name] = torch.where(mask.to(found[name].device) == 1, trained[name], anew[name])
+    return found
+
+
 def faded_units(
     groups: Sequence[UnitGroup],
     pair: MaskPair,

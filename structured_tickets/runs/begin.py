@@ -108,7 +108,7 @@ def _begun(
     if source is not None:
         warn_of_changed_code(source.dense.sources, run.sources, "The control trains another network than the ticket")
         run = source.begin(run, setup.names, setup.image_size)
-        run.following = control_masks(setup, source, 0)
+        run.following = control_masks(setup, source, 0, None)
         log.info("control %s: round 0 is that of %s", setup.args.control, source.folder.path)
         folder.save(run)
     elif store is not None:

@@ -197,6 +197,7 @@ FIELDS: dict[str, tuple[Check, str]] = {
 }
 # Fields that older checkpoints lack.
 LATER_FIELDS: dict[str, tuple[Check, str]] = {
+    "start_weight": _WEIGHTS,
     "contents": (is_record, "a description of the data"),
     "processes": _COUNT,
     "sources": (_is_dict_of(_WORD[0]), "hashes by file"),

@@ -24,7 +24,7 @@ from structured_tickets.runs.next_masks import next_masks
 from structured_tickets.runs.outcome import final_network, result_of
 from structured_tickets.runs.pictures import draw_kept_units
 from structured_tickets.runs.reporter import Reporter, SilentReporter
-from structured_tickets.runs.round import Round, seed_round
+from structured_tickets.runs.round import Round, seed_round, start_weights
 from structured_tickets.runs.setup import Setup
 from structured_tickets.runs.state import fields_of, packed_pair, state_from
 from structured_tickets.runs.tables import rounds_table
@@ -76,13 +76,14 @@ class Experiment:
         check_fits(weights, self.run.optimizer, setup.model, setup.optimizer(setup.model))
 
     def rewind(self, state: int) -> Round:
-        """Set all weights back to the initial ones, under the round's masks; or to where the round was interrupted."""
+        """Set all weights to those that the round begins with, under its masks; or to where it was interrupted."""
         run, setup = self.run, self.setup
         fresh = run.state != state or not run.state_dict
         if fresh:
+            run.start_weight = start_weights(setup, run, self.source) if state else {}
             run.state, run.epoch, run.step, run.best_sa, run.faded = state, 0, 0, [-1.0, -1.0, -1.0], {}
             run.masks = run.following
-        setup.model.load_state_dict(run.init_weight if fresh else run.state_dict)
+        setup.model.load_state_dict(run.begun_with if fresh else run.state_dict)
         current = Round(setup, run, self.stop, self.reporter.progress, {} if fresh else run.optimizer)
         if fresh:
             run.doomed_norm = current.doomed_norm()
@@ -128,7 +129,7 @@ class Experiment:
 
     def _hold_faded_units(self, current: Round, epoch: int) -> None:
         run = self.run
-        faded = {} if epoch + 1 == self.setup.args.epochs else current.faded_units(run.init_weight)
+        faded = {} if epoch + 1 == self.setup.args.epochs else current.faded_units(run.begun_with)
         if sum(map(len, faded.values())) > sum(map(len, run.faded.values())):
             run.faded = faded
             current.hold_faded_units(faded)

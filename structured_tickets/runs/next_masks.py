@@ -34,12 +34,14 @@ def next_masks(
     world, pair = setup.world, MaskPair({}, {})
     if world.is_first:
         with stop.alone():
-            pair = control_masks(setup, source, run.state) if source else _regrouped(setup, run, progress, stop)
+            pair = (
+                control_masks(setup, source, run.state, run.masks) if source else _regrouped(setup, run, progress, stop)
+            )
     return MaskPair(**world.share({"current": pair.current, "refill": pair.refill}))
 
 
-def control_masks(setup: Setup, source: ControlSource, state: int) -> MaskPair:
-    """Return the masks of a control for the round after `state`."""
+def control_masks(setup: Setup, source: ControlSource, state: int, own: MaskPair | None) -> MaskPair:
+    """Return the masks of a control for the round after `state`, which it has trained under masks of its `own`."""
     targets = setup.rules.targets if setup.rules.structured else ()
     return controlled(
         setup.args.control,
@@ -50,6 +52,7 @@ def control_masks(setup: Setup, source: ControlSource, state: int) -> MaskPair:
         seed=setup.args.seed,
         state=state,
         image_size=setup.image_size,
+        within=own if setup.args.prune_type == "lrr" else None,
     )
 
 

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from structured_tickets.base.randomness import mixed_seed, restore_random_states, seed_everything
 from structured_tickets.base.weights import digest_of
-from structured_tickets.pruning.held import doomed_whole, faded_units, held_masks
+from structured_tickets.pruning.held import continued, doomed_whole, faded_units, held_masks
 from structured_tickets.pruning.masks import MaskPair, as_current, as_refill
+from structured_tickets.pruning.methods import CONTROLS
 from structured_tickets.pruning.shares import Shares, shares
+from structured_tickets.runs.compared_run import ControlSource
 from structured_tickets.runs.setup import Setup, prepare_for_speed
 from structured_tickets.runs.state import RunState
 from structured_tickets.training.epoch import Passer, ShowProgress, hardened
@@ -161,6 +163,19 @@ def _masks_of(setup: Setup, run: RunState) -> MaskPair | None:
     if run.masks is not None and whole:
         return doomed_whole(setup.groups, run.masks, setup.rules.targets)
     return run.masks
+
+
+def start_weights(setup: Setup, run: RunState, source: ControlSource | None) -> dict[str, Tensor]:
+    """Return the weights that the round after `run.state` begins with where they are not the initial ones; else none.
+
+    A control with initial weights of its own begins every round with them.
+    """
+    args = setup.args
+    if args.prune_type != "lrr" or (source is not None and CONTROLS[args.control].fresh):
+        return {}
+    could_train = held_masks(_masks_of(setup, run), setup.rules, setup.groups, run.faded)
+    zero = {n: torch.zeros_like(run.init_weight[n]) for n in could_train}
+    return continued(run.state_dict, zero if args.refill_from == "zero" else run.init_weight, could_train)
 
 
 def seed_round(run: RunState, setup: Setup, fresh: bool) -> None:

@@ -26,6 +26,7 @@ class RunState:
         step: Batches of the next epoch that are done (0 but after an interruption), with their `partial` sums.
         state_dict: The model, masked parameters under torch's pruning keys.
         init_weight: Initial weights; every round rewinds to them.
+        start_weight: Weights that the round began with, where they are not the initial ones; else empty.
         dense_weight: Weights at the end of round 0, kept for methods that rank them again; else empty.
         masks: What the round trains under; None in round 0.
         reg_lambda: The penalty strength last applied.
@@ -55,6 +56,7 @@ class RunState:
     state_dict: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     init_weight: dict[str, Tensor] = field(default_factory=dict)
+    start_weight: dict[str, Tensor] = field(default_factory=dict)
     dense_weight: dict[str, Tensor] = field(default_factory=dict)
     masks: MaskPair | None = None
     reg_lambda: float = 0.0
@@ -75,6 +77,11 @@ class RunState:
     sources: dict[str, str] = field(default_factory=dict)
     followed: bool = False
     version: int = VERSION
+
+    @property
+    def begun_with(self) -> dict[str, Tensor]:
+        """The weights that the round began with."""
+        return self.start_weight or self.init_weight
 
     @property
     def structure(self) -> Mask:

@@ -275,10 +275,18 @@ PRUNING = (
     Flag(
         "prune_type",
         "weights that each round starts from; lt: initial; pt: pretrained; rewind_lt: those of round 0, epoch "
-        "--rewind_epoch",
+        "--rewind_epoch; lrr: those that the round before has trained (learning-rate rewinding)",
         EVERY_ROUND,
         default="lt",
-        choices=("lt", "pt", "rewind_lt"),
+        choices=("lt", "pt", "rewind_lt", "lrr"),
+    ),
+    Flag(
+        "refill_from",
+        "with lrr: what a weight starts with that was held at zero and is restored; initial: its initial value",
+        AFTER_ROUND_0,
+        default="initial",
+        choices=("initial", "zero"),
+        read=Condition(lambda a: a.prune_type == "lrr", "with --prune_type lrr"),
     ),
     Flag(
         "rewind_epoch",

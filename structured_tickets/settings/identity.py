@@ -72,7 +72,10 @@ def identity_of_round_0(args: argparse.Namespace) -> dict[str, Any]:
 
     Files of initial weights are not among them: what they hold counts. Nor are the kernels' flags, see `numerics`.
     """
-    return {k: v for k, v in identity_of(settings_of(args)).items() if scope_of(k).round_0}
+    settings = settings_of(args)
+    if args.prune_type == "lrr":  # from round 1 on it differs from the default
+        settings["prune_type"] = _default_of("prune_type")
+    return {k: v for k, v in identity_of(settings).items() if scope_of(k).round_0}
 
 
 def default_run_folder(args: argparse.Namespace) -> str:
