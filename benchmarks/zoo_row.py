@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from structured_tickets.base.errors import UsageError
+from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.export.deployed import load, save
 from structured_tickets.networks.external import build_external
 from structured_tickets.networks.hosted import bare, put_normalize
@@ -27,6 +27,7 @@ from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.networks.registry import spec_of
 from structured_tickets.pruning.masks import Mask
 from structured_tickets.pruning.usable_units import UsableUnits, usable_units
+from structured_tickets.runs.launch import is_about_memory
 from structured_tickets.shrinking.cost import cost_of
 from structured_tickets.shrinking.kept_units import kept_units_of
 from structured_tickets.shrinking.shrink import masked_copy, shrink
@@ -67,7 +68,10 @@ def _refusals(note: Note, where: str) -> Iterator[None]:
         note({"outcome": "refused", "where": where, "reason": str(error)})
         raise SystemExit from error
     except Exception as error:
-        note({"outcome": "traceback", "where": where, "reason": _last_lines(error)})
+        if is_about_memory(error):
+            note({"outcome": "stopped", "stopped": f"not enough memory: {first_line(error)}"})
+        else:
+            note({"outcome": "traceback", "where": where, "reason": _last_lines(error)})
         raise SystemExit from error
 
 

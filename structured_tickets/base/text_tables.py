@@ -25,6 +25,13 @@ def gigabytes(count: float) -> str:
     return f"{count / 1e9:,.1f} GB"
 
 
+def duration(seconds: float) -> str:
+    """Seconds up to two minutes, then minutes, from two hours on hours."""
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def some_of(names: Sequence[str], most: int = 3) -> str:
     """Return the first names, and how many more there are: a, b, c and 4 more."""
     more = len(names) - most

@@ -77,7 +77,12 @@ IMAGE_STORES = {
 
 
 def load_splits(
-    name: str, data_dir: str | Path, image_size: int | None = None, workers: int = 4, store: str = "auto"
+    name: str,
+    data_dir: str | Path,
+    image_size: int | None = None,
+    workers: int = 4,
+    store: str = "auto",
+    download: bool = True,
 ) -> Splits:
     """Load a row of `DATASETS`.
 
@@ -85,6 +90,7 @@ def load_splits(
         image_size: Side of the images, in pixels (None: the data set's own).
         workers: Threads or processes that decode image files.
         store: A row of `IMAGE_STORES`.
+        download: Whether a data set that is missing may be downloaded, if torchvision can do that.
 
     Raises:
         DataError: The data are missing, damaged or laid out otherwise; the message says what to put where.
@@ -92,7 +98,7 @@ def load_splits(
     from structured_tickets.data.decoded_images import Decoding
 
     source = DATASETS[name]
-    return source.load(Path(data_dir), image_size or source.image_size, Decoding(store, workers))
+    return source.load(Path(data_dir), image_size or source.image_size, Decoding(store, workers, download))
 
 
 def _dataloaders(name: str, batch_size: int, data_dir: str) -> Loaders:

@@ -63,10 +63,12 @@ class Decoding:
     Attributes:
         store: A row of `dataset.IMAGE_STORES`.
         workers: Threads (or, batch by batch, processes) that decode.
+        download: Whether a data set that is missing may be downloaded.
     """
 
     store: str = "auto"
     workers: int = 4
+    download: bool = True
 
 
 class LazyImages(Dataset):

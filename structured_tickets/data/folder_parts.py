@@ -46,7 +46,7 @@ def find_parts(root: Path, wanted: str) -> dict[str, Path]:
             found[part] = like[0]
     missing = [part for part in NEEDED if part not in found]
     if missing and not folders:
-        raise DataError(f"{root / missing[0]} does not exist; {wanted}")
+        raise DataError(f"{root / missing[0] if root.is_dir() else root} does not exist; {wanted}")
     if missing:
         there, hint = few([folder.name for folder in folders]), _way_out(folders, found)
         raise DataError(f"{root} holds {there}, but no folder {' and no folder '.join(missing)}. {hint}; {wanted}")

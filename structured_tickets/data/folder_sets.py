@@ -35,7 +35,7 @@ SAMPLED = 1000  # images of a part that are looked for in another
 MOST_COMPARED = 5000  # images in which they are looked for, all of the same size as one of them
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
-WANTED = "expected: <part>/<class>/<images> in the folder given by --data, with at least one image per class"
+WANTED = "expected: train/<class>/<images> and test/<class>/<images> in the folder given by --data"
 
 
 def read_imagefolder(root: Path, size: int, decoding: Decoding) -> Splits:

@@ -70,6 +70,7 @@ class Splits:
     Attributes:
         mean, std: Of each colour channel, images in [0, 1].
         classes: Names of the classes; labels index them.
+        held_out: Whether the validation images are a part of the training set, held out here.
     """
 
     train: ImageSet
@@ -78,6 +79,7 @@ class Splits:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: tuple[str, ...]
+    held_out: bool = False
 
 
 def split_indices(n: int, share: float = VALIDATION_SHARE) -> tuple[Tensor, Tensor]:
@@ -129,7 +131,7 @@ def with_validation(
             few([classes[label] for label in lost]),
         )
     mean, std = statistics or channel_statistics(training.sample(STATISTICS_SAMPLE))
-    return Splits(training, train.subset(held_out), test, mean, std, tuple(classes))
+    return Splits(training, train.subset(held_out), test, mean, std, tuple(classes), held_out=True)
 
 
 def empty_classes(found: Iterable[str], classes: Iterable[str]) -> list[str]:
@@ -152,18 +154,20 @@ def require_every_class(found: Iterable[str], classes: Sequence[str], where: obj
 
 def read_cifar10(root: Path, size: int, decoding: Decoding) -> Splits:
     """An npz file or parquet files if they are there, else torchvision's layout."""
-    return _read_cifar(root, size, CIFAR10, CIFAR10_CLASSES, ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
+    statistics = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    return _read_cifar(root, size, CIFAR10, CIFAR10_CLASSES, statistics, decoding.download)
 
 
 def read_cifar100(root: Path, size: int, decoding: Decoding) -> Splits:
     """An npz file or parquet files if they are there, else torchvision's layout."""
     names = tuple(str(k) for k in range(100))
-    return _read_cifar(root, size, CIFAR100, names, ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)))
+    statistics = ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762))
+    return _read_cifar(root, size, CIFAR100, names, statistics, decoding.download)
 
 
 def read_fashionmnist(root: Path, size: int, decoding: Decoding) -> Splits:
     """torchvision's layout; the grey images of 28 pixels get three equal channels."""
-    return _read_torchvision(root, size, "FashionMNIST")
+    return _read_torchvision(root, size, "FashionMNIST", decoding.download)
 
 
 def read_digits(root: Path, size: int, decoding: Decoding) -> Splits:
@@ -192,10 +196,12 @@ def _digits() -> numpy.ndarray:
     return numpy.column_stack([raw.data, raw.target])
 
 
-def _read_cifar(root: Path, size: int, table: TableFormat, names: tuple[str, ...], statistics: Any) -> Splits:
+def _read_cifar(
+    root: Path, size: int, table: TableFormat, names: tuple[str, ...], statistics: Any, download: bool
+) -> Splits:
     found = find_table(root, table)
     if found is None:
-        return _read_torchvision(root, size, table.name.upper(), statistics)
+        return _read_torchvision(root, size, table.name.upper(), download, statistics)
     classes = found.classes or names
     sets = {}
     for part, (images, labels) in {"training": found.train, "test": found.test}.items():
@@ -204,21 +210,21 @@ def _read_cifar(root: Path, size: int, table: TableFormat, names: tuple[str, ...
     return with_validation(sets["training"], sets["test"], classes, statistics)
 
 
-def _read_torchvision(root: Path, size: int, dataset_name: str, statistics: Any = None) -> Splits:
+def _read_torchvision(root: Path, size: int, dataset_name: str, download: bool, statistics: Any = None) -> Splits:
     import torchvision.datasets
 
     dataset_class = getattr(torchvision.datasets, dataset_name)
     sets = []
     for train in (True, False):
-        part = _open_torchvision(dataset_class, root, train)
+        part = _open_torchvision(dataset_class, root, train, download)
         where = f"{'training' if train else 'test'} labels of {dataset_name} under {root}"
         labels = checked_labels(numpy.asarray(part.targets), len(part.data), len(part.classes), where)
         sets.append(ImageSet(_colour_images(torch.as_tensor(part.data), size), labels))
     return with_validation(sets[0], sets[1], part.classes, statistics)
 
 
-def _open_torchvision(dataset_class: Any, root: Path, train: bool) -> Any:
-    """torchvision's data set: from its folder or archive under `root`, else downloaded there."""
+def _open_torchvision(dataset_class: Any, root: Path, train: bool, download: bool) -> Any:
+    """torchvision's data set: from its folder or archive under `root`, else downloaded there if that is allowed."""
     here = _layout(dataset_class, root)
     try:
         return dataset_class(root, train=train, download=False)
@@ -227,6 +233,11 @@ def _open_torchvision(dataset_class: Any, root: Path, train: bool) -> Any:
             raise DataError(
                 f"{dataset_class.__name__} under {root} is damaged ({one_line(error)}). Replace it. Expected: {here}"
             ) from error
+    if not download:
+        raise DataError(
+            f"{dataset_class.__name__} is not under {root}. A run would download it, --dry_run does not. To plan "
+            f"without it, take --dataset digits; or give its folder with --data. Expected: {here}"
+        ) from None
     log.info("%s is not under %s. Looking for its archive, then downloading it", dataset_class.__name__, root)
     try:
         return dataset_class(root, train=train, download=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
@@ -13,11 +14,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 from structured_tickets.base.errors import BadCall, BadValue
+from structured_tickets.base.text_tables import counted
 from structured_tickets.interface.arguments import flag, natural, one_of, positive
 from structured_tickets.interface.foreign import OwnParameters, unwrapped
 from structured_tickets.interface.masks import Masks, require_masks
 from structured_tickets.interface.units import require_same
 from structured_tickets.pruning.masks import HeldMask
+from structured_tickets.pruning.methods import SQUEEZE_GOAL
 from structured_tickets.training.penalty.reg_pruner import Pruner
 from structured_tickets.training.penalty.schedules import SCHEDULES
 from structured_tickets.unit_groups.unit import parameter_of
@@ -111,7 +114,7 @@ class Penalty:
         )
         self.done = 0
         self._optimizer: weakref.ref[optim.Optimizer] | None = None
-        self._waits = False
+        self._waits = self._warned = False
         self._peak = 0.0
         self._place()
         self._held.apply()
@@ -232,6 +235,24 @@ class Penalty:
             self._waits = False
         if not before:
             self._held.apply()
+            if self.done == self.steps:
+                self._warn_if_weak()
+
+    def _warn_if_weak(self) -> None:
+        if not self._warned and (left := self.squeeze) > SQUEEZE_GOAL:
+            self._warned = True
+            warnings.warn(
+                f"{left:.0%} of the doomed weights are left after {counted(self.steps, 'step')}. Removing them now changes "
+                "what the network computes. Train for more steps, with a higher learning rate, or make the Penalty "
+                "with decoupled=True",
+                stacklevel=2,
+            )
+
+    def __repr__(self) -> str:
+        """Say how far the penalty is."""
+        return (
+            f"Penalty(step {self.done:,} of {self.steps:,}, lambda {self.strength:.3g}, doomed left {self.squeeze:.1%})"
+        )
 
     @property
     def strength(self) -> float:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 LIBRARIES = ("timm/", "torchvision/", "hf/")
+SLIP = 0.9  # names that are as alike differ by a letter or two
 
 
 def build_model(name: str, num_classes: int, img_size: int) -> nn.Module:
@@ -54,8 +55,10 @@ def parse_arch(text: str) -> str:
     if text.endswith(".py"):
         raise ValueError(f"{text!r} does not say which function of it makes the network: {text}:NAME")
     if not file.endswith(".py"):
-        near = difflib.get_close_matches(text, MODELS, 1, cutoff=0.5)
-        hint = f" (did you mean {near[0]}, timm/{text} or torchvision/{text}?)" if near else ""
+        slip = difflib.get_close_matches(text, MODELS, 1, cutoff=SLIP)
+        near = slip or difflib.get_close_matches(text, MODELS, 1, cutoff=0.5)
+        others = "" if slip else f", timm/{text} or torchvision/{text}"
+        hint = f" (did you mean {near[0]}{others}?)" if near else ""
         raise ValueError(
             f"{text!r} is not one of {', '.join(MODELS)}, timm/NAME, torchvision/NAME, hf/NAME, FILE.py:FACTORY, the "
             f"name of a file in models/{hint}"

@@ -106,7 +106,7 @@ def from_torchvision(name: str, num_classes: int, img_size: int) -> nn.Module:
     try:
         model = torchvision.models.get_model(name, num_classes=num_classes, **own)
         return with_separate_heads(model) if name.startswith("vit_") else model
-    except (RuntimeError, ValueError) as error:
+    except (AssertionError, RuntimeError, ValueError) as error:  # torchvision asserts on sizes
         raise _not_buildable(f"torchvision/{name}", error) from error
 
 

@@ -67,7 +67,7 @@ def load_pretrained_weights(
     if wanted is None:
         log.warning(
             "%s does not say how its images were normalised. The mean and standard deviation of the training images "
-            "are used. If the weights want others, save them in the file beside the weights, as lists mean and std",
+            "are used. If the weights want others, save them in the same file, as lists under the keys mean and std",
             source,
         )
         return None

@@ -75,6 +75,10 @@ def nothing_to_resume(folder: Path) -> UsageError:
     )
 
 
+def _default(key: str) -> Any:
+    return FLAGS[key].parsed_default if key in FLAGS else "its default"
+
+
 def check_same_settings(identity: Mapping[str, Any], saved_identity: Mapping[str, Any]) -> None:
     """Refuse to continue a run whose settings were others.
 
@@ -84,7 +88,7 @@ def check_same_settings(identity: Mapping[str, Any], saved_identity: Mapping[str
     known = list(FLAGS)  # in whose order a flag comes before those that follow from it
     keys = dict.fromkeys([*identity, *saved_identity])
     for key in sorted(keys, key=lambda k: known.index(k) if k in FLAGS else len(known)):
-        ours, theirs = (d.get(key, "its default") for d in (identity, saved_identity))
+        ours, theirs = (d.get(key, _default(key)) for d in (identity, saved_identity))
         if ours != theirs:
             way_out = "Choose another --save_dir" + AS_BEFORE.get((key, theirs), "")
             raise UsageError(f"argument --{key}: the run in this folder used {theirs}, not {ours}. {way_out}")

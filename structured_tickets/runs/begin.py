@@ -134,8 +134,9 @@ def _say_where_it_continues(run: RunState, folder: RunFolder, args: argparse.Nam
     elif rounds > run.state:
         log.info("continuing the run in %s after round %d", folder.path, run.state)
     else:
-        epochs = counted(args.epochs, "epoch")
-        log.info("continuing the run in %s: round %d, %d of %s done", folder.path, run.state, run.epoch, epochs)
+        done = f"{run.epoch} of {counted(args.epochs, 'epoch')}"
+        done += f" and {counted(run.step, 'step')} of the next" if run.step else ""
+        log.info("continuing the run in %s: round %d, %s done", folder.path, run.state, done)
 
 
 def _describe(setup: Setup, run: RunState, folder: RunFolder) -> None:

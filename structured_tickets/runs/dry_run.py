@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
-from structured_tickets.base.text_tables import counted, millions
+from structured_tickets.base.text_tables import counted, duration, millions
 from structured_tickets.base.weights import cloned_state
 from structured_tickets.pruning.decide import decide
 from structured_tickets.pruning.masks import MaskPair
@@ -16,12 +18,13 @@ from structured_tickets.pruning.rules import RoundRules
 from structured_tickets.pruning.shares import kept_per_kind, shares
 from structured_tickets.runs.setup import Setup
 from structured_tickets.shrinking.cost import Cost, cost_of
+from structured_tickets.training.epoch import validate
 from structured_tickets.unit_groups.unit import UnitGroup, parameter_of
 
 TIMED_STEPS = 3
 
 
-def seconds_per_step(step: Callable[[], None]) -> float:
+def seconds_per_step(step: Callable[[], object]) -> float:
     """Median time of a few training steps, after one that warms up."""
     times = []
     for _ in range(TIMED_STEPS + 1):
@@ -77,19 +80,41 @@ def _rounds(setup: Setup) -> list[str]:
     layer_wise = rules.structured and rules.sorting_mode == "layer-wise"
     exact = layer_wise and all(g.kind in ("head", "neuron") and g.kind in rules.targets for g in groups)
     lines = [f"rounds ({'exact' if exact else 'estimated from the initial weights'})"]
-    for state, pair in enumerate(simulate_rounds(model, groups, rules, setup.args.pruning_times)):
+    rows: list[str] = []
+    for pair in simulate_rounds(model, groups, rules, setup.args.pruning_times):
         cost: Cost = cost_of(model, {} if pair is None else pair.structure, setup.image_size)
         units = ", ".join(f"{kept}/{of} {kind}s" for kind, (kept, of) in kept_per_kind(groups, pair).items())
         density = shares(pair, setup.names, rules).kept
         size = f"{counted(cost.parameters, 'parameter')}  {millions(cost.macs)} MACs"
-        lines.append(f"  {state:3d}  {density:6.2f}%  {units}  {size}")
-    return lines
+        rows.append(f"{density:6.2f}%  {units}  {size}")
+    return [*lines, *numbered(rows)]
+
+
+def numbered(rows: Sequence[str]) -> list[str]:
+    """Return rows with their numbers from 0; of equal ones in succession, one with the first and the last number."""
+    first, found = 0, []
+    for row, alike in itertools.groupby(rows):
+        last = first + len(list(alike)) - 1
+        found.append(f"  {f'{first}-{last}' if last > first else first:>5}  {row}")
+        first = last + 1
+    return found
 
 
 def _time(setup: Setup, step: Callable[[], None]) -> list[str]:
     args, steps, each = setup.args, len(setup.train_loader), seconds_per_step(step)
-    minutes = each * steps * args.epochs / 60
+    judging, judged = _seconds_to_judge(setup), -(-args.epochs // args.eval_every)
+    whole = each * steps * args.epochs + judging * judged
     return [
-        f"time: {each:.3f} s per step, {counted(steps, 'step')} per epoch, {counted(args.epochs, 'epoch')} per round: "
-        f"about {minutes:.1f} min per round, {minutes * args.pruning_times:.1f} min in total, without evaluation"
+        f"time: {each:.3f} s per step, {counted(steps, 'step')} per epoch, {judging:.1f} s per evaluation, "
+        f"{counted(args.epochs, 'epoch')} per round: about {duration(whole)} per round, "
+        f"{duration(whole * args.pruning_times)} in total"
     ]
+
+
+def _seconds_to_judge(setup: Setup) -> float:
+    """Estimate how long validation and test images take, by a batch of each."""
+    seconds = 0.0
+    for loader in setup.loaders[1:]:
+        batch = next(iter(loader.whole()))
+        seconds += seconds_per_step(partial(validate, [batch], setup.model, setup.criterion)) * len(loader)
+    return seconds

@@ -21,7 +21,7 @@ from structured_tickets.runs.epochs import TrainedEpoch, epoch_row, train_epoch
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.runs.judge import judge, warn_if_not_squeezed
 from structured_tickets.runs.next_masks import next_masks
-from structured_tickets.runs.outcome import final_network, result_of
+from structured_tickets.runs.outcome import final_network, how_to_export, result_of
 from structured_tickets.runs.pictures import draw_kept_units
 from structured_tickets.runs.reporter import Reporter, SilentReporter
 from structured_tickets.runs.round import Round, seed_round, start_weights
@@ -89,7 +89,8 @@ class Experiment:
             run.doomed_norm = current.doomed_norm()
         seed_round(run, setup, fresh)
         current.check_agreement("start")
-        self.reporter.round_starts(state, current.shares, current.size_in_words, state * setup.args.epochs)
+        place, before = (run.epoch, run.step), state * setup.args.epochs
+        self.reporter.round_starts(state, current.shares, current.size_in_words, before, place)
         return current
 
     def train(self, current: Round) -> None:
@@ -133,9 +134,9 @@ class Experiment:
         if sum(map(len, faded.values())) > sum(map(len, run.faded.values())):
             run.faded = faded
             current.hold_faded_units(faded)
-            units = counted(sum(map(len, faded.values())), "unit")
-            words = "round %d epoch %3d: faded out and held at zero from now on: %s%s"
-            log.info(words, run.state, epoch, units, current.size_in_words)
+            units, doomed = sum(map(len, faded.values())), counted(current.doomed_units(), "doomed unit")
+            words = "round %d epoch %3d: %s of %s faded out and held at zero from now on%s"
+            log.info(words, run.state, epoch, f"{units:,}", doomed, current.size_in_words)
 
     def _save(self, current: Round, *copies: Path) -> None:
         """Write the state, as far as it has been written back, to these files and then to the round's checkpoint."""
@@ -176,7 +177,10 @@ class Experiment:
         folder.save_value(final_network(self.setup.model, ended), folder.ticket)
         draw_kept_units(run.rounds, folder.path)
         folder.write_result(result_of(run, is_control=self.source is not None))
-        log.info("finished %s. Final network: %s", counted(len(run.rounds), "round"), folder.ticket)
+        rounds = counted(len(run.rounds), "round")
+        log.info("finished %s. Final network, at full size with its masks: %s", rounds, folder.ticket)
+        if self.setup.rules.structured:
+            log.info("%s", how_to_export(self.setup.args, folder.path, run.rounds[-1]))
         return rounds_table(run.rounds)
 
     def close(self) -> None:

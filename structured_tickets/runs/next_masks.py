@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from structured_tickets.base.console import ONLY_IN_THE_FILE
 from structured_tickets.base.weights import cloned_state
 from structured_tickets.pruning.controls import controlled
 from structured_tickets.pruning.decide import decide
@@ -62,9 +63,10 @@ def _regrouped(setup: Setup, run: RunState, progress: Progress, stop: StopReques
     if run.state == 0 and setup.rules.method.ranks == "dense":
         run.dense_weight = trained
     rules, args = setup.rules, setup.args
+    where = ONLY_IN_THE_FILE if run.state + 1 >= args.pruning_times else None  # no round of this run uses the masks
     if rules.structured:
         hard = not rules.method.squeezes
-        log.info("%s", banner(rules.targets, args.criteria, ratio_labels(rules.ratios), hard))
+        log.info("%s", banner(rules.targets, args.criteria, ratio_labels(rules.ratios), hard), extra=where)
     ranked = _ranked(run, trained, rules.method.ranks, args.rank_weights)
     pair = decide(
         setup.model,
@@ -79,8 +81,9 @@ def _regrouped(setup: Setup, run: RunState, progress: Progress, stop: StopReques
         batches=setup.train_loader.fixed_batches(args.criteria_batches),
     )
     if rules.structured:
-        log.info("%s", kind_lines(setup.groups, pair, rules.targets))
-    log.log(logging.INFO if rules.structured else logging.DEBUG, "%s", summary(setup.groups, pair.refill))
+        log.info("%s", kind_lines(setup.groups, pair, rules.targets), extra=where)
+    level = logging.INFO if rules.structured else logging.DEBUG
+    log.log(level, "%s", summary(setup.groups, pair.refill), extra=where)
     return pair
 
 

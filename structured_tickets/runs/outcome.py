@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import shlex
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from structured_tickets.base.commands import typed
+from structured_tickets.base.text_tables import counted
+from structured_tickets.networks import runs_a_file
 from structured_tickets.pruning.masks import hardened_state, pruning_state
-from structured_tickets.runs.rows import seconds_of
+from structured_tickets.runs.rows import Row, seconds_of
 from structured_tickets.runs.state import RunState
 
 
@@ -25,6 +31,13 @@ def final_network(model: nn.Module, run: RunState) -> dict[str, Any]:
         "state_dict": pruning_state(hard, structure),
         "args": run.args,
     }
+
+
+def how_to_export(args: argparse.Namespace, folder: Path, last: Row) -> str:
+    """Return the command that writes the last round's network at its real size."""
+    own = ["--arch", args.arch] if runs_a_file(args.arch) else []
+    command = f"{typed('export')} {shlex.join([str(folder), *own])}"
+    return f"next: {command}\n      writes it at its real size ({counted(last['parameters'], 'parameter')})"
 
 
 def result_of(run: RunState, is_control: bool) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from structured_tickets.training.penalty.expected import DECOUPLED, DIRECT
 from structured_tickets.training.penalty.reg_pruner import Pruner
 from structured_tickets.training.stop import StopRequest
 from structured_tickets.training.trainee import Trainee
+from structured_tickets.unit_groups.unit import kept_units
 
 PROBES = 2  # images that show which parameters the logits depend on
 
@@ -135,6 +136,14 @@ class Round:
             return {}
         groups = [g for g in setup.groups if g.kind in setup.rules.targets]
         return setup.world.share(faded_units(groups, self.pair, setup.model.state_dict(), initial, args.fade_out))
+
+    def doomed_units(self) -> int:
+        """Return the number of units that the penalty shrinks in this round."""
+        if self.pair is None:
+            return 0
+        doomed, structure = self.pair.doomed, self.pair.structure
+        groups = [g for g in self.setup.groups if g.kind in self.setup.rules.targets]
+        return sum(int((kept_units(g, doomed) & ~kept_units(g, structure)).sum()) for g in groups)
 
     def hardened_accuracies(self) -> tuple[float, float] | tuple[None, None]:
         """Return validation and test accuracy, in percent, with the structure applied; None without a penalty."""

@@ -22,6 +22,7 @@ from structured_tickets.base.modes import set_mode
 from structured_tickets.base.randomness import seed_everything
 from structured_tickets.base.text_tables import counted
 from structured_tickets.data.catalog import DATASETS, load_splits
+from structured_tickets.data.image_sets import Splits
 from structured_tickets.data.loader import BatchLoader, Loaders, make_loaders
 from structured_tickets.networks import build_model, runs_a_file, spec_of
 from structured_tickets.networks.fixed_start import starts_the_same
@@ -187,13 +188,19 @@ def _loaded(args: Any) -> tuple[nn.Module, Loaders, tuple[str, ...], torch.dtype
     source = DATASETS[args.dataset]
     size = settings.get("image_size") or source.image_size
     splits = load_splits(
-        args.dataset, Path(args.data), size, settings.get("workers", 4), settings.get("image_store", "auto")
+        args.dataset,
+        Path(args.data),
+        size,
+        settings.get("workers", 4),
+        settings.get("image_store", "auto"),
+        download=not settings.get("dry_run", False),
     )
     seed = settings.get("seed") or 0
     seed_everything(seed)
     model = build_model(args.arch, len(splits.classes), size)
     said = _warnings_of_a_fixed_start(model, settings, len(splits.classes), size, seed)
     wanted = load_start_weights(model, settings)
+    said += _warnings_of_images_seen(settings, splits)
     put_normalize(model, Normalize(*(wanted or (splits.mean, splits.std))))
     _check_last_batch(model, len(splits.train), args.batch_size, size)
     precision, remark = precision_of(model, settings.get("precision", "auto"), device, size)
@@ -202,6 +209,16 @@ def _loaded(args: Any) -> tuple[nn.Module, Loaders, tuple[str, ...], torch.dtype
     prepare_for_speed(model, precision, settings.get("compile", False))
     loaders = make_loaders(splits, args.batch_size, device, source.flip, seed)
     return model, loaders, tuple(splits.classes), precision, said
+
+
+def _warnings_of_images_seen(settings: dict[str, Any], splits: Splits) -> list[str]:
+    """A sentence if weights come with a classifier, so that they may have been trained on the images held out here."""
+    if not (settings.get("pretrained") and settings.get("fc") and splits.held_out):
+        return []
+    return [
+        f"{counted(len(splits.val), 'training image')} are held out for validation. If the weights of --pretrained "
+        "were trained on them, too, val is too high: give a data set with validation images of its own (a folder val)"
+    ]
 
 
 def _warnings_of_a_fixed_start(

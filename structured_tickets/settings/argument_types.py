@@ -77,7 +77,7 @@ def count(least: int, most: int = 10**9) -> Callable[[str], Any]:
 COUNT, NATURAL = count(1), count(0)
 ROUNDS = count(1, 1000)  # at the smallest rates that mean anything, next to nothing is left long before
 PARALLEL = 1024  # processes or threads: as many are really started, and more would bring a machine down
-SHARE = number(float, "a number in [0, 1)", lambda v: 0 <= v < 1)
+SHARE = number(float, "a number in [0, 1), such as 0.3 for 30%", lambda v: 0 <= v < 1)
 CLOSED_SHARE = number(float, "a number in [0, 1]", lambda v: 0 <= v <= 1)
 POSITIVE = number(float, "a number above 0", lambda v: 0 < v < math.inf)
 NONNEGATIVE = number(float, "a number of at least 0", lambda v: 0 <= v < math.inf)

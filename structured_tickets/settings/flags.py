@@ -13,8 +13,11 @@ from structured_tickets.settings.flag_rules import check, warnings_about
 from structured_tickets.settings.flag_table import FLAGS, GROUPS, PRESETS
 
 EXAMPLES = """examples:
-  {command} --dataset digits --arch vit_tiny --struct rsst --vit_structured
-  {command} --dataset imagefolder --data photos --arch res20s --struct refill --rate 0.4
+  {command} --dataset digits --image_size 8 --arch vit_tiny --struct rsst --vit_structured \\
+      --vit_prune_target both --rate 0.3 --rate_mode round --pruning_times 3 --epochs 20 --optimizer adamw --lr 1e-3 \\
+      --warmup 2 --lr_schedule cosine
+  {command} --dataset imagefolder --data photos --arch res20s --struct refill --rate 0.4 \\
+      --pruning_times 3 --epochs 20 --lr 0.05 --warmup 1 --lr_schedule cosine
 """
 
 

@@ -124,10 +124,16 @@ def warnings_for(rules: RoundRules, model: nn.Module, groups: Sequence[UnitGroup
             f"the network gives {spec_of(model).outputs} outputs while it trains. The first one is taken for the "
             "logits, and nothing is learned from the others"
         )
-    if rules.method.squeezes and not rules.structured:
+    if rules.method.regroups and not rules.structured:
+        does = "RSST", "prunes single weights by magnitude and penalises nothing"
+        does = (
+            does
+            if rules.method.squeezes
+            else ("Refill", "prunes single weights, which hardly makes the network smaller")
+        )
         said.append(
-            "RSST without --vit_structured prunes single weights by magnitude and penalises nothing. Add "
-            "--vit_structured, or use --struct imp"
+            f"{does[0]} without --vit_structured {does[1]}. Add --vit_structured --vit_prune_target both, or use "
+            "--struct imp"
         )
     return said
 
@@ -195,7 +201,7 @@ def about_the_penalty(args: argparse.Namespace, rate: LearningRate) -> str:
     left = expected_squeeze(clock_from(args), rate, args.momentum, usual)
     return (
         f"penalty: {args.penalty} ({WAYS[args.penalty]}). In rounds this short, --penalty {usual} would leave about "
-        f"{left:.0%} of each"
+        f"{left:.0%} of each doomed weight"
     )
 
 

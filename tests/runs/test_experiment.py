@@ -138,8 +138,8 @@ def test_units_that_have_faded_out_are_left_out(fading, tmp_path, monkeypatch, c
     sizes = watched_sizes(monkeypatch)
     assert run(*tiny(tmp_path / "on", **fading)) == 0
     said = (
-        r"faded out and held at zero from now on: \d+ units\. Training a smaller network, without the units that are "
-        r"zero: [\d.]+% of all parameters"
+        r"\d+ of \d+ doomed units faded out and held at zero from now on\. Training a smaller network, without the "
+        r"units that are zero: [\d.]+% of all parameters"
     )
     assert re.search(said, capsys.readouterr().err)
     assert sizes[:5] == sizes[:1] * 5 and sizes[9] < sizes[5] <= sizes[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -269,9 +270,7 @@ def test_the_exported_network_is_the_masked_one(arch, struct, regroup, tmp_path,
 def test_a_dry_run_prints_the_density_of_every_round(arch, struct, tmp_path, capsys):
     assert run(*words(tmp_path / "run", struct, arch, dry_run=True)) == 0
     plan = capsys.readouterr().out
-    densities = [
-        float(line.split()[1].rstrip("%")) for line in plan.splitlines() if line[:5].strip().isdigit() and "% " in line
-    ]
+    densities = [float(found) for found in re.findall(r"^ +\d+ +([\d.]+)%  ", plan, re.MULTILINE)]
     assert len(densities) == ROUNDS and densities[0] == 100
     if not METHODS[struct].regroups:
         assert densities == [100.0, 60.0, 36.0]
