@@ -20,6 +20,7 @@ from structured_tickets.features.computed_weights import computed_filters
 from structured_tickets.features.exported import Program
 from structured_tickets.features.features import LOGITS, Features, Parts, Through
 from structured_tickets.features.labels import compact, plain, shortened, varying
+from structured_tickets.features.parts_of_weights import parts_of_weights
 from structured_tickets.features.rules_of_axes import taken_axes
 from structured_tickets.features.rules_of_numbers import combined, mixed
 from structured_tickets.features.tables import (
@@ -93,6 +94,8 @@ class _Interpreter:
         self.names: dict[fx.Node, str] = {}
         self.filters = computed_filters(program)
         self.behind = {n for f in self.filters.values() for n in (f.weight, *f.beside)}
+        self.parts = parts_of_weights(program)
+        self.behind |= {program.parameters[part.whole.name] for part in self.parts.values()}
 
     def run(self) -> None:
         for node in self.program.graph.graph.nodes:
@@ -184,6 +187,8 @@ class _Interpreter:
             return None
         own, inside = self.following, self.program.is_of_its_layer
         call = Call(node, self._labels, self._name, inside, own.features, own.tensors, self.filters.get(node))
+        weight = node.args[1] if len(node.args) > 1 else None
+        call.part = self.parts.get(weight) if isinstance(weight, fx.Node) else None
         try:
             rule = RULES.get(name)
             if node.target is operator.getitem:
@@ -279,7 +284,9 @@ class _Interpreter:
         return self.env[node]
 
     def _name(self, node: Any) -> str:
-        return self.names.get(node, "") if isinstance(node, fx.Node) else ""
+        if not isinstance(node, fx.Node):
+            return ""
+        return self.names.get(self.parts[node].whole if node in self.parts else node, "")
 
     def _compute(self, node: fx.Node) -> bool:
         """Compute what depends on nothing that is trained or seen; False if that is random or cannot be done."""

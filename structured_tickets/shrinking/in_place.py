@@ -23,6 +23,7 @@ from structured_tickets.features.exported import first_names
 from structured_tickets.features.features import Contraction
 from structured_tickets.features.following import Following
 from structured_tickets.shrinking.cuts import Cuts, Shrunk, cut_value, of_the_same_type
+from structured_tickets.shrinking.fewer_heads import let_attention_have_fewer_heads
 from structured_tickets.shrinking.inserted_layers import rearranged
 
 SAME = 1e-4  # of the logits, relative to the largest
@@ -69,6 +70,7 @@ def shrink_in_place(
             cuts: Cuts = {}
             small = copy.deepcopy(network)
             _Cutter(small, room, cuts, names, spread).cut(following)
+            let_attention_have_fewer_heads(small, cuts)
             _set_numbers(small, following, room, attributes)
             _set_paddings(small, following, room)
             _set_parts(small, following, room)

@@ -19,6 +19,8 @@ from structured_tickets.unit_groups.unit import Slice, UnitGroup, rows
 
 Places: TypeAlias = dict[tuple[str, int], list[int]]
 """(Parameter, axis) -> positions of one unit."""
+LINEAR = (nn.Linear, nn.MultiheadAttention)
+"""Layers whose weights are those of linear layers."""
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -160,7 +162,7 @@ def linear_units(
         key = (kind, *sorted((*k, len(v)) for k, v in places.items()))
         axes = {axis for _, axis in places}
         layers = {weight.rpartition(".")[0] for weight, _ in places}
-        linear = all(isinstance(model.get_submodule(n), nn.Linear) or n in cut for n in layers)
+        linear = all(isinstance(model.get_submodule(n), LINEAR) or n in cut for n in layers)
         if linear and axes == {0, 1} and spec.classifier not in layers:
             alike[key].append(places)
     follow = {n for n, _, _ in further}
