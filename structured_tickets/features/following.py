@@ -50,6 +50,7 @@ class Following:
         fixed: Labels of tensors of which something is taken by its place along an axis: nothing can go along that.
         unknown: Operations without a rule -> how often they are called with features.
         parameters: Parameters and buffers that are no layer's, of which each number is a feature: int64 of their shape.
+        noted: What others have found out about these features, so that they need not do it again.
     """
 
     features: Features = field(default_factory=Features)
@@ -58,6 +59,7 @@ class Following:
     fixed: list[tuple[Tensor, int]] = field(default_factory=list)
     unknown: Counter[str] = field(default_factory=Counter)
     parameters: dict[str, Tensor] = field(default_factory=dict)
+    noted: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def follow(self, program: Program) -> None:
         """Follow an image, which belongs to no feature, through a network."""
