@@ -250,26 +250,43 @@ MORE: dict[str, Callable[[nn.Module, nn.Module, Mask], None]] = {
 """What else can be tried with the whole and the smaller network, and the masks between them."""
 
 
+HEADS: tuple[dict[str, Any], ...] = (
+    {},
+    {"prune_num_heads": True, "prune_head_dims": False, "head_pruning_ratio": 0.5},
+)
+"""How torch-pruning is told to treat attention: to make heads narrower, or to remove whole ones."""
+
+
 def _torch_pruning(network: nn.Module, side: int) -> str:
-    """Return "yes" if torch-pruning halves a network's layers and the smaller network runs, or why not."""
+    """Return "yes" if torch-pruning halves a network's layers and the smaller network runs, or why not.
 
-    def prune() -> None:
-        tp = importlib.import_module("torch_pruning")
-        whole = sum(p.numel() for p in network.parameters())
-        network.eval()
-        ignored = [m for m in network.modules() if isinstance(m, nn.Linear) and m.out_features == CLASSES]
-        heads = {m.qkv: m.num_heads for m in network.modules() if hasattr(m, "qkv") and hasattr(m, "num_heads")}
-        pruner = tp.pruner.BasePruner(
-            network,
-            torch.rand(1, 3, side, side),
-            importance=tp.importance.GroupMagnitudeImportance(p=2),
-            pruning_ratio=0.5,
-            ignored_layers=ignored,
-            num_heads=heads,
-        )
-        pruner.step()
-        with torch.no_grad():
-            assert tuple(network(torch.rand(2, 3, side, side)).shape) == (2, CLASSES), "other logits"
-        assert sum(p.numel() for p in network.parameters()) < whole, "nothing was removed"
+    It is called as in its examples for networks of timm: with the classifier ignored, the number of heads of each layer
+    `qkv`, and that and the size of a head set in the attention layers afterwards; with both ways of treating heads.
+    """
+    network.eval()
+    found = [_tried(lambda how=how: _pruned_by_theirs(copy.deepcopy(network), side, how)) for how in HEADS]  # type: ignore[misc]
+    return "yes" if "yes" in found else found[0]
 
-    return _tried(prune)
+
+def _pruned_by_theirs(network: nn.Module, side: int, how: dict[str, Any]) -> None:
+    """Raises: whatever torch-pruning or the smaller network raises; AssertionError, if that is not smaller."""
+    tp = importlib.import_module("torch_pruning")
+    whole = sum(p.numel() for p in network.parameters())
+    attention: list[Any] = [m for m in network.modules() if hasattr(m, "qkv") and hasattr(m, "num_heads")]
+    pruner = tp.pruner.BasePruner(
+        network,
+        torch.rand(1, 3, side, side),
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=0.5,
+        ignored_layers=[m for m in network.modules() if isinstance(m, nn.Linear) and m.out_features == CLASSES],
+        num_heads={m.qkv: m.num_heads for m in attention},
+        **how,
+    )
+    pruner.step()
+    for layer in attention:
+        layer.num_heads = pruner.num_heads[layer.qkv]
+        rows = layer.qkv.weight.shape[0]
+        layer.head_dim, layer.attn_dim = rows // (3 * layer.num_heads), rows // 3
+    with torch.no_grad():
+        assert tuple(network(torch.rand(2, 3, side, side)).shape) == (2, CLASSES), "other logits"
+    assert sum(p.numel() for p in network.parameters()) < whole, "nothing was removed"

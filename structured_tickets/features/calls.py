@@ -19,6 +19,21 @@ def packet(target: object) -> str:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Rows of a parameter that lie one after another.
+
+    Attributes:
+        whole: Node of the parameter.
+        start: First row.
+        total: Number of rows of the parameter.
+    """
+
+    whole: fx.Node
+    start: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Filters:
     """The parameters that the weights of a convolution are computed of.
 
@@ -56,6 +71,7 @@ class Call:
         inside: Whether a call is made by the module that owns a parameter.
         features: New ones are numbered there.
         tensors: Labels of further tensors that have to stay rectangles.
+        part: If it is a linear layer with some rows of a parameter: which.
         filters: If it is a convolution whose weights are computed: of what.
         made: If it is a layer's: what this one read, and what it gave.
     """
@@ -68,6 +84,7 @@ class Call:
     tensors: list[Tensor]
     filters: Filters | None = None
     made: LayerCall | None = None
+    part: Part | None = None
 
     def argument(self, place: int, word: str = "", default: Any = None) -> Any:
         """An argument as it stands in the graph."""

@@ -75,6 +75,7 @@ def program_of(model: nn.Module, image: Sequence[int], training: bool) -> Progra
         ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+    exported.graph_module.graph.eliminate_dead_code()  # what a module returns and nobody reads
     signature = exported.graph_signature
     first = first_names(model)
     tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}

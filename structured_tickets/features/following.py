@@ -20,6 +20,7 @@ from structured_tickets.features.computed_weights import computed_filters
 from structured_tickets.features.exported import Program
 from structured_tickets.features.features import LOGITS, Features, Parts, Through
 from structured_tickets.features.labels import compact, plain, shortened, varying
+from structured_tickets.features.parts_of_weights import parts_of_weights
 from structured_tickets.features.rules_of_axes import taken_axes
 from structured_tickets.features.rules_of_numbers import combined, mixed
 from structured_tickets.features.tables import (
@@ -49,6 +50,7 @@ class Following:
         fixed: Labels of tensors of which something is taken by its place along an axis: nothing can go along that.
         unknown: Operations without a rule -> how often they are called with features.
         parameters: Parameters and buffers that are no layer's, of which each number is a feature: int64 of their shape.
+        noted: What others have found out about these features, so that they need not do it again.
     """
 
     features: Features = field(default_factory=Features)
@@ -57,6 +59,7 @@ class Following:
     fixed: list[tuple[Tensor, int]] = field(default_factory=list)
     unknown: Counter[str] = field(default_factory=Counter)
     parameters: dict[str, Tensor] = field(default_factory=dict)
+    noted: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def follow(self, program: Program) -> None:
         """Follow an image, which belongs to no feature, through a network."""
@@ -93,6 +96,8 @@ class _Interpreter:
         self.names: dict[fx.Node, str] = {}
         self.filters = computed_filters(program)
         self.behind = {n for f in self.filters.values() for n in (f.weight, *f.beside)}
+        self.parts = parts_of_weights(program)
+        self.behind |= {program.parameters[part.whole.name] for part in self.parts.values()}
 
     def run(self) -> None:
         for node in self.program.graph.graph.nodes:
@@ -184,6 +189,8 @@ class _Interpreter:
             return None
         own, inside = self.following, self.program.is_of_its_layer
         call = Call(node, self._labels, self._name, inside, own.features, own.tensors, self.filters.get(node))
+        weight = node.args[1] if len(node.args) > 1 else None
+        call.part = self.parts.get(weight) if isinstance(weight, fx.Node) else None
         try:
             rule = RULES.get(name)
             if node.target is operator.getitem:
@@ -279,7 +286,9 @@ class _Interpreter:
         return self.env[node]
 
     def _name(self, node: Any) -> str:
-        return self.names.get(node, "") if isinstance(node, fx.Node) else ""
+        if not isinstance(node, fx.Node):
+            return ""
+        return self.names.get(self.parts[node].whole if node in self.parts else node, "")
 
     def _compute(self, node: fx.Node) -> bool:
         """Compute what depends on nothing that is trained or seen; False if that is random or cannot be done."""

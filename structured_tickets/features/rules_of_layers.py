@@ -69,10 +69,15 @@ def linear(call: Call) -> Tensor:
     """A linear layer on the last axis."""
     labels, weight, bias = call.labels(0), call.name_of(call.argument(1)), call.name_of(call.argument(2, "bias"))
     others = [a for a in varying(labels) if a != labels.ndim - 1]
+    if weight and others and call.features.are_numbers(labels, computed=True):  # such as learned queries: they stay
+        call.keep(labels, "a layer reads numbers of a parameter")
+        labels, others = plain(labels.shape), []
     if not weight or others:
         found = mixed(call, labels, [-1], "the weights of the layer that reads it are computed")
         return found.expand(call.shape)
-    rows = _layer(call, weight, bias, _read(call, labels, -1), call.shape[-1], (0, 1)).expand(call.shape)
+    outputs, first = call.shape[-1], call.part.start if call.part else 0
+    rows = _layer(call, weight, bias, _read(call, labels, -1), call.part.total if call.part else outputs, (0, 1))
+    rows = rows[first : first + outputs].expand(call.shape)
     computed = call.labels_of(call.argument(2, "bias")) if call.argument(2, "bias") is not None and not bias else None
     return rows if computed is None else combined(call, rows, computed, product=False)
 

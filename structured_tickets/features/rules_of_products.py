@@ -29,6 +29,8 @@ def matrix_product(call: Call) -> Tensor:
 def attention(call: Call) -> Tensor:
     """softmax(q k^T + mask) v."""
     query, key, value = (call.labels(k) for k in range(3))
+    if call.node.kwargs.get("enable_gqa"):  # several heads of queries share keys and values
+        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
     weights = multiplied(call, query, key.transpose(-1, -2))
     mask = call.argument(3, "attn_mask")
     if isinstance(mask, fx.Node):

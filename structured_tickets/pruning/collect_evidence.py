@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 
@@ -15,6 +15,7 @@ from structured_tickets.networks.kernels import uncompiled
 from structured_tickets.pruning.criteria import CRITERIA, CRITERIA_BATCHES
 from structured_tickets.pruning.evidence import Evidence, FeatureStatistics
 from structured_tickets.pruning.masks import called_with, effective_state, in_place_of
+from structured_tickets.shrinking.fewer_heads import projections_noted
 from structured_tickets.unit_groups.unit import UnitGroup
 
 
@@ -71,28 +72,45 @@ def _evaluating(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[dic
 def _statistics(
     model: nn.Module, state: dict[str, Tensor], layers: Sequence[str], images: Tensor, labels: Tensor, gradients: bool
 ) -> dict[str, FeatureStatistics]:
-    outputs: dict[str, Tensor] = {}
+    outputs: dict[str, list[Tensor]] = {}
+    named = {model.get_submodule(layer): layer for layer in layers}
+    attention = [m for m in named if isinstance(m, nn.MultiheadAttention)]
 
-    def recorder(layer: str) -> Callable:
-        def record(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-            outputs[layer] = output
-            return output.clone()  # what follows may work in place
+    def note(module: nn.Module, parts: list[Tensor]) -> list[Tensor]:
+        own = parts if len(parts) == 1 or module.in_proj_weight is not None else parts[:1]
+        for part in own:
+            if gradients and not part.requires_grad:  # of parameters alone, which are held
+                part.requires_grad_()
+        outputs[named[module]] = own
+        return [part.clone() for part in parts]  # what follows may work in place
 
-        return record
+    def record(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        return note(module, [output])[0]
 
-    handles = [model.get_submodule(layer).register_forward_hook(recorder(layer)) for layer in layers]
+    handles = [m.register_forward_hook(record) for m in named if m not in attention]
     try:
-        with torch.set_grad_enabled(gradients):
+        with torch.set_grad_enabled(gradients), projections_noted(attention, note):
             logits = called_with(model, state, (images.detach().clone().requires_grad_(gradients),))
     finally:
         for handle in handles:
             handle.remove()
-    lasts = [_features_last(model.get_submodule(layer), outputs[layer]) for layer in layers]
-    if not gradients:
-        return {layer: _summary(outputs[layer], None, last) for layer, last in zip(layers, lasts, strict=True)}
-    loss = nn.functional.cross_entropy(logits, labels)
-    slopes = torch.autograd.grad(loss, [outputs[layer] for layer in layers], materialize_grads=True)
-    return {y: _summary(outputs[y], slope, last) for y, slope, last in zip(layers, slopes, lasts, strict=True)}
+    every = [part for layer in layers for part in outputs[layer]]
+    slopes: Sequence[Tensor | None] = [None] * len(every)
+    if gradients:
+        slopes = torch.autograd.grad(nn.functional.cross_entropy(logits, labels), every, materialize_grads=True)
+    slope_of = {id(part): slope for part, slope in zip(every, slopes, strict=True)}
+    found = {}
+    for module, layer in named.items():
+        own = [_summary(part, slope_of[id(part)], _features_last(module, part)) for part in outputs[layer]]
+        found[layer] = own[0] if len(own) == 1 else _side_by_side(own)
+    return found
+
+
+def _side_by_side(parts: Sequence[FeatureStatistics]) -> FeatureStatistics:
+    """The statistics of features that lie one after another."""
+    slopes = [p.saliency for p in parts if p.saliency is not None]
+    absolute, square = (torch.cat([getattr(p, word) for p in parts]) for word in ("absolute", "square"))
+    return FeatureStatistics(absolute, square, torch.cat(slopes) if slopes else None)
 
 
 def _features_last(layer: nn.Module, output: Tensor) -> bool:

@@ -19,7 +19,7 @@ from structured_tickets.unit_groups.find import features_of, is_transformer, sha
 from structured_tickets.unit_groups.kinds import STREAM, kind_of
 from structured_tickets.unit_groups.left_alone import ALWAYS, left_alone, weights_of
 from structured_tickets.unit_groups.operations import is_plain_conv
-from structured_tickets.unit_groups.unit import UnitGroup, kinds, parameter_of, rows
+from structured_tickets.unit_groups.unit import PARAMETERS, UnitGroup, kinds, parameter_of, rows
 
 FROZEN = "frozen (requires_grad=False)"
 CANNOT_BE_REMOVED = {
@@ -144,7 +144,8 @@ def _leaves_much(model: nn.Module, trial: _Trial) -> bool:
     if trial.error is not None or trial.stays:
         return True
     if not trial.transformer:
-        return False
+        pruned = {s.layer for g in trial.groups for s in g.slices}
+        return any(isinstance(m, nn.MultiheadAttention) and n not in pruned for n, m in model.named_modules())
     if trial.notes.name.startswith(("timm/", "torchvision/")):
         return share_in_units(model, trial.groups) < 1 - MUCH
     layers = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != trial.notes.classifier]
@@ -207,7 +208,7 @@ def note_what_had_units(model: nn.Module, groups: Iterable[str], followed: bool 
         return
     spec = replace(_without_notes(model), followed=followed)
     change_notes(model, spec)
-    kept = {name for name in groups if not name.endswith(".weight")}
+    kept = {name for name in groups if name.rpartition(".")[2] not in PARAMETERS}
     if not kept:
         change_notes(model, replace(spec, has_units=False))
     elif is_transformer(model) or spec.channel_units == STREAM:
@@ -269,15 +270,14 @@ def _can_go(model: nn.Module, groups: Sequence[UnitGroup], image_size: int) -> b
 def _rows_of(model: nn.Module, group: UnitGroup) -> list[UnitGroup]:
     """Return the rows of weights of a group's layers; none of a block or a stream: its layers have other groups."""
     own = dict(model.named_parameters())
-    layers = dict.fromkeys(s.layer for s in group.slices if s.ranked and s.name in own)
-    return (
-        [] if group.writers or kind_of(group.kind).holds_units else [_rows_of_layer(model, layer) for layer in layers]
-    )
+    layers = dict.fromkeys((s.layer, s.param) for s in group.slices if s.ranked and s.name in own)
+    return [] if group.writers or kind_of(group.kind).holds_units else [_rows_of_layer(model, *p) for p in layers]
 
 
-def _rows_of_layer(model: nn.Module, layer: str) -> UnitGroup:
+def _rows_of_layer(model: nn.Module, layer: str, param: str = "weight") -> UnitGroup:
     """Return the rows of a layer's weight, under the name of the weight: the layer's is that of its units."""
-    return UnitGroup(f"{layer}.weight", "row", (rows(layer, parameter_of(model, f"{layer}.weight").shape[0]),))
+    name = f"{layer}.{param}"
+    return UnitGroup(name, "row", (rows(layer, parameter_of(model, name).shape[0], param),))
 
 
 def _rows_of_layers(model: nn.Module, spec: ModelSpec, stem: bool, transformer: bool) -> list[UnitGroup]:

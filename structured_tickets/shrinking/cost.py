@@ -30,7 +30,7 @@ class Cost:
     Attributes:
         parameters: Number of values that are trained, or frozen.
         macs: Multiply-accumulates for one image: of convolutions, linear and recurrent layers, of attention's products,
-            and of what puts channels back in their places.
+            and of what puts few channels of large images back in their places, which else takes none.
     """
 
     parameters: int

@@ -23,7 +23,8 @@ from structured_tickets.features.exported import first_names
 from structured_tickets.features.features import Contraction
 from structured_tickets.features.following import Following
 from structured_tickets.shrinking.cuts import Cuts, Shrunk, cut_value, of_the_same_type
-from structured_tickets.shrinking.inserted_layers import Rearranged
+from structured_tickets.shrinking.fewer_heads import let_attention_have_fewer_heads
+from structured_tickets.shrinking.inserted_layers import rearranged
 
 SAME = 1e-4  # of the logits, relative to the largest
 LAYERS = (nn.Linear, _ConvNd)
@@ -69,6 +70,7 @@ def shrink_in_place(
             cuts: Cuts = {}
             small = copy.deepcopy(network)
             _Cutter(small, room, cuts, names, spread).cut(following)
+            let_attention_have_fewer_heads(small, cuts)
             _set_numbers(small, following, room, attributes)
             _set_paddings(small, following, room)
             _set_parts(small, following, room)
@@ -321,7 +323,7 @@ def _adapt(layer: nn.Module, name: str, have: Tensor, want: Tensor, axis: int) -
     if torch.equal(have, want) or hasattr(layer, name):
         return
     own = next(iter((*layer.parameters(), *layer.buffers())))
-    layer.add_module(name, Rearranged(have, want, axis).to(own.device))
+    layer.add_module(name, rearranged(have, want, axis).to(own.device))
     if name == READ:
         layer.register_forward_pre_hook(_read)
     else:
@@ -329,11 +331,11 @@ def _adapt(layer: nn.Module, name: str, have: Tensor, want: Tensor, axis: int) -
 
 
 def _read(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (layer.get_submodule(READ)(args[0]), *args[1:])
+    return (layer._modules[READ](args[0]), *args[1:])  # type: ignore[misc]
 
 
 def _given(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return layer.get_submodule(GIVEN)(output)
+    return layer._modules[GIVEN](output)  # type: ignore[misc]
 
 
 def _set_numbers(small: nn.Module, following: Following, room: Room, which: str) -> None:

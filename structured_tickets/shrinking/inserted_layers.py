@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,8 +33,41 @@ class Constant(nn.Module):
         return (value, None) if self.paired else value
 
 
+class _Put(torch.autograd.Function):
+    """Columns of a matrix in their places among zeros.
+
+    Gradients are taken from these places. Torch's own way back adds them up column by column, which takes several times
+    as long.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, source: Tensor, places: Tensor) -> Tensor:
+        return _put(x, source)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0].index_select(1, ctx.saved_tensors[0]), None, None
+
+
+def _put(x: Tensor, source: Tensor) -> Tensor:
+    """Return columns of a matrix by their numbers; the one behind the last is zero."""
+    return F.pad(x, [0, 1]).index_select(1, source)
+
+
+FEW, PIXELS = 16, 256
+"""Up to so many channels of images with at least so many pixels, a product takes less time than taking numbers."""
+
+
 class Place(nn.Module):
     """Put channels in their places among others, which are zero: [batch, few, ...] -> [batch, channels, ...].
+
+    Channels that lie side by side are taken from their places in a matrix of pixels or, if they are few, multiplied.
 
     Args:
         places: int64 [few].
@@ -42,30 +77,36 @@ class Place(nn.Module):
 
     source: Tensor
     places: Tensor
-    one_hot: Tensor
+    one_hot: Tensor | None
 
     def __init__(self, places: Tensor, channels: int, axis: int = 1) -> None:
         super().__init__()
         self.axis = axis
-        few = torch.arange(len(places))
+        one_hot = F.one_hot(places, channels).float().t()[..., None, None] if len(places) <= FEW else None
+        self.register_buffer("one_hot", one_hot, persistent=False)
         source = torch.full((channels,), len(places))
-        source[places] = few
+        source[places] = torch.arange(len(places))
         self.register_buffer("source", source, persistent=False)
         self.register_buffer("places", places, persistent=False)
         first, end = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
         self.around = (first, channels - end) if end - first == len(places) else None
-        one_hot = torch.zeros(channels, len(places), 1, 1)
-        one_hot[places, few] = 1
-        self.register_buffer("one_hot", one_hot, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.around is not None:
-            return F.pad(x, list(self.around) if self.axis == -1 else [0, 0] * (x.ndim - 2) + list(self.around))
+            return F.pad(x, self.around if self.axis == -1 else (0, 0) * (x.ndim - 2) + self.around)
         if self.axis == -1:
-            return _taken_from_last(F.pad(x, [0, 1]), self.source)
-        if _is_channels_last(x):  # channels lie side by side: a product is several times faster than a gather
-            return F.conv2d(x, self.one_hot.to(x.dtype))
-        return F.pad(x, [0, 0] * (x.ndim - 2) + [0, 1]).index_select(1, self.source)
+            return self._along_the_last(x)
+        if _is_channels_last(x):  # which else would not be the layout of what comes out
+            if self.one_hot is not None and x.shape[2] * x.shape[3] >= PIXELS:
+                return F.conv2d(x, self.one_hot.to(x.dtype))
+            return self._along_the_last(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return F.pad(x, (0, 0) * (x.ndim - 2) + (0, 1)).index_select(1, self.source)
+
+    def _along_the_last(self, x: Tensor) -> Tensor:
+        matrix = x.reshape(-1, x.shape[-1])
+        own = torch.is_grad_enabled() and matrix.requires_grad and not torch.compiler.is_compiling()
+        found = _Put.apply(matrix, self.source, self.places) if own else _put(matrix, self.source)
+        return found.view(*x.shape[:-1], len(self.source))
 
 
 class Select(nn.Module):
@@ -122,26 +163,22 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-class Rearranged(nn.Module):
-    """Take some features of a tensor, and put zeros in the places of others that it lacks.
+def rearranged(have: Tensor, want: Tensor, axis: int) -> nn.Module:
+    """Return a layer that takes some features of a tensor, and puts zeros in the places of others that it lacks.
+
+    It makes [..., want, ...] of [..., have, ...].
 
     Args:
         have: Features that the tensor holds along the axis: int64, ascending.
         want: Features that it is to hold: int64, ascending.
         axis: 1 or -1.
     """
-
-    def __init__(self, have: Tensor, want: Tensor, axis: int) -> None:
-        super().__init__()
-        kept = torch.isin(have, want)
-        self.takes = None if bool(kept.all()) else Select(kept.nonzero().flatten(), axis)
-        have = have[kept]
-        self.places = Place(torch.searchsorted(want, have), len(want), axis) if len(have) < len(want) else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., have, ...] -> [..., want, ...]."""
-        x = x if self.takes is None else self.takes(x)
-        return x if self.places is None else self.places(x)
+    kept = torch.isin(have, want)
+    layers: list[nn.Module] = [] if bool(kept.all()) else [Select(kept.nonzero().flatten(), axis)]
+    have = have[kept]
+    if len(have) < len(want):
+        layers.append(Place(torch.searchsorted(want, have), len(want), axis))
+    return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
 
 
 INSERTED = (Place, Select, AddAt)

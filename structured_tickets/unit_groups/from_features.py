@@ -19,6 +19,8 @@ from structured_tickets.unit_groups.unit import Slice, UnitGroup, rows
 
 Places: TypeAlias = dict[tuple[str, int], list[int]]
 """(Parameter, axis) -> positions of one unit."""
+LINEAR = (nn.Linear, nn.MultiheadAttention)
+"""Layers whose weights are those of linear layers."""
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -143,6 +145,13 @@ def linear_units(
     Args:
         convolutions: Sets of filters of convolutions, and what reads these, are heads and neurons, too.
     """
+    key = (spec.classifier, spec.stem, convolutions)
+    if key not in following.noted:
+        following.noted[key] = _linear_units(model, following, spec, convolutions)
+    return list(following.noted[key])
+
+
+def _linear_units(model: nn.Module, following: Following, spec: ModelSpec, convolutions: bool) -> list[UnitGroup]:
     features = following.features
     sets = features.sets(layers=True)
     heads = {int(n) for found in features.heads for n in sets[found].unique()}
@@ -155,13 +164,13 @@ def linear_units(
     known = torch.arange(features.count + 1).where(zeros[sets], 0)
     further = [(n, axis, known[line.clamp(min=0)]) for n, axis, line in lines_that_follow(following)]
     cut |= {n.rpartition(".")[0] for n, _, line in further if bool((line > 0).any())}
+    cut |= {n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LINEAR)}
     for number, places in places_of_units(following, [*_lines(following), *further], ALWAYS).items():
         kind = "head" if number in heads else "neuron"
         key = (kind, *sorted((*k, len(v)) for k, v in places.items()))
         axes = {axis for _, axis in places}
         layers = {weight.rpartition(".")[0] for weight, _ in places}
-        linear = all(isinstance(model.get_submodule(n), nn.Linear) or n in cut for n in layers)
-        if linear and axes == {0, 1} and spec.classifier not in layers:
+        if layers <= cut and axes == {0, 1} and spec.classifier not in layers:
             alike[key].append(places)
     follow = {n for n, _, _ in further}
     groups = [_group(model, key[0], units, follow) for key, units in alike.items() if len(units) > 1]

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+PARAMETERS = frozenset(("weight", "bias", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"))
+"""Names that parameters have in the layers which own them; all but the first two in `nn.MultiheadAttention`."""
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -19,7 +22,7 @@ class Slice:
         layer: Name of the module that owns the parameter.
         axis: Axis of the parameter along which the units lie.
         index: int64 [units, width]; row u holds the positions of unit u.
-        param: "weight" or "bias".
+        param: One of `PARAMETERS`.
         ranked: True if global L1 ranks the parameter's entries. Normalisation weights and biases are not ranked: they
             only follow their unit.
     """
@@ -102,13 +105,15 @@ def parameter_name(key: str) -> str:
     """
     if key.endswith("_mask"):
         return key.removesuffix("_mask")
-    return key if key.endswith((".weight", ".bias")) else f"{key}.weight"
+    return key if key.rpartition(".")[2] in PARAMETERS and "." in key else f"{key}.weight"
 
 
 def ranked_names(model: nn.Module, groups: Iterable[UnitGroup]) -> list[str]:
     """Return the names of the parameters that global L1 ranks (the prunable layers' weights), in module order."""
-    wanted = {s.layer: s.name for g in groups for s in g.slices if s.ranked}
-    return [wanted[layer] for layer, _ in model.named_modules() if layer in wanted]
+    wanted: dict[str, dict[str, None]] = {}
+    for part in (s for g in groups for s in g.slices if s.ranked):
+        wanted.setdefault(part.layer, {})[part.name] = None
+    return [name for layer, _ in model.named_modules() for name in wanted.get(layer, {})]
 
 
 def rows(layer: str, units: int, param: str = "weight", ranked: bool = True) -> Slice:

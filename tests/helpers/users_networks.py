@@ -355,7 +355,14 @@ def described(num_classes: int) -> nn.Module:
 
 def vit_of_torch(num_classes: int) -> nn.Module:
     """Attention by torch's own layer."""
+    return _of_torch(Vit(num_classes))
 
+
+def vit_of_torch_that_decides(num_classes: int) -> nn.Module:
+    return _of_torch(DecidingVit(num_classes))
+
+
+def _of_torch(network: nn.Module) -> nn.Module:
     class Own(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -364,7 +371,6 @@ def vit_of_torch(num_classes: int) -> nn.Module:
         def forward(self, x: Tensor) -> Tensor:
             return self.own(x, x, x, need_weights=False)[0]
 
-    network = Vit(num_classes)
     for block in network.blocks:
         block.attn = Own()
     return network

@@ -153,7 +153,7 @@ def test_a_run_whose_features_are_followed_goes_on_bit_for_bit(tmp_path, monkeyp
     assert_same_runs(tmp_path / "whole", tmp_path / "broken")
 
 
-@pytest.mark.parametrize("factory", ["vit_that_decides", "vit_of_torch"])
+@pytest.mark.parametrize("factory", ["vit_that_decides", "vit_of_torch_that_decides"])
 def test_neurons_are_pruned_where_heads_have_to_stay(factory, tmp_path, capsys):
     assert run(*words(tmp_path / "heads", factory, vit_structured=True)) == 2
     assert "has no heads that can be pruned, only neurons. Choose mlp" in capsys.readouterr().err
@@ -180,7 +180,11 @@ def test_neurons_are_pruned_where_heads_have_to_stay(factory, tmp_path, capsys):
         ("all_frozen", {"struct": "imp"}, "are frozen (requires_grad=False). Leave some of them to be trained"),
         ("deciding", {}, "To prune its weights one by one instead, use --struct imp"),
         ("deciding", {"struct": "imp", "regroup": True}, "cannot be followed"),
-        ("vit_of_torch", {"vit_structured": True}, "has no heads that can be pruned, only neurons. Choose mlp"),
+        (
+            "vit_of_torch_that_decides",
+            {"vit_structured": True},
+            "has no heads that can be pruned, only neurons. Choose mlp",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said_with_what_to_change(factory, settings, message, tmp_path, capsys):

@@ -27,7 +27,7 @@ from structured_tickets.pruning.collect_evidence import collect_evidence
 from structured_tickets.pruning.criteria import CRITERIA
 from structured_tickets.shrinking.cost import cost_of
 from structured_tickets.shrinking.cuts import Shrunk
-from structured_tickets.shrinking.inserted_layers import Constant, Place
+from structured_tickets.shrinking.inserted_layers import FEW, PIXELS, Constant, Place
 from structured_tickets.shrinking.shrink import shrink
 from structured_tickets.shrinking.trial import check_units
 from structured_tickets.unit_groups.channels import channel_groups
@@ -493,7 +493,8 @@ def counted_macs(model, size=64):
         macs.append(output.numel() * layer.weight[0].numel())
 
     def placed(place, args, output):
-        if place.around is None and args[0].is_contiguous(memory_format=torch.channels_last):
+        side_by_side = place.axis == 1 and args[0].is_contiguous(memory_format=torch.channels_last)
+        if place.around is None and side_by_side and args[0].shape[1] <= FEW and args[0][0, 0].numel() >= PIXELS:
             macs.append(output.numel() * args[0].shape[1])
 
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]

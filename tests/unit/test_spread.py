@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.structures import masked
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from structured_tickets.networks.registry import ModelSpec
 from structured_tickets.shrinking.effort import effort_of
@@ -85,6 +86,37 @@ def test_layers_compute_zeros_where_moving_channels_would_take_longer(kind):
         torch.testing.assert_close(network(images), wanted, rtol=1e-4, atol=1e-5)
 
 
+class Heavy(Residual):
+    """Wide layers on images of a single pixel: what takes time are their weights."""
+
+    def __init__(self):
+        super().__init__(256, 0)
+        self.stem = nn.Sequential(nn.Conv2d(3, 256, 8, bias=False), nn.BatchNorm2d(256))
+        self.blocks = nn.ModuleList(nn.Sequential(conv(256, 256), nn.ReLU(), conv(256, 256)) for _ in range(4))
+
+
+@torch.no_grad()
+def test_channels_are_moved_where_the_weights_that_are_saved_take_longer():
+    model = made(Heavy)
+    masks, images = half(model), torch.rand(4, *IMAGE)
+    chosen, smallest, zeros = (shrink(model, masks, spread=spread).network for spread in (None, 0, 1))
+    sizes = [sum(p.numel() for p in n.parameters()) for n in (chosen, smallest, zeros)]
+    assert inserted(chosen) and sizes[0] == sizes[1] < 0.8 * sizes[2]
+    assert effort_of(chosen, IMAGE) < 0.8 * effort_of(model, IMAGE)
+    torch.testing.assert_close(chosen(images), masked(model, masks)(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "layer, effort",
+    [
+        (nn.Conv2d(64, 32, 1), 250_000 + 16 * (64 + 32) + 6 * (64 * 32 + 32) + 64 * 32),
+        (nn.Sequential(nn.Flatten(), nn.Linear(64, 32)), 2 * 10_000 + 40_000 + 16 * 96 + 64 * 32 + 32 + 64 * 32),
+    ],
+)
+def test_weights_take_time_by_themselves(layer, effort):
+    assert effort_of(layer, (64, 1, 1)) == effort
+
+
 @torch.no_grad()
 def test_without_an_image_in_its_notes_the_smallest_network_is_made():
     model = made(Residual)
@@ -106,3 +138,24 @@ def test_features_are_put_in_their_places_along_the_last_axis(places):
     x: Tensor = torch.rand(2, 4, 3)
     found = Place(torch.tensor(places), 6, -1)(x)
     assert torch.equal(found[..., places], x) and float(found.abs().sum()) == pytest.approx(float(x.abs().sum()))
+
+
+@pytest.mark.parametrize("few, side, macs", [(8, 16, 8 * 24 * 256), (8, 15, 0), (20, 16, 0)])
+def test_few_channels_of_large_images_are_placed_by_a_product_and_others_taken_from_their_places(few, side, macs):
+    x = torch.rand(2, few, side, side).contiguous(memory_format=torch.channels_last).requires_grad_()
+    places = torch.randperm(24, generator=torch.Generator().manual_seed(0))[:few].sort().values
+    with FlopCounterMode(display=False) as counter:
+        found = Place(places, 24)(x)
+    assert counter.get_total_flops() == 2 * 2 * macs
+    assert torch.equal(found[:, places], x) and int(found.count_nonzero()) == int(x.count_nonzero())
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    (found * found.detach()).sum().backward()
+    torch.testing.assert_close(x.grad, x.detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_of_placed_channels_have_gradients_too(layout):
+    x = torch.rand(2, 3, 2, 2, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    place = Place(torch.tensor([0, 2, 5]), 7)
+    assert torch.autograd.gradcheck(place, (x,)) and torch.autograd.gradgradcheck(place, (x,))
+    assert torch.equal(torch.export.export(place, (x.detach(),)).module()(x), place(x))

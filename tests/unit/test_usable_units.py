@@ -156,8 +156,11 @@ def test_units_that_names_and_modules_do_not_tell_are_found_by_what_layers_compu
     torch.testing.assert_close(deployed.load(tmp_path, config["arch"])(images), small(images), rtol=1e-4, atol=1e-5)
 
 
-def test_torchs_own_attention_stays_and_is_named():
+def test_torchs_own_attention_stays_and_is_named_where_nothing_can_be_followed():
     found = usable_units(network("vit_of_torch"), 8, needed=True)
+    assert [(g.kind, g.units) for g in found.groups] == [("head", 3), ("head", 3), ("neuron", 48), ("neuron", 48)]
+    assert not any("attn" in name for name in found.whole)
+    found = usable_units(network("vit_of_torch_that_decides"), 8, needed=True)
     assert kinds(found.groups) == ["neuron"]
     assert {n for n, reason in found.whole.items() if "two linear layers qkv and proj" in reason} == {
         "blocks.0.attn.own",
