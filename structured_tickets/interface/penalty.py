@@ -242,9 +242,9 @@ class Penalty:
         if not self._warned and (left := self.squeeze) > SQUEEZE_GOAL:
             self._warned = True
             warnings.warn(
-                f"{left:.0%} of the doomed weights are left after {counted(self.steps, 'step')}. Removing them now changes "
-                "what the network computes. Train for more steps, with a higher learning rate, or make the Penalty "
-                "with decoupled=True",
+                f"{left:.0%} of the doomed weights are left after {counted(self.steps, 'step')}. Removing them now "
+                "changes what the network computes. Train for more steps, with a higher learning rate, or make the "
+                "Penalty with decoupled=True",
                 stacklevel=2,
             )
 
