@@ -12,7 +12,7 @@ from structured_tickets.training.penalty.schedules import HORIZONS, SCHEDULES, C
 EPOCHS, BATCHES = 4, 15  # of the round that is drawn
 WIDTH, HEIGHT, GAP = 240, 170, 46  # of a panel, in pixels
 DELTAS = {"documents": 0.02}  # else 1, with which the documents' letter is at the cap at once
-COLOURS = dict(zip(SCHEDULES, ("#4a7fb0", "#5c9c52", "#d98a2b", "#8a5aa8", "#222", "#d9534f"), strict=True))
+COLOURS = dict(zip(SCHEDULES, ("#4a7fb0", "#5c9c52", "#d98a2b", "#8a5aa8", "#222", "#d9534f", "#17a2a2"), strict=True))
 DASHED = "exp_custom"  # lies on exp
 
 

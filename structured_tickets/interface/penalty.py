@@ -71,7 +71,8 @@ class Penalty:
         strength: Lambda at the last step (delta in the formulas of `schedule`), above 0.
         schedule: How lambda grows; a row of `training.penalty.schedules.SCHEDULES`. With n steps done of K:
             "exp_custom_exponents": strength / (e - 1) * (exp((n / K) ** exponents) - 1); "exp_custom" and "exp": the
-            same with exponents 1; "x", "x^2", "x^3": strength * n / K to that power.
+            same with exponents 1; "x", "x^2", "x^3": strength * n / K to that power; "early": strength *
+            min(1, 3 n / K) ** 2.
         exponents: Power in "exp_custom_exponents", above 0; default 4.
         limit: Cap on lambda, above 0. With SGD, lr * lambda / (1 - momentum) above 1 is unstable.
         decoupled: True or False to choose how the penalty acts; None: by the optimizer.

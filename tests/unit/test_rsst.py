@@ -108,6 +108,7 @@ def test_lambda_follows_the_closed_form_up_to_its_cap(schedule):
         "exp": lambda p: delta / (math.e - 1) * (math.exp(p) - 1),
         "exp_custom": lambda p: delta / (math.e - 1) * (math.exp(p) - 1),
         "exp_custom_exponents": lambda p: delta / (math.e - 1) * (math.exp(p**4) - 1),
+        "early": lambda p: 9 * delta * p**2 if 3 * p < 1 else delta,
     }
     for limit in (0.05, math.inf):
         for epoch in range(epochs):

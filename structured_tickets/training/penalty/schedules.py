@@ -2,7 +2,8 @@
 
 An update is made once per batch. `n` is how many have been made, this one included; `K` how many a horizon holds (a
 round, or an epoch); `p = n / K` is the progress. With the documents' batch index k from 0, n = k + 1. Every schedule
-ends at delta, where p is 1. The documents write four of them without a K, in n * delta: see `Schedule.literal`.
+ends at delta, where p is 1. All but `early` are the documents', who write four of them without a K, in n * delta: see
+`Schedule.literal`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ HORIZONS = {
     "epoch": "it starts again in each epoch",
     "documents": "the documents' letter, in which x, x^2, x^3 and exp grow with n * delta, n batches of the round done",
 }
+EARLY = 1 / 3  # share of the horizon in which `early` grows
 SAMPLES = 1000  # places of a round at which curves are compared
 
 
@@ -60,6 +62,10 @@ SCHEDULES: dict[str, Schedule] = {
     "exp_custom": Schedule(_exp, _EXP),
     "exp_custom_exponents": Schedule(
         _exp_custom_exponents, "delta/(e-1) * (e^(p^exponents) - 1)", reads_exponents=True
+    ),
+    "early": Schedule(
+        lambda p, delta, exponents: delta * min(1.0, p / EARLY) ** 2,
+        "delta * min(1, 3p)^2: at its end after a third of the round, whose rest trains a smaller network",
     ),
 }
 
