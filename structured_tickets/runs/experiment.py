@@ -61,6 +61,7 @@ class Experiment:
         current = self.rewind(state)
         self.train(current)
         self.prune_and_regroup(current)
+        current.close()
 
     def begin(self) -> None:
         """Continue the run in the folder, or begin one there; all processes go on from what the first one finds."""
@@ -110,7 +111,7 @@ class Experiment:
         """Evaluate the network, and save the state of the run."""
         run, began = self.run, time.perf_counter()
         self._hold_faded_units(current, epoch)
-        judged = self.setup.accuracies(current.model) if self._is_judged(epoch) else None
+        judged = self.setup.accuracies(current.model, current.passer.recorder) if self._is_judged(epoch) else None
         row = epoch_row(current, epoch, trained, judged or (None, None), time.perf_counter() - began)
         run.history.append(row.plain())
         run.epoch, run.step, run.partial, run.reg_lambda = epoch + 1, 0, {}, row.reg_lambd

@@ -18,6 +18,7 @@ from structured_tickets.runs.state import RunState
 from structured_tickets.training.epoch import Passer, ShowProgress, hardened
 from structured_tickets.training.penalty.expected import DECOUPLED, DIRECT
 from structured_tickets.training.penalty.reg_pruner import Pruner
+from structured_tickets.training.recording import recorder_for
 from structured_tickets.training.stop import StopRequest
 from structured_tickets.training.trainee import Trainee
 
@@ -50,6 +51,7 @@ class Round:
 
     def _equip(self, faded: dict[str, list[int]], optimizer: dict[str, Any]) -> None:
         setup, args = self.setup, self.setup.args
+        self.close()
         for old in ("trainee", "passer", "pruner"):  # before their successors need memory; networks are cycles
             vars(self).pop(old, None)
         gc.collect()
@@ -86,7 +88,13 @@ class Round:
             world=setup.world,
             network=setup.world.parallel(self.trainee.model, probes),
             precision=setup.precision,
+            recorder=recorder_for(setup.device, setup.args.step),
         )
+
+    def close(self) -> None:
+        """Give up what was recorded of the steps: at once, since graphs may not outlive each other."""
+        if "passer" in vars(self) and self.passer.recorder is not None:
+            self.passer.recorder.close()
 
     @property
     def model(self) -> nn.Module:

@@ -47,6 +47,7 @@ from structured_tickets.settings.interpret import (
 )
 from structured_tickets.training.epoch import validate_together
 from structured_tickets.training.optimization import LearningRate
+from structured_tickets.training.recording import Recorder
 from structured_tickets.unit_groups.unit import UnitGroup, ranked_names
 
 
@@ -135,11 +136,14 @@ class Setup:
         """Return a new optimizer of a network."""
         return optimizer_from(self.args, model)
 
-    def accuracies(self, model: nn.Module) -> tuple[float, float]:
-        """Return a network's validation and test accuracy, in percent, over the images of all processes."""
-        val, test = (
-            validate_together(loader, model, self.criterion, self.world, self.precision) for loader in self.loaders[1:]
-        )
+    def accuracies(self, model: nn.Module, recorder: Recorder | None = None) -> tuple[float, float]:
+        """Return a network's validation and test accuracy, in percent, over the images of all processes.
+
+        Args:
+            recorder: See `validate_together`.
+        """
+        common = (model, self.criterion, self.world, self.precision, recorder)
+        val, test = (validate_together(loader, *common) for loader in self.loaders[1:])
         return val, test
 
 

@@ -61,7 +61,7 @@ from structured_tickets.settings.flag import (
     Flag,
     Scope,
 )
-from structured_tickets.training.optimization import LR_SCHEDULES, OPTIMIZERS
+from structured_tickets.training.optimization import LR_SCHEDULES, OPTIMIZERS, STEPS
 from structured_tickets.training.penalty.expected import WAYS
 from structured_tickets.training.penalty.schedules import HORIZONS, SCHEDULES
 from structured_tickets.unit_groups.kinds import CHANNEL_UNITS, FILTER
@@ -228,6 +228,13 @@ TRAINING = (
         "it is compiled again whenever the network becomes smaller",
         LAST_DIGITS,
         bare=True,
+    ),
+    Flag(
+        "step",
+        _rows(STEPS.items()) + ". Same results up to rounding, and the same bits with --deterministic",
+        LAST_DIGITS,
+        default="auto",
+        choices=STEPS,
     ),
     Flag(
         "deterministic",

@@ -88,6 +88,28 @@ class Pruner(MetaPruner):
             own = [self.reg[refill_key(n)] for n in parameters]
             torch._foreach_addcmul_(targets, own, list(parameters.values()), value=share)
 
+    @property
+    def is_plain(self) -> bool:
+        """True if lambda is one number, which has not been looked at weight by weight (`reg`) and changed there."""
+        own = all(getattr(type(self), n) is getattr(Pruner, n) for n in ("add_penalty", "shrink", "block_gradient"))
+        return own and self._reg is None
+
+    @torch.no_grad()
+    def pull(self, amount: Tensor, decoupled: bool) -> None:
+        """Do as `add_penalty`, or, if `decoupled`, as `shrink` does, with a number that is on the device.
+
+        The bits are the same: an entry of `doomed` is 0 or 1, so that its product with `amount` is exact.
+
+        Args:
+            amount: Of any one element: lambda, or -rate * lambda where decoupled.
+        """
+        live = {n: p for n, p in self._parameters.items() if decoupled or p.grad is not None}
+        weights = list(live.values())
+        targets = weights if decoupled else [p.grad for p in weights if p.grad is not None]
+        if weights:
+            scaled = torch._foreach_mul([self.doomed[n] for n in live], amount)
+            torch._foreach_addcmul_(targets, scaled, weights, value=1.0)
+
     @torch.no_grad()
     def block_gradient(self) -> None:
         """Doomed weights get no gradient of the loss."""
