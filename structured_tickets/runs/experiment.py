@@ -82,7 +82,7 @@ class Experiment:
         fresh = run.state != state or not run.state_dict
         if fresh:
             run.state, run.epoch, run.step, run.best_sa, run.faded = state, 0, 0, [-1.0, -1.0, -1.0], {}
-            run.masks = run.following
+            run.masks, run.loss_scale = run.following, {}
         setup.model.load_state_dict(run.init_weight if fresh else run.state_dict)
         current = Round(setup, run, self.stop, self.reporter.progress, {} if fresh else run.optimizer)
         if fresh:
@@ -141,6 +141,7 @@ class Experiment:
         """Write the state, as far as it has been written back, to these files and then to the round's checkpoint."""
         self.run.state_dict = cloned_state(self.setup.model)
         self.run.optimizer = current.trainee.optimizer_state()
+        self.run.loss_scale = current.scale.state() if current.scale else {}
         self.run.other_rng = self.setup.world.gather(random_states())[1:]
         for path in (*copies, None):
             self.folder.save(self.run, path, current.held)

@@ -16,6 +16,7 @@ from structured_tickets.pruning.shares import Shares, shares
 from structured_tickets.runs.setup import Setup, prepare_for_speed
 from structured_tickets.runs.state import RunState
 from structured_tickets.training.epoch import Passer, ShowProgress, hardened
+from structured_tickets.training.loss_scale import LossScale
 from structured_tickets.training.penalty.expected import DECOUPLED, DIRECT
 from structured_tickets.training.penalty.reg_pruner import Pruner
 from structured_tickets.training.recording import recorder_for
@@ -34,6 +35,7 @@ class Round:
         held: What stays at zero, by parameter name.
         trainee: The network at its real size, with its optimizer.
         passer: What every training step is passed.
+        scale: Of the loss, in float16; it stays when the network becomes smaller.
         pruner: RSST's penalty; None without one.
     """
 
@@ -47,6 +49,7 @@ class Round:
         """
         self.setup, self.number, self.pair = setup, run.state, _masks_of(setup, run)
         self._stop, self._progress = stop, progress
+        self.scale = LossScale(setup.device, run.loss_scale) if setup.precision == torch.float16 else None
         self._equip(run.faded, optimizer)
 
     def _equip(self, faded: dict[str, list[int]], optimizer: dict[str, Any]) -> None:
@@ -88,7 +91,8 @@ class Round:
             world=setup.world,
             network=setup.world.parallel(self.trainee.model, probes),
             precision=setup.precision,
-            recorder=recorder_for(setup.device, setup.args.step),
+            scale=self.scale,
+            recorder=recorder_for(setup.device, setup.args.step, setup.world),
         )
 
     def close(self) -> None:

@@ -50,14 +50,27 @@ from structured_tickets.training.optimization import LearningRate
 from structured_tickets.training.recording import Recorder
 from structured_tickets.unit_groups.unit import UnitGroup, ranked_names
 
+UNTESTED = "--device mps: this program has never been tried on Apple's GPUs. Compare a short run with --device cpu"
 
-def choose_device(gpu: int) -> torch.device:
+
+def choose_device(gpu: int, kind: str = "auto") -> torch.device:
     """The CUDA device of that number; the CPU if `gpu` is negative or there is no CUDA.
 
+    Args:
+        kind: "cpu", "cuda" or "mps" for a device of this kind only; "auto" for the one above.
+
     Raises:
-        UsageError: CUDA is there, but no such device.
+        MachineError: There is no such device.
     """
-    if gpu < 0 or not torch.cuda.is_available():
+    if kind == "mps":
+        if not torch.backends.mps.is_available():
+            raise MachineError("argument --device: no mps device. It needs an Apple computer, and torch for macOS")
+        return torch.device("mps")
+    if kind == "cuda" and gpu < 0:
+        raise MachineError("argument --gpu: must be at least 0 with --device cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise MachineError("argument --device: torch finds no CUDA device on this machine. Use --device auto")
+    if kind == "cpu" or gpu < 0 or not torch.cuda.is_available():
         return torch.device("cpu")
     if gpu >= torch.cuda.device_count():
         raise MachineError(
@@ -171,7 +184,7 @@ def set_up(args: argparse.Namespace, world: World = ALONE) -> Setup:
 def setup_model_dataset(args: Any) -> tuple[nn.Module, Any, Any, Any]:
     """Build the model (`model.normalize` set) and the train, validation and test loaders.
 
-    Reads `arch`, `dataset`, `data`, `batch_size` and, where given, `image_size`, `seed`, `gpu`, `workers`,
+    Reads `arch`, `dataset`, `data`, `batch_size` and, where given, `image_size`, `seed`, `device`, `gpu`, `workers`,
     `image_store`, `precision`, `compile`, `deterministic`, `vit_pretrained`, `pretrained` and `pretrained_key`.
 
     Raises:
@@ -187,7 +200,7 @@ def _loaded(args: Any) -> tuple[nn.Module, Loaders, tuple[str, ...], torch.dtype
     """Network, loaders, names of the classes, number type, and sentences that warn about the network."""
     settings = vars(args)
     choose_kernels(settings.get("deterministic", False))
-    device = choose_device(settings.get("gpu", 0))
+    device = choose_device(settings.get("gpu", 0), settings.get("device", "auto"))
     source = DATASETS[args.dataset]
     size = settings.get("image_size") or source.image_size
     splits = load_splits(
@@ -197,6 +210,7 @@ def _loaded(args: Any) -> tuple[nn.Module, Loaders, tuple[str, ...], torch.dtype
     seed_everything(seed)
     model = build_model(args.arch, len(splits.classes), size)
     said = _warnings_of_a_fixed_start(model, settings, len(splits.classes), size, seed)
+    said += [UNTESTED] if device.type == "mps" else []
     wanted = load_start_weights(model, settings)
     put_normalize(model, Normalize(*(wanted or (splits.mean, splits.std))))
     _check_last_batch(model, len(splits.train), args.batch_size, size)

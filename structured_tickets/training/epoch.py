@@ -17,6 +17,7 @@ from structured_tickets.base.distributed import ALONE, World
 from structured_tickets.base.errors import DivergedError
 from structured_tickets.base.modes import set_mode
 from structured_tickets.pruning.masks import HeldMask, Mask
+from structured_tickets.training.loss_scale import LossScale
 from structured_tickets.training.meter import Meter
 from structured_tickets.training.optimization import LearningRate
 from structured_tickets.training.penalty.act import apply_reg, update_reg  # noqa: F401 (documents import them from here)
@@ -54,6 +55,7 @@ class Passer:
         paced: Whether a decoupled penalty follows the learning rate.
         lr_share: Learning rate of the step over its peak.
         precision: Number type of matrix products.
+        scale: That of the loss, for float16.
         recorder: Makes the steps, and keeps what belongs to them from epoch to epoch; None: one for every call.
     """
 
@@ -72,6 +74,7 @@ class Passer:
     paced: bool = True
     lr_share: float = 1.0
     precision: torch.dtype = torch.float32
+    scale: LossScale | None = None
     recorder: Recorder | None = None
 
 
@@ -108,6 +111,8 @@ def train(
         _train(recorder, step, state, epoch)
     if not _is_finite(model):
         raise DivergedError(f"a weight became NaN or infinite in the last step of round {state}, epoch {epoch}")
+    if passer.scale is not None and passer.scale.is_exhausted():
+        raise DivergedError(f"gradients became NaN or infinite at every loss scale by round {state}, epoch {epoch}")
     passer.meter = None
     return meter
 

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 
 from structured_tickets.base.distributed import World
-
-
-def exact_type(device: torch.device) -> torch.dtype:
-    """The number type of sums: float64, where the device has it (Apple's have not)."""
-    return torch.float32 if device.type == "mps" else torch.float64
+from structured_tickets.networks.precision import exact_type
 
 
 @dataclass

@@ -16,6 +16,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from structured_tickets.base.distributed import ALONE, World
 from structured_tickets.base.errors import MachineError, UsageError, first_line
 from structured_tickets.training.cuda_graphs import CudaGraphs, Graph, Graphs, Watch
 
@@ -26,6 +27,8 @@ LEAST = 50  # steps that have to be left for a recording to pay
 ROOM = 1.5  # times the memory of a step has to be free
 CLOSE, CLOSE_ENOUGH = 1e-3, 0.1  # of the norm of what a step changes
 ROUNDING = 1e-6  # of the norm of what it gives
+
+TOGETHER = "several processes train together"
 
 T = TypeVar("T", bound="Recordable")
 
@@ -196,6 +199,10 @@ class Recorder:
         """While it lasts, compute where steps are recorded from."""
         return nullcontext() if self.graphs is None else self.graphs.at_work()  # type: ignore[return-value]
 
+    def recordings(self) -> list[Recording]:
+        """Return those of all steps that have been made, recorded or not."""
+        return list(self._recordings.values())
+
     @property
     def is_ahead(self) -> bool:
         """True if the host may be steps ahead of the device, so that reading a result would make it wait."""
@@ -216,7 +223,7 @@ def _is_value(one: Any, other: Any) -> bool:
     return isinstance(one, int | str | torch.dtype) and one == other
 
 
-def recorder_for(device: torch.device, step: str) -> Recorder:
+def recorder_for(device: torch.device, step: str, world: World = ALONE) -> Recorder:
     """Return what makes the steps of a network on a device.
 
     Args:
@@ -224,8 +231,11 @@ def recorder_for(device: torch.device, step: str) -> Recorder:
 
     Raises:
         MachineError: `graph`, without a CUDA device.
+        UsageError: `graph`, and several processes.
     """
-    if device.type == "cuda" and step != "eager":
+    if step == "graph" and world.size > 1:
+        raise UsageError(f"argument --step: graph is not possible, because {TOGETHER}. Use --step auto")
+    if device.type == "cuda" and step != "eager" and world.size == 1:
         return Recorder(CudaGraphs(device), insists=step == "graph")
     if step == "graph":
         raise MachineError(

@@ -16,8 +16,9 @@ from torch import Tensor, nn, optim
 from torch.nn.modules.batchnorm import _NormBase
 
 from structured_tickets.base.distributed import World
+from structured_tickets.networks.precision import exact_type
 from structured_tickets.training.forward import counts, forward
-from structured_tickets.training.meter import Meter, exact_type
+from structured_tickets.training.meter import Meter
 from structured_tickets.training.optimization import (
     reads_numbers_on_the_device,
     set_learning_rate,
@@ -25,6 +26,7 @@ from structured_tickets.training.optimization import (
 )
 from structured_tickets.training.penalty.act import apply_reg
 from structured_tickets.training.penalty.reg_pruner import Pruner
+from structured_tickets.training.recording import TOGETHER
 from structured_tickets.training.tables import LR, PULL, Batches, numbers_of_steps
 
 Loader = Iterable[tuple[Tensor, Tensor]]
@@ -41,6 +43,7 @@ class Step:
         sums: [3]: see `Meter`.
         bad: float32 []: 1 from the first step on whose loss was not finite. Then weights stay as they are.
         bad_at: int64 [1]: the number of that step; -1 before.
+        skip: float32 []: 1 if this step may not change a weight: `bad`, or a gradient overflowed (see `LossScale`).
     """
 
     name = "the step"
@@ -66,6 +69,7 @@ class Step:
         self.lr, self.pull = (torch.zeros((), dtype=number, device=device) for _ in range(2))
         self.sums = torch.zeros(3, dtype=sums, device=device)
         self.bad = torch.zeros((), dtype=torch.float32, device=device)
+        self.skip = self.bad if passer.scale is None else torch.zeros_like(self.bad)
         self.bad_at = torch.full((1,), -1, dtype=torch.long, device=device)
         self._parameters = list(model.parameters())
         self._zeros: dict[int, Tensor] = {}
@@ -82,12 +86,16 @@ class Step:
         network, world = passer.network or self.model, passer.world
         output, loss = forward(self.model, network, world, self.criterion, image, target, passer.precision)
         self.optimizer.zero_grad()
-        world.backward(loss, len(target))
+        world.backward(loss if passer.scale is None else passer.scale.scaled(loss), len(target))
         self._give_unreached_zeros()
         with torch.no_grad():
             self._count(world, loss, output, target)
+            self._unscale()
             self._penalise()
-        self.optimizer.step()
+        if self._reads_tensors or passer.scale is None or not self.skip:
+            self.optimizer.step()
+        if passer.scale is not None:
+            passer.scale.update()
         if passer.held is not None:
             passer.held.apply()
         self.at.add_(1)
@@ -108,6 +116,11 @@ class Step:
         self.bad.copy_(torch.maximum(self.bad, (~torch.isfinite(step[0])).float()))
         self.bad_at.copy_(torch.where((self.bad > 0) & (self.bad_at < 0), self.at, self.bad_at))
 
+    def _unscale(self) -> None:
+        if (scale := self.passer.scale) is not None:
+            scale.unscale([p.grad for p in self._parameters if p.grad is not None])
+            self.skip.copy_(torch.maximum(self.bad, scale.found))
+
     def _penalise(self) -> None:
         """As `apply_reg` does, with the number of this step."""
         if self.pruner is None:
@@ -117,14 +130,14 @@ class Step:
             return
         if getattr(self.passer.args, "block_loss_grad", False):
             self.pruner.block_gradient()
-        self.pull.mul_(1 - self.bad)
+        self.pull.mul_(1 - self.skip)
         self.pruner.pull(self.pull, self.passer.decoupled)
 
     @contextmanager
     def epoch(self, epoch: int, meter: Meter) -> Iterator[None]:
         """Stand at the beginning of an epoch, or where `meter` has got to in it; at the end, hand the sums to `meter`.
 
-        Meanwhile the optimizer has its learning rate and `bad` from here, where it can read them on the device.
+        Meanwhile the optimizer has its learning rate and `skip` from here, where it can read them on the device.
         """
         rate = self.passer.rate
         numbers = numbers_of_steps(rate, self.pruner, epoch, self.batches, self._pace())
@@ -137,7 +150,7 @@ class Step:
         groups = self.optimizer.param_groups
         rates = [group["lr"] for group in groups]
         if self._reads_tensors:
-            self.optimizer.found_inf, self.optimizer.grad_scale = self.bad, None  # type: ignore[attr-defined]
+            self.optimizer.found_inf, self.optimizer.grad_scale = self.skip, None  # type: ignore[attr-defined]
             for group in groups:
                 group["lr"] = self.lr
         try:
@@ -195,14 +208,16 @@ class Step:
                 if isinstance(value, Tensor):
                     kinds.setdefault(f"optimizer's {key}", []).append(value)
         kinds["sums"] = [self.sums]
-        kinds["place"] = [self.at, self.bad, self.bad_at, self.lr, self.pull]
+        kinds["place"] = [self.at, self.bad, self.bad_at, self.lr, self.pull, self.skip]
+        if (scale := self.passer.scale) is not None:
+            kinds["place"] += [scale.scale, scale.calm, scale.found]
         return kinds
 
     def obstacle(self) -> str:
         """The reason why the step cannot be recorded, as far as it is known beforehand; "" if there is none."""
         passer, optimizer = self.passer, self.optimizer
         if passer.world.size > 1:
-            return "several processes train together"
+            return TOGETHER
         if self.pruner is not None and not self.pruner.is_plain:
             return "the penalty's strengths have been read or changed weight by weight"
         if not self._reads_tensors:
@@ -275,7 +290,7 @@ class Evaluation:
 
     def obstacle(self) -> str:
         """See `Step`."""
-        return "several processes train together" if self.world.size > 1 else ""
+        return TOGETHER if self.world.size > 1 else ""
 
     def forget_gradients(self) -> None:
         """There are none."""

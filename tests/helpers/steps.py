@@ -14,6 +14,7 @@ from structured_tickets.networks import build_model
 from structured_tickets.networks.layers import Normalize
 from structured_tickets.pruning.masks import MaskPair, as_current, as_refill
 from structured_tickets.training.epoch import Passer, train
+from structured_tickets.training.loss_scale import LossScale
 from structured_tickets.training.optimization import OPTIMIZERS, LearningRate
 from structured_tickets.training.penalty.reg_pruner import Pruner
 from structured_tickets.training.recording import Recorder
@@ -94,6 +95,7 @@ class Case:
         images: int = 20,
         device: str = "cpu",
         recorder: Recorder | None = None,
+        precision: torch.dtype = torch.float32,
         **flags: object,
     ) -> None:
         self.device = torch.device(device, 0) if device == "cuda" else torch.device(device)
@@ -116,6 +118,8 @@ class Case:
             rate=LearningRate(base, self.args.epochs, len(self.loader), 1, "multistep", (2,)),
             decoupled=decoupled,
             recorder=recorder or Recorder(),
+            precision=precision,
+            scale=LossScale(self.device) if precision == torch.float16 else None,
         )
         self.pruner = Pruner(self.model, self.args, self.passer)
         self.criterion: nn.Module = nn.CrossEntropyLoss()

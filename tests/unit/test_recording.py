@@ -318,7 +318,7 @@ def test_a_run_gives_up_its_recordings_when_the_network_becomes_another_one(monk
 
     made = []
 
-    def recorder(device, step):
+    def recorder(device, step, world):
         made.append(FakeGraphs())
         return Recorder(made[-1], insists=True)
 
