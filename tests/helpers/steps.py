@@ -58,11 +58,11 @@ def network(arch: str) -> nn.Module:
     return model
 
 
-def random_pair(model: nn.Module, compact: bool) -> MaskPair:
+def random_pair(model: nn.Module, dead_units: bool) -> MaskPair:
     """Masks with doomed, dead and kept weights.
 
     Args:
-        compact: Whole units are dead, so that there is something to cut.
+        dead_units: Whole units are dead, so that there is something to cut.
     """
     draw = torch.Generator().manual_seed(3)
     if isinstance(model, Dropping):
@@ -70,7 +70,7 @@ def random_pair(model: nn.Module, compact: bool) -> MaskPair:
         refill = {n: (torch.rand(p.shape, generator=draw) < 0.6).float() for n, p in weights.items()}
     else:
         refill = random_structure(model, 3, 0.5)
-    outside = random_structure(model, 5, 0.6) if compact else {n: torch.ones_like(m) for n, m in refill.items()}
+    outside = random_structure(model, 5, 0.6) if dead_units else {n: torch.ones_like(m) for n, m in refill.items()}
     current = {}
     for name, mask in refill.items():
         spared = (torch.rand(mask.shape, generator=draw) < 0.5).float() if mask.ndim > 1 else torch.ones_like(mask)
@@ -96,12 +96,13 @@ class Case:
         device: str = "cpu",
         recorder: Recorder | None = None,
         precision: torch.dtype = torch.float32,
+        dead_units: bool | None = None,
         **flags: object,
     ) -> None:
         self.device = torch.device(device, 0) if device == "cuda" else torch.device(device)
         self.args, base = SimpleNamespace(**SETTINGS | flags), 0.05 if optimizer == "sgd" else 1e-3
         self.whole = network(arch).to(self.device)
-        pair = random_pair(self.whole, compact)
+        pair = random_pair(self.whole, compact if dead_units is None else dead_units)
         build = lambda m: OPTIMIZERS[optimizer].build(m, base, 0.9, 0.05)  # noqa: E731
         self.trainee = Trainee(self.whole, pair.alive, build, lambda m: None, compact)
         self.model, self.optimizer = self.trainee.model, self.trainee.optimizer
