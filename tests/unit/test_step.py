@@ -20,6 +20,7 @@ from structured_tickets.training import step as steps
 from structured_tickets.training.epoch import hardened, train, validate_together
 from structured_tickets.training.meter import Meter
 from structured_tickets.training.optimization import LR_SCHEDULES, OPTIMIZERS, LearningRate
+from structured_tickets.training.penalty.reg_pruner import add_products, add_products_without_reading
 from structured_tickets.training.penalty.schedules import HORIZONS, SCHEDULES, Clock
 from structured_tickets.training.tables import HandedIn, Resident, can_be_resident, numbers_of_steps
 
@@ -325,6 +326,25 @@ def test_strengths_that_are_changed_one_by_one_apply():
         case.train(loop, epochs=[2])
     assert_same(changed.values(), theirs.values())
     assert not torch.equal(plain.model.fc.weight, changed.model.fc.weight) or plain.pruner.strength < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_card_adds_what_a_processor_adds(dtype):
+    """There the host must not read lambda, so that it takes two operations."""
+    shapes = [(50, 3, 3), (200, 7), (1,)]
+    weights, targets = ([torch.randn(s, dtype=dtype) for s in shapes] for _ in range(2))
+    masks = [(torch.rand(s) < 0.5).to(dtype) for s in shapes]
+    for amount in (0.1234567891234, -3e-9, 0.0):
+        value, results = torch.tensor(amount, dtype=torch.float64), []
+        for add in (add_products, add_products_without_reading):
+            results.append([t.clone() for t in targets])
+            add(results[-1], masks, weights, value)
+        results.append([t.clone() for t in targets])
+        torch._foreach_addcmul_(results[-1], masks, weights, value=amount)
+        assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(*results, strict=True))
+    with waiting() as found:
+        add_products_without_reading(targets, masks, weights, torch.tensor(0.1).requires_grad_(False))
+    assert found == ["lift_fresh.default"], "of the test's own number alone"
 
 
 @pytest.mark.parametrize("horizon", HORIZONS)

@@ -98,8 +98,6 @@ class Pruner(MetaPruner):
     def pull(self, amount: Tensor, decoupled: bool) -> None:
         """Do as `add_penalty`, or, if `decoupled`, as `shrink` does, with a number that is on the device.
 
-        The bits are the same: an entry of `doomed` is 0 or 1, so that its product with `amount` is exact.
-
         Args:
             amount: Of any one element: lambda, or -rate * lambda where decoupled.
         """
@@ -107,8 +105,9 @@ class Pruner(MetaPruner):
         weights = list(live.values())
         targets = weights if decoupled else [p.grad for p in weights if p.grad is not None]
         if weights:
-            scaled = torch._foreach_mul([self.doomed[n] for n in live], amount)
-            torch._foreach_addcmul_(targets, scaled, weights, value=1.0)
+            masks = [self.doomed[n] for n in live]
+            add = add_products if amount.device.type == "cpu" else add_products_without_reading
+            add(targets, masks, weights, amount)
 
     @torch.no_grad()
     def block_gradient(self) -> None:
@@ -117,3 +116,15 @@ class Pruner(MetaPruner):
         if pairs:
             gradients, doomed = zip(*pairs, strict=True)
             torch._foreach_addcmul_(gradients, gradients, doomed, value=-1.0)
+
+
+def add_products(targets: list[Tensor], masks: list[Tensor], weights: list[Tensor], amount: Tensor) -> None:
+    """targets += amount * mask * weight, tensor by tensor, in one pass; the host reads `amount`, of any one element."""
+    torch._foreach_addcmul_(targets, masks, weights, amount.expand(len(targets)).contiguous())
+
+
+def add_products_without_reading(
+    targets: list[Tensor], masks: list[Tensor], weights: list[Tensor], amount: Tensor
+) -> None:
+    """The same, to the last bit: an entry of a mask is 0 or 1, so that its product with `amount` is exact."""
+    torch._foreach_addcmul_(targets, torch._foreach_mul(masks, amount), weights, value=1.0)
