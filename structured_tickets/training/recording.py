@@ -67,6 +67,7 @@ class Recording:
     Attributes:
         graph: The recording; None before, and where it has been given up.
         given_up: Why the step runs as it is; "" while that is not decided.
+        addresses: Where the tensors of the step lay when it was recorded.
     """
 
     failed = ""
@@ -76,6 +77,7 @@ class Recording:
         self.body, self.graphs, self.insists = body, graphs, insists
         self.graph: Graph | None = None
         self.given_up = ""
+        self.addresses: list[int] = []
         self._warm, self._watch = 0, Watch()
 
     def run(self, left: int) -> None:
@@ -121,6 +123,7 @@ class Recording:
             try:
                 with self.body.being_recorded():
                     self.graph = self.graphs.capture(self.body.once)
+                self.addresses = self.body.addresses()
             except Exception as error:  # of many kinds, by kernels of the network's own too
                 Recording.failed = reason = f"recording failed ({first_line(error)})"
                 self.body.forget_gradients()
@@ -179,12 +182,18 @@ class Recorder:
         found = self._kept.get(name)
         if found is not None:
             same = all(a is b or _is_value(a, b) for a, b in zip(found[0], parts, strict=True))
-            if same and found[1].is_at_home():
+            if same and self._has_stayed(found[1]):
                 return found[1]
             self.close()  # all of them: see `CudaGraphs.close`
         body = make()
         self._kept[name] = (parts, body)
         return body
+
+    def _has_stayed(self, body: Recordable) -> bool:
+        """Return whether all tensors lie where a step, or its recording, looks for them."""
+        recording = self._recordings.get(id(body))
+        recorded = recording is not None and recording.graph is not None
+        return body.is_at_home() and not (recorded and recording.addresses != body.addresses())  # type: ignore[union-attr]
 
     def run(self, body: Recordable, left: int) -> None:
         """Make one step: as it is, or replayed. `left`: see `Recording.run`."""

@@ -134,6 +134,7 @@ class HandedIn:
     def __init__(self, loader: Iterable[tuple[Tensor, Tensor]], fixed: bool) -> None:
         self.loader, self.fixed, self.whole = loader, fixed, False
         self.usual = len(loader) if isinstance(loader, Sized) else 0
+        self._size = getattr(loader, "batch_size", None)
         self._place: tuple[Tensor, Tensor] | None = None
         self._next: tuple[Tensor, Tensor] | None = None
 
@@ -142,9 +143,9 @@ class HandedIn:
         return self.loader
 
     def take(self, item: tuple[Tensor, Tensor]) -> None:
-        """Hand in a batch. The size of the first one is the usual one."""
-        self._next = item
-        if not self.fixed:
+        """Hand in a batch. The usual size is that of the loader; if it has none, that of the first batch."""
+        self._next, self.whole = item, False
+        if not self.fixed or self._size not in (None, len(item[1])):
             return
         if self._place is None:
             self._place = torch.empty_like(item[0]), torch.empty_like(item[1])

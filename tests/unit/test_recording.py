@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 
@@ -310,6 +311,17 @@ def test_another_network_ends_all_recordings_of_the_one_before():
     case.optimizer = OPTIMIZERS["sgd"].build(case.model, 0.05, 0.9, 0.0)
     case.train(epochs=[1])
     assert graphs.events.count("capture") == 2 and graphs.events.count("close 1") == 1 and len(graphs.alive) == 1
+
+
+def test_a_state_of_the_optimizer_that_was_loaded_meanwhile_is_recorded_anew():
+    """It lies elsewhere then; the recording would go on with the old one."""
+    case, graphs = recorded()
+    case.train(epochs=[0])
+    case.train(epochs=[1])
+    assert graphs.events.count("capture") == 1
+    case.optimizer.load_state_dict(copy.deepcopy(case.optimizer.state_dict()))
+    case.train(epochs=[2])
+    assert graphs.events.count("capture") == 2 and len(graphs.alive) == 1
 
 
 def test_a_run_gives_up_its_recordings_when_the_network_becomes_another_one(monkeypatch, tmp_path):

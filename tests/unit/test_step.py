@@ -406,3 +406,17 @@ def test_batches_that_are_handed_in_lie_where_a_recorded_step_looks_for_them():
         places.append((source.whole, found[0].data_ptr()))
     assert places[0] == places[1] and places[0][0] and not places[2][0]
     assert places[0][1] not in [batch[0].data_ptr() for batch in batches]
+
+
+def test_the_last_batch_of_a_loader_is_never_the_usual_one():
+    """Not even where an epoch continues with it, so that it comes first."""
+
+    class Loader(list):
+        batch_size = 4
+
+    source = HandedIn(Loader(), fixed=True)
+    seen = []
+    for size in (2, 4, 2, 4):
+        source.take((torch.rand(size, 3), torch.arange(size)))
+        seen.append(source.whole)
+    assert seen == [False, True, False, True]
