@@ -32,6 +32,10 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     items[:], left_out = chosen(items, *config.getoption("tier"))
     config.hook.pytest_deselected(items=left_out)
+    if not torch.cuda.is_available():
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 def pytest_collection_finish():

@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,21 @@ def crop_and_flip(images: Tensor, offsets: Tensor, mirrored: Tensor, padding: in
     column = offsets[:, 1:] + torch.where(mirrored.unsqueeze(1), line.flip(0), line)
     which = torch.arange(len(images), device=images.device)[:, None, None]
     return padded[which, :, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The random choices of an epoch, made before it begins, on the CPU.
+
+    Attributes:
+        order: int64 [images]: positions in the image set.
+        corners: int64 [images, 2]: row and column of each crop, in the order in which the images come.
+        mirrored: bool [images], in the same order.
+    """
+
+    order: Tensor
+    corners: Tensor
+    mirrored: Tensor
 
 
 class BatchLoader:
@@ -118,18 +133,43 @@ class BatchLoader:
         where = torch.cat(list(parts)) if parts else torch.empty(0, dtype=torch.long)
         return [v[where.to(v.device)].to(self.device).split(sizes) for v in values]
 
-    def _augmented(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        n, padding = len(self.data), self.image_size // 8
+    @property
+    def padding(self) -> int:
+        """Border of zeros in which crops are shifted, in pixels."""
+        return self.image_size // 8
+
+    @property
+    def is_resident(self) -> bool:
+        """True if all images lie on the device, and every batch is this process's own."""
+        images = self.data.images
+        return isinstance(images, Tensor) and images.device == self.device and self.share == (0, 1)
+
+    def drawn(self) -> Drawn:
+        """Return what the epoch that `seek` named draws; without augmentation, the images in their own order."""
+        n = len(self.data)
+        if not self.augment:
+            return Drawn(torch.arange(n), torch.zeros(n, 2, dtype=torch.long), torch.zeros(n, dtype=torch.bool))
         draw = torch.Generator().manual_seed(mixed_seed(self.seed, *self.place))
         order = torch.randperm(n, generator=draw)
-        offsets = torch.randint(0, 2 * padding + 1, (n, 2), generator=draw)
-        mirrored = (torch.rand(n, generator=draw) < 0.5) & self.flip
-        places = self._parts(torch.arange(start, n))
-        which = [order[part] for part in places]
+        corners = torch.randint(0, 2 * self.padding + 1, (n, 2), generator=draw)
+        return Drawn(order, corners, (torch.rand(n, generator=draw) < 0.5) & self.flip)
+
+    def _augmented(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        epoch = self.drawn()
+        places = self._parts(torch.arange(start, len(self.data)))
+        which = [epoch.order[part] for part in places]
         (labels,) = self._handed_out(which, self.data.labels)
-        drawn = self._handed_out(places, offsets, mirrored)
+        drawn = self._handed_out(places, epoch.corners, epoch.mirrored)
         for images, corner, mirror, targets in zip(self._fetched(which), *drawn, labels, strict=True):
-            yield crop_and_flip(images, corner, mirror, padding).float() / 255, targets
+            yield self.finished(images, corner, mirror), targets
+
+    def finished(self, images: Tensor, corners: Tensor, mirrored: Tensor) -> Tensor:
+        """Return uint8 images [batch, 3, size, size] as float images in [0, 1], augmented where the loader does that.
+
+        Args:
+            corners, mirrored: See `crop_and_flip`.
+        """
+        return (crop_and_flip(images, corners, mirrored, self.padding) if self.augment else images).float() / 255
 
     def _fetched(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
         """The uint8 images at these positions, batch by batch, on the device."""

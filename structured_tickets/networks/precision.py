@@ -12,13 +12,27 @@ from torch import Tensor, nn
 from structured_tickets.base.modes import set_mode
 from structured_tickets.networks.kernels import frugal
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TENSOR_CORES = (7, 0)  # compute capability; before, float16 is no faster, or slower
+
 
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """The type of matrix products: bfloat16 where asked for, or (auto) where the processor computes in it natively."""
-    if wanted == "auto":
-        native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
-        return torch.bfloat16 if native else torch.float32
-    return torch.bfloat16 if wanted == "bf16" else torch.float32
+    """The type of matrix products: the one that is asked for, or (auto) the fastest that the device has by itself.
+
+    That is bfloat16; on CUDA devices with tensor cores but without it (V100, T4, 20-series), float16; else float32.
+    """
+    if wanted != "auto":
+        return PRECISIONS[wanted]
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        return torch.float16 if torch.cuda.get_device_capability(device) >= TENSOR_CORES else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and _cpu_has_bf16() else torch.float32
+
+
+def exact_type(device: torch.device) -> torch.dtype:
+    """The number type of sums: float64, where the device has it (Apple's have not)."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def precision_of(
@@ -78,6 +92,6 @@ def _cpu_has_bf16() -> bool:
 @contextmanager
 def computing(model: nn.Module, precision: torch.dtype) -> Iterator[None]:
     """Autocast to a number type, unless it is float32, and skip what the logits do not need."""
-    device = next(model.parameters()).device.type
-    with frugal(model), torch.autocast(device, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+    device, lower = next(model.parameters()).device.type, precision in (torch.bfloat16, torch.float16)
+    with frugal(model), torch.autocast(device, dtype=precision if lower else torch.bfloat16, enabled=lower):
         yield

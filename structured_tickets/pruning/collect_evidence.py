@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 
 from structured_tickets.base.modes import in_mode
 from structured_tickets.networks.kernels import uncompiled
+from structured_tickets.networks.precision import exact_type
 from structured_tickets.pruning.criteria import CRITERIA, CRITERIA_BATCHES
 from structured_tickets.pruning.evidence import Evidence, FeatureStatistics
 from structured_tickets.pruning.masks import called_with, effective_state, in_place_of
@@ -124,7 +125,7 @@ def _summary(output: Tensor, slope: Tensor | None, features_last: bool) -> Featu
     others = [d for d in range(output.ndim) if d != (output.ndim - 1 if features_last else 1)]
 
     def mean(values: Tensor) -> Tensor:
-        return values.double().mean(dim=others).cpu()
+        return values.to(exact_type(values.device)).mean(dim=others).cpu().double()
 
     saliency = None if slope is None else mean((output * slope).abs())
     return FeatureStatistics(mean(output.abs()), mean(output.square()), saliency)

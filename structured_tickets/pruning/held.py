@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from structured_tickets.networks.precision import exact_type
 from structured_tickets.pruning.masks import Mask, MaskPair
 from structured_tickets.pruning.rules import RoundRules
 from structured_tickets.unit_groups.unit import Slice, UnitGroup, kept_units, masks_of_units
@@ -85,8 +86,9 @@ def faded_units(
 def _per_unit(values: Tensor, part: Slice) -> Tensor:
     """Sum of each unit's entries: float64 [units], on the CPU."""
     others = [d for d in range(values.ndim) if d != part.axis]
-    sums = values.sum(dim=others, dtype=torch.float64) if others else values.double()
-    return sums.cpu()[part.index].sum(dim=1)
+    exact = exact_type(values.device)
+    sums = values.sum(dim=others, dtype=exact) if others else values.to(exact)
+    return sums.cpu().double()[part.index].sum(dim=1)
 
 
 def doomed_whole(groups: Sequence[UnitGroup], pair: MaskPair, targets: Sequence[str]) -> MaskPair:

@@ -59,7 +59,7 @@ class Admm:
         batches: Epoch, from 0 -> the training batches.
         load: What the last call of `save` was given, or nothing; a training that was broken off goes on from there.
         save: Called after every epoch.
-        precision: Number type of matrix products.
+        precision: Number type of matrix products; in place of float16, float32.
     """
 
     optimizer: Callable[[nn.Module], optim.Optimizer]
@@ -238,6 +238,8 @@ def train_by_admm(model: nn.Module, task: Task, admm: Admm) -> Mask:
     """
     set_mode(model, True)
     weights = {n: parameter_of(model, n) for n in task.names}
+    # Small gradients are zero in float16, and the distance below has a gradient that must not be scaled with theirs.
+    precision = torch.float32 if admm.precision == torch.float16 else admm.precision
     dual = {n: torch.zeros_like(w) for n, w in weights.items()}
     target = _project(task, {n: w.detach() for n, w in weights.items()})
     optimizer = admm.optimizer(model)
@@ -249,7 +251,7 @@ def train_by_admm(model: nn.Module, task: Task, admm: Admm) -> Mask:
     for epoch in range(done.get("epochs", 0), admm.epochs):
         loss = torch.zeros(())
         for images, labels in admm.batches(epoch):
-            with computing(model, admm.precision):
+            with computing(model, precision):
                 output = model(images.to(task.device))
             distance = sum((w - target[n] + dual[n]).square().sum() for n, w in weights.items())
             loss = task.loss(output.float(), labels.to(task.device))

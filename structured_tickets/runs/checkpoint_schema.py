@@ -17,6 +17,7 @@ from structured_tickets.base.untrusted_tensors import is_state
 from structured_tickets.data.fingerprint import is_record
 from structured_tickets.pruning.masks import MaskPair
 from structured_tickets.runs.rows import EPOCH_NUMBERS, JUDGED, ROUND_NUMBERS
+from structured_tickets.training.loss_scale import is_state as is_scale
 
 LARGEST = 2**53  # up to here, numbers of JSON and of tables are exact
 
@@ -202,5 +203,6 @@ LATER_FIELDS: dict[str, tuple[Check, str]] = {
     "processes": _COUNT,
     "sources": (_is_dict_of(_WORD[0]), "hashes by file"),
     "followed": (lambda value: isinstance(value, bool), "true or false"),
+    "loss_scale": (is_scale, "the state of a loss scale"),
     "other_rng": (_is_list_of(are_random_states), "states of random generators"),
 }

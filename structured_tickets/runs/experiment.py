@@ -61,6 +61,7 @@ class Experiment:
         current = self.rewind(state)
         self.train(current)
         self.prune_and_regroup(current)
+        current.close()
 
     def begin(self) -> None:
         """Continue the run in the folder, or begin one there; all processes go on from what the first one finds."""
@@ -82,7 +83,7 @@ class Experiment:
         if fresh:
             run.start_weight = start_weights(setup, run, self.source) if state else {}
             run.state, run.epoch, run.step, run.best_sa, run.faded = state, 0, 0, [-1.0, -1.0, -1.0], {}
-            run.masks = run.following
+            run.masks, run.loss_scale = run.following, {}
         setup.model.load_state_dict(run.begun_with if fresh else run.state_dict)
         current = Round(setup, run, self.stop, self.reporter.progress, {} if fresh else run.optimizer)
         if fresh:
@@ -112,7 +113,7 @@ class Experiment:
         """Evaluate the network, and save the state of the run."""
         run, began = self.run, time.perf_counter()
         self._hold_faded_units(current, epoch)
-        judged = self.setup.accuracies(current.model) if self._is_judged(epoch) else None
+        judged = self.setup.accuracies(current.model, current.passer.recorder) if self._is_judged(epoch) else None
         row = epoch_row(current, epoch, trained, judged or (None, None), time.perf_counter() - began)
         run.history.append(row.plain())
         run.epoch, run.step, run.partial, run.reg_lambda = epoch + 1, 0, {}, row.reg_lambd
@@ -142,6 +143,7 @@ class Experiment:
         """Write the state, as far as it has been written back, to these files and then to the round's checkpoint."""
         self.run.state_dict = cloned_state(self.setup.model)
         self.run.optimizer = current.trainee.optimizer_state()
+        self.run.loss_scale = current.scale.state() if current.scale else {}
         self.run.other_rng = self.setup.world.gather(random_states())[1:]
         for path in (*copies, None):
             self.folder.save(self.run, path, current.held)

@@ -21,6 +21,7 @@ from structured_tickets.runs.folder import RunFolder
 from structured_tickets.runs.setup import Setup, set_up
 from structured_tickets.settings.flags import begin
 from structured_tickets.training.epoch import Passer, train
+from structured_tickets.training.loss_scale import LossScale
 
 log = logging.getLogger("rsst")
 
@@ -87,6 +88,8 @@ def settle_in(args: argparse.Namespace, world: World) -> None:
         )
     if args.compile:
         raise UsageError("argument --compile: cannot be combined with several processes")
+    if args.device == "mps":
+        raise UsageError("argument --device: mps cannot be combined with several processes")
     if args.gpu >= 0:
         if "gpu" in args.explicit and args.gpu != world.local_rank:
             args.warnings.append("--gpu is ignored: torchrun gives each process its own GPU")
@@ -101,7 +104,8 @@ def _plan(setup: Setup) -> str:
 def one_step(setup: Setup) -> Callable[[], None]:
     """Return a function that makes one training step of a copy of the network, the way a round makes them."""
     model = copy.deepcopy(setup.model)
-    optimizer, passer = setup.optimizer(model), Passer(setup.args, precision=setup.precision)
+    scale = LossScale(setup.device) if setup.precision == torch.float16 else None
+    optimizer, passer = setup.optimizer(model), Passer(setup.args, precision=setup.precision, scale=scale)
     batch = next(iter(setup.train_loader.whole()))
 
     def step() -> None:

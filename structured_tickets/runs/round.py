@@ -18,8 +18,10 @@ from structured_tickets.runs.compared_run import ControlSource
 from structured_tickets.runs.setup import Setup, prepare_for_speed
 from structured_tickets.runs.state import RunState
 from structured_tickets.training.epoch import Passer, ShowProgress, hardened
+from structured_tickets.training.loss_scale import LossScale
 from structured_tickets.training.penalty.expected import DECOUPLED, DIRECT
 from structured_tickets.training.penalty.reg_pruner import Pruner
+from structured_tickets.training.recording import recorder_for
 from structured_tickets.training.stop import StopRequest
 from structured_tickets.training.trainee import Trainee
 from structured_tickets.unit_groups.unit import kept_units
@@ -36,6 +38,7 @@ class Round:
         held: What stays at zero, by parameter name.
         trainee: The network at its real size, with its optimizer.
         passer: What every training step is passed.
+        scale: Of the loss, in float16; it stays when the network becomes smaller.
         pruner: RSST's penalty; None without one.
     """
 
@@ -49,10 +52,12 @@ class Round:
         """
         self.setup, self.number, self.pair = setup, run.state, _masks_of(setup, run)
         self._stop, self._progress = stop, progress
+        self.scale = LossScale(setup.device, run.loss_scale) if setup.precision == torch.float16 else None
         self._equip(run.faded, optimizer)
 
     def _equip(self, faded: dict[str, list[int]], optimizer: dict[str, Any]) -> None:
         setup, args = self.setup, self.setup.args
+        self.close()
         for old in ("trainee", "passer", "pruner"):  # before their successors need memory; networks are cycles
             vars(self).pop(old, None)
         gc.collect()
@@ -89,7 +94,14 @@ class Round:
             world=setup.world,
             network=setup.world.parallel(self.trainee.model, probes),
             precision=setup.precision,
+            scale=self.scale,
+            recorder=recorder_for(setup.device, setup.args.step, setup.world),
         )
+
+    def close(self) -> None:
+        """Give up what was recorded of the steps: at once, since graphs may not outlive each other."""
+        if "passer" in vars(self) and self.passer.recorder is not None:
+            self.passer.recorder.close()
 
     @property
     def model(self) -> nn.Module:

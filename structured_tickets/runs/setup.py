@@ -48,16 +48,30 @@ from structured_tickets.settings.interpret import (
 )
 from structured_tickets.training.epoch import validate_together
 from structured_tickets.training.optimization import LearningRate
+from structured_tickets.training.recording import Recorder
 from structured_tickets.unit_groups.unit import UnitGroup, ranked_names
 
+UNTESTED = "--device mps: this program has never been tried on Apple's GPUs. Compare a short run with --device cpu"
 
-def choose_device(gpu: int) -> torch.device:
+
+def choose_device(gpu: int, kind: str = "auto") -> torch.device:
     """The CUDA device of that number; the CPU if `gpu` is negative or there is no CUDA.
 
+    Args:
+        kind: "cpu", "cuda" or "mps" for a device of this kind only; "auto" for the one above.
+
     Raises:
-        UsageError: CUDA is there, but no such device.
+        MachineError: There is no such device.
     """
-    if gpu < 0 or not torch.cuda.is_available():
+    if kind == "mps":
+        if not torch.backends.mps.is_available():
+            raise MachineError("argument --device: no mps device. It needs an Apple computer, and torch for macOS")
+        return torch.device("mps")
+    if kind == "cuda" and gpu < 0:
+        raise MachineError("argument --gpu: must be at least 0 with --device cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise MachineError("argument --device: torch finds no CUDA device on this machine. Use --device auto")
+    if kind == "cpu" or gpu < 0 or not torch.cuda.is_available():
         return torch.device("cpu")
     if gpu >= torch.cuda.device_count():
         raise MachineError(
@@ -136,11 +150,14 @@ class Setup:
         """Return a new optimizer of a network."""
         return optimizer_from(self.args, model)
 
-    def accuracies(self, model: nn.Module) -> tuple[float, float]:
-        """Return a network's validation and test accuracy, in percent, over the images of all processes."""
-        val, test = (
-            validate_together(loader, model, self.criterion, self.world, self.precision) for loader in self.loaders[1:]
-        )
+    def accuracies(self, model: nn.Module, recorder: Recorder | None = None) -> tuple[float, float]:
+        """Return a network's validation and test accuracy, in percent, over the images of all processes.
+
+        Args:
+            recorder: See `validate_together`.
+        """
+        common = (model, self.criterion, self.world, self.precision, recorder)
+        val, test = (validate_together(loader, *common) for loader in self.loaders[1:])
         return val, test
 
 
@@ -168,7 +185,7 @@ def set_up(args: argparse.Namespace, world: World = ALONE) -> Setup:
 def setup_model_dataset(args: Any) -> tuple[nn.Module, Any, Any, Any]:
     """Build the model (`model.normalize` set) and the train, validation and test loaders.
 
-    Reads `arch`, `dataset`, `data`, `batch_size` and, where given, `image_size`, `seed`, `gpu`, `workers`,
+    Reads `arch`, `dataset`, `data`, `batch_size` and, where given, `image_size`, `seed`, `device`, `gpu`, `workers`,
     `image_store`, `precision`, `compile`, `deterministic`, `vit_pretrained`, `pretrained` and `pretrained_key`.
 
     Raises:
@@ -184,7 +201,7 @@ def _loaded(args: Any) -> tuple[nn.Module, Loaders, tuple[str, ...], torch.dtype
     """Network, loaders, names of the classes, number type, and sentences that warn about the network."""
     settings = vars(args)
     choose_kernels(settings.get("deterministic", False))
-    device = choose_device(settings.get("gpu", 0))
+    device = choose_device(settings.get("gpu", 0), settings.get("device", "auto"))
     source = DATASETS[args.dataset]
     size = settings.get("image_size") or source.image_size
     splits = load_splits(
@@ -199,6 +216,7 @@ def _loaded(args: Any) -> tuple[nn.Module, Loaders, tuple[str, ...], torch.dtype
     seed_everything(seed)
     model = build_model(args.arch, len(splits.classes), size)
     said = _warnings_of_a_fixed_start(model, settings, len(splits.classes), size, seed)
+    said += [UNTESTED] if device.type == "mps" else []
     wanted = load_start_weights(model, settings)
     said += _warnings_of_images_seen(settings, splits)
     put_normalize(model, Normalize(*(wanted or (splits.mean, splits.std))))

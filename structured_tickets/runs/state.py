@@ -44,6 +44,7 @@ class RunState:
             what its bits depend on besides the settings (`numerics`); empty without a store.
         sources: Hashes of the code of a user's network that the run began with, by file.
         followed: The notes on the network say that its features are followed (`ModelSpec`).
+        loss_scale: State of the loss scale of the round, for float16; else empty.
         processes: How many processes trained it; `other_rng`: random states of all of them but the first.
     """
 
@@ -76,6 +77,7 @@ class RunState:
     contents: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     followed: bool = False
+    loss_scale: dict[str, float] = field(default_factory=dict)
     version: int = VERSION
 
     @property

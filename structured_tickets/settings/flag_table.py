@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -61,7 +62,7 @@ from structured_tickets.settings.flag import (
     Flag,
     Scope,
 )
-from structured_tickets.training.optimization import LR_SCHEDULES, OPTIMIZERS
+from structured_tickets.training.optimization import LR_SCHEDULES, OPTIMIZERS, STEPS
 from structured_tickets.training.penalty.expected import WAYS
 from structured_tickets.training.penalty.schedules import HORIZONS, SCHEDULES
 from structured_tickets.unit_groups.kinds import CHANNEL_UNITS, FILTER
@@ -79,6 +80,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def _rows(table: Iterable[tuple[str, str]]) -> str:
     return "; ".join(f"{name}: {summary}" for name, summary in table).replace("%", "%%")
+
+
+def _lanes_of(args: argparse.Namespace) -> int:
+    return numbers_at_once(-1 if args.device == "cpu" else args.gpu)
 
 
 _WITH_EXPONENTS = " or ".join(name for name, schedule in SCHEDULES.items() if schedule.reads_exponents)
@@ -200,6 +205,13 @@ TRAINING = (
     Flag("label_smoothing", "share of the label spread over all classes", EVERY_ROUND, type=SHARE, default=0.0),
     Flag("seed", "seed of all random numbers", EVERY_ROUND, type=SEED, default=0),
     Flag(
+        "device",
+        "where to compute; auto: the CUDA device of --gpu if there is one, else the CPU; mps: Apple's GPU (untested)",
+        MACHINE,
+        default="auto",
+        choices=("auto", "cpu", "cuda", "mps"),
+    ),
+    Flag(
         "gpu",
         "number of the CUDA device; -1: CPU. Without CUDA the CPU is used; under torchrun each process uses its own "
         "GPU",
@@ -209,11 +221,11 @@ TRAINING = (
     ),
     Flag(
         "precision",
-        "number type of matrix products and convolutions; auto: bf16 if the processor supports it, else fp32 (TF32 is "
-        "never used)",
+        "number type of matrix products and convolutions; fp16: with loss scaling; auto: bf16 if the processor "
+        "supports it, else fp16 on a GPU with tensor cores, else fp32 (TF32 is never used)",
         EVERY_ROUND,
         default="auto",
-        choices=("auto", "fp32", "bf16"),
+        choices=("auto", "fp32", "bf16", "fp16"),
     ),
     Flag(
         "compact_training",
@@ -228,6 +240,13 @@ TRAINING = (
         "it is compiled again whenever the network becomes smaller",
         LAST_DIGITS,
         bare=True,
+    ),
+    Flag(
+        "step",
+        _rows(STEPS.items()) + ". Same results up to rounding, and the same bits with --deterministic",
+        LAST_DIGITS,
+        default="auto",
+        choices=STEPS,
     ),
     Flag(
         "deterministic",
@@ -361,7 +380,7 @@ PRUNING = (
         type=lanes,
         default="1",
         metavar="N",
-        derived=lambda a: numbers_at_once(a.gpu) if a.round_units == "auto" else a.round_units,
+        derived=lambda a: _lanes_of(a) if a.round_units == "auto" else a.round_units,
         read=Condition(
             counts_units_by_layer,
             "when channels, heads or neurons are pruned (--regroup; for a ViT with refill or rsst: --vit_structured)",

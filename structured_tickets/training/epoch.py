@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +16,16 @@ from torch import Tensor, nn, optim
 from structured_tickets.base.distributed import ALONE, World
 from structured_tickets.base.errors import DivergedError
 from structured_tickets.base.modes import set_mode
-from structured_tickets.networks.precision import computing
 from structured_tickets.pruning.masks import HeldMask, Mask
+from structured_tickets.training.loss_scale import LossScale
 from structured_tickets.training.meter import Meter
-from structured_tickets.training.optimization import LearningRate, set_learning_rate
+from structured_tickets.training.optimization import LearningRate
+from structured_tickets.training.penalty.act import apply_reg, update_reg  # noqa: F401 (documents import them from here)
 from structured_tickets.training.penalty.reg_pruner import Pruner
+from structured_tickets.training.recording import LEAST, Recorder
+from structured_tickets.training.step import Evaluation, Step
 from structured_tickets.training.stop import StopRequest
+from structured_tickets.training.tables import batches_of, can_be_resident
 from structured_tickets.unit_groups.unit import parameter_of
 
 log = logging.getLogger("rsst")
@@ -51,6 +55,8 @@ class Passer:
         paced: Whether a decoupled penalty follows the learning rate.
         lr_share: Learning rate of the step over its peak.
         precision: Number type of matrix products.
+        scale: That of the loss, for float16.
+        recorder: Makes the steps, and keeps what belongs to them from epoch to epoch; None: one for every call.
     """
 
     args: Any
@@ -68,6 +74,8 @@ class Passer:
     paced: bool = True
     lr_share: float = 1.0
     precision: torch.dtype = torch.float32
+    scale: LossScale | None = None
+    recorder: Recorder | None = None
 
 
 def train(
@@ -91,45 +99,61 @@ def train(
         Interrupted: A signal came; the step was finished, `passer.meter` tells how far the epoch is.
     """
     _complete(passer)
-    batches, print_freq = len(train_loader), getattr(passer.args, "print_freq", PRINT_FREQ)  # type: ignore[arg-type]
-    device = next(model.parameters()).device
+    batches, device = len(train_loader), next(model.parameters()).device  # type: ignore[arg-type]
     passer.epoch, passer.meter = epoch, passer.meter or Meter.start(device)
-    meter, began = passer.meter, time.perf_counter()
-    world, network, precision = passer.world, passer.network or model, passer.precision
+    meter, recorder = passer.meter, passer.recorder or Recorder()
     set_mode(model, True)
-    for i, (image, target) in enumerate(_shown(train_loader, passer, state, epoch), meter.steps):
+    resident = can_be_resident(train_loader, device, meter.steps)
+    parts = (model, criterion, optimizer, passer, pruner, train_loader, batches, resident)
+    source = partial(batches_of, train_loader, resident, recorder.is_ahead)
+    step = recorder.kept("train", parts, lambda: Step(*parts[:5], source(), batches))
+    with recorder.at_work(), step.epoch(epoch, meter):
+        _train(recorder, step, state, epoch)
+    if not _is_finite(model):
+        raise DivergedError(f"a weight became NaN or infinite in the last step of round {state}, epoch {epoch}")
+    if passer.scale is not None and passer.scale.is_exhausted():
+        raise DivergedError(f"gradients became NaN or infinite at every loss scale by round {state}, epoch {epoch}")
+    passer.meter = None
+    return meter
+
+
+def _train(recorder: Recorder, step: Step, state: int, epoch: int) -> None:
+    """The steps that are left of an epoch."""
+    passer, pruner, batches, began = step.passer, step.pruner, step.batches, time.perf_counter()
+    meter, print_freq = passer.meter, getattr(passer.args, "print_freq", PRINT_FREQ)
+    for i, item in enumerate(_shown(step.source.walk(), passer, state, epoch, batches), meter.steps):
         if passer.rate is not None:
             lr = passer.rate.at(epoch, i)
-            set_learning_rate(optimizer, lr)
             passer.lr_share = lr / passer.rate.base
-        output, loss = _forward(model, network, world, criterion, image, target, precision)
-        optimizer.zero_grad()
-        world.backward(loss, len(target))
-        _zero_where_unreached(model)
+            step.set_learning_rate(lr)
         if pruner is not None:
-            update_reg(passer, pruner, model, state, i, batches)
-            apply_reg(pruner, model, passer)
-        optimizer.step()
-        if passer.held is not None:
-            passer.held.apply()
-        step = Meter.start(device)
-        step.add(loss, output, target)
-        meter.join(step.over(world))
+            update_reg(passer, pruner, step.model, state, i, batches)
+        step.source.take(item)
+        recorder.run(step, step.left(epoch))
+        meter.steps += 1
         shown, last = (i + 1) % print_freq == 0, i + 1 == batches
-        where = f"in round {state}, epoch {epoch}, step {i + 1} of {batches}"
         # Reading the loss waits for the device: cheap on a CPU, so that divergence is caught at once.
-        stopping = world.size == 1 and passer.stop is not None and passer.stop.signal is not None
-        if (device.type == "cpu" or last or stopping or shown) and not math.isfinite(float(meter.sums[0])):
-            raise DivergedError(f"the loss became NaN or infinite {where}")
+        stopping = passer.world.size == 1 and passer.stop is not None and passer.stop.signal is not None
+        if step.at.device.type == "cpu" or last or stopping or shown:
+            _check_loss(step, state, epoch)
         if shown:
             place = epoch, i + 1, batches, meter.mean_loss, meter.accuracy, time.perf_counter() - began
             log.info("Epoch: [%d][%d/%d]\tLoss %.4f\tAccuracy %.2f\tTime %.1f", *place)
         if passer.stop is not None and not last:
             passer.stop.obey(f"in round {state}, epoch {epoch}, after step {i + 1} of {batches}")
-    if not all(bool(torch.isfinite(v).all()) for v in model.state_dict().values() if v.is_floating_point()):
-        raise DivergedError(f"a weight became NaN or infinite in the last step of round {state}, epoch {epoch}")
-    passer.meter = None
-    return meter
+
+
+def _check_loss(step: Step, state: int, epoch: int) -> None:
+    """Raises: DivergedError, if the loss of a step was not finite; weights are as they were before that step."""
+    if (bad := step.first_bad()) is not None:
+        where = f"in round {state}, epoch {epoch}, step {bad + 1} of {step.batches}"
+        raise DivergedError(f"the loss became NaN or infinite {where}")
+
+
+def _is_finite(model: nn.Module) -> bool:
+    """Return whether all weights and statistics are; the host waits once."""
+    finite = [torch.isfinite(v).all() for v in model.state_dict().values() if v.is_floating_point()]
+    return bool(torch.stack(finite).all())
 
 
 def _complete(passer: Any) -> None:
@@ -139,60 +163,10 @@ def _complete(passer: Any) -> None:
             setattr(passer, entry.name, entry.default)
 
 
-def _forward(
-    model: nn.Module,
-    network: nn.Module,
-    world: World,
-    criterion: nn.Module,
-    image: Tensor,
-    target: Tensor,
-    precision: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Logits and mean loss of this process's images.
-
-    Of a batch of fewer images than processes some have none: they compute something that does not count, to keep step.
-    """
-    has_share = len(target) > 0
-    with computing(model, precision), world.over_whole_batches(model, has_share):
-        output = network(image if has_share else image.new_zeros(1, *image.shape[1:]))[: len(target)]
-    return output, criterion(output.float(), target) if has_share else output.sum()
-
-
-def _zero_where_unreached(model: nn.Module) -> None:
-    """No gradient would mean no decay and no penalty; parameters that the loss does not depend on get both."""
-    for parameter in model.parameters():
-        if parameter.grad is None and parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
-
-
-def _shown(batches: Iterable, passer: Any, state: int, epoch: int) -> Iterable:
+def _shown(batches: Iterable, passer: Any, state: int, epoch: int, count: int) -> Iterable:
     if passer.progress is None:
         return batches
-    return passer.progress(batches, len(batches), passer.meter.steps, f"round {state} epoch {epoch}")  # type: ignore[arg-type]
-
-
-def update_reg(passer: Any, pruner: Pruner, model: nn.Module, state: int, i: int, j: int) -> None:
-    """Set lambda of the doomed weights for batch `i` (from 0) of the `j` batches of an epoch."""
-    epoch = getattr(passer, "epoch", None)
-    if epoch is None:
-        pruner._update_reg(i, j)
-    else:
-        pruner.advance(epoch, i, j)
-
-
-def apply_reg(pruner: Pruner, model: nn.Module, passer: Any) -> nn.Module:
-    """gradient += lambda * weight on the doomed weights (`block_loss_grad`: in place of their gradient).
-
-    With a decoupled penalty (see `Pruner`) the weights shrink directly instead.
-    """
-    blocks = getattr(passer.args, "block_loss_grad", False)
-    if not getattr(passer, "decoupled", False):
-        pruner.add_penalty(blocks)
-        return model
-    if blocks:
-        pruner.block_gradient()
-    pruner.shrink(passer.lr_share if passer.paced else 1.0)
-    return model
+    return passer.progress(batches, count, passer.meter.steps, f"round {state} epoch {epoch}")
 
 
 def validate(val_loader: Iterable[tuple[Tensor, Tensor]], model: nn.Module, criterion: nn.Module) -> float:
@@ -207,14 +181,25 @@ def validate_together(
     criterion: nn.Module,
     world: World,
     precision: torch.dtype = torch.float32,
+    recorder: Recorder | None = None,
 ) -> float:
-    """Accuracy in percent, in eval mode, over the images of all processes."""
+    """Accuracy in percent, in eval mode, over the images of all processes.
+
+    Args:
+        recorder: That of the network, which records the evaluation as it does the training step; None: it is not.
+    """
     set_mode(model, False)
-    meter = Meter.start(next(model.parameters()).device)
-    for image, target in val_loader:
-        output, loss = _forward(model, model, world, criterion, image, target, precision)
-        meter.add(loss, output, target)
-    return meter.over(world).accuracy
+    recorder = recorder or Recorder()
+    resident = can_be_resident(val_loader, next(model.parameters()).device, 0)
+    parts = (model, criterion, world, precision, val_loader, resident)
+    source = partial(batches_of, val_loader, resident, recorder.is_ahead)
+    step = recorder.kept(f"evaluation {id(val_loader)}", parts, lambda: Evaluation(*parts[:4], source()))
+    with recorder.at_work():
+        step.begin()
+        for item in step.source.walk():
+            step.source.take(item)
+            recorder.run(step, LEAST)
+    return Meter(step.sums).over(world).accuracy
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from structured_tickets.base.distributed import World
+from structured_tickets.networks.precision import exact_type
 
 
 @dataclass
@@ -16,7 +17,7 @@ class Meter:
     """Sums over the batches of one epoch; they stay on the device until they are read.
 
     Attributes:
-        sums: float64 [3]: loss, correct answers, images.
+        sums: [3] of `exact_type`: loss, correct answers, images.
     """
 
     sums: Tensor
@@ -27,22 +28,11 @@ class Meter:
         """From nothing, or from what an epoch had reached that was broken off."""
         reached = partial or {}
         sums = [reached.get(name, 0.0) for name in ("loss", "correct", "seen")]
-        return Meter(torch.tensor(sums, dtype=torch.float64, device=device), int(reached.get("steps", 0)))
-
-    def add(self, loss: Tensor, output: Tensor, target: Tensor) -> None:
-        correct = (output.detach().argmax(1) == target).sum()
-        images = correct.new_tensor(len(target))
-        self.sums += torch.stack([loss.detach().double() * len(target), correct.double(), images.double()])
-        self.steps += 1
+        return Meter(torch.tensor(sums, dtype=exact_type(device), device=device), int(reached.get("steps", 0)))
 
     def over(self, world: World) -> Meter:
         """The same steps, with the images of all processes."""
         return Meter(world.total(self.sums), self.steps)
-
-    def join(self, other: Meter) -> None:
-        """Add what another has counted."""
-        self.sums += other.sums
-        self.steps += other.steps
 
     def reached(self) -> dict[str, float]:
         """Return the sums that `start` continues from."""
@@ -56,9 +46,11 @@ class Meter:
 
     @property
     def mean_loss(self) -> float:
-        return float(self.sums[0]) / max(1, self.seen)
+        loss, _, seen = self.sums.tolist()
+        return float(loss) / max(1, int(seen))
 
     @property
     def accuracy(self) -> float:
         """In percent."""
-        return 100 * float(self.sums[1]) / max(1, self.seen)
+        _, correct, seen = self.sums.tolist()
+        return 100 * float(correct) / max(1, int(seen))

@@ -12,6 +12,12 @@ if TYPE_CHECKING:  # the command line reads this table, and must not wait for to
 
 LR_SCHEDULES = ("multistep", "cosine")
 GAMMA = 0.1
+STEPS = {
+    "auto": "on a CUDA device, record the training step and the evaluation once as CUDA graphs and replay them, where "
+    "that is possible",
+    "eager": "start every kernel by itself",
+    "graph": "like auto, but fail where it is not possible",
+}
 
 
 @dataclass(frozen=True)
@@ -80,3 +86,35 @@ OPTIMIZERS: dict[str, OptimizerKind] = {"sgd": OptimizerKind(_sgd, False), "adam
 def set_learning_rate(optimizer: optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def reads_numbers_on_the_device(optimizer: optim.Optimizer) -> bool:
+    """Return whether an optimizer takes its learning rate, and whether to step at all, as tensors it does not wait for.
+
+    Torch's fused ones do. Their kernels for Apple's devices are not relied on.
+    """
+    from torch import optim
+
+    groups = optimizer.param_groups
+    if type(optimizer) not in (optim.SGD, optim.Adam, optim.AdamW) or not all(g.get("fused") for g in groups):
+        return False
+    return all(p.device.type in ("cpu", "cuda") for g in groups for p in g["params"])
+
+
+def with_momentum_from_zero(optimizer: optim.Optimizer) -> None:
+    """Give a fused SGD the momentum that it would make at its first step: zeros, which lead to the same weights.
+
+    It would remember for the length of a recorded step that this was the first one; and if that step was left out,
+    because its loss was not finite, go on from memory that nobody has written.
+    """
+    import torch
+    from torch import optim
+
+    if type(optimizer) is not optim.SGD:
+        return
+    for group in optimizer.param_groups:
+        if not group["fused"] or not group["momentum"] or group["dampening"]:
+            continue
+        for parameter in group["params"]:
+            if parameter.requires_grad and optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

@@ -20,11 +20,30 @@ COMMANDS = {
     "rsst_overhead": ["--arch", "micro_cnn", "--optimizer", "sgd", "--batch_size", "4", "--rounds", "2"],
     "parts": ["--arch", "micro_cnn", "micro_vit", "--batch_size", "4", "--rounds", "2"],
     "startup": ["--rounds", "2"],
+    "gpu": [
+        "--device",
+        "cpu",
+        "--arch",
+        "micro_cnn",
+        "--batch_size",
+        "4",
+        "--steps",
+        "2",
+        "--seconds",
+        "0.01",
+        "--compiled",
+        "none",
+        "--jobs",
+        "1",
+        "2",
+    ],
     "compact": ["--turns", "2", "--batches", "1", "--parts", "latency", "epoch", "torch-pruning"],
 }
-TABLES = [(name, ()) for name in COMMANDS if name not in ("startup", "compact")]
+TABLES = [(name, ()) for name in COMMANDS if name not in ("startup", "compact", "gpu")]
 TABLES += [
     ("compact", ("--arch", "micro_cnn")),
+    ("gpu", ("--parts", "steps", "agreement", "penalty", "compact", "epoch")),
+    pytest.param("gpu", ("--arch", "res20s", "--parts", "sharing"), marks=pytest.mark.slow),  # in processes of its own
     pytest.param("compact", ("--arch", "res20s"), marks=pytest.mark.slow),
     pytest.param("startup", (), marks=pytest.mark.slow),
 ]
@@ -42,14 +61,14 @@ def test_the_table_of_starts_without_starting_anything(monkeypatch, capsys):
 
 def check_table(name, more, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, *COMMANDS[name], *more])
-    monkeypatch.setattr(harness, "matrix_limit", lambda dtype, device: 1e11)
+    monkeypatch.setattr(harness, "matrix_limit", lambda dtype, device, size=0: 1e11)
     monkeypatch.setattr(harness, "keep_memory", lambda: None)  # it would outlast the test
     for size in ("LATENCY_BATCH", "TRAIN_BATCH"):
         monkeypatch.setattr(compact, size, 4)
     importlib.import_module(f"benchmarks.{name}").main()
     out = capsys.readouterr().out
     assert "|---" in out and "torch" in out.splitlines()[0]
-    assert "reached" in out or name == "parts"
+    assert "reached" in out or name in ("parts", "gpu")  # which has goals on cards alone
 
 
 def test_loops_take_turns_and_warm_up(monkeypatch):

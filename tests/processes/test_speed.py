@@ -25,7 +25,7 @@ from structured_tickets.networks.precision import computing
 from structured_tickets.pruning import oneshot
 from structured_tickets.pruning.collect_evidence import collect_evidence
 from structured_tickets.runs.setup import choose_kernels, prepare_for_speed
-from structured_tickets.training import epoch
+from structured_tickets.training import forward
 from structured_tickets.training.optimization import OPTIMIZERS
 from structured_tickets.unit_groups.channels import channel_groups
 
@@ -111,7 +111,7 @@ def test_every_product_of_a_run_is_in_its_number_type(struct, flag, wanted, tmp_
         return real(model, precision)
 
     real = computing
-    for module in (epoch, oneshot):
+    for module in (forward, oneshot):
         monkeypatch.setattr(module, "computing", noted)
     assert run(*tiny(tmp_path, struct=struct, precision=flag, admm_epochs=1 if struct == "admm" else None)) == 0
     assert len(seen) > 12 and set(seen) == {wanted}

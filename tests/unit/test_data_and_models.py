@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import main_imp_fillback
-from structured_tickets.base.errors import DataError, UsageError
+from structured_tickets.base.errors import DataError, MachineError, UsageError
 from structured_tickets.base.randomness import mixed_seed
 from structured_tickets.data.image_sets import ImageSet
 from structured_tickets.data.loader import BatchLoader, crop_and_flip
@@ -110,7 +110,19 @@ def test_precision_and_device():
     cpu = torch.device("cpu")
     assert choose_precision("fp32", cpu) == torch.float32 and choose_precision("bf16", cpu) == torch.bfloat16
     assert choose_precision("auto", cpu) in (torch.float32, torch.bfloat16)
-    assert choose_device(-1) == cpu
+    assert choose_device(-1) == cpu and choose_device(0, "cpu") == cpu
+
+
+def test_a_device_that_is_asked_for_is_there_or_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for kind, name in (("cuda", "CUDA"), ("mps", "mps")):
+        with pytest.raises(MachineError, match=f"argument --device: .*{name} device"):
+            choose_device(0, kind)
+    with pytest.raises(MachineError, match="argument --gpu: must be at least 0 with --device cuda"):
+        choose_device(-1, "cuda")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device(0, "mps") == torch.device("mps") and choose_device(0) == torch.device("cpu")
 
 
 @pytest.mark.parametrize("size, chosen", [(8, torch.float32), (16, torch.bfloat16)])

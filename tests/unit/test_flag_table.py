@@ -234,7 +234,8 @@ def test_no_other_module_lists_flags():
             continue
         for node in ast.walk(ast.parse(module.read_text())):
             parts = node.keys if isinstance(node, ast.Dict) else getattr(node, "elts", [])
-            names = [p.value for p in parts if isinstance(p, ast.Constant) and p.value in FLAGS]
+            # A step is a field of checkpoints and a column of metrics, too.
+            names = [p.value for p in parts if isinstance(p, ast.Constant) and p.value in FLAGS.keys() - {"step"}]
             if len(names) > 3:
                 lists[f"{module.relative_to(ROOT)}:{node.lineno}"] = names
     assert lists == {}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structured_tickets.networks.precision import exact_type
 from structured_tickets.pruning.masks import MaskPair, by_parameter, refill_key
 from structured_tickets.training.penalty.schedules import clock_from
 from structured_tickets.unit_groups.unit import parameter_of
@@ -78,5 +79,6 @@ class MetaPruner:
 
     def doomed_norm(self) -> float:
         """Euclidean norm of all doomed weights together."""
-        squares = [(p.detach() * self.doomed[n]).double().square().sum() for n, p in self._parameters.items()]
+        left = [p.detach() * self.doomed[n] for n, p in self._parameters.items()]
+        squares = [values.to(exact_type(values.device)).square().sum() for values in left]
         return float(torch.stack(squares).sum().sqrt()) if squares else 0.0

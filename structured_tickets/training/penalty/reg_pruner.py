@@ -88,6 +88,27 @@ class Pruner(MetaPruner):
             own = [self.reg[refill_key(n)] for n in parameters]
             torch._foreach_addcmul_(targets, own, list(parameters.values()), value=share)
 
+    @property
+    def is_plain(self) -> bool:
+        """True if lambda is one number, which has not been looked at weight by weight (`reg`) and changed there."""
+        own = all(getattr(type(self), n) is getattr(Pruner, n) for n in ("add_penalty", "shrink", "block_gradient"))
+        return own and self._reg is None
+
+    @torch.no_grad()
+    def pull(self, amount: Tensor, decoupled: bool) -> None:
+        """Do as `add_penalty`, or, if `decoupled`, as `shrink` does, with a number that is on the device.
+
+        Args:
+            amount: Of any one element: lambda, or -rate * lambda where decoupled.
+        """
+        live = {n: p for n, p in self._parameters.items() if decoupled or p.grad is not None}
+        weights = list(live.values())
+        targets = weights if decoupled else [p.grad for p in weights if p.grad is not None]
+        if weights:
+            masks = [self.doomed[n] for n in live]
+            add = add_products if amount.device.type == "cpu" else add_products_without_reading
+            add(targets, masks, weights, amount)
+
     @torch.no_grad()
     def block_gradient(self) -> None:
         """Doomed weights get no gradient of the loss."""
@@ -95,3 +116,15 @@ class Pruner(MetaPruner):
         if pairs:
             gradients, doomed = zip(*pairs, strict=True)
             torch._foreach_addcmul_(gradients, gradients, doomed, value=-1.0)
+
+
+def add_products(targets: list[Tensor], masks: list[Tensor], weights: list[Tensor], amount: Tensor) -> None:
+    """targets += amount * mask * weight, tensor by tensor, in one pass; the host reads `amount`, of any one element."""
+    torch._foreach_addcmul_(targets, masks, weights, amount.expand(len(targets)).contiguous())
+
+
+def add_products_without_reading(
+    targets: list[Tensor], masks: list[Tensor], weights: list[Tensor], amount: Tensor
+) -> None:
+    """The same, to the last bit: an entry of a mask is 0 or 1, so that its product with `amount` is exact."""
+    torch._foreach_addcmul_(targets, torch._foreach_mul(masks, amount), weights, value=1.0)

@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# Try everything that needs a CUDA card, in at most 8 minutes: tests, whole runs, benchmarks. Needs no network.
+# Usage: bash scripts/gpu_check.sh [--device cpu] [--out DIR] [--data CIFAR10.npz]
+#   --device cpu  smaller, to see that all parts run; those that need a card say "no card"
+#   --out DIR     folder for logs, summary.md and summary.json (default: gpu_check)
+#   --data FILE   CIFAR-10 as docs/data.md describes it, for the whole runs (default: handwritten digits)
+# Each part has its own log and its own time limit. One that fails does not stop the others.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+device=cuda out=gpu_check data=
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --device) device=${2:?} && shift 2 ;;
+        --out) out=${2:?} && shift 2 ;;
+        --data) data=${2:?} && shift 2 ;;
+        *) echo "gpu_check.sh: unknown argument $1" >&2 && exit 2 ;;
+    esac
+done
+python=$(scripts/python.sh)
+mkdir -p "$out" || exit 5
+out=$(cd "$out" && pwd)
+rm -rf "$out"/*.log "$out"/*.json "$out"/runs "$out"/parts.tsv "$out"/summary.md
+export CUBLAS_WORKSPACE_CONFIG=:4096:8 WANDB_MODE=disabled PYTHONPATH=. # bits that repeat themselves; no network
+
+cards=$("$python" -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)' 2>"$out/start.log")
+[ "$device" = cpu ] && cards=0
+if [ "$device" = cuda ] && [ "${cards:-0}" = 0 ]; then
+    echo "gpu_check.sh: torch finds no CUDA card (see $out/start.log). Everything else: --device cpu" >&2
+    exit 2
+fi
+slower=1
+[ "$device" = cpu ] && slower=10
+
+part() { # name, time limit on a card in seconds, cards that it needs, command
+    local name=$1 limit=$2 needed=$3 began=$SECONDS status
+    shift 3
+    if [ "$cards" -lt "$needed" ]; then
+        status="no card"
+        [ "$cards" -gt 0 ] && status="$cards card, needs $needed"
+    elif [[ " $* " == *" pytest "* ]] && ! "$python" -c 'import pytest' 2>/dev/null; then
+        status="no pytest"
+    else
+        timeout -k 10 $((limit * slower)) "$@" >"$out/$name.log" 2>&1
+        status=$?
+    fi
+    printf '%s\t%s\t%s\t%s\t%s\n' "$name" "$status" $((SECONDS - began)) $((limit * slower)) "$*" >>"$out/parts.tsv"
+    echo "$name: ${status/#0/ok}, $((SECONDS - began)) s"
+}
+tests() { # name, time limit, tests
+    local name=$1 limit=$2
+    shift 2
+    part "$name" "$limit" 1 "$python" -m pytest -p no:cacheprovider -m cuda "$@"
+}
+bench() { # name, time limit, part of benchmarks.gpu, its flags
+    local name=$1 limit=$2 which=$3
+    shift 3
+    part "$name" "$limit" 0 "$python" -m benchmarks.gpu --device "$device" --json "$out/$name.json" --parts "$which" "$@"
+}
+run() { # name, flags of the runner
+    local name=$1
+    shift
+    part "run_$name" 22 0 "$python" main_imp_fillback.py --device "$device" --save_dir "$out/runs/$name" "${images[@]}" "$@"
+}
+
+# The limits add up to 480 seconds.
+part machine 10 0 "$python" -m structured_tickets doctor
+tests eager 25 tests/unit/test_step.py
+tests recorded 50 tests/unit/test_on_cuda.py -k "bits or agree or wait or waits or recorded"
+tests rest 40 tests/unit/test_on_cuda.py -k "not bits and not agree and not wait and not waits and not recorded"
+
+images=(--dataset digits --image_size 8 --epochs 3 --batch_size 32)
+[ -n "$data" ] && images=(--dataset cifar10 --data "$data" --epochs 2)
+[ "$device" = cpu ] && images+=(--epochs 1)
+images+=(--pruning_times 3 --warmup 1 --lr_schedule cosine --criteria magnitude --rate_mode round)
+vit=(--arch vit_tiny --vit_structured --vit_prune_target both --optimizer adamw --lr 1e-3 --weight_decay 0.05)
+run refill_res20s --arch res20s --struct refill --rate 0.4 --lr 0.05
+run rsst_res20s --arch res20s --struct rsst --rate 0.4 --lr 0.05
+run refill_vit_tiny "${vit[@]}" --struct refill --rate 0.3
+run rsst_vit_tiny "${vit[@]}" --struct rsst --rate 0.3
+part export 12 0 "$python" export.py "$out/runs/refill_res20s"
+part processes 20 2 "$python" -m torch.distributed.run --standalone --nproc_per_node "$cards" main_imp_fillback.py \
+    --device "$device" --save_dir "$out/runs/processes" "${images[@]}" --arch res20s --struct refill
+
+if [ "$device" = cpu ]; then
+    tiny=(--arch res20s --batch_size 4 --steps 2 --seconds 0.2 --compiled none --limit_size 256)
+    both=("${tiny[@]}") large=("${tiny[@]}" --batch_size 8) wide=("${tiny[@]}") many=("${tiny[@]}" --jobs 1 2)
+else
+    both=(--arch res20s vit_tiny --batch_size 128 --seconds 2 --compiled theirs)
+    large=(--arch res20s vit_tiny --batch_size 512 2048 --steps 8 --seconds 1 --compiled none)
+    wide=(--arch res18 vit_small --batch_size 512 --steps 8 --seconds 1)
+    many=(--arch res20s --batch_size 128 --seconds 3 --jobs 1 4 8)
+fi
+bench steps 119 steps "${both[@]}"
+bench large 20 steps "${large[@]}"
+bench agreement 14 agreement "${both[@]}"
+bench penalty 10 penalty "${both[@]}"
+bench compact 20 compact "${wide[@]}"
+bench epoch 12 epoch "${both[@]}"
+bench sharing 40 sharing "${many[@]}"
+"$python" -m benchmarks.gpu_summary "$out"
