@@ -48,7 +48,7 @@ from structured_tickets.settings.interpret import (
 )
 from structured_tickets.training.epoch import validate_together
 from structured_tickets.training.optimization import LearningRate
-from structured_tickets.training.recording import Recorder
+from structured_tickets.training.recording import Recorder, check_step
 from structured_tickets.unit_groups.unit import UnitGroup, ranked_names
 
 UNTESTED = "--device mps: this program has never been tried on Apple's GPUs. Compare a short run with --device cpu"
@@ -169,6 +169,7 @@ def set_up(args: argparse.Namespace, world: World = ALONE) -> Setup:
         UsageError: The device, the network, its units, the images' size and the batches do not go together.
     """
     model, loaders, classes, precision, said = _loaded(args)
+    check_step(next(model.parameters()).device, args.step, world)
     for loader in loaders:
         loader.share = (world.rank, world.size)
     note_channel_units(model, channel_units_of(vars(args)), (3, loaders[0].image_size, loaders[0].image_size))

@@ -232,6 +232,21 @@ def _is_value(one: Any, other: Any) -> bool:
     return isinstance(one, int | str | torch.dtype) and one == other
 
 
+def check_step(device: torch.device, step: str, world: World = ALONE) -> None:
+    """Refuse `--step graph` where it is known beforehand that nothing can be recorded.
+
+    Raises:
+        MachineError: The device is no CUDA device.
+        UsageError: There are several processes.
+    """
+    if step == "graph" and world.size > 1:
+        raise UsageError(f"argument --step: graph is not possible, because {TOGETHER}. Use --step auto")
+    if step == "graph" and device.type != "cuda":
+        raise MachineError(
+            f"argument --step: graph needs a CUDA device, but the network is on {device}. Use --step auto"
+        )
+
+
 def recorder_for(device: torch.device, step: str, world: World = ALONE) -> Recorder:
     """Return what makes the steps of a network on a device.
 
@@ -239,17 +254,11 @@ def recorder_for(device: torch.device, step: str, world: World = ALONE) -> Recor
         step: A row of `optimization.STEPS`.
 
     Raises:
-        MachineError: `graph`, without a CUDA device.
-        UsageError: `graph`, and several processes.
+        MachineError, UsageError: See `check_step`.
     """
-    if step == "graph" and world.size > 1:
-        raise UsageError(f"argument --step: graph is not possible, because {TOGETHER}. Use --step auto")
+    check_step(device, step, world)
     if device.type == "cuda" and step != "eager" and world.size == 1:
         return Recorder(CudaGraphs(device), insists=step == "graph")
-    if step == "graph":
-        raise MachineError(
-            f"argument --step: graph needs a CUDA device, but the network is on {device}. Use --step auto"
-        )
     return Recorder()
 
 

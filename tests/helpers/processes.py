@@ -173,7 +173,7 @@ def second_one_has_no_device() -> None:
     from structured_tickets.base.errors import MachineError
     from structured_tickets.runs import setup as utils
 
-    def no_such_device(gpu):
+    def no_such_device(*wanted):
         raise MachineError("argument --gpu: no such device")
 
     if os.environ["RANK"] == "1":

@@ -9,6 +9,7 @@ import random
 import numpy
 import pytest
 import torch
+from helpers.commands import run, tiny
 from helpers.fake_graphs import FakeGraphs
 from helpers.steps import Case, Dropping, assert_same
 from torch import nn
@@ -281,11 +282,19 @@ def test_whoever_insists_gets_an_error(reason):
 
 
 def test_graphs_need_a_card():
+    cpu, card, two = torch.device("cpu"), torch.device("cuda"), World(0, 2, 0)
     with pytest.raises(MachineError, match="--step: graph needs a CUDA device, but the network is on cpu"):
-        recorder_for(torch.device("cpu"), "graph")
-    assert (
-        recorder_for(torch.device("cpu"), "auto").graphs is recorder_for(torch.device("cuda"), "eager").graphs is None
-    )
+        recorder_for(cpu, "graph")
+    with pytest.raises(UsageError, match="--step: graph is not possible, because several processes train together"):
+        recorder_for(card, "graph", two)
+    for arguments in ((cpu, "auto"), (card, "eager"), (card, "auto", two)):
+        assert recorder_for(*arguments).graphs is None
+
+
+def test_a_run_that_cannot_be_recorded_leaves_no_folder(tmp_path, capsys):
+    assert run(*tiny(tmp_path / "run", step="graph")) == 2
+    assert "error: argument --step: graph needs a CUDA device, but the network is on cpu" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluations_are_recorded_beside_the_step_and_end_with_it():
@@ -326,8 +335,6 @@ def test_a_state_of_the_optimizer_that_was_loaded_meanwhile_is_recorded_anew():
 
 def test_a_run_gives_up_its_recordings_when_the_network_becomes_another_one(monkeypatch, tmp_path):
     """After each round, and when units have faded out."""
-    from helpers.commands import run, tiny
-
     made = []
 
     def recorder(device, step, world):
