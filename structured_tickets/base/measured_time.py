@@ -9,6 +9,8 @@ from itertools import pairwise
 
 from structured_tickets.base.text_tables import counted
 
+TOO_NOISY = 0.5  # of `MeasuredTime.noise`; a time that is less sure than this tells nothing
+
 
 @dataclass(frozen=True)
 class MeasuredTime:
@@ -30,17 +32,22 @@ class MeasuredTime:
         return cls(median, low, high)
 
     @property
+    def spread(self) -> float:
+        """Half the length of the bar around the median that holds the middle half of the repeats."""
+        return max(self.median - self.low, self.high - self.median)
+
+    @property
     def noise(self) -> float:
-        """Half of the width of the middle half, over the median."""
-        return (self.high - self.low) / 2 / self.median
+        """The least share of the median by which it has to be widened both ways to hold the middle half."""
+        return self.spread / self.median
 
     def scaled(self, factor: float) -> MeasuredTime:
         """Return it in another unit."""
         return MeasuredTime(self.median * factor, self.low * factor, self.high * factor)
 
     def is_apart_from(self, other: MeasuredTime) -> bool:
-        """Return whether the middle halves of the repeats do not overlap."""
-        return self.low > other.high or other.low > self.high
+        """Return whether the bars around the medians do not overlap."""
+        return abs(self.median - other.median) > self.spread + other.spread
 
 
 def order_in_words(times: Iterable[MeasuredTime]) -> str:
