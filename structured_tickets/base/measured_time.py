@@ -59,6 +59,6 @@ def order_in_words(times: Iterable[MeasuredTime]) -> str:
     if not known[-1].is_apart_from(known[0]):
         return f"They differ by less than their repeats scatter (up to {noise}), so they put nothing in order."
     overlapping = sum(not b.is_apart_from(a) for a, b in pairwise(known))
-    said = f"Bars hold the middle half of the repeats, which scatter by up to {noise}."
+    said = f"Horizontal bars hold the middle half of the repeats, which scatter by up to {noise}."
     pairs = f"{overlapping} of {counted(len(known) - 1, 'pair')} of neighbours"
     return f"{said} Where they overlap ({pairs}), they put nothing in order." if overlapping else said

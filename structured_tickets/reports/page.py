@@ -20,7 +20,7 @@ from structured_tickets.reports.comparisons import (
     main_effects,
     not_compared,
 )
-from structured_tickets.reports.figures import Drawn, every_figure, kept_figure, training_figure
+from structured_tickets.reports.figures import Drawn, doomed_left, every_figure, kept_figure, training_figure
 from structured_tickets.reports.runs import Collection, Run, judged, size_of
 from structured_tickets.reports.sentences import time_saved, weak_penalties
 from structured_tickets.reports.style import COLOURS, FAINT, INK, ON_DARK, as_png, as_svg, for_page, styled
@@ -64,8 +64,8 @@ TITLES = {
 
 CURVES = ("density", "macs", "latency")
 LINES = (
-    "Lines are means over seeds, bands standard deviations, dots single seeds; rings are RSST's accuracy before "
-    "hardening."
+    "Lines are means over seeds, dots single seeds. Bands are standard deviations where every round has three seeds; "
+    "of two seeds, vertical bars go from one to the other. Rings are RSST's accuracy before hardening."
 )
 
 
@@ -96,6 +96,8 @@ def sections_of(report: Report) -> list[Section]:
     """The sections with figures; curves of one figure each are one section."""
     notes = {key: [title[2]] for key, title in TITLES.items()}
     notes["latency"] += [report.order_of_latencies] if report.order_of_latencies else []
+    if report.figures.get("penalty") and not doomed_left(report.collection):
+        notes["penalty"].append("Nothing was left of them after any round, so there is no picture of that.")
     curves = {key: report.figures[key] for key in CURVES if report.figures.get(key)}
     found = []
     if len(curves) > 1 and all(len(drawn) == 1 for drawn in curves.values()):

@@ -151,6 +151,31 @@ def in_words(settings: dict[str, Any]) -> str:
     return " ".join(f"{k}={worded(v)}" for k, v in settings.items())
 
 
+def short_names(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """Names by as few flags as tell the settings apart, and files without their folders where that is enough."""
+    flags = list(dict.fromkeys(flag for each in settings for flag in each))
+    words = {
+        flag: _without_folders([worded(each[flag]) if flag in each else "" for each in settings]) for flag in flags
+    }
+    chosen: list[str] = []
+
+    def told_apart(by: Sequence[str]) -> int:
+        return len({tuple(words[flag][k] for flag in by) for k in range(len(settings))})
+
+    while flags and told_apart(chosen) < told_apart(flags):
+        chosen.append(max(flags, key=lambda flag: told_apart([*chosen, flag])))
+    if chosen and not all(any(flag in each for flag in chosen) for each in settings):
+        chosen.append(flags[0])  # a flag that Refill does not read names no setting of it
+    rows = range(len(settings))
+    return [" ".join(f"{f}={words[f][k]}" for f in flags if f in chosen and f in settings[k]) for k in rows]
+
+
+def _without_folders(words: Sequence[str]) -> list[str]:
+    """Paths by the names of their files, unless two of them would look alike."""
+    short = [word.rpartition("/")[2] if word.startswith("/") else word for word in words]
+    return short if len(set(short)) == len(set(words)) else list(words)
+
+
 def worded(value: Any) -> str:
     """A value of a flag; the same value is the same word, 4 and 4.0 alike."""
     if isinstance(value, list):

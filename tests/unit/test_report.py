@@ -18,6 +18,7 @@ from helpers.commands import run, tiny
 from helpers.report_data import DENSITIES, SEEDS, accuracy, epoch_row, write_run, write_sweep
 
 from structured_tickets.base.atomic_files import lock
+from structured_tickets.base.measured_time import MeasuredTime
 from structured_tickets.base.text_tables import counted
 from structured_tickets.programs import report
 from structured_tickets.reports import latency, style
@@ -32,8 +33,8 @@ from structured_tickets.reports.comparisons import (
     not_compared,
     with_test,
 )
-from structured_tickets.reports.figures import roles_of
-from structured_tickets.reports.runs import worded
+from structured_tickets.reports.figures import accuracy_figures, cost_figure, kept_figure, penalty_figures, roles_of
+from structured_tickets.reports.runs import short_names, worded
 from structured_tickets.reports.sentences import weak_penalties
 from structured_tickets.reports.sweep_tables import Table, groups_table, runs_table, spread
 from structured_tickets.runs.read import read_metrics, read_rounds
@@ -478,6 +479,84 @@ def test_the_page_is_whole_and_needs_nothing_else(made):
         assert text.count(colour) <= 1, "figures take the page's colours"
 
 
+def drawn_accuracies(path, seeds=SEEDS):
+    """The first accuracy figure of a made-up sweep in which every network takes 10 ms, and repeats scatter to one side."""
+    return next(accuracy_figures(collect(write_sweep(path, seeds)), "a", "ms", lambda *_: MeasuredTime(10, 9, 14)))
+
+
+def test_nothing_that_is_drawn_lies_outside_the_axes(tmp_path):
+    (axes,) = drawn_accuracies(tmp_path / "s").figure.axes
+    low, high = axes.get_ylim()
+    ys = [y for line in axes.lines for y in line.get_ydata()]
+    bands = [p.get_paths()[0].get_extents() for p in axes.collections if p.__class__.__name__.startswith("Fill")]
+    assert len(bands) == 2, "of three seeds a band is the standard deviation"
+    assert low < min(*ys, *(band.y0 for band in bands)) and max(*ys, *(band.y1 for band in bands)) < high
+    soft = statistics.fmean(accuracy("rsst", "l1", s, 1) + 0.5 for s in SEEDS)
+    assert soft in [pytest.approx(y) for y in ys], "rings, too"
+
+
+def test_two_seeds_have_no_band(tmp_path):
+    (axes,) = drawn_accuracies(tmp_path / "s", (0, 1)).figure.axes
+    assert not [p for p in axes.collections if p.__class__.__name__.startswith("Fill")]
+    ends = [accuracy("rsst", "l1", s, 2) for s in (0, 1)]
+    bars = [sorted(segment[:, 1]) for lines in axes.collections for segment in getattr(lines, "get_segments", list)()]
+    assert sorted(ends) in [pytest.approx(bar) for bar in bars]
+
+
+def test_bars_of_times_reach_as_far_both_ways(tmp_path):
+    (axes,) = drawn_accuracies(tmp_path / "s").figure.axes
+    ends = {tuple(segment[:, 0]) for c in axes.containers for lines in c.lines[2] for segment in lines.get_segments()}
+    assert ends == {(6.0, 14.0)}
+
+
+def test_dashes_can_be_told_apart_in_the_legend(tmp_path):
+    (legend,) = drawn_accuracies(tmp_path / "s").figure.legends
+    assert legend.numpoints == 2 and legend.handlelength > 4, "markers at the ends, dashes between"
+
+
+def test_each_setting_has_a_name_in_the_figure_of_costs(tmp_path):
+    (axes,) = cost_figure(collect(write_sweep(tmp_path / "s"))).figure.axes
+    names = axes.get_legend_handles_labels()[1]
+    assert names == [f"struct={s} criteria={c}" for s in ("rsst", "refill") for c in ("l1", "remain")]
+    assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == 4
+
+
+def test_epochs_are_whole_and_equal_dots_stand_side_by_side(tmp_path):
+    strength, left = penalty_figures(collect(write_sweep(tmp_path / "s")))
+    assert strength.name == "lambda" and all(t == int(t) for t in strength.figure.axes[0].get_xticks())
+    one, other = (line.get_xdata() for line in left.figure.axes[0].lines[:2])
+    assert other[0] - one[0] == pytest.approx(0.2) and (one[0] + other[0]) / 2 == pytest.approx(1)
+
+
+@pytest.mark.usefixtures("without_png")
+def test_nothing_is_drawn_of_doomed_weights_if_none_are_left(tmp_path):
+    path = write_sweep(tmp_path / "s")
+    for file in path.glob("runs/*/summary.csv"):
+        file.write_text(file.read_text().replace(",0.02,", ",0.0,"))
+    assert [drawn.name for drawn in penalty_figures(collect(path))] == ["lambda"]
+    assert report.main([str(path), "--latency", "false"]) == 0
+    assert "Nothing was left of them after any round" in (path / "report" / "index.html").read_text()
+
+
+def test_colours_of_kept_units_have_a_key(tmp_path):
+    group = collect(write_sweep(tmp_path / "s")).groups[0]
+    key = kept_figure(group, "0").figure.axes[-1]
+    assert [t.get_text() for t in key.get_xticklabels()] == ["0%", "50%", "100%"]
+    assert key.get_xlabel() == "share of the dense network's units"
+
+
+def test_short_names_tell_settings_apart():
+    nets = [{"arch": f"/home/me/net.py:{n}", "lr": lr, "epochs": 2} for n, lr in (("A", 1), ("A", 2), ("B", 2))]
+    assert short_names(nets) == ["arch=net.py:A lr=1", "arch=net.py:A lr=2", "arch=net.py:B lr=2"]
+    assert short_names([{"arch": "/a/net.py:A"}, {"arch": "/b/net.py:A"}]) == ["arch=/a/net.py:A", "arch=/b/net.py:A"]
+    assert short_names([{"struct": "rsst", "x": 1}, {"struct": "rsst", "x": 2}, {"struct": "refill"}]) == [
+        "struct=rsst x=1",
+        "struct=rsst x=2",
+        "struct=refill",
+    ]
+    assert short_names([{}]) == [""] and short_names([]) == []
+
+
 def test_methods_share_a_panel_and_rates_a_colour():
     roles = roles_of(["struct", "criteria", "rate"])
     assert (roles.colour, roles.panel, roles.dash) == (["struct"], ["criteria"], ["rate"])
@@ -558,7 +637,7 @@ def test_a_real_run_is_read_as_it_was_written_and_measured_once(tmp_path, monkey
     page = (tmp_path / "report" / "index.html").read_text()
     section = re.search(r'<h2 id="curves">(.*?)<h2 ', page, re.DOTALL)
     assert section and section[1].count("<figure>") == 3, "one curve each: side by side"
-    assert "repeats scatter" in section[1] or "Bars hold the middle half" in section[1]
+    assert "repeats scatter" in section[1] or "Horizontal bars hold the middle half" in section[1]
 
 
 @pytest.mark.usefixtures("without_png")
