@@ -11,7 +11,7 @@ from structured_tickets.base.atomic_files import lock
 from structured_tickets.base.errors import DataError
 from structured_tickets.base.text_tables import few
 from structured_tickets.base.untrusted_text import check, is_mapping, is_number, is_words, parse_json
-from structured_tickets.reports.runs import Collection, Group, Limits, Run, in_words, worded
+from structured_tickets.reports.runs import Collection, Group, Limits, Run, in_words, short_names, worded
 from structured_tickets.runs.read import is_run, read_environment, read_metrics, read_result, read_rounds, read_settings
 from structured_tickets.settings.flag_table import scope_of
 
@@ -20,6 +20,7 @@ CONTENTS = (
     ("images", "data", ("dataset", "image_size"), "Some runs saw other images"),
     ("network", "network", ("dataset", "arch", "image_size"), "Some runs trained another network"),
 )
+LONG_TITLE = 60  # characters; longer titles are of unlike runs, which fewer flags tell apart
 
 
 def collect(path: Path) -> Collection:
@@ -101,6 +102,9 @@ def _collection(
     groups, repeated = _groups(runs)
     if repeated:
         notes.append(f"Left out, since another run has the same settings and seed: {', '.join(repeated)}.")
+    if max((len(group.title) for group in groups), default=0) > LONG_TITLE:
+        names = short_names([group.settings for group in groups])
+        groups = [replace(group, name=name) for group, name in zip(groups, names, strict=True)]
     notes += _same_starts(groups)
     return Collection(path.resolve().name, path, axes, groups, runs, dense, command, notes, limits)
 

@@ -17,6 +17,7 @@ from structured_tickets.reports.comparisons import (
     against_dense,
     best_by_validation,
     cell_by_cell,
+    lead,
     main_effects,
     not_compared,
 )
@@ -148,6 +149,7 @@ def _findings(collection: Collection, effects: Sequence[Comparison], dense: Sequ
         said.append(
             f"{which} reaches {accuracy} with {density:.1f}% of the prunable weights, {macs:.1f} M MACs for one image."
         )
+        said[-1] += f" It is {ahead}." if (ahead := lead(collection)) else ""
         said += [c.sentence for c in dense if c.first == title]
     effects_said = [c.sentence for c in effects] + not_compared(collection)
     return said + effects_said + weak_penalties(collection) + collection.notes

@@ -62,14 +62,16 @@ class Group:
     Attributes:
         settings: Flag -> value of what tells the group from the others.
         runs: By seed.
+        name: A shorter name than all its settings; empty if there is none.
     """
 
     settings: dict[str, Any]
     runs: list[Run] = field(default_factory=list)
+    name: str = ""
 
     @property
     def title(self) -> str:
-        return in_words(self.settings) or "this run"
+        return self.name or in_words(self.settings) or "this run"
 
     @property
     def rounds(self) -> int:

@@ -29,6 +29,7 @@ from structured_tickets.reports.comparisons import (
     against_dense,
     best_by_validation,
     cell_by_cell,
+    lead,
     main_effects,
     not_compared,
     with_test,
@@ -122,7 +123,7 @@ def test_holms_method_by_hand(monkeypatch):
         (
             made_up(1.5, densities=(50.0, 30.0)),
             "One seed says nothing about the difference between one and other: +1.50 points; "
-            "last round; at 50.0 and 30.0% density.",
+            "last round. They differ in density, too: one has 50.0%, other 30.0%.",
         ),
     ],
 )
@@ -169,7 +170,9 @@ def test_a_seed_that_one_side_lacks_is_in_no_pair(tmp_path):
 def test_a_setting_that_lacks_most_seeds_is_left_out_of_means(tmp_path):
     collection = collect(write_sweep(tmp_path / "s", broken=[("refill", "l1", 1), ("refill", "l1", 2)]))
     found = main_effects(collection)[0]
-    assert found.seeds == 3 and found.where == "last round, mean over criteria, without 1 incomplete setting"
+    assert found.seeds == 3 and found.where == (
+        "last round, criteria=remain, without criteria=l1 (a value or a seed is missing there)"
+    )
     wanted = [accuracy("rsst", "remain", s, 2) - accuracy("refill", "remain", s, 2) for s in SEEDS]
     assert found.differences == pytest.approx(wanted)
 
@@ -294,6 +297,26 @@ def test_the_best_is_one_of_those_with_the_most_seeds_and_the_page_says_how_many
     assert "(3 seeds) with 36.0% of the prunable weights" in (path / "report" / "index.html").read_text()
 
 
+def test_the_lead_of_the_best_is_compared_with_the_scatter(tmp_path):
+    """Three seeds of l1 and of remain whose means differ by less than the seeds of either."""
+    path = write_sweep(tmp_path / "s")
+    means = {c: [accuracy("rsst", c, s, 2) + 1 for s in SEEDS] for c in ("l1", "remain")}
+    scatter = max(map(statistics.stdev, means.values()))
+    ahead = statistics.fmean(means["remain"]) - statistics.fmean(means["l1"])
+    first, second = ("remain", "l1") if ahead > 0 else ("l1", "remain")
+    assert best_by_validation(collect(path)).group.title == f"struct=rsst criteria={first}" and abs(ahead) < scatter
+    said = (
+        f"{abs(ahead):.2f} points of validation accuracy ahead of struct=rsst criteria={second}: within the scatter of "
+    )
+    assert lead(collect(path)) == f"{said}the seeds (± {scatter:.2f})"
+    for file in path.glob(f"runs/rsst_{second}_*/args.yaml"):
+        (file.parent / "result.json").unlink()
+    assert "ahead of struct=refill" in lead(collect(path)) and ": more than the scatter" in lead(collect(path))
+    one = write_folder(tmp_path / "one", ({"struct": "rsst"}, {}), ({"struct": "refill"}, {}))
+    assert lead(collect(one)).endswith("struct=refill, with one seed each: nothing is known of the scatter")
+    assert lead(collect(one / "0")) == ""
+
+
 def test_a_search_is_judged_within_its_limits(tmp_path):
     """Every round is worse than the one before, so that without limits the dense one would be best."""
     path = write_sweep(tmp_path / "s")
@@ -317,8 +340,13 @@ def test_values_that_are_never_alone_different_are_said(tmp_path):
     ]
     (path / "sweep.json").write_text(json.dumps(record))
     assert not_compared(collect(path)) == [
-        "Not compared, since no two settings differ in it alone: struct rsst and refill.",
-        "Not compared, since no two settings differ in it alone: criteria l1 and remain.",
+        "Not compared, since no two settings differ in one of them alone: struct, criteria."
+    ]
+    some = write_folder(
+        tmp_path / "u", *(({"struct": s, "lr": lr}, {}) for s, lr in (("rsst", 0.1), ("rsst", 0.2), ("refill", 0.3)))
+    )
+    assert not_compared(collect(some)) == [
+        "Not compared, since no two settings differ in one of them alone: struct, lr (0.1 and 0.3, 0.2 and 0.3)."
     ]
     assert not_compared(collect(write_sweep(tmp_path / "t"))) == []
 
@@ -328,6 +356,18 @@ def test_seeds_that_cells_share_are_compared_in_all_of_them(tmp_path):
     broken = [("refill", "l1", 3), ("refill", "remain", 0)]
     found = main_effects(collect(write_sweep(tmp_path / "s", (0, 1, 2, 3), broken)))[0]
     assert found.seeds == 2 and "without" not in found.where
+
+
+def test_unlike_runs_are_named_by_few_of_their_settings(tmp_path):
+    unlike = (
+        {"arch": f"/home/me/networks/{n}.py:Net", "pretrained": f"/data/{n}.pth", "lr": n, "epochs": n} for n in (1, 2)
+    )
+    command = {"command": ["main_imp_fillback.py", "--arch=a", "--pretrained=b", "--lr=1", "--epochs=1"]}
+    collection = collect(write_folder(tmp_path, *((settings, command) for settings in unlike)))
+    assert [g.title for g in collection.groups] == ["arch=1.py:Net", "arch=2.py:Net"]
+    assert groups_table(collection).rows[0][0] == "/home/me/networks/1.py:Net" and len(collection.axes) == 4, (
+        "tables have all of them"
+    )
 
 
 def test_a_number_is_the_same_word_however_it_is_written(tmp_path):
@@ -391,6 +431,11 @@ def test_failed_runs_are_in_the_table_of_runs(tmp_path):
     table = runs_table(collect(write_sweep(tmp_path / "s", broken=[("refill", "l1", 1)])))
     states = [row[table.head.index("state")] for row in table.rows]
     assert len(states) == 12 and states.count("finished") == 11 and "loss is <not> finite" in states
+
+
+def test_intervals_are_named_as_such(made):
+    (head, *_) = csv.reader((made / "tables" / "effects.csv").open())
+    assert head[3:6] == ["difference", "95% interval from", "95% interval to"]
 
 
 def test_tables_as_files(made):
