@@ -91,7 +91,7 @@ TASKS: dict[str, list[Step]] = {
         Step(
             "Streams as units, in whole lanes of the processor: nothing has to be put back into its place, so that time falls "
             "with the MACs. A channel takes its outputs and the inputs of its readers along, so that 0.3 of the channels are "
-            "half of the weights. `export.py` checks each file against the masked network and measures.",
+            'half of the weights. `export.py` checks each file against the masked network and measures; `--onnx` needs `pip install ".[onnx]"`.',
             f"{MAIN} {PHOTOS} --arch res20s --struct refill \\\n"
             f"    --channel_units stream --round_units 8 --rate 0.3 --pruning_times 2 \\\n    {SHORT} --lr 0.05 --save_dir half --quiet\n"
             "python export.py half --onnx --pt2",

@@ -9,6 +9,8 @@ from itertools import pairwise
 
 from structured_tickets.base.text_tables import counted
 
+TOO_NOISY = 0.5  # of `MeasuredTime.noise`; a time that is less sure than this tells nothing
+
 
 @dataclass(frozen=True)
 class MeasuredTime:
@@ -30,17 +32,22 @@ class MeasuredTime:
         return cls(median, low, high)
 
     @property
+    def spread(self) -> float:
+        """Half the length of the bar around the median that holds the middle half of the repeats."""
+        return max(self.median - self.low, self.high - self.median)
+
+    @property
     def noise(self) -> float:
-        """Half of the width of the middle half, over the median."""
-        return (self.high - self.low) / 2 / self.median
+        """The least share of the median by which it has to be widened both ways to hold the middle half."""
+        return self.spread / self.median
 
     def scaled(self, factor: float) -> MeasuredTime:
         """Return it in another unit."""
         return MeasuredTime(self.median * factor, self.low * factor, self.high * factor)
 
     def is_apart_from(self, other: MeasuredTime) -> bool:
-        """Return whether the middle halves of the repeats do not overlap."""
-        return self.low > other.high or other.low > self.high
+        """Return whether the bars around the medians do not overlap."""
+        return abs(self.median - other.median) > self.spread + other.spread
 
 
 def order_in_words(times: Iterable[MeasuredTime]) -> str:
@@ -52,6 +59,6 @@ def order_in_words(times: Iterable[MeasuredTime]) -> str:
     if not known[-1].is_apart_from(known[0]):
         return f"They differ by less than their repeats scatter (up to {noise}), so they put nothing in order."
     overlapping = sum(not b.is_apart_from(a) for a, b in pairwise(known))
-    said = f"Bars hold the middle half of the repeats, which scatter by up to {noise}."
+    said = f"Horizontal bars hold the middle half of the repeats, which scatter by up to {noise}."
     pairs = f"{overlapping} of {counted(len(known) - 1, 'pair')} of neighbours"
     return f"{said} Where they overlap ({pairs}), they put nothing in order." if overlapping else said

@@ -16,16 +16,19 @@ from torch import Tensor, nn
 
 from structured_tickets.base.atomic_files import write_atomically
 from structured_tickets.base.errors import DataError, RunError, StorageError, UsageError
-from structured_tickets.base.text_tables import counted, megabytes, millions, text_table
+from structured_tickets.base.measured_time import TOO_NOISY
+from structured_tickets.base.text_tables import counted, file_sizes, millions, text_table
 from structured_tickets.export.deployed import LARGEST_IMAGE, load, save
 from structured_tickets.export.latency import REPEATS, latencies, why_slower
-from structured_tickets.networks import build_model, runs_a_file, sources_of
+from structured_tickets.export.request import require_confirmation, require_onnx, require_round
+from structured_tickets.networks import build_model, sources_of
 from structured_tickets.networks.hosted import normalize_of, put_normalize
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.networks.registry import note_channel_units
 from structured_tickets.pruning.masks import hardened_state
 from structured_tickets.pruning.usable_units import note_what_had_units
 from structured_tickets.runs.folder import RunFolder
+from structured_tickets.runs.read import runs_within
 from structured_tickets.runs.same_run import warn_of_changed_code
 from structured_tickets.runs.state import RunState
 from structured_tickets.settings.conditions import channel_units_of
@@ -74,10 +77,7 @@ def read_ticket(folder: Path, state: int | None = None, best: bool = False, arch
     if not folder.is_dir():
         raise DataError(f"{folder} is not a run folder")
     run_folder = RunFolder(folder)
-    state = _last_round(run_folder) if state is None else state
-    path = run_folder.best(state) if best else run_folder.checkpoint(state)
-    if not path.is_file():
-        raise DataError(f"{folder} holds no round {state} ({path.name} is missing)")
+    path = require_round(folder, _last_round(run_folder) if state is None else state, best)
     run = RunFolder.load(path)
     model = _network(run, arch, path)
     put_normalize(model, Normalize((0.0,) * 3, (1.0,) * 3))
@@ -98,7 +98,7 @@ def read_ticket(folder: Path, state: int | None = None, best: bool = False, arch
 def _last_round(run_folder: RunFolder) -> int:
     newest = run_folder.newest_run()
     if newest is None or not newest.rounds:
-        raise DataError(f"{run_folder.path} holds no finished round")
+        raise DataError(f"{run_folder.path} holds no finished round{runs_within(run_folder.path)}")
     return int(newest.rounds[-1]["round"])
 
 
@@ -107,10 +107,7 @@ def _network(run: RunState, arch: str | None, file: Path) -> nn.Module:
     named, size = run.args.get("arch"), run.args.get("image_size")
     if not isinstance(named, str) or not isinstance(size, int) or not 0 < size <= LARGEST_IMAGE:
         raise DataError(f"{file} names no network, or no size of its images")
-    if runs_a_file(named) and arch is None:
-        raise UsageError(
-            f"argument --arch: this network comes from your file, whose code will be run. Confirm with --arch {named}"
-        )
+    require_confirmation(named, arch)
     model = build_model(arch or named, len(run.classes), size)
     note_channel_units(model, channel_units_of(run.args), (3, size, size))
     warn_of_changed_code(run.sources, sources_of(arch or named), "The exported network is that of the changed code")
@@ -140,7 +137,7 @@ def export(
         UsageError: ONNX is wanted, and its packages are not installed.
     """
     if onnx:
-        _require_onnx()
+        require_onnx()
     ticket = read_ticket(folder, state, best, arch)
     size = ticket.run.args["image_size"]
     kept = kept_units_of(ticket.masked, ticket.structure, multiple)
@@ -176,7 +173,8 @@ def _why_slower(rows: list[dict], small: nn.Module, whole: nn.Module) -> str:
         for batch in LATENCY_BATCHES
         if compact[f"latency_ms_batch_{batch}"] > SLOWER * dense[f"latency_ms_batch_{batch}"]
     ]
-    if compact["parameters"] == dense["parameters"] or f"batch {LATENCY_BATCHES[-1]}" not in slower:
+    noisy = any(row[f"noise_batch_{LATENCY_BATCHES[-1]}"] > TOO_NOISY for row in (dense, compact))
+    if noisy or compact["parameters"] == dense["parameters"] or f"batch {LATENCY_BATCHES[-1]}" not in slower:
         return ""
     return f"\ncompact is slower than dense ({', '.join(slower)}): {why_slower(small, whole)}"
 
@@ -255,14 +253,6 @@ def _write(
         raise
 
 
-def _require_onnx() -> None:
-    try:
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UsageError("argument --onnx: needs the packages onnx, onnxscript and onnxruntime") from error
-
-
 def _write_onnx(small: nn.Module, images: Tensor, path: Path) -> None:
     torch.onnx.export(
         small,
@@ -323,9 +313,14 @@ def _row(network: str, cost: Cost, size_on_disk: int) -> dict[str, Any]:
 def _table(rows: list[dict]) -> str:
     head = ["network", "parameters", "MACs", "file", *(f"batch {b}" for b in LATENCY_BATCHES)]
     lines = []
-    for row in rows:
-        times = [f"{row[f'latency_ms_batch_{b}']:.1f} ms ±{row[f'noise_batch_{b}']:.0%}" for b in LATENCY_BATCHES]
-        parameters = f"{row['parameters']:,}"
-        lines.append([row["network"], parameters, millions(row["macs"]), megabytes(row["bytes"]), *times])
+    for row, size in zip(rows, file_sizes([row["bytes"] for row in rows]), strict=True):
+        times = [_time(row[f"latency_ms_batch_{b}"], row[f"noise_batch_{b}"]) for b in LATENCY_BATCHES]
+        lines.append([row["network"], f"{row['parameters']:,}", millions(row["macs"]), size, *times])
     threads = counted(rows[0]["threads"], "thread")
-    return f"{text_table(head, lines, right=True)}\nlatency: median of {REPEATS}, ± half of them, fp32, {threads}"
+    said = f"latency: median of {REPEATS} measurements; ± holds the middle half of them (fp32, {threads})"
+    return f"{text_table(head, lines, right=True)}\n{said}"
+
+
+def _time(milliseconds: float, noise: float) -> str:
+    """Return a cell of the table: 12.4 ms ±3%."""
+    return f"{milliseconds:.1f} ms {'(too noisy to tell)' if noise > TOO_NOISY else f'±{noise:.0%}'}"

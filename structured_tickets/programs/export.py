@@ -52,5 +52,8 @@ def _run(words: Sequence[str]) -> str:
     refuse_secrets(words)
     args = parse_args(words)
     start_logging(args.quiet, verbose=False)
+    importlib.import_module("structured_tickets.export.request").refuse(
+        args.run, args.round, args.best, args.arch, args.onnx
+    )
     ticket_files = importlib.import_module("structured_tickets.export.ticket")
     return ticket_files.export(args.run, args.round, args.best, args.out, args.round_to, args.onnx, args.pt2, args.arch)

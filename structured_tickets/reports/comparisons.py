@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from structured_tickets.base.text_tables import counted
-from structured_tickets.reports.runs import Collection, Group, in_words, judged, worded
+from structured_tickets.base.text_tables import counted, some_of
+from structured_tickets.reports.runs import Collection, Group, judged, short_names, worded
 from structured_tickets.runs.rows import Row
 
 LEVEL = 0.05
@@ -69,7 +69,7 @@ class Comparison:
             said = (
                 f"{self.first} is better than {self.second} with {counted(self.seeds, 'seed')}: by {self._evidence()}"
             )
-        elif self.is_seen:
+        elif self.is_seen:  # the second is named first
             said = (
                 f"{self.second} is better than {self.first} with {counted(self.seeds, 'seed')}: by {self._evidence(-1)}"
             )
@@ -78,10 +78,14 @@ class Comparison:
                 f"No difference can be seen between {self.first} and {self.second} with {counted(self.seeds, 'seed')}: "
                 f"{self._evidence()}"
             )
+        return "; ".join([said, *filter(None, [self.where])]) + "." + self._apart()
+
+    def _apart(self) -> str:
+        """Return a sentence on densities that make the comparison unfair; empty if they are about the same."""
         one, other = self.densities
-        apart = abs(one - other) > SAME_DENSITY
-        where = [self.where, f"at {one:.1f} and {other:.1f}% density" if apart else ""]
-        return "; ".join([said, *filter(None, where)]) + "."
+        if abs(one - other) <= SAME_DENSITY:
+            return ""
+        return f" They differ in density, too: {self.first} has {one:.1f}%, {self.second} {other:.1f}%."
 
     def _evidence(self, sign: int = 1) -> str:
         low, high = sorted((sign * self.low, sign * self.high))
@@ -127,11 +131,9 @@ def main_effects(collection: Collection) -> list[Comparison]:
     pairs = []
     for axis in collection.axes:
         values = list(dict.fromkeys(worded(g.settings[axis]) for g in collection.groups if axis in g.settings))
-        others = [a for a in collection.axes if a != axis]
-        where = f"last round, mean over {' and '.join(others)}" if others else "last round"
         for first, second in itertools.combinations(values, 2):
             sides = _cells(collection, axis, (first, second))
-            if found := _paired(sides, (f"{axis}={first}", f"{axis}={second}"), where):
+            if found := _paired(sides, (f"{axis}={first}", f"{axis}={second}")):
                 pairs.append(found)
     return adjusted(pairs)
 
@@ -143,12 +145,19 @@ def cell_by_cell(collection: Collection, axis: str) -> list[Comparison]:
     for first, second in itertools.combinations(values, 2):
         ones, others = _cells(collection, axis, (first, second))
         for cell in (c for c in ones if c in others):
-            if found := _paired(({cell: ones[cell]}, {cell: others[cell]}), (first, second), cell):
-                pairs.append(found)
+            if found := _paired(({cell: ones[cell]}, {cell: others[cell]}), (first, second)):
+                pairs.append(replace(found, where=_words(cell)))
     return adjusted(pairs)
 
 
-Cells = dict[str, list[Group]]
+Cell = tuple[tuple[str, str], ...]
+"""Flags with their values, in words."""
+
+Cells = dict[Cell, list[Group]]
+
+
+def _words(cell: Cell) -> str:
+    return " ".join(f"{flag}={value}" for flag, value in cell)
 
 
 def _cells(collection: Collection, axis: str, values: tuple[str, str]) -> tuple[Cells, Cells]:
@@ -162,7 +171,7 @@ def _cells(collection: Collection, axis: str, values: tuple[str, str]) -> tuple[
     found: tuple[Cells, Cells] = ({}, {})
     for side, cells in zip(sides, found, strict=True):
         for group in side:
-            cells.setdefault(in_words({a: group.settings[a] for a in read}), []).append(group)
+            cells.setdefault(tuple((a, worded(group.settings[a])) for a in read), []).append(group)
     return found
 
 
@@ -179,24 +188,23 @@ def against_dense(collection: Collection) -> list[Comparison]:
 
 
 def not_compared(collection: Collection) -> list[str]:
-    """A sentence for each flag of which some values are never found in settings that are the same in all else."""
-    said = []
+    """A sentence on the flags of which some values are never found in settings that are the same in all else."""
+    flags = []
     for axis in collection.axes:
         values = list(dict.fromkeys(worded(g.settings[axis]) for g in collection.groups if axis in g.settings))
+        pairs = list(itertools.combinations(values, 2))
         alone = []
-        for first, second in itertools.combinations(values, 2):
+        for first, second in pairs:
             ones, others = _cells(collection, axis, (first, second))
             if not ones.keys() & others.keys():
                 alone.append(f"{first} and {second}")
-        if alone:
-            more = f", and {len(alone) - FEW_PAIRS} other pairs" if len(alone) > FEW_PAIRS else ""
-            said.append(
-                f"Not compared, since no two settings differ in it alone: {axis} {', '.join(alone[:FEW_PAIRS])}{more}."
-            )
-    return said
+        some = f" ({some_of(alone, FEW_PAIRS)})" if len(alone) < len(pairs) else ""
+        flags += [f"{axis}{some}"] if alone else []
+    which = "one of them" if len(flags) > 1 else "it"
+    return [f"Not compared, since no two settings differ in {which} alone: {', '.join(flags)}."] if flags else []
 
 
-def _paired(sides: tuple[Cells, Cells], names: tuple[str, str], where: str) -> Comparison | None:
+def _paired(sides: tuple[Cells, Cells], names: tuple[str, str]) -> Comparison | None:
     """One value of a flag against another, over the cells that both have; None if there are none.
 
     Each seed is a sample: the mean over cells. So that all seeds average the same cells, seeds and cells are chosen
@@ -210,13 +218,28 @@ def _paired(sides: tuple[Cells, Cells], names: tuple[str, str], where: str) -> C
     candidates = [one & other for one, other in itertools.combinations_with_replacement(set(seeds_of.values()), 2)]
     seeds = max(sorted(candidates, key=sorted), key=lambda s: len(s) * sum(s <= o for o in seeds_of.values()))
     cells = [cell for cell, found in seeds_of.items() if seeds <= found]
-    left_out = len(ones.keys() | others.keys()) - len(cells)
     differences = tuple(
         statistics.fmean(values[c][0][seed][0] - values[c][1][seed][0] for c in cells) for seed in sorted(seeds)
     )
     one, other = (statistics.fmean(values[c][k][seed][1] for c in cells for seed in seeds) for k in (0, 1))
-    where += f", without {counted(left_out, 'incomplete setting')}" if left_out else ""
-    return Comparison(*names, where, differences, (one, other))
+    return Comparison(*names, _where(sides, cells), differences, (one, other))
+
+
+def _where(sides: tuple[Cells, Cells], used: Sequence[Cell]) -> str:
+    """Return over what a comparison of these cells is the mean, and which cells are not in it."""
+    every = list(dict.fromkeys(cell for side in sides for cell in side))
+    names = dict(zip(every, short_names([dict(cell) for cell in every]), strict=True))
+    averaged: dict[str, None] = {}
+    for side in sides:
+        groups = [group for cell in used for group in side[cell]]
+        flags = dict.fromkeys(flag for group in groups for flag in group.settings)
+        averaged |= {f: None for f in flags if len({worded(g.settings.get(f, "")) for g in groups}) > 1}
+    said = ["last round", f"mean over {' and '.join(averaged)}" if averaged else ""]
+    left_out = [names[cell] for cell in every if cell not in used]
+    if left_out:
+        said += [names[used[0]]] if len(used) == 1 else []
+        said.append(f"without {' and '.join(left_out)} (a value or a seed is missing there)")
+    return ", ".join(filter(None, said))
 
 
 def _by_seed(groups: Sequence[Group]) -> dict[int, tuple[float, float]]:
@@ -248,10 +271,32 @@ def best_by_validation(collection: Collection) -> Best | None:
 
     A group that lacks seeds that others have finished is no candidate. None if no run is finished.
     """
+    return next(iter(_ranked(collection)), None)
+
+
+def lead(collection: Collection) -> str:
+    """Return how far the setting that validation chooses is ahead of the next, in words; empty if there is no other."""
+    ranked = _ranked(collection)[:2]
+    if len(ranked) < 2:
+        return ""
+    ahead = _validation(ranked[0]) - _validation(ranked[1])
+    said = f"{ahead:.2f} points of validation accuracy ahead of {ranked[1].group.title}"
+    scatters = [statistics.stdev(judged(r, "val") for r in best.rows) for best in ranked if len(best.rows) > 1]
+    if not scatters:
+        return f"{said}, with one seed each: nothing is known of the scatter"
+    size = "within" if ahead <= max(scatters) else "more than"
+    return f"{said}: {size} the scatter of the seeds (± {max(scatters):.2f})"
+
+
+def _validation(best: Best) -> float:
+    return statistics.fmean(judged(r, "val") for r in best.rows)
+
+
+def _ranked(collection: Collection) -> list[Best]:
+    """The candidates, the best first."""
     most = max((len(g.finished) for g in collection.groups), default=0)
     found = [best for g in collection.groups if most and len(g.finished) == most if (best := _best_of(g, collection))]
-    score: Callable[[Best], float] = lambda b: statistics.fmean(judged(r, "val") for r in b.rows)  # noqa: E731
-    return max(found, key=score, default=None)
+    return sorted(found, key=_validation, reverse=True)
 
 
 def _best_of(group: Group, collection: Collection) -> Best | None:

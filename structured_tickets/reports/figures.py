@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from structured_tickets.base.measured_time import MeasuredTime
 from structured_tickets.pruning.methods import SQUEEZE_GOAL
-from structured_tickets.reports.runs import Collection, Group, Run, in_words, judged, soft, worded
+from structured_tickets.reports.runs import Collection, Group, Run, in_words, judged, short_names, soft
 from structured_tickets.reports.style import DASHES, FAINT, INK, colour_of
 from structured_tickets.runs.pictures import panels_of
 from structured_tickets.runs.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
     from matplotlib.figure import Figure
 
 SIZE = (4.4, 3.3)
 FEW_ROUNDS = 8
+KEPT_STEPS = 20  # colours of the key of kept units; with more of them it would be an image, and not drawn
 MANY_SERIES = 8
+LEAST_SEEN = 1e-4  # of the norm of the doomed weights
+SEEDS_OF_A_BAND = 3
+BESIDE = 0.4  # rounds; the width of the dots of a round that stand side by side
+LONGEST_LINE = 56  # characters of a title
+LONG_NAME = 30  # characters; two names of a legend beside each other must not be longer
 
 
 @dataclass(frozen=True)
@@ -61,23 +69,35 @@ def picked(group: Group, axes: Sequence[str]) -> str:
     return in_words({a: group.settings[a] for a in axes if a in group.settings})
 
 
-def figure_of(width: float = SIZE[0], height: float = SIZE[1]) -> tuple[Figure, Axes]:
-    """An empty figure with its axes."""
+def figure_of(names: Sequence[str] = ()) -> tuple[Figure, Axes]:
+    """An empty figure with its axes, with room for these names in a legend below."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    rows = math.ceil(len(names) / _columns_of(names))
+    figure = Figure(figsize=(SIZE[0], SIZE[1] + 0.16 * rows), layout="constrained")
     return figure, figure.subplots()
+
+
+def _columns_of(names: Sequence[str]) -> int:
+    return 1 if max(map(len, names), default=0) > LONG_NAME else 2
+
+
+def _legend_below(figure: Figure, names: Sequence[str]) -> None:
+    """Lines longer than usual, with a marker at either end, show their dashes."""
+    columns = _columns_of(names)
+    figure.legend(fontsize=7, loc="outside lower center", ncols=columns, handlelength=4.5, numpoints=2)
 
 
 def accuracy_figures(
     collection: Collection,
-    name: str,
+    name_of: str,
     label: str,
     place: Callable[[Group, Run, int], MeasuredTime | None],
 ) -> Iterator[Drawn]:
     """Test accuracy against something that falls from round to round: a figure for each panel.
 
     Args:
+        name_of: The start of the names of the files.
         place: (group, run, round) -> where it lies and how sure that is, or None where it is not known.
     """
     roles = roles_of(collection.axes)
@@ -86,68 +106,95 @@ def accuracy_figures(
     panels: dict[str, list[Group]] = {}
     for group in collection.groups:
         panels.setdefault(picked(group, roles.panel), []).append(group)
-    lows = [judged(r) for g in collection.groups for run in g.runs for r in run.rounds]
-    span = (min(lows), max(lows))
-    for k, (title, groups) in enumerate(panels.items()):
-        figure, axes = figure_of()
-        for group in groups:
+    span = _span(collection)
+    titles = short_names([{a: g.settings[a] for a in roles.panel if a in g.settings} for g, *_ in panels.values()])
+    for k, (title, groups) in enumerate(zip(titles, panels.values(), strict=True)):
+        names = [in_words({a: g.settings[a] for a in (*roles.colour, *roles.dash) if a in g.settings}) for g in groups]
+        figure, axes = figure_of(names)
+        for group, name in zip(groups, names, strict=True):
             colour, marker = colour_of(colours, picked(group, roles.colour))
             repeats = colours.index(picked(group, roles.colour)) // MANY_SERIES
             dash = DASHES[(dashes.index(picked(group, roles.dash)) + repeats) % len(DASHES)]
-            named = in_words({a: group.settings[a] for a in (*roles.colour, *roles.dash) if a in group.settings})
-            _accuracy_line(axes, group, place, named or "test accuracy", colour, marker, dash)
-        axes.set(xlabel=label, ylabel="test accuracy %", title=title)
-        margin = 0.06 * (span[1] - span[0] or 1)
-        axes.set_ylim(span[0] - margin, span[1] + margin)
+            _accuracy_line(axes, _points_of(group, place), name or "test accuracy", colour, marker, dash)
+        axes.set(xlabel=label, ylabel="test accuracy %", title=textwrap.fill(title, LONGEST_LINE), ylim=span)
         axes.invert_xaxis()
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7.5, loc="lower left")
+            _legend_below(figure, names)
             caption = f"Test accuracy against {label}" + (f", {title}" if title else "")
-            yield Drawn(f"{name}_{k}" if len(panels) > 1 else name, caption, figure)
+            yield Drawn(f"{name_of}_{k}" if len(panels) > 1 else name_of, caption, figure)
 
 
-def _accuracy_line(
-    axes: Axes,
-    group: Group,
-    place: Callable[[Group, Run, int], MeasuredTime | None],
-    label: str,
-    colour: str,
-    marker: str,
-    dash: Any,
-) -> None:
-    """The mean over seeds as a line, its standard deviation as a band, each seed as a dot, RSST unhardened as rings.
+@dataclass(frozen=True)
+class Point:
+    """A round of a group.
 
-    Where places were measured, bars hold the middle half of the repeats, mean over seeds.
+    Attributes:
+        places: Where its runs lie.
+        accuracies: What they reached; `before`: RSST's before hardening.
     """
-    means: list[tuple[float, float, float]] = []
-    bars: list[tuple[float, float]] = []
-    rings: list[tuple[float, float]] = []
+
+    places: list[MeasuredTime]
+    accuracies: list[float]
+    before: list[float]
+
+    @property
+    def x(self) -> float:
+        return statistics.fmean(place.median for place in self.places)
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def band(self) -> tuple[float, float]:
+        """Mean minus and plus the standard deviation; of fewer than three seeds, both ends."""
+        if len(self.accuracies) < SEEDS_OF_A_BAND:
+            return min(self.accuracies), max(self.accuracies)
+        deviation = statistics.stdev(self.accuracies)
+        return self.mean - deviation, self.mean + deviation
+
+
+def _points_of(group: Group, place: Callable[[Group, Run, int], MeasuredTime | None]) -> list[Point]:
+    """A point for each round of which the place of a run is known."""
+    found = []
     for state in range(group.rounds):
-        points = [
-            (x, judged(r.rounds[state]), soft(r.rounds[state]))
-            for r in group.runs
-            if state < len(r.rounds) and (x := place(group, r, state)) is not None
-        ]
-        if not points:
-            continue
-        accuracies = [y for _, y, _ in points]
-        axes.plot([x.median for x, _, _ in points], accuracies, ".", color=colour, alpha=0.35, markersize=5, zorder=2)
-        deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-        middle = statistics.fmean(x.median for x, _, _ in points)
-        low, high = (statistics.fmean(ends) for ends in zip(*((x.low, x.high) for x, _, _ in points), strict=True))
-        bars.append((middle - low, high - middle))
-        means.append((middle, statistics.fmean(accuracies), deviation))
-        if before := [y for _, _, y in points if y is not None]:
-            rings.append((middle, statistics.fmean(before)))
-    if not means:
+        runs = [(x, r.rounds[state]) for r in group.runs if state < len(r.rounds) and (x := place(group, r, state))]
+        before = [value for _, row in runs if (value := soft(row)) is not None]
+        found += [Point([x for x, _ in runs], [judged(row) for _, row in runs], before)] if runs else []
+    return found
+
+
+def _span(collection: Collection) -> tuple[float, float]:
+    """The limits of all axes of accuracy: nothing that is drawn lies outside, and figures can be compared."""
+    points = [p for group in collection.groups for p in _points_of(group, lambda *_: _exactly(0))]
+    drawn = [y for p in points for y in (*p.accuracies, *p.band, *([statistics.fmean(p.before)] if p.before else []))]
+    low, high = min(drawn), max(drawn)
+    margin = 0.06 * (high - low or 1)
+    return low - margin, high + margin
+
+
+def _accuracy_line(axes: Axes, points: Sequence[Point], label: str, colour: str, marker: str, dash: Any) -> None:
+    """The mean over seeds as a line, each seed as a dot, RSST unhardened as rings.
+
+    From three seeds on the standard deviation is a band; of two seeds, bars go from one to the other. Where places were
+    measured, bars hold the middle half of the repeats, mean over seeds.
+    """
+    if not points:
         return
-    xs, ys, deviations = zip(*means, strict=True)
+    for point in points:
+        xs = [place.median for place in point.places]
+        axes.plot(xs, point.accuracies, ".", color=colour, alpha=0.35, markersize=5, zorder=2)
+    xs, ys = [p.x for p in points], [p.mean for p in points]
     axes.plot(xs, ys, color=colour, linestyle=dash, marker=marker, markersize=4.5, label=label, zorder=3)
-    lower, upper = ([y + sign * d for y, d in zip(ys, deviations, strict=True)] for sign in (-1, 1))
-    axes.fill_between(xs, lower, upper, color=colour, alpha=0.12, linewidth=0)
-    if any(max(bar) > 0 for bar in bars):
-        axes.errorbar(xs, ys, xerr=list(zip(*bars, strict=True)), fmt="none", ecolor=colour, elinewidth=1, capsize=2.5)
-    if rings:  # explained beside the figure
+    lower, upper = zip(*(p.band for p in points), strict=True)
+    if all(len(p.accuracies) >= SEEDS_OF_A_BAND for p in points):
+        axes.fill_between(xs, lower, upper, color=colour, alpha=0.12, linewidth=0)
+    else:
+        axes.vlines(xs, lower, upper, color=colour, alpha=0.5, linewidth=1)
+    bars = [statistics.fmean(place.spread for place in p.places) for p in points]
+    if any(bars):
+        axes.errorbar(xs, ys, xerr=bars, fmt="none", ecolor=colour, elinewidth=1, capsize=2.5)
+    if rings := [(p.x, statistics.fmean(p.before)) for p in points if p.before]:  # explained beside the figure
         axes.plot(
             *zip(*rings, strict=True),
             linestyle="none",
@@ -194,21 +241,26 @@ def kept_figure(group: Group, name: str) -> Drawn:
     rows = [group.rows(state) for state in range(group.rounds)]
     panels = panels_of(rows[0][0])
     layers = sum(map(len, panels.values()))
-    height = 0.9 + 0.5 * len(panels) + 0.165 * layers
+    height = 1.3 + 0.5 * len(panels) + 0.165 * layers
     figure = Figure(figsize=(max(3.2, 2.3 + 0.42 * len(rows)), height), layout="constrained")
     ratios = [len(names) + 1.0 for names in panels.values()]
     columns = figure.subplots(len(panels), squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0]
     for axes, (kind, names) in zip(columns, panels.items(), strict=True):
-        _kept_map(axes, kind, names, rows)
+        shades = _kept_map(axes, kind, names, rows)
     axes.set_xlabel("round")
+    steps = [k / KEPT_STEPS for k in range(KEPT_STEPS + 1)]
+    key = figure.colorbar(shades, ax=list(columns), location="top", boundaries=steps, ticks=[0, 0.5, 1], aspect=24)
+    key.ax.set_xticklabels(["0%", "50%", "100%"], fontsize=7)
+    key.set_label("share of the dense network's units", fontsize=7)
     return Drawn(f"kept_{name}", f"Units that each layer keeps in each round: {group.title}", figure)
 
 
-def _kept_map(axes: Axes, kind: str, layers: Sequence[str], rows: Sequence[Sequence[Row]]) -> None:
+def _kept_map(axes: Axes, kind: str, layers: Sequence[str], rows: Sequence[Sequence[Row]]) -> QuadMesh:
+    """Draw a kind of units; return what the key of its colours is made from."""
     dense = rows[0][0]["kept_per_layer"]
     kept = [[statistics.fmean(r["kept_per_layer"][n] for r in found) for found in rows] for n in layers]
     shares = [[v / max(1, dense[n]) for v in line] for n, line in zip(layers, kept, strict=True)]
-    axes.pcolormesh(shares, cmap="cividis", vmin=0, vmax=1, edgecolors="face", linewidth=0.2)
+    shades = axes.pcolormesh(shares, cmap="cividis", vmin=0, vmax=1, edgecolors="face", linewidth=0.2)
     axes.invert_yaxis()
     axes.set_yticks([k + 0.5 for k in range(len(layers))], layers, fontsize=6.5)
     axes.set_xticks([k + 0.5 for k in range(len(rows))], [str(k) for k in range(len(rows))], fontsize=7)
@@ -227,6 +279,7 @@ def _kept_map(axes: Axes, kind: str, layers: Sequence[str], rows: Sequence[Seque
                     fontsize=6,
                     color="#ffffff" if share < 0.6 else "#000000",
                 )
+    return shades
 
 
 def penalty_figures(collection: Collection) -> Iterator[Drawn]:
@@ -241,89 +294,81 @@ def penalty_figures(collection: Collection) -> Iterator[Drawn]:
         furthest = max(group.runs, key=lambda run: len(run.history))
         last = [row["reg_lambd"] for row in furthest.history if row["round"] == 1]
         curves.setdefault(tuple(last), group)
-    figure, axes = figure_of()
-    for k, (values, group) in enumerate(curves.items()):
+    names = short_names([group.settings for group in curves.values()]) if len(curves) > 1 else ["all RSST runs"]
+    figure, axes = figure_of(names)
+    for k, (values, name) in enumerate(zip(curves, names, strict=True)):
         colour, marker = colour_of([str(c) for c in range(len(curves))], str(k))
-        label = group.title if len(curves) > 1 else "all RSST runs"
-        axes.plot(range(1, len(values) + 1), values, color=colour, marker=marker, markersize=3.5, label=label)
+        axes.plot(range(1, len(values) + 1), values, color=colour, marker=marker, markersize=3.5, label=name)
     axes.set(xlabel="epoch of a round", ylabel="lambda at the end of the epoch")
-    axes.legend(fontsize=7)
+    _whole_numbers(axes)
+    _legend_below(figure, names)
     yield Drawn("lambda", "Strength of the penalty over a round", figure)
-    yield _squeeze_figure(collection, squeezing)
+    if doomed_left(collection):
+        yield _squeeze_figure(squeezing)
 
 
-def _squeeze_figure(collection: Collection, squeezing: Sequence[Group]) -> Drawn:
+def doomed_left(collection: Collection) -> bool:
+    """Return whether anything that can be seen was left of the doomed weights of a run."""
+    rows = [row for group in collection.groups for run in group.runs for row in run.rounds]
+    return any((row.get("squeeze_ratio") or 0.0) >= LEAST_SEEN for row in rows)
+
+
+def _whole_numbers(axes: Axes) -> None:
+    """Ticks of rounds or epochs."""
     from matplotlib.ticker import MaxNLocator
 
-    shown_axes = [a for a in collection.axes if len({worded(g.settings.get(a)) for g in squeezing}) > 1]
-    names = list(dict.fromkeys(picked(g, shown_axes) for g in squeezing))
-    figure, axes = figure_of(height=SIZE[1] + 0.14 * max(0, len(names) - 4))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _squeeze_figure(squeezing: Sequence[Group]) -> Drawn:
+    """Dots of a round stand side by side, so that equal ones are seen."""
+    names = short_names([group.settings for group in squeezing])
+    figure, axes = figure_of(names if len(names) > 1 else ())
     smallest = 1.0
-    for group in squeezing:
-        name = picked(group, shown_axes)
+    for k, (group, name) in enumerate(zip(squeezing, names, strict=True)):
         colour, marker = colour_of(names, name)
+        aside = BESIDE * ((k + 0.5) / len(names) - 0.5)
         points = [(s, [v for r in group.rows(s) if (v := r["squeeze_ratio"]) is not None]) for s in range(group.rounds)]
-        line = [(s, statistics.fmean(v)) for s, v in points if v]
+        line = [(s + aside, statistics.fmean(v)) for s, v in points if v]
         smallest = min([smallest, *(y for _, y in line if y > 0)])
-        dash = DASHES[names.index(name) // MANY_SERIES % len(DASHES)]
-        axes.plot(
-            [x for x, _ in line],
-            [y for _, y in line],
-            color=colour,
-            marker=marker,
-            linestyle=dash,
-            markersize=4,
-            label=name or None,
-        )
+        dash = DASHES[k // MANY_SERIES % len(DASHES)]
+        xs, ys = [x for x, _ in line], [y for _, y in line]
+        axes.plot(xs, ys, color=colour, marker=marker, linestyle=dash, markersize=5, label=name or None, clip_on=False)
     axes.set_xlim(0.5, max(1, *(group.rounds - 1 for group in squeezing)) + 0.5)
     axes.axhline(SQUEEZE_GOAL, color=INK, linewidth=0.8, linestyle=":")
-    floor = min(0.01, max(1e-4, 10 ** math.floor(math.log10(smallest))))
+    floor = min(0.01, max(LEAST_SEEN, 10 ** math.floor(math.log10(smallest))))
     axes.set_yscale("symlog", linthresh=floor)
     ticks = [0.0, *(t for t in (1e-4, 1e-3, 0.01, 0.05, 0.2, 1.0) if t >= floor)]
     axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
     axes.set_ylim(-0.05 * floor, 1.1)
     axes.set(xlabel="round", ylabel="norm of doomed weights, after / before")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    if shown_axes:
-        figure.legend(fontsize=7, loc="outside lower center", ncols=2)
+    _whole_numbers(axes)
+    if len(names) > 1:
+        _legend_below(figure, names)
     caption = "What the penalty has left of the doomed weights (dotted: the goal; 0: their units have faded out)"
     return Drawn("squeeze", caption, figure)
 
 
 def cost_figure(collection: Collection) -> Drawn:
     """Seconds of training and evaluation of an epoch, round by round."""
-    from matplotlib.ticker import MaxNLocator
-
-    roles = roles_of(collection.axes)
-    colours = list(dict.fromkeys(picked(g, roles.colour) for g in collection.groups))
-    figure, axes = figure_of()
-    labelled: set[str] = set()
-    for group in collection.groups:
-        name = picked(group, roles.colour)
-        colour, marker = colour_of(colours, name)
+    names = short_names([group.settings for group in collection.groups])
+    figure, axes = figure_of(names if len(names) > 1 else ())
+    for k, (group, name) in enumerate(zip(collection.groups, names, strict=True)):
+        colour, marker = colour_of(names, name)
         line = []
         for state in range(group.rounds):
             seconds = [
                 r["seconds"] for run in group.runs for r in run.history if r["round"] == state and "seconds" in r
             ]
             line += [(state, statistics.median(seconds))] if seconds else []
-        label = name if name not in labelled else None
-        labelled.add(name)
-        if line:
-            axes.plot(
-                *zip(*line, strict=True),
-                color=colour,
-                marker=marker,
-                markersize=3.5,
-                linewidth=1,
-                alpha=0.8,
-                label=label,
-            )
+        xs, ys = [x for x, _ in line], [y for _, y in line]
+        dash = DASHES[k % len(DASHES)]  # of lines that lie on each other both are seen
+        axes.plot(xs, ys, color=colour, marker=marker, linestyle=dash, markersize=4, label=name or None)
     axes.set(xlabel="round", ylabel="seconds an epoch (median)")
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    if any(labelled):
-        axes.legend(fontsize=7.5)
+    _whole_numbers(axes)
+    if len(names) > 1:
+        _legend_below(figure, names)
     return Drawn("cost", "Time of an epoch with its evaluation; later rounds train smaller networks", figure)
 
 

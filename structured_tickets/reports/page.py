@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,18 @@ from structured_tickets.reports.comparisons import (
     against_dense,
     best_by_validation,
     cell_by_cell,
+    lead,
     main_effects,
     not_compared,
 )
-from structured_tickets.reports.figures import Drawn, every_figure, kept_figure, training_figure
+from structured_tickets.reports.figures import (
+    LEAST_SEEN,
+    Drawn,
+    doomed_left,
+    every_figure,
+    kept_figure,
+    training_figure,
+)
 from structured_tickets.reports.runs import Collection, Run, judged, size_of
 from structured_tickets.reports.sentences import time_saved, weak_penalties
 from structured_tickets.reports.style import COLOURS, FAINT, INK, ON_DARK, as_png, as_svg, for_page, styled
@@ -62,10 +71,14 @@ TITLES = {
 }
 
 
+FIGURE_FILES = re.compile(
+    r"(accuracy_(density|macs|latency)(_\d+)?|lambda|squeeze|cost|(kept|training)_\d+)\.(svg|png)"
+)
+TABLE_FILES = re.compile(r"(summary|runs|rounds|effects|pairs|against_dense)\.(csv|md|tex)")
 CURVES = ("density", "macs", "latency")
 LINES = (
-    "Lines are means over seeds, bands standard deviations, dots single seeds; rings are RSST's accuracy before "
-    "hardening."
+    "Lines are means over seeds, dots single seeds. Bands are standard deviations where every round has three seeds; "
+    "of two seeds, vertical bars go from one to the other. Rings are RSST's accuracy before hardening."
 )
 
 
@@ -96,6 +109,10 @@ def sections_of(report: Report) -> list[Section]:
     """The sections with figures; curves of one figure each are one section."""
     notes = {key: [title[2]] for key, title in TITLES.items()}
     notes["latency"] += [report.order_of_latencies] if report.order_of_latencies else []
+    if report.figures.get("penalty") and not doomed_left(report.collection):
+        notes["penalty"].append(
+            f"Less than {LEAST_SEEN:.2%} of their norm was left after any round, so there is no picture of that."
+        )
     curves = {key: report.figures[key] for key in CURVES if report.figures.get(key)}
     found = []
     if len(curves) > 1 and all(len(drawn) == 1 for drawn in curves.values()):
@@ -146,6 +163,7 @@ def _findings(collection: Collection, effects: Sequence[Comparison], dense: Sequ
         said.append(
             f"{which} reaches {accuracy} with {density:.1f}% of the prunable weights, {macs:.1f} M MACs for one image."
         )
+        said[-1] += f" It is {ahead}." if (ahead := lead(collection)) else ""
         said += [c.sentence for c in dense if c.first == title]
     effects_said = [c.sentence for c in effects] + not_compared(collection)
     return said + effects_said + weak_penalties(collection) + collection.notes
@@ -179,9 +197,20 @@ def write(report: Report, out: Path) -> Path:
     for table in report.tables.values():
         for suffix, text in (("csv", table.csv()), ("md", table.markdown()), ("tex", table.latex())):
             write_atomically(text, out / "tables" / f"{table.name}.{suffix}")
+    _remove_old(out / "figures", FIGURE_FILES, {f"{name}.{suffix}" for name in inline for suffix in ("svg", "png")})
+    _remove_old(
+        out / "tables", TABLE_FILES, {f"{t}.{suffix}" for t in report.tables for suffix in ("csv", "md", "tex")}
+    )
     page = out / "index.html"
     write_atomically(_render(report, inline), page)
     return page
+
+
+def _remove_old(folder: Path, own: re.Pattern[str], written: set[str]) -> None:
+    """Remove what an earlier report has written and this one has not; files of other names are not a report's."""
+    for path in folder.iterdir():
+        if own.fullmatch(path.name) and path.name not in written and path.is_file() and not path.is_symlink():
+            path.unlink()
 
 
 def _all_figures(report: Report) -> list[Drawn]:

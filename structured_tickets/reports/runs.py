@@ -62,14 +62,16 @@ class Group:
     Attributes:
         settings: Flag -> value of what tells the group from the others.
         runs: By seed.
+        name: A shorter name than all its settings; empty if there is none.
     """
 
     settings: dict[str, Any]
     runs: list[Run] = field(default_factory=list)
+    name: str = ""
 
     @property
     def title(self) -> str:
-        return in_words(self.settings) or "this run"
+        return self.name or in_words(self.settings) or "this run"
 
     @property
     def rounds(self) -> int:
@@ -149,6 +151,31 @@ class Collection:
 def in_words(settings: dict[str, Any]) -> str:
     """`struct=rsst rate=0.2`"""
     return " ".join(f"{k}={worded(v)}" for k, v in settings.items())
+
+
+def short_names(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """Names by as few flags as tell the settings apart, and files without their folders where that is enough."""
+    flags = list(dict.fromkeys(flag for each in settings for flag in each))
+    words = {
+        flag: _without_folders([worded(each[flag]) if flag in each else "" for each in settings]) for flag in flags
+    }
+    chosen: list[str] = []
+
+    def told_apart(by: Sequence[str]) -> int:
+        return len({tuple(words[flag][k] for flag in by) for k in range(len(settings))})
+
+    while flags and told_apart(chosen) < told_apart(flags):
+        chosen.append(max(flags, key=lambda flag: told_apart([*chosen, flag])))
+    if chosen and not all(any(flag in each for flag in chosen) for each in settings):
+        chosen.append(flags[0])  # a flag that Refill does not read names no setting of it
+    rows = range(len(settings))
+    return [" ".join(f"{f}={words[f][k]}" for f in flags if f in chosen and f in settings[k]) for k in rows]
+
+
+def _without_folders(words: Sequence[str]) -> list[str]:
+    """Paths by the names of their files, unless two of them would look alike."""
+    short = [word.rpartition("/")[2] if word.startswith("/") else word for word in words]
+    return short if len(set(short)) == len(set(words)) else list(words)
 
 
 def worded(value: Any) -> str:

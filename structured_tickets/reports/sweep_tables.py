@@ -14,7 +14,7 @@ from typing import Any
 from structured_tickets.base.errors import DataError
 from structured_tickets.base.text_tables import counted, text_table
 from structured_tickets.reports.collection import collect
-from structured_tickets.reports.comparisons import Comparison, best_by_validation
+from structured_tickets.reports.comparisons import Comparison, best_by_validation, lead
 from structured_tickets.reports.runs import Collection, Group, judged, mean_and_spread, soft, worded
 from structured_tickets.reports.sentences import time_saved, weak_penalties
 
@@ -191,7 +191,7 @@ def rounds_table(collection: Collection) -> Table:
 def comparisons_table(name: str, caption: str, comparisons: Sequence[Comparison]) -> Table:
     """A row for each comparison."""
     rows = [[c.first, c.second, c.where, c.mean, c.low, c.high, c.adjusted, c.seeds] for c in comparisons]
-    head = ["first", "second", "where", "difference", "95 % from", "to", "p (adjusted)", "seeds"]
+    head = ["first", "second", "where", "difference", "95% interval from", "95% interval to", "p (adjusted)", "seeds"]
     return Table(name, caption, head, rows)
 
 
@@ -205,8 +205,9 @@ def printed_summary(path: Path) -> str:
     lines = [text_table(table.head, [[shown(c) for c in row] for row in table.rows])]
     if best := best_by_validation(collection):
         lines.append(
-            f"best by validation: {best.group.title} with {spread([judged(r) for r in best.rows])} % on the "
-            f"test images ({counted(len(best.rows), 'seed')})"
+            f"best by validation: {best.group.title} with {spread([judged(r) for r in best.rows])}% on the test images "
+            f"({counted(len(best.rows), 'seed')})"
         )
+        lines += [f"    {ahead}"] if (ahead := lead(collection)) else []
     paragraphs = ["\n".join([*lines, *weak_penalties(collection), *collection.notes]), *time_saved(collection)]
     return "\n\n".join(paragraphs)

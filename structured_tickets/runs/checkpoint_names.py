@@ -9,6 +9,16 @@ CHECKPOINT = re.compile(r"(\d+)checkpoint\.pth\.tar")
 PREVIOUS = "previous.pth.tar"
 
 
+def checkpoint_of(folder: Path, state: int) -> Path:
+    """Return the checkpoint of a round, which may be missing."""
+    return folder / f"{state}checkpoint.pth.tar"
+
+
+def best_of(folder: Path, state: int) -> Path:
+    """Return the checkpoint of a round's best validation accuracy, which may be missing."""
+    return folder / f"{state}model_SA_best.pth.tar"
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of all rounds, the furthest first."""
     files = folder.iterdir() if folder.is_dir() else ()

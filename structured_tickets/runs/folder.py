@@ -17,7 +17,7 @@ from structured_tickets.base.errors import DataError, StorageError, UsageError, 
 from structured_tickets.base.randomness import are_random_states, random_states, restore_random_states
 from structured_tickets.base.untrusted_tensors import load_tensors, save_atomically
 from structured_tickets.pruning.masks import effective_state, pruning_state
-from structured_tickets.runs.checkpoint_names import PREVIOUS, candidates, checkpoints
+from structured_tickets.runs.checkpoint_names import PREVIOUS, best_of, candidates, checkpoint_of, checkpoints
 from structured_tickets.runs.checkpoint_schema import check_fields, check_shapes
 from structured_tickets.runs.state import VERSION, RunState, fields_of, packed, state_from
 from structured_tickets.settings.identity import as_understood_now
@@ -86,10 +86,10 @@ class RunFolder:
         self._damaged: set[Path] = set()
 
     def checkpoint(self, state: int) -> Path:
-        return self.path / f"{state}checkpoint.pth.tar"
+        return checkpoint_of(self.path, state)
 
     def best(self, state: int) -> Path:
-        return self.path / f"{state}model_SA_best.pth.tar"
+        return best_of(self.path, state)
 
     @property
     def ticket(self) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from structured_tickets.base.errors import DataError, first_line
+from structured_tickets.base.text_tables import some_of
 from structured_tickets.base.untrusted_text import check, is_mapping, is_number, is_words, parse_json, parse_yaml
 from structured_tickets.runs.rows import EPOCH_NUMBERS, MAY_LACK, ROUND_NUMBERS, Row
 from structured_tickets.settings.identity import as_understood_now, default_run_folder
@@ -63,6 +64,22 @@ def own_folder(args: argparse.Namespace) -> Path:
 def is_run(folder: Path) -> bool:
     """Return whether a run has begun there."""
     return (folder / "args.yaml").is_file()
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """Return the folders of runs directly in a folder."""
+    return [path for path in sorted(folder.iterdir()) if is_run(path)] if folder.is_dir() else []
+
+
+def runs_within(folder: Path) -> str:
+    """Return the end of a message about a folder that is no run's own: `. Its runs: a, b`; empty if there are none.
+
+    Runs are looked for in the folder, in its `runs`, as a sweep has them, and in those of its folders.
+    """
+    inner = [path for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
+    places = [folder, folder / "runs", *inner, *(path / "runs" for path in inner)]
+    found = dict.fromkeys(str(path) for place in places for path in run_folders(place))
+    return f". Its runs: {some_of(list(found))}" if found else ""
 
 
 def _read(path: Path, parse: Callable[[str], Any]) -> Any:

@@ -19,6 +19,7 @@ from helpers.programs import CONTEXT, start_server
 
 from structured_tickets.base.errors import DataError
 from structured_tickets.base.measured_time import MeasuredTime
+from structured_tickets.base.text_tables import file_sizes
 from structured_tickets.data.catalog import load_splits
 from structured_tickets.data.loader import BatchLoader
 from structured_tickets.export import ticket as ticket_files
@@ -156,12 +157,44 @@ def test_round_zero_is_dense_and_missing_things_are_named(runs, tmp_path, capsys
         ([str(runs["micro_cnn"]), "--round", "7"], "holds no round 7"),
         ([str(tmp_path / "nowhere")], "not a run folder"),
         ([str(tmp_path / "empty")], "holds no finished round"),
+        ([str(runs["micro_cnn"].parent)], "holds no finished round. Its runs: "),
     ):
         (tmp_path / "empty").mkdir(exist_ok=True)
         assert export.main(words) == 3
         assert message in capsys.readouterr().err
     assert export.main([str(runs["micro_cnn"]), "--onxx"]) == 2
     assert "did you mean --onnx?" in capsys.readouterr().err
+
+
+def refused_without_torch(words, said):
+    """What `export` says in a new process in which torch, if it were imported, would raise."""
+    code = (
+        "import sys\nsys.modules['torch'] = None\nsys.modules['onnx'] = None\n"
+        "from structured_tickets.programs.export import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.stderr.count("\n") == 1 and said in ended.stderr
+    return ended.returncode
+
+
+def test_what_is_missing_is_said_before_torch_is_imported(runs, tmp_path):
+    run_folder = str(runs["micro_cnn"])
+    assert refused_without_torch([str(tmp_path / "nowhere")], "is not a run folder") == 3
+    assert refused_without_torch([str(tmp_path)], "holds no finished round") == 3
+    assert refused_without_torch([run_folder, "--round", "7"], "holds no round 7 (7checkpoint.pth.tar is missing)") == 3
+    assert refused_without_torch([run_folder, "--onnx"], 'onnxruntime: pip install ".[onnx]"') == 2
+    (tmp_path / "0checkpoint.pth.tar").touch()
+    (tmp_path / "args.yaml").write_text("arch: /home/me/net.py:Net\n")
+    assert refused_without_torch([str(tmp_path)], "Confirm with --arch /home/me/net.py:Net") == 2
+
+
+def test_sizes_of_files_are_told_apart():
+    assert file_sizes([10_800_000, 10_800_000, 4_300_000]) == ["10.8 MB", "10.8 MB", "4.3 MB"]
+    assert file_sizes([1_100_000, 500_000]) == ["1.1 MB", "0.5 MB"]
+    assert file_sizes([10_800_000, 40_000]) == ["10,800.0 kB", "40.0 kB"]
+    assert file_sizes([284_300, 251_100]) == ["284.3 kB", "251.1 kB"]
+    assert file_sizes([10_800_000, 10_790_000]) == ["10,800.0 kB", "10,790.0 kB"]
+    assert file_sizes([10_800_010, 10_800_020]) == ["10,800,010 bytes", "10,800,020 bytes"]
 
 
 def test_damaged_or_hostile_files_are_refused(runs, tmp_path):
@@ -199,11 +232,16 @@ def test_a_network_that_became_slower_is_named_with_the_best_there_is(runs, tmp_
     monkeypatch.setattr(ticket_files, "latencies", told)
     assert export.main([str(runs["micro_cnn"]), "--out", str(tmp_path)]) == 0
     table, error = capsys.readouterr()
-    assert re.search(r"compact +[\d,]+ .* 12.0 ms ±10%  12.0 ms ±10%", table) and "± half of them" in table
+    assert re.search(r"compact +[\d,]+ .* 12.0 ms ±10%  12.0 ms ±10%", table)
+    assert "latency: median of 15 measurements; ± holds the middle half of them (fp32, " in table
     assert "compact is slower than dense (batch 1, batch 64): " in table
     assert re.search(r"\d+ layers? of \d+ got a width that is not a multiple of 8", table)
     assert "slower than the dense one: 12.0 ms instead of 10.0 for 64 images" in error
     assert "--round_to 8 is the fastest here (7.0 ms)" in error
+    rows = [{**row, "noise_batch_64": 6.22} for row in json.loads((tmp_path / "export.json").read_text())]
+    assert ticket_files._why_slower(rows, None, None) == "" and "12.0 ms (too noisy to tell)" in ticket_files._table(
+        rows
+    )
     measured = iter([[0.010] * 3] * 2)
     assert export.main([str(runs["micro_cnn"]), "--out", str(tmp_path)]) == 0
     assert "slower" not in "".join(capsys.readouterr())

@@ -16,12 +16,16 @@ def test_the_middle_half_of_the_repeats_is_kept():
     assert time == MeasuredTime(3.0, 2.0, 4.0) and time.noise == pytest.approx(1 / 3)
     assert time.scaled(1e3) == MeasuredTime(3e3, 2e3, 4e3)
     assert MeasuredTime.of([2.0, 2.0]).noise == 0
+    skewed = MeasuredTime.of([1.0, 1.0, 1.0, 3.0, 9.0])
+    assert (skewed.median, skewed.spread, skewed.noise) == (1, 2, 2), "both ways as far as the longer half reaches"
 
 
 def test_times_whose_middle_halves_overlap_are_not_apart():
     time, near, far = MeasuredTime(3, 2, 4), MeasuredTime(5, 4, 6), MeasuredTime(7, 6.5, 8)
     assert not time.is_apart_from(near) and not near.is_apart_from(time)
     assert time.is_apart_from(far) and far.is_apart_from(time)
+    skewed = MeasuredTime(7, 6.9, 9)
+    assert not skewed.is_apart_from(near) and not near.is_apart_from(skewed), "what is drawn overlaps"
 
 
 @pytest.mark.parametrize(

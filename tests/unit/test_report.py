@@ -10,14 +10,17 @@ import math
 import re
 import shutil
 import statistics
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 
 import pytest
 import torch
-from helpers.commands import run, tiny
+from helpers.commands import ROOT, run, tiny
 from helpers.report_data import DENSITIES, SEEDS, accuracy, epoch_row, write_run, write_sweep
 
 from structured_tickets.base.atomic_files import lock
+from structured_tickets.base.measured_time import MeasuredTime
 from structured_tickets.base.text_tables import counted
 from structured_tickets.programs import report
 from structured_tickets.reports import latency, style
@@ -28,12 +31,14 @@ from structured_tickets.reports.comparisons import (
     against_dense,
     best_by_validation,
     cell_by_cell,
+    lead,
     main_effects,
     not_compared,
     with_test,
 )
-from structured_tickets.reports.figures import roles_of
-from structured_tickets.reports.runs import worded
+from structured_tickets.reports.figures import accuracy_figures, cost_figure, kept_figure, penalty_figures, roles_of
+from structured_tickets.reports.page import FIGURE_FILES, TABLE_FILES
+from structured_tickets.reports.runs import short_names, worded
 from structured_tickets.reports.sentences import weak_penalties
 from structured_tickets.reports.sweep_tables import Table, groups_table, runs_table, spread
 from structured_tickets.runs.read import read_metrics, read_rounds
@@ -121,7 +126,7 @@ def test_holms_method_by_hand(monkeypatch):
         (
             made_up(1.5, densities=(50.0, 30.0)),
             "One seed says nothing about the difference between one and other: +1.50 points; "
-            "last round; at 50.0 and 30.0% density.",
+            "last round. They differ in density, too: one has 50.0%, other 30.0%.",
         ),
     ],
 )
@@ -168,7 +173,9 @@ def test_a_seed_that_one_side_lacks_is_in_no_pair(tmp_path):
 def test_a_setting_that_lacks_most_seeds_is_left_out_of_means(tmp_path):
     collection = collect(write_sweep(tmp_path / "s", broken=[("refill", "l1", 1), ("refill", "l1", 2)]))
     found = main_effects(collection)[0]
-    assert found.seeds == 3 and found.where == "last round, mean over criteria, without 1 incomplete setting"
+    assert found.seeds == 3 and found.where == (
+        "last round, criteria=remain, without criteria=l1 (a value or a seed is missing there)"
+    )
     wanted = [accuracy("rsst", "remain", s, 2) - accuracy("refill", "remain", s, 2) for s in SEEDS]
     assert found.differences == pytest.approx(wanted)
 
@@ -293,6 +300,26 @@ def test_the_best_is_one_of_those_with_the_most_seeds_and_the_page_says_how_many
     assert "(3 seeds) with 36.0% of the prunable weights" in (path / "report" / "index.html").read_text()
 
 
+def test_the_lead_of_the_best_is_compared_with_the_scatter(tmp_path):
+    """Three seeds of l1 and of remain whose means differ by less than the seeds of either."""
+    path = write_sweep(tmp_path / "s")
+    means = {c: [accuracy("rsst", c, s, 2) + 1 for s in SEEDS] for c in ("l1", "remain")}
+    scatter = max(map(statistics.stdev, means.values()))
+    ahead = statistics.fmean(means["remain"]) - statistics.fmean(means["l1"])
+    first, second = ("remain", "l1") if ahead > 0 else ("l1", "remain")
+    assert best_by_validation(collect(path)).group.title == f"struct=rsst criteria={first}" and abs(ahead) < scatter
+    said = (
+        f"{abs(ahead):.2f} points of validation accuracy ahead of struct=rsst criteria={second}: within the scatter of "
+    )
+    assert lead(collect(path)) == f"{said}the seeds (± {scatter:.2f})"
+    for file in path.glob(f"runs/rsst_{second}_*/args.yaml"):
+        (file.parent / "result.json").unlink()
+    assert "ahead of struct=refill" in lead(collect(path)) and ": more than the scatter" in lead(collect(path))
+    one = write_folder(tmp_path / "one", ({"struct": "rsst"}, {}), ({"struct": "refill"}, {}))
+    assert lead(collect(one)).endswith("struct=refill, with one seed each: nothing is known of the scatter")
+    assert lead(collect(one / "0")) == ""
+
+
 def test_a_search_is_judged_within_its_limits(tmp_path):
     """Every round is worse than the one before, so that without limits the dense one would be best."""
     path = write_sweep(tmp_path / "s")
@@ -316,8 +343,13 @@ def test_values_that_are_never_alone_different_are_said(tmp_path):
     ]
     (path / "sweep.json").write_text(json.dumps(record))
     assert not_compared(collect(path)) == [
-        "Not compared, since no two settings differ in it alone: struct rsst and refill.",
-        "Not compared, since no two settings differ in it alone: criteria l1 and remain.",
+        "Not compared, since no two settings differ in one of them alone: struct, criteria."
+    ]
+    some = write_folder(
+        tmp_path / "u", *(({"struct": s, "lr": lr}, {}) for s, lr in (("rsst", 0.1), ("rsst", 0.2), ("refill", 0.3)))
+    )
+    assert not_compared(collect(some)) == [
+        "Not compared, since no two settings differ in one of them alone: struct, lr (0.1 and 0.3, 0.2 and 0.3)."
     ]
     assert not_compared(collect(write_sweep(tmp_path / "t"))) == []
 
@@ -327,6 +359,18 @@ def test_seeds_that_cells_share_are_compared_in_all_of_them(tmp_path):
     broken = [("refill", "l1", 3), ("refill", "remain", 0)]
     found = main_effects(collect(write_sweep(tmp_path / "s", (0, 1, 2, 3), broken)))[0]
     assert found.seeds == 2 and "without" not in found.where
+
+
+def test_unlike_runs_are_named_by_few_of_their_settings(tmp_path):
+    unlike = (
+        {"arch": f"/home/me/networks/{n}.py:Net", "pretrained": f"/data/{n}.pth", "lr": n, "epochs": n} for n in (1, 2)
+    )
+    command = {"command": ["main_imp_fillback.py", "--arch=a", "--pretrained=b", "--lr=1", "--epochs=1"]}
+    collection = collect(write_folder(tmp_path, *((settings, command) for settings in unlike)))
+    assert [g.title for g in collection.groups] == ["arch=1.py:Net", "arch=2.py:Net"]
+    assert groups_table(collection).rows[0][0] == "/home/me/networks/1.py:Net" and len(collection.axes) == 4, (
+        "tables have all of them"
+    )
 
 
 def test_a_number_is_the_same_word_however_it_is_written(tmp_path):
@@ -390,6 +434,11 @@ def test_failed_runs_are_in_the_table_of_runs(tmp_path):
     table = runs_table(collect(write_sweep(tmp_path / "s", broken=[("refill", "l1", 1)])))
     states = [row[table.head.index("state")] for row in table.rows]
     assert len(states) == 12 and states.count("finished") == 11 and "loss is <not> finite" in states
+
+
+def test_intervals_are_named_as_such(made):
+    (head, *_) = csv.reader((made / "tables" / "effects.csv").open())
+    assert head[3:6] == ["difference", "95% interval from", "95% interval to"]
 
 
 def test_tables_as_files(made):
@@ -478,6 +527,84 @@ def test_the_page_is_whole_and_needs_nothing_else(made):
         assert text.count(colour) <= 1, "figures take the page's colours"
 
 
+def drawn_accuracies(path, seeds=SEEDS):
+    """The first accuracy figure of a made-up sweep in which every network takes 10 ms, and repeats scatter to one side."""
+    return next(accuracy_figures(collect(write_sweep(path, seeds)), "a", "ms", lambda *_: MeasuredTime(10, 9, 14)))
+
+
+def test_nothing_that_is_drawn_lies_outside_the_axes(tmp_path):
+    (axes,) = drawn_accuracies(tmp_path / "s").figure.axes
+    low, high = axes.get_ylim()
+    ys = [y for line in axes.lines for y in line.get_ydata()]
+    bands = [p.get_paths()[0].get_extents() for p in axes.collections if p.__class__.__name__.startswith("Fill")]
+    assert len(bands) == 2, "of three seeds a band is the standard deviation"
+    assert low < min(*ys, *(band.y0 for band in bands)) and max(*ys, *(band.y1 for band in bands)) < high
+    soft = statistics.fmean(accuracy("rsst", "l1", s, 1) + 0.5 for s in SEEDS)
+    assert soft in [pytest.approx(y) for y in ys], "rings, too"
+
+
+def test_two_seeds_have_no_band(tmp_path):
+    (axes,) = drawn_accuracies(tmp_path / "s", (0, 1)).figure.axes
+    assert not [p for p in axes.collections if p.__class__.__name__.startswith("Fill")]
+    ends = [accuracy("rsst", "l1", s, 2) for s in (0, 1)]
+    bars = [sorted(segment[:, 1]) for lines in axes.collections for segment in getattr(lines, "get_segments", list)()]
+    assert sorted(ends) in [pytest.approx(bar) for bar in bars]
+
+
+def test_bars_of_times_reach_as_far_both_ways(tmp_path):
+    (axes,) = drawn_accuracies(tmp_path / "s").figure.axes
+    ends = {tuple(segment[:, 0]) for c in axes.containers for lines in c.lines[2] for segment in lines.get_segments()}
+    assert ends == {(6.0, 14.0)}
+
+
+def test_dashes_can_be_told_apart_in_the_legend(tmp_path):
+    (legend,) = drawn_accuracies(tmp_path / "s").figure.legends
+    assert legend.numpoints == 2 and legend.handlelength > 4, "markers at the ends, dashes between"
+
+
+def test_each_setting_has_a_name_in_the_figure_of_costs(tmp_path):
+    (axes,) = cost_figure(collect(write_sweep(tmp_path / "s"))).figure.axes
+    names = axes.get_legend_handles_labels()[1]
+    assert names == [f"struct={s} criteria={c}" for s in ("rsst", "refill") for c in ("l1", "remain")]
+    assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == 4
+
+
+def test_epochs_are_whole_and_equal_dots_stand_side_by_side(tmp_path):
+    strength, left = penalty_figures(collect(write_sweep(tmp_path / "s")))
+    assert strength.name == "lambda" and all(t == int(t) for t in strength.figure.axes[0].get_xticks())
+    one, other = (line.get_xdata() for line in left.figure.axes[0].lines[:2])
+    assert other[0] - one[0] == pytest.approx(0.2) and (one[0] + other[0]) / 2 == pytest.approx(1)
+
+
+@pytest.mark.usefixtures("without_png")
+def test_nothing_is_drawn_of_doomed_weights_if_none_are_left(tmp_path):
+    path = write_sweep(tmp_path / "s")
+    for file in path.glob("runs/*/summary.csv"):
+        file.write_text(file.read_text().replace(",0.02,", ",0.0,", 1).replace(",0.02,", ",0.00001,"))
+    assert [drawn.name for drawn in penalty_figures(collect(path))] == ["lambda"]
+    assert report.main([str(path), "--latency", "false"]) == 0
+    assert "Less than 0.01% of their norm was left after any round" in (path / "report" / "index.html").read_text()
+
+
+def test_colours_of_kept_units_have_a_key(tmp_path):
+    group = collect(write_sweep(tmp_path / "s")).groups[0]
+    key = kept_figure(group, "0").figure.axes[-1]
+    assert [t.get_text() for t in key.get_xticklabels()] == ["0%", "50%", "100%"]
+    assert key.get_xlabel() == "share of the dense network's units"
+
+
+def test_short_names_tell_settings_apart():
+    nets = [{"arch": f"/home/me/net.py:{n}", "lr": lr, "epochs": 2} for n, lr in (("A", 1), ("A", 2), ("B", 2))]
+    assert short_names(nets) == ["arch=net.py:A lr=1", "arch=net.py:A lr=2", "arch=net.py:B lr=2"]
+    assert short_names([{"arch": "/a/net.py:A"}, {"arch": "/b/net.py:A"}]) == ["arch=/a/net.py:A", "arch=/b/net.py:A"]
+    assert short_names([{"struct": "rsst", "x": 1}, {"struct": "rsst", "x": 2}, {"struct": "refill"}]) == [
+        "struct=rsst x=1",
+        "struct=rsst x=2",
+        "struct=refill",
+    ]
+    assert short_names([{}]) == [""] and short_names([]) == []
+
+
 def test_methods_share_a_panel_and_rates_a_colour():
     roles = roles_of(["struct", "criteria", "rate"])
     assert (roles.colour, roles.panel, roles.dash) == (["struct"], ["criteria"], ["rate"])
@@ -509,6 +636,108 @@ def test_seeds_of_one_setting(tmp_path):
     drawn = {s: sorted((tmp_path / "report" / "figures").glob(f"*.{s}")) for s in ("svg", "png")}
     assert drawn["png"] and [p.stem for p in drawn["png"]] == [p.stem for p in drawn["svg"]]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in drawn["png"])
+
+
+@pytest.mark.usefixtures("without_png")
+def test_several_folders_are_compared(tmp_path, monkeypatch, capsys):
+    for name, struct in (("one", "rsst"), ("other", "refill"), ("third", "imp")):
+        write_run(tmp_path / name, struct, "l1", 0)
+    monkeypatch.chdir(tmp_path)
+    assert report.main(["one", "other", "--latency", "false"]) == 0
+    page = tmp_path / capsys.readouterr().out.strip()
+    assert re.fullmatch(r"report_output_[0-9a-f]{8}", page.parent.name)
+    text = page.read_text()
+    assert (
+        "<title>one, other</title>" in text and "between struct=rsst and struct=refill" in text and "=imp" not in text
+    )
+    assert report.main(["other", str(tmp_path / "one"), "--latency", "false"]) == 0
+    assert tmp_path / capsys.readouterr().out.strip() == page, "the same folders in another order"
+    assert report.main(["one", "one/", "--latency", "false"]) == 0
+    assert capsys.readouterr().out.strip() == "one/report/index.html"
+    assert report.main(["one", "nowhere"]) == 3
+    assert "nowhere holds neither a run nor a sweep" in capsys.readouterr().err
+
+
+def test_sweeps_and_runs_are_put_together_each_run_once(tmp_path):
+    sweep = write_sweep(tmp_path / "s", broken=[("refill", "l1", 1)])
+    write_run(tmp_path / "more" / "rsst_l1_0", "imp", "l1", 0)
+    collection = collect(sweep, sweep / "runs" / "rsst_l1_0", tmp_path / "more")
+    assert len(collection.runs) == 13 and sorted(collection.axes) == ["criteria", "struct"]
+    names = {run.name for run in collection.runs}
+    assert len(names) == 13 and {"s/runs/rsst_l1_0", "more/rsst_l1_0"} < names
+    assert {run.reason for run in collection.runs} == {"", "loss is <not> finite"}
+
+
+def test_a_folder_without_runs_is_refused_before_anything_slow_is_imported(tmp_path):
+    code = (
+        "import sys\nfor name in ('torch', 'matplotlib', 'scipy', 'jinja2'):\n    sys.modules[name] = None\n"
+        "from structured_tickets.programs.report import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 3 and ended.stderr == f"error: {tmp_path} holds neither a run nor a sweep\n"
+
+
+def test_runs_that_lie_deeper_are_named(tmp_path, capsys):
+    write_sweep(tmp_path / "s", (0,))
+    assert report.main([str(tmp_path)]) == 3
+    inner = [str(tmp_path / "s" / "runs" / f"{s}_{c}_0") for s in ("refill", "rsst") for c in ("l1", "remain")]
+    said = f"error: {tmp_path} holds neither a run nor a sweep. Its runs: {', '.join(inner[:3])} and 1 more\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.usefixtures("without_png")
+def test_pictures_that_are_no_more_made_are_removed_and_those_of_others_kept(tmp_path):
+    write_run(tmp_path / "one", "rsst", "l1", 0)
+    folder = tmp_path / "one" / "report"
+    (folder / "figures").mkdir(parents=True)
+    (folder / "tables").mkdir()
+    old = [folder / "figures" / n for n in ("accuracy_latency.svg", "kept_7.png")] + [folder / "tables" / "effects.tex"]
+    own = [folder / "figures" / n for n in ("cost_mine.svg", "kept_7.pdf", "notes.txt")] + [folder / "cost.png"]
+    link = folder / "figures" / "kept_8.png"
+    link.symlink_to(own[0])
+    for file in (*old, *own):
+        file.touch()
+    assert report.main([str(tmp_path / "one"), "--latency", "false"]) == 0
+    assert not any(file.exists() for file in old) and all(file.exists() for file in (*own, link))
+
+
+def test_all_that_a_report_writes_would_be_removed(made):
+    written = [p.name for p in (made / "figures").iterdir()], [p.name for p in (made / "tables").iterdir()]
+    for names, pattern in zip(written, (FIGURE_FILES, TABLE_FILES), strict=True):
+        assert names and all(pattern.fullmatch(name) for name in names)
+
+
+def test_each_network_of_a_user_is_meant_by_one_arch():
+    one, other = "/old/net.py:Net", "/old/vit.py:Vit"
+    assert latency.confirmed(["res20s", one, other], []) == {}
+    assert latency.confirmed([one, other, one], [one]) == {one: one}
+    assert latency.confirmed([one, other], ["/new/net.py:Net", other]) == {one: "/new/net.py:Net", other: other}
+    assert latency.confirmed([one], ["/new/renamed.py:Net"]) == {one: "/new/renamed.py:Net"}
+    assert latency.confirmed([one, other], ["/new/renamed.py:Net"]) == {}, "it could be either"
+    assert latency.confirmed(["/a/net.py:Net", "/b/net.py:Net"], ["/b/net.py:Net"]) == {
+        "/b/net.py:Net": "/b/net.py:Net"
+    }
+
+
+@pytest.mark.usefixtures("without_png")
+def test_networks_of_a_user_are_named_once_each_and_not_run(tmp_path, capsys):
+    for k, (name, seed) in enumerate((n, s) for n in ("a", "b") for s in (0, 1)):
+        args = write_run(tmp_path / str(k), "rsst", "l1", seed)
+        (tmp_path / str(k) / "args.yaml").write_text(json.dumps({**args, "arch": f"{tmp_path}/{name}.py:Net"}))
+        for state in range(3):
+            (tmp_path / str(k) / f"{state}checkpoint.pth.tar").touch()
+    assert report.main([str(tmp_path)]) == 0
+    said = "warning: no latency of a network from your file, whose code would be run. Confirm with --arch"
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert warnings == [f"{said} {tmp_path}/{name}.py:Net" for name in ("a", "b")]
+    (tmp_path / "a.py").touch()
+    assert report.main([str(tmp_path), "--arch", f"{tmp_path}/a.py:Net"]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1 + 3 and warnings[0].endswith("b.py:Net"), (
+        "files that hold no checkpoint are another matter"
+    )
 
 
 @pytest.mark.parametrize(
@@ -547,7 +776,7 @@ def test_a_real_run_is_read_as_it_was_written_and_measured_once(tmp_path, monkey
     assert rows == saved
     measured = []
     real = latency._measure
-    monkeypatch.setattr(latency, "_measure", lambda places, arch: measured.append(len(places)) or real(places, arch))
+    monkeypatch.setattr(latency, "_measure", lambda places, archs: measured.append(len(places)) or real(places, archs))
     for _ in range(2):
         assert report.main([str(tmp_path)]) == 0
     shapes = {latency._shape(r, k) for r in collect(tmp_path).runs for k in range(2)}
@@ -558,7 +787,7 @@ def test_a_real_run_is_read_as_it_was_written_and_measured_once(tmp_path, monkey
     page = (tmp_path / "report" / "index.html").read_text()
     section = re.search(r'<h2 id="curves">(.*?)<h2 ', page, re.DOTALL)
     assert section and section[1].count("<figure>") == 3, "one curve each: side by side"
-    assert "repeats scatter" in section[1] or "Bars hold the middle half" in section[1]
+    assert "repeats scatter" in section[1] or "Horizontal bars hold the middle half" in section[1]
 
 
 @pytest.mark.usefixtures("without_png")
