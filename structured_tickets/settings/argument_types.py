@@ -144,7 +144,7 @@ def word_list(text: str) -> tuple[str, ...]:
 
 def architecture(text: str) -> str:
     try:
-        return parse_arch(text)
+        return parse_arch(path_text(text) if text else text)  # it may be a file, and is a part of a folder's name
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -15,6 +15,7 @@ from structured_tickets.settings.flag_table import FLAGS, LAMBDA_FOLLOWS, PENALT
 from structured_tickets.training.penalty.schedules import SCHEDULES
 
 LONGEST_NAME = 32  # characters of --exp_name in a folder's name; the hash tells the rest
+LONGEST_ARCH = 150  # of --arch; file systems take 255 in all
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def _penalty_in_a_name(args: argparse.Namespace) -> dict[str, str]:
 
 def _short(arch: str) -> str:
     """A network's name without the folders of its file, fit for a file name."""
-    return _fit(Path(arch).name if ":" in arch else arch)
+    return _fit(Path(arch).name if ":" in arch else arch)[:LONGEST_ARCH]
 
 
 def _fit(text: str) -> str:

@@ -149,3 +149,11 @@ def test_a_penalty_that_was_too_weak_says_so_at_its_last_step(decoupled, recwarn
     said = [str(w.message) for w in recwarn.list]
     assert len(said) == (penalty.squeeze > 0.05) == (not decoupled)
     assert not said or re.match(r"\d+% of the doomed weights are left after 40 steps\. Removing them now", said[0])
+
+
+@pytest.mark.parametrize("arch", ["a" * 300, f"{'a' * 300}.py:net", f"timm/{'a' * 240}", f"hf/{'a' * 240}", ""])
+def test_a_name_that_no_file_can_have_is_refused(arch, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("--dataset=micro_digits", f"--arch={arch}") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: argument --arch: ") and "Errno" not in said and not list(tmp_path.iterdir())
