@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
 from structured_tickets.base.atomic_files import lock
 from structured_tickets.base.errors import DataError
-from structured_tickets.base.text_tables import few
+from structured_tickets.base.text_tables import few, some_of
 from structured_tickets.base.untrusted_text import check, is_mapping, is_number, is_words, parse_json
 from structured_tickets.reports.runs import Collection, Group, Limits, Run, in_words, short_names, worded
-from structured_tickets.runs.read import is_run, read_environment, read_metrics, read_result, read_rounds, read_settings
+from structured_tickets.runs.read import (
+    is_run,
+    read_environment,
+    read_metrics,
+    read_result,
+    read_rounds,
+    read_settings,
+    run_folders,
+    runs_within,
+)
 from structured_tickets.settings.flag_table import scope_of
 
 # What may differ though the settings agree -> the hash of it that runs note, the settings, and what there is to say.
@@ -23,56 +33,104 @@ CONTENTS = (
 LONG_TITLE = 60  # characters; longer titles are of unlike runs, which fewer flags tell apart
 
 
-def collect(path: Path) -> Collection:
-    """The runs at `path`.
+@dataclass(frozen=True)
+class Place:
+    """A folder in which a run has begun, with what a sweep says of it.
+
+    Attributes:
+        wanted: How many rounds the run should have; None: as many as its settings say.
+        reason: Why it is not finished; empty if the sweep gives no reason.
+    """
+
+    folder: Path
+    wanted: int | None = None
+    reason: str = ""
+
+
+def collect(*paths: Path) -> Collection:
+    """The runs at `paths`; those of several are compared as if they lay in one folder.
 
     Raises:
-        DataError: It holds no run, or none that has finished a round.
+        DataError: One of them holds no run, or no run has finished a round.
     """
-    if (path / "sweep.json").is_file():
-        found = _sweep(path)
-    elif is_run(path):
-        run = _run(path, {})
-        command = run.environment.get("command", [])
-        found = _collection(path, ["seed"], [run], [], command)
-    elif path.is_dir() and (folders := [p for p in sorted(path.iterdir()) if is_run(p)]):
-        found = _folder(path, folders)
-    else:
-        raise DataError(f"{path} holds neither a run nor a sweep")
+    found = _at(paths[0]) if len({path.resolve() for path in paths}) == 1 else _together(paths)
     if not found.groups:
-        raise DataError(f"no run in {path} has finished a round")
+        raise DataError(f"no run in {' or '.join(map(str, paths))} has finished a round")
     return found
 
 
-def _sweep(path: Path) -> Collection:
+def _at(path: Path) -> Collection:
+    if (path / "sweep.json").is_file():
+        return _sweep(path)
+    if is_run(path):
+        run = _run(Place(path), {})
+        return _collection(path, ["seed"], [run], [], run.environment.get("command", []))
+    return _folder(path, _places(path))
+
+
+def _together(paths: Sequence[Path]) -> Collection:
+    """The runs of several folders, each once, by names that differ."""
+    places = {place.folder.resolve(): place for path in paths for place in _places(path)}
+    common = Path(os.path.commonpath(places))
+    names = {folder: folder.name for folder in places}
+    if len(set(names.values())) < len(names):
+        names = {folder: str(folder.relative_to(common)) for folder in places}
+    found = _folder(common, [replace(place, folder=folder) for folder, place in places.items()], names)
+    return replace(found, title=some_of([path.resolve().name for path in paths]))
+
+
+def _places(path: Path) -> list[Place]:
+    """The runs in a folder, which may be a run's own.
+
+    Raises:
+        DataError: There are none.
+    """
+    if (path / "sweep.json").is_file():
+        record, reasons = _record(path)
+        jobs = [job for job in record["jobs"] if not job["dense"] and is_run(path / job["folder"])]
+        found = [Place(path / job["folder"], job["rounds"], reasons.get(job["name"], "")) for job in jobs]
+    else:
+        found = [Place(folder) for folder in ([path] if is_run(path) else run_folders(path))]
+    if not found:
+        raise DataError(f"{path} holds neither a run nor a sweep{runs_within(path)}")
+    return found
+
+
+def _record(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what a sweep has written down, and job -> why it is not finished."""
     record, ends = _json(path / "sweep.json", _check_record), _json(path / "outcomes.json", _check_ends)
+    return record, {name: end.get("reason", "") for name, end in ends.items() if end.get("status") != 0}
+
+
+def _sweep(path: Path) -> Collection:
+    record, reasons = _record(path)
     runs: list[Run] = []
     dense: list[Run] = []
     for job in record["jobs"]:
-        end = ends.get(job["name"], {})
-        reason = end.get("reason", "") if end.get("status") != 0 else ""
-        run = _run(path / job["folder"], job["settings"], job["rounds"], reason)
+        run = _run(Place(path / job["folder"], job["rounds"], reasons.get(job["name"], "")), job["settings"])
         (dense if job["dense"] else runs).append(run)
     axes = [a for a in record["axes"] if len({worded(r.settings.get(a)) for r in runs}) > 1]
     limits = Limits(**record["limits"]) if record.get("limits") else None
     return _collection(path, axes, runs, dense, record["command"], limits)
 
 
-def _folder(path: Path, folders: Sequence[Path]) -> Collection:
+def _folder(path: Path, places: Sequence[Place], names: Mapping[Path, str] | None = None) -> Collection:
     """Runs that no sweep has made: what differs is read from their settings.
 
     A setting that no command names, and that only follows others by its default, is no axis of its own.
     """
-    every = {folder: read_settings(folder) for folder in folders}
+    every = {place: read_settings(place.folder) for place in places}
     keys = dict.fromkeys(key for args in every.values() for key in args if scope_of(key).compared)
-    commands = [read_environment(folder).get("command", []) for folder in folders]
+    commands = [read_environment(place.folder).get("command", []) for place in places]
     named = {word.removeprefix("--").split("=")[0].replace("-", "_") for words in commands for word in words}
     differing = [k for k in keys if k != "seed" and len({worded(args.get(k)) for args in every.values()}) > 1]
     axes = [k for k in differing if k in named]
     for key in differing:
         if key not in axes and not _follows(key, axes, every.values()):
             axes.append(key)
-    runs = [_run(folder, {k: args.get(k) for k in axes}) for folder, args in every.items()]
+    runs = [_run(place, {k: args.get(k) for k in axes}) for place, args in every.items()]
+    if names:
+        runs = [replace(run, name=names[run.folder]) for run in runs]
     return _collection(path, axes, runs, [], [])
 
 
@@ -189,9 +247,10 @@ def _check_ends(found: Any) -> None:
     check(fine, "a reason for each job")
 
 
-def _run(folder: Path, settings: dict[str, Any], wanted: int | None = None, reason: str = "") -> Run:
+def _run(place: Place, settings: dict[str, Any]) -> Run:
+    folder, reason = place.folder, place.reason
     args, result = read_settings(folder), read_result(folder)
-    wanted = wanted or int(args.get("pruning_times", 1))
+    wanted = place.wanted or int(args.get("pruning_times", 1))
     history, rounds = read_metrics(folder), read_rounds(folder)[:wanted]  # it may have gone on, for another sweep
     if not reason and result.get("rounds", 0) < wanted:
         reason = _unfinished(folder) if args else "not begun"

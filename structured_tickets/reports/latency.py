@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 from structured_tickets.base.atomic_files import write_atomically
 from structured_tickets.base.errors import DataError, RunError
 from structured_tickets.base.measured_time import MeasuredTime
-from structured_tickets.base.text_tables import counted
+from structured_tickets.base.text_tables import counted, few
 from structured_tickets.base.untrusted_text import is_mapping, is_number, parse_json
+from structured_tickets.networks import runs_a_file
 from structured_tickets.reports.runs import Collection, Run
 
 log = logging.getLogger("rsst")
@@ -23,14 +25,14 @@ REPEATS = 9
 CACHE = "latency.json"
 
 
-def measured(collection: Collection, folder: Path, arch: str | None = None) -> dict[tuple[str, int], MeasuredTime]:
+def measured(collection: Collection, folder: Path, archs: Sequence[str] = ()) -> dict[tuple[str, int], MeasuredTime]:
     """(run, round) -> milliseconds of a forward pass of `BATCH` images in float32.
 
     Networks with the same units in each layer are measured once. What was measured is kept in `folder`; with other
     versions, another processor or number of threads all is measured anew.
 
     Args:
-        arch: The network, `file.py:factory`, of runs whose network comes from a user's file.
+        archs: The networks, `file.py:factory`, of runs whose network comes from a user's file; no other file is run.
     """
     import torch
 
@@ -42,7 +44,7 @@ def measured(collection: Collection, folder: Path, arch: str | None = None) -> d
     missing = {shape: place for shape, place in wanted.items() if shape not in known}
     if missing:
         log.info("measuring the latency of %s", counted(len(missing), "network"))
-        known |= _measure(missing, arch)
+        known |= _measure(missing, archs)
         kept = {"where": here, "milliseconds": {shape: astuple(time) for shape, time in known.items()}}
         write_atomically(json.dumps(kept, indent=1) + "\n", folder / CACHE)
     places = (
@@ -80,7 +82,21 @@ def _shape(run: Run, state: int) -> str:
     return json.dumps([arch, code, dataset, size, list(kept.values())])
 
 
-def _measure(places: dict[str, tuple[Run, int]], arch: str | None) -> dict[str, MeasuredTime]:
+def confirmed(named: Iterable[str], archs: Sequence[str]) -> dict[str, str]:
+    """Return network that runs have noted -> the `--arch` by which the user means it; others are left out.
+
+    It is the same, or one of the same name in another folder, or the only one that is left for the only one.
+    """
+    own = list(dict.fromkeys(name for name in named if runs_a_file(name)))
+    found = {name: name for name in own if name in archs}
+    for name in (n for n in own if n not in found):
+        alike = [a for a in archs if a not in own and a.rpartition("/")[2] == name.rpartition("/")[2]]
+        found |= {name: alike[0]} if alike else {}
+    left, free = [n for n in own if n not in found], [a for a in archs if a not in found.values()]
+    return found | ({left[0]: free[0]} if len(left) == len(free) == 1 else {})
+
+
+def _measure(places: dict[str, tuple[Run, int]], archs: Sequence[str]) -> dict[str, MeasuredTime]:
     """Milliseconds of each network. All are measured in turns, so that a busy moment slows down every one."""
     from structured_tickets.export.latency import latencies
     from structured_tickets.export.ticket import read_ticket
@@ -92,14 +108,25 @@ def _measure(places: dict[str, tuple[Run, int]], arch: str | None) -> dict[str, 
     there = {shape: (r, k) for shape, (r, k) in places.items() if RunFolder(r.folder).checkpoint(k).is_file()}
     if gone := len(places) - len(there):
         log.warning("no latency of %s, whose checkpoints are not kept", counted(gone, "network"))
+    named = [run.args.get("arch", "") for run, _ in there.values()]
+    known = confirmed(named, archs)
+    for arch in dict.fromkeys(name for name in named if runs_a_file(name) and name not in known):
+        log.warning("no latency of a network from your file, whose code would be run. Confirm with --arch %s", arch)
+    failed: dict[tuple[str, str], list[str]] = {}
     for shape, (run, state) in there.items():
+        arch = run.args.get("arch", "")
+        if runs_a_file(arch) and arch not in known:
+            continue
         try:
-            ticket = read_ticket(run.folder, state, arch=arch)
+            ticket = read_ticket(run.folder, state, arch=known.get(arch))
         except (DataError, RunError) as error:
-            log.warning("no latency of %s, round %d: %s", run.name, state, error)
+            failed.setdefault((run.name, str(error)), []).append(str(state))
             continue
         small = shrink(ticket.masked, ticket.structure).network.eval()
         networks[shape] = channels_side_by_side(small), ticket.run.args["image_size"]
+    for (name, reason), states in failed.items():
+        rounds = f"round{'s' * (len(states) > 1)} {few(states)}"
+        log.warning("no latency of %s, %s: %s", name, rounds, reason)
     found: dict[str, MeasuredTime] = {}
     for size in {size for _, size in networks.values()}:
         alike = {shape: network for shape, (network, side) in networks.items() if side == size}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,10 @@ TITLES = {
 }
 
 
+FIGURE_FILES = re.compile(
+    r"(accuracy_(density|macs|latency)(_\d+)?|lambda|squeeze|cost|(kept|training)_\d+)\.(svg|png)"
+)
+TABLE_FILES = re.compile(r"(summary|runs|rounds|effects|pairs|against_dense)\.(csv|md|tex)")
 CURVES = ("density", "macs", "latency")
 LINES = (
     "Lines are means over seeds, dots single seeds. Bands are standard deviations where every round has three seeds; "
@@ -183,9 +188,20 @@ def write(report: Report, out: Path) -> Path:
     for table in report.tables.values():
         for suffix, text in (("csv", table.csv()), ("md", table.markdown()), ("tex", table.latex())):
             write_atomically(text, out / "tables" / f"{table.name}.{suffix}")
+    _remove_old(out / "figures", FIGURE_FILES, {f"{name}.{suffix}" for name in inline for suffix in ("svg", "png")})
+    _remove_old(
+        out / "tables", TABLE_FILES, {f"{t}.{suffix}" for t in report.tables for suffix in ("csv", "md", "tex")}
+    )
     page = out / "index.html"
     write_atomically(_render(report, inline), page)
     return page
+
+
+def _remove_old(folder: Path, own: re.Pattern[str], written: set[str]) -> None:
+    """Remove what an earlier report has written and this one has not; files of other names are not a report's."""
+    for path in folder.iterdir():
+        if own.fullmatch(path.name) and path.name not in written and path.is_file() and not path.is_symlink():
+            path.unlink()
 
 
 def _all_figures(report: Report) -> list[Drawn]:

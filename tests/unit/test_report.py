@@ -35,6 +35,7 @@ from structured_tickets.reports.comparisons import (
     with_test,
 )
 from structured_tickets.reports.figures import accuracy_figures, cost_figure, kept_figure, penalty_figures, roles_of
+from structured_tickets.reports.page import FIGURE_FILES, TABLE_FILES
 from structured_tickets.reports.runs import short_names, worded
 from structured_tickets.reports.sentences import weak_penalties
 from structured_tickets.reports.sweep_tables import Table, groups_table, runs_table, spread
@@ -635,6 +636,97 @@ def test_seeds_of_one_setting(tmp_path):
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in drawn["png"])
 
 
+@pytest.mark.usefixtures("without_png")
+def test_several_folders_are_compared(tmp_path, monkeypatch, capsys):
+    for name, struct in (("one", "rsst"), ("other", "refill"), ("third", "imp")):
+        write_run(tmp_path / name, struct, "l1", 0)
+    monkeypatch.chdir(tmp_path)
+    assert report.main(["one", "other", "--latency", "false"]) == 0
+    page = tmp_path / capsys.readouterr().out.strip()
+    assert re.fullmatch(r"report_output_[0-9a-f]{8}", page.parent.name)
+    text = page.read_text()
+    assert (
+        "<title>one, other</title>" in text and "between struct=rsst and struct=refill" in text and "=imp" not in text
+    )
+    assert report.main(["other", str(tmp_path / "one"), "--latency", "false"]) == 0
+    assert tmp_path / capsys.readouterr().out.strip() == page, "the same folders in another order"
+    assert report.main(["one", "one/", "--latency", "false"]) == 0
+    assert capsys.readouterr().out.strip() == "one/report/index.html"
+    assert report.main(["one", "nowhere"]) == 3
+    assert "nowhere holds neither a run nor a sweep" in capsys.readouterr().err
+
+
+def test_sweeps_and_runs_are_put_together_each_run_once(tmp_path):
+    sweep = write_sweep(tmp_path / "s", broken=[("refill", "l1", 1)])
+    write_run(tmp_path / "more" / "rsst_l1_0", "imp", "l1", 0)
+    collection = collect(sweep, sweep / "runs" / "rsst_l1_0", tmp_path / "more")
+    assert len(collection.runs) == 13 and sorted(collection.axes) == ["criteria", "struct"]
+    names = {run.name for run in collection.runs}
+    assert len(names) == 13 and {"s/runs/rsst_l1_0", "more/rsst_l1_0"} < names
+    assert {run.reason for run in collection.runs} == {"", "loss is <not> finite"}
+
+
+def test_runs_that_lie_deeper_are_named(tmp_path, capsys):
+    write_sweep(tmp_path / "s", (0,))
+    assert report.main([str(tmp_path)]) == 3
+    inner = [str(tmp_path / "s" / "runs" / f"{s}_{c}_0") for s in ("refill", "rsst") for c in ("l1", "remain")]
+    said = f"error: {tmp_path} holds neither a run nor a sweep. Its runs: {', '.join(inner[:3])} and 1 more\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.usefixtures("without_png")
+def test_pictures_that_are_no_more_made_are_removed_and_those_of_others_kept(tmp_path):
+    write_run(tmp_path / "one", "rsst", "l1", 0)
+    folder = tmp_path / "one" / "report"
+    (folder / "figures").mkdir(parents=True)
+    (folder / "tables").mkdir()
+    old = [folder / "figures" / n for n in ("accuracy_latency.svg", "kept_7.png")] + [folder / "tables" / "effects.tex"]
+    own = [folder / "figures" / n for n in ("cost_mine.svg", "kept_7.pdf", "notes.txt")] + [folder / "cost.png"]
+    link = folder / "figures" / "kept_8.png"
+    link.symlink_to(own[0])
+    for file in (*old, *own):
+        file.touch()
+    assert report.main([str(tmp_path / "one"), "--latency", "false"]) == 0
+    assert not any(file.exists() for file in old) and all(file.exists() for file in (*own, link))
+
+
+def test_all_that_a_report_writes_would_be_removed(made):
+    written = [p.name for p in (made / "figures").iterdir()], [p.name for p in (made / "tables").iterdir()]
+    for names, pattern in zip(written, (FIGURE_FILES, TABLE_FILES), strict=True):
+        assert names and all(pattern.fullmatch(name) for name in names)
+
+
+def test_each_network_of_a_user_is_meant_by_one_arch():
+    one, other = "/old/net.py:Net", "/old/vit.py:Vit"
+    assert latency.confirmed(["res20s", one, other], []) == {}
+    assert latency.confirmed([one, other, one], [one]) == {one: one}
+    assert latency.confirmed([one, other], ["/new/net.py:Net", other]) == {one: "/new/net.py:Net", other: other}
+    assert latency.confirmed([one], ["/new/renamed.py:Net"]) == {one: "/new/renamed.py:Net"}
+    assert latency.confirmed([one, other], ["/new/renamed.py:Net"]) == {}, "it could be either"
+    assert latency.confirmed(["/a/net.py:Net", "/b/net.py:Net"], ["/b/net.py:Net"]) == {
+        "/b/net.py:Net": "/b/net.py:Net"
+    }
+
+
+@pytest.mark.usefixtures("without_png")
+def test_networks_of_a_user_are_named_once_each_and_not_run(tmp_path, capsys):
+    for k, (name, seed) in enumerate((n, s) for n in ("a", "b") for s in (0, 1)):
+        args = write_run(tmp_path / str(k), "rsst", "l1", seed)
+        (tmp_path / str(k) / "args.yaml").write_text(json.dumps({**args, "arch": f"{tmp_path}/{name}.py:Net"}))
+        for state in range(3):
+            (tmp_path / str(k) / f"{state}checkpoint.pth.tar").touch()
+    assert report.main([str(tmp_path)]) == 0
+    said = "warning: no latency of a network from your file, whose code would be run. Confirm with --arch"
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert warnings == [f"{said} {tmp_path}/{name}.py:Net" for name in ("a", "b")]
+    (tmp_path / "a.py").touch()
+    assert report.main([str(tmp_path), "--arch", f"{tmp_path}/a.py:Net"]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1 + 3 and warnings[0].endswith("b.py:Net"), (
+        "files that hold no checkpoint are another matter"
+    )
+
+
 @pytest.mark.parametrize(
     "file, content, said",
     [
@@ -671,7 +763,7 @@ def test_a_real_run_is_read_as_it_was_written_and_measured_once(tmp_path, monkey
     assert rows == saved
     measured = []
     real = latency._measure
-    monkeypatch.setattr(latency, "_measure", lambda places, arch: measured.append(len(places)) or real(places, arch))
+    monkeypatch.setattr(latency, "_measure", lambda places, archs: measured.append(len(places)) or real(places, archs))
     for _ in range(2):
         assert report.main([str(tmp_path)]) == 0
     shapes = {latency._shape(r, k) for r in collect(tmp_path).runs for k in range(2)}
