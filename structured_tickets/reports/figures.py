@@ -25,6 +25,7 @@ SIZE = (4.4, 3.3)
 FEW_ROUNDS = 8
 KEPT_STEPS = 20  # colours of the key of kept units; with more of them it would be an image, and not drawn
 MANY_SERIES = 8
+LEAST_SEEN = 1e-4  # of the norm of the doomed weights
 SEEDS_OF_A_BAND = 3
 BESIDE = 0.4  # rounds; the width of the dots of a round that stand side by side
 LONGEST_LINE = 56  # characters of a title
@@ -307,8 +308,9 @@ def penalty_figures(collection: Collection) -> Iterator[Drawn]:
 
 
 def doomed_left(collection: Collection) -> bool:
-    """Return whether anything was left of the doomed weights of a run."""
-    return any(row.get("squeeze_ratio") for group in collection.groups for run in group.runs for row in run.rounds)
+    """Return whether anything that can be seen was left of the doomed weights of a run."""
+    rows = [row for group in collection.groups for run in group.runs for row in run.rounds]
+    return any((row.get("squeeze_ratio") or 0.0) >= LEAST_SEEN for row in rows)
 
 
 def _whole_numbers(axes: Axes) -> None:
@@ -334,7 +336,7 @@ def _squeeze_figure(squeezing: Sequence[Group]) -> Drawn:
         axes.plot(xs, ys, color=colour, marker=marker, linestyle=dash, markersize=5, label=name or None, clip_on=False)
     axes.set_xlim(0.5, max(1, *(group.rounds - 1 for group in squeezing)) + 0.5)
     axes.axhline(SQUEEZE_GOAL, color=INK, linewidth=0.8, linestyle=":")
-    floor = min(0.01, max(1e-4, 10 ** math.floor(math.log10(smallest))))
+    floor = min(0.01, max(LEAST_SEEN, 10 ** math.floor(math.log10(smallest))))
     axes.set_yscale("symlog", linthresh=floor)
     ticks = [0.0, *(t for t in (1e-4, 1e-3, 0.01, 0.05, 0.2, 1.0) if t >= floor)]
     axes.set_yticks(ticks, [f"{t:g}" for t in ticks])

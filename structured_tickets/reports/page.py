@@ -22,7 +22,14 @@ from structured_tickets.reports.comparisons import (
     main_effects,
     not_compared,
 )
-from structured_tickets.reports.figures import Drawn, doomed_left, every_figure, kept_figure, training_figure
+from structured_tickets.reports.figures import (
+    LEAST_SEEN,
+    Drawn,
+    doomed_left,
+    every_figure,
+    kept_figure,
+    training_figure,
+)
 from structured_tickets.reports.runs import Collection, Run, judged, size_of
 from structured_tickets.reports.sentences import time_saved, weak_penalties
 from structured_tickets.reports.style import COLOURS, FAINT, INK, ON_DARK, as_png, as_svg, for_page, styled
@@ -103,7 +110,9 @@ def sections_of(report: Report) -> list[Section]:
     notes = {key: [title[2]] for key, title in TITLES.items()}
     notes["latency"] += [report.order_of_latencies] if report.order_of_latencies else []
     if report.figures.get("penalty") and not doomed_left(report.collection):
-        notes["penalty"].append("Nothing was left of them after any round, so there is no picture of that.")
+        notes["penalty"].append(
+            f"Less than {LEAST_SEEN:.2%} of their norm was left after any round, so there is no picture of that."
+        )
     curves = {key: report.figures[key] for key in CURVES if report.figures.get(key)}
     found = []
     if len(curves) > 1 and all(len(drawn) == 1 for drawn in curves.values()):
