@@ -18,10 +18,10 @@ def millions(number: float) -> str:
 def file_sizes(counts: Sequence[int]) -> list[str]:
     """Return the sizes of files to be compared, all in the largest unit in which different ones look different.
 
-    They are in MB if the smallest has at least one: 10.8 MB, 4.3 MB; else in kB: 284.3 kB.
+    They are in MB if the largest has at least one and the smallest a tenth: 1.1 MB, 0.5 MB; else in kB: 284.3 kB.
     """
     units = [("MB", 1e6, ".1f"), ("kB", 1e3, ".1f"), ("bytes", 1, ".0f")]
-    for unit, size, form in units if min(counts) >= 1e6 else units[1:]:
+    for unit, size, form in units if max(counts) >= 1e6 and min(counts) >= 1e5 else units[1:]:
         shown = [f"{count / size:,{form}} {unit}" for count in counts]
         if len(set(shown)) == len(set(counts)):
             break

@@ -190,6 +190,8 @@ def test_what_is_missing_is_said_before_torch_is_imported(runs, tmp_path):
 
 def test_sizes_of_files_are_told_apart():
     assert file_sizes([10_800_000, 10_800_000, 4_300_000]) == ["10.8 MB", "10.8 MB", "4.3 MB"]
+    assert file_sizes([1_100_000, 500_000]) == ["1.1 MB", "0.5 MB"]
+    assert file_sizes([10_800_000, 40_000]) == ["10,800.0 kB", "40.0 kB"]
     assert file_sizes([284_300, 251_100]) == ["284.3 kB", "251.1 kB"]
     assert file_sizes([10_800_000, 10_790_000]) == ["10,800.0 kB", "10,790.0 kB"]
     assert file_sizes([10_800_010, 10_800_020]) == ["10,800,010 bytes", "10,800,020 bytes"]
