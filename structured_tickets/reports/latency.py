@@ -13,7 +13,7 @@ from typing import Any
 from structured_tickets.base.atomic_files import write_atomically
 from structured_tickets.base.errors import DataError, RunError
 from structured_tickets.base.measured_time import MeasuredTime
-from structured_tickets.base.text_tables import counted
+from structured_tickets.base.text_tables import counted, few
 from structured_tickets.base.untrusted_text import is_mapping, is_number, parse_json
 from structured_tickets.networks import runs_a_file
 from structured_tickets.reports.runs import Collection, Run
@@ -125,7 +125,8 @@ def _measure(places: dict[str, tuple[Run, int]], archs: Sequence[str]) -> dict[s
         small = shrink(ticket.masked, ticket.structure).network.eval()
         networks[shape] = channels_side_by_side(small), ticket.run.args["image_size"]
     for (name, reason), states in failed.items():
-        log.warning("no latency of %s, round %s: %s", name, " and ".join(states), reason)
+        rounds = f"round{'s' * (len(states) > 1)} {few(states)}"
+        log.warning("no latency of %s, %s: %s", name, rounds, reason)
     found: dict[str, MeasuredTime] = {}
     for size in {size for _, size in networks.values()}:
         alike = {shape: network for shape, (network, side) in networks.items() if side == size}
