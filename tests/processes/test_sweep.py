@@ -224,7 +224,7 @@ def test_settings_become_words():
         (["--grid", "compact_training=true,false"], "compact_training cannot differ"),
         (["--grid", "rate"], "'rate' is not FLAG=VALUE"),
         (["--grid", "rate=0.1", "rate=0.2"], "rate is given twice"),
-        (["--grid", "rate=0.2,2"], "argument --rate: '2' is not a number in [0, 1) (in rate=2)"),
+        (["--grid", "rate=0.2,2"], "argument --rate: '2' is not a number in [0, 1), such as 0.3 for 30% (in rate=2)"),
         (["--grid", "struct=rsst,refil"], "did you mean refill?"),
         (["--grid", "conv1=maybe"], "conv1 is true or false"),
         (["--grid", "seed=0", "--save_dir", "x"], "argument --save_dir: not in a sweep"),

@@ -27,6 +27,7 @@ OTHERS = {
     "criteria": ({}, "saliency"),
     "criteria_batches": ({}, 3),
     "rank_weights": ({}, "initial"),
+    "refill_from": ({"prune_type": "lrr"}, "zero"),
     "fillback_rate": ({"struct": "refill"}, 0.5),
     "min_units": ({}, 5),
     "conv1": ({}, True),
