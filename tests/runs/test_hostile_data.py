@@ -394,7 +394,10 @@ REFUSED = {
     "one class": (without_dogs, "{}/train has only one class, cat. At least two are needed"),
     "one image": (one_image, "{}/train has only one class, cat"),
     "two images": (two_images, "not enough training images (2): a tenth of them is held out for validation"),
-    "no classes": (unsorted, "{}/train has no class folders; expected: train/<class>/<images> and test/<class>/<images>"),
+    "no classes": (
+        unsorted,
+        "{}/train has no class folders; expected: train/<class>/<images> and test/<class>/<images>",
+    ),
 }
 
 
