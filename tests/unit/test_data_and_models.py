@@ -140,6 +140,24 @@ def test_bfloat16_is_left_where_a_stride_meets_one_pixel(size, chosen, monkeypat
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+class ForTwo(nn.Module):
+    """Takes no single image, and counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.calls = nn.Conv2d(3, 4, 3, 2, 1), 0
+
+    def forward(self, images):
+        self.calls += 1
+        return self.conv(images).mean((2, 3)) / (1 / (len(images) - 1))
+
+
+def test_the_choice_of_a_precision_sees_two_images_and_leaves_the_network_as_it_was(monkeypatch):
+    monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: True)
+    model = ForTwo()
+    assert precision_of(model, "auto", torch.device("cpu"), 8) == (torch.bfloat16, None) and model.calls == 0
+
+
 def imagenet_vit(**changes):
     return timm.create_model("vit_small_patch16_224", num_classes=7, depth=12, **changes)
 
