@@ -15,7 +15,7 @@ from structured_tickets.runs.checkpoint_names import candidates
 from structured_tickets.runs.read import own_folder, read_result, read_rounds, read_settings
 from structured_tickets.runs.tables import rounds_table
 from structured_tickets.settings.flag_table import FLAGS
-from structured_tickets.settings.identity import identity_of, is_penalty_chosen, settings_of
+from structured_tickets.settings.identity import default_of, identity_of, is_penalty_chosen, settings_of
 from structured_tickets.training.penalty.expected import WAYS
 
 log = logging.getLogger("rsst")
@@ -75,10 +75,6 @@ def nothing_to_resume(folder: Path) -> UsageError:
     )
 
 
-def _default(key: str) -> Any:
-    return FLAGS[key].parsed_default if key in FLAGS else "its default"
-
-
 def check_same_settings(identity: Mapping[str, Any], saved_identity: Mapping[str, Any]) -> None:
     """Refuse to continue a run whose settings were others.
 
@@ -88,7 +84,8 @@ def check_same_settings(identity: Mapping[str, Any], saved_identity: Mapping[str
     known = list(FLAGS)  # in whose order a flag comes before those that follow from it
     keys = dict.fromkeys([*identity, *saved_identity])
     for key in sorted(keys, key=lambda k: known.index(k) if k in FLAGS else len(known)):
-        ours, theirs = (d.get(key, _default(key)) for d in (identity, saved_identity))
+        default = default_of(key)
+        ours, theirs = (d.get(key, "its default" if default is None else default) for d in (identity, saved_identity))
         if ours != theirs:
             way_out = "Choose another --save_dir" + AS_BEFORE.get((key, theirs), "")
             raise UsageError(f"argument --{key}: the run in this folder used {theirs}, not {ours}. {way_out}")

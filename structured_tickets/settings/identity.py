@@ -61,10 +61,11 @@ def identity_of(settings: dict[str, Any]) -> dict[str, Any]:
     """
     if settings.get("reg_horizon") == "documents" and not _has_literal_lambda(settings):
         settings = {**settings, "reg_horizon": "epoch"}  # the same thing under its older name
-    return {k: v for k, v in settings.items() if scope_of(k).run and v != _default_of(k)}
+    return {k: v for k, v in settings.items() if scope_of(k).run and v != default_of(k)}
 
 
-def _default_of(name: str) -> Any:
+def default_of(name: str) -> Any:
+    """Return the value of a flag that nobody gives, as JSON and YAML know it; None if there is no such flag."""
     return plain(FLAGS[name].parsed_default) if name in FLAGS else None
 
 
@@ -75,7 +76,7 @@ def identity_of_round_0(args: argparse.Namespace) -> dict[str, Any]:
     """
     settings = settings_of(args)
     if args.prune_type == "lrr":  # from round 1 on it differs from the default
-        settings["prune_type"] = _default_of("prune_type")
+        settings["prune_type"] = default_of("prune_type")
     return {k: v for k, v in identity_of(settings).items() if scope_of(k).round_0}
 
 
