@@ -10,6 +10,7 @@ from functools import partial
 
 from torch import nn
 
+from structured_tickets.base.distributed import ALONE
 from structured_tickets.base.text_tables import counted, duration, millions
 from structured_tickets.base.weights import cloned_state
 from structured_tickets.pruning.decide import decide
@@ -18,7 +19,7 @@ from structured_tickets.pruning.rules import RoundRules
 from structured_tickets.pruning.shares import kept_per_kind, shares
 from structured_tickets.runs.setup import Setup
 from structured_tickets.shrinking.cost import Cost, cost_of
-from structured_tickets.training.epoch import validate
+from structured_tickets.training.epoch import validate_together
 from structured_tickets.unit_groups.unit import UnitGroup, parameter_of
 
 TIMED_STEPS = 3
@@ -113,8 +114,8 @@ def _time(setup: Setup, step: Callable[[], None]) -> list[str]:
 
 def _seconds_to_judge(setup: Setup) -> float:
     """Estimate how long validation and test images take, by a batch of each."""
-    seconds = 0.0
+    seconds, common = 0.0, (setup.model, setup.criterion, ALONE, setup.precision)
     for loader in setup.loaders[1:]:
         batch = next(iter(loader.whole()))
-        seconds += seconds_per_step(partial(validate, [batch], setup.model, setup.criterion)) * len(loader)
+        seconds += seconds_per_step(partial(validate_together, [batch], *common)) * len(loader)
     return seconds
