@@ -125,16 +125,11 @@ def warnings_for(rules: RoundRules, model: nn.Module, groups: Sequence[UnitGroup
             "logits, and nothing is learned from the others"
         )
     if rules.method.regroups and not rules.structured:
-        does = "RSST", "prunes single weights by magnitude and penalises nothing"
-        does = (
-            does
-            if rules.method.squeezes
-            else ("Refill", "prunes single weights, which hardly makes the network smaller")
-        )
-        said.append(
-            f"{does[0]} without --vit_structured {does[1]}. Add --vit_structured --vit_prune_target both, or use "
-            "--struct imp"
-        )
+        if rules.method.squeezes:
+            does = "RSST without --vit_structured prunes single weights by magnitude and penalises nothing"
+        else:
+            does = "Refill without --vit_structured prunes single weights, which hardly makes the network smaller"
+        said.append(f"{does}. Add --vit_structured --vit_prune_target both, or use --struct imp")
     return said
 
 
