@@ -11,7 +11,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
-import torch_pruning as tp
 from torch import nn
 
 from structured_tickets.data.loader import BatchLoader
@@ -152,6 +151,8 @@ def memory_row(arch: str, gone: float, gpu: int) -> list[str]:
 
 def cut_by_torch_pruning(model: nn.Module, masks: Mask) -> nn.Module:
     """The same units removed by torch-pruning: inner channels over its dependency graph; heads and neurons by hand."""
+    import torch_pruning as tp  # noqa: PLC0415 (all else here runs without it)
+
     small: nn.Module = copy.deepcopy(model)
     groups = [g for g in unit_groups(model) if g.root.name in masks]
     if any(g.kind == "channel" for g in groups):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -27,10 +26,11 @@ from structured_tickets.base.weights import cloned_state, digest_of
 from structured_tickets.data.image_sets import ImageSet
 from structured_tickets.networks import MODELS
 from structured_tickets.runs.setup import choose_device, choose_kernels
+from structured_tickets.sweeps.mps import daemon_answers, own_daemon
 
 Row = dict[str, Any]
 
-PEAK = torch.bfloat16  # the type whose matrix products are the limit of a card
+PEAK = (torch.bfloat16, torch.float32)  # types of matrix products, the faster of which is the limit of a device
 GOALS = (  # loop, base, how many times as fast; at batch 128
     ("ours recorded", "plain", 4.0),
     ("ours recorded", "good engineer", 1.2),
@@ -128,7 +128,7 @@ def launches_and_idle(call: Callable[[], object], steps: int, device: torch.devi
 
 def step_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
     """A row for each loop; those of a network and a batch size are timed in turns on the same images."""
-    limit, rows = harness.matrix_limit(PEAK, device, args.limit_size), []
+    limit, rows = max(harness.matrix_limit(dtype, device, args.limit_size) for dtype in PEAK), []
     for arch in args.arch:
         for batch in args.batch_size:
             rows += _step_rows(arch, batch, limit, args, device)
@@ -266,27 +266,36 @@ def epoch_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
     return rows
 
 
-def mps_daemon() -> bool:
-    """Return whether a daemon of NVIDIA's multi-process service answers; none is ever started here."""
-    pipe = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
-    return (pipe / "control").exists()
-
-
 def sharing_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
-    """Several runs at once on one device, each a process: their images per second together, over those of one."""
+    """Several runs at once on one device, each a process: their images per second together, over those of one.
+
+    With `--mps`, those of several a second time, with a daemon of NVIDIA's multi-process service.
+    """
     rows: list[Row] = []
     for arch in args.arch:
-        alone = 0.0
-        for jobs in args.jobs:
-            rates = _together(arch, jobs, args, device)
-            if not rates:
-                rows.append({"model": arch, "runs": jobs, "remark": "a process has failed"})
-                continue
-            alone = alone or sum(rates) / jobs
-            row = {"model": arch, "batch": args.batch_size[0], "runs": jobs, "images/s": round(sum(rates))}
-            row |= {"times one": round(sum(rates) / alone, 2), "MPS": "yes" if mps_daemon() else "no"}
-            goal = f">= 3: {harness.verdict(sum(rates) / alone >= 3)}" if jobs == 8 and device.type == "cuda" else ""
-            rows.append(row | {"goal": goal})
+        rows += _sharing_rows(arch, args.jobs, args, device)
+        if args.mps:
+            with own_daemon():
+                alone = rows[-len(args.jobs)].get("images/s", 0.0)
+                rows += _sharing_rows(arch, [jobs for jobs in args.jobs if jobs > 1], args, device, alone)
+    return rows
+
+
+def _sharing_rows(
+    arch: str, numbers: Sequence[int], args: argparse.Namespace, device: torch.device, alone: float = 0.0
+) -> list[Row]:
+    """`alone`: images per second of one run; 0 to take them from the first number of runs."""
+    rows: list[Row] = []
+    for jobs in numbers:
+        rates = _together(arch, jobs, args, device)
+        if not rates:
+            rows.append({"model": arch, "runs": jobs, "remark": "a process has failed"})
+            continue
+        alone = alone or sum(rates) / jobs
+        row = {"model": arch, "batch": args.batch_size[0], "runs": jobs, "images/s": round(sum(rates))}
+        row |= {"times one": round(sum(rates) / alone, 2), "MPS": "yes" if daemon_answers() else "no"}
+        goal = f">= 3: {harness.verdict(sum(rates) / alone >= 3)}" if jobs == 8 and device.type == "cuda" else ""
+        rows.append(row | {"goal": goal})
     return rows
 
 
@@ -344,7 +353,7 @@ def machine(device: torch.device) -> Row:
     found: Row = {"machine": harness.describe_machine(device), "device": str(device)}
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
-        found |= {"card": about.name, "memory GiB": round(about.total_memory / 2**30, 1), "MPS": mps_daemon()}
+        found |= {"card": about.name, "memory GiB": round(about.total_memory / 2**30, 1), "MPS": daemon_answers()}
         found |= {"CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}
         found |= {"capability": f"{about.major}.{about.minor}", "cards": torch.cuda.device_count()}
     return found
@@ -358,6 +367,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=64, help="training steps of a pass, which is what is timed")
     parser.add_argument("--seconds", type=float, default=5, help="for which the fastest loop is timed")
     parser.add_argument("--jobs", nargs="+", type=int, default=[1, 2, 4, 8, 16], help="runs at once")
+    parser.add_argument(
+        "--mps", action="store_true", help="try runs at once with MPS, too: starts its daemon meanwhile"
+    )
     parser.add_argument("--loops", nargs="+", default=[], help="names of loops (default: all that run here)")
     compiled = "loops whose network torch.compile compiles, half a minute each: all, the good engineer's (theirs), none"
     parser.add_argument("--compiled", choices=("all", "theirs", "none"), default="all", help=compiled)

@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # Try everything that needs a CUDA card, in at most 8 minutes: tests, whole runs, benchmarks. Needs no network.
-# Usage: bash scripts/gpu_check.sh [--device cpu] [--out DIR] [--data CIFAR10.npz]
+# Usage: bash scripts/gpu_check.sh [--device cpu] [--out DIR] [--data CIFAR10.npz] [--mps]
 #   --device cpu  smaller, to see that all parts run; those that need a card say "no card"
 #   --out DIR     folder for logs, summary.md and summary.json (default: gpu_check)
 #   --data FILE   CIFAR-10 as docs/data.md describes it, for the whole runs (default: handwritten digits)
+#   --mps         try several runs at once with NVIDIA's MPS, too; its daemon is started for that, and ended
 # Each part has its own log and its own time limit. One that fails does not stop the others.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-device=cuda out=gpu_check data=
+device=cuda out=gpu_check data= mps=
 while [ $# -gt 0 ]; do
     case "$1" in
         --device) device=${2:?} && shift 2 ;;
         --out) out=${2:?} && shift 2 ;;
         --data) data=${2:?} && shift 2 ;;
+        --mps) mps=--mps && shift ;;
         *) echo "gpu_check.sh: unknown argument $1" >&2 && exit 2 ;;
     esac
 done
@@ -46,10 +48,12 @@ part() { # name, time limit on a card in seconds, cards that it needs, command
     printf '%s\t%s\t%s\t%s\t%s\n' "$name" "$status" $((SECONDS - began)) $((limit * slower)) "$*" >>"$out/parts.tsv"
     echo "$name: ${status/#0/ok}, $((SECONDS - began)) s"
 }
+workers=()
+"$python" -c 'import xdist' 2>/dev/null && [ "$(nproc)" -ge 8 ] && workers=(-n 4 --dist worksteal)
 tests() { # name, time limit, tests
     local name=$1 limit=$2
     shift 2
-    part "$name" "$limit" 1 "$python" -m pytest -p no:cacheprovider -m cuda "$@"
+    part "$name" "$limit" 1 "$python" -m pytest -p no:cacheprovider -m cuda ${workers[@]+"${workers[@]}"} "$@"
 }
 bench() { # name, time limit, part of benchmarks.gpu, its flags
     local name=$1 limit=$2 which=$3
@@ -59,42 +63,44 @@ bench() { # name, time limit, part of benchmarks.gpu, its flags
 run() { # name, flags of the runner
     local name=$1
     shift
-    part "run_$name" 22 0 "$python" main_imp_fillback.py --device "$device" --save_dir "$out/runs/$name" "${images[@]}" "$@"
+    part "run_$name" 45 0 "$python" main_imp_fillback.py --device "$device" --save_dir "$out/runs/$name" "${images[@]}" "$@"
 }
 
-# The limits add up to 480 seconds.
-part machine 10 0 "$python" -m structured_tickets doctor
-tests eager 25 tests/unit/test_step.py
+# The limits add up to 480 seconds, where the whole runs go on at once.
+part machine 15 0 "$python" -m structured_tickets doctor
+tests eager 30 tests/unit/test_step.py
 tests recorded 50 tests/unit/test_on_cuda.py -k "bits or agree or wait or waits or recorded"
-tests rest 40 tests/unit/test_on_cuda.py -k "not bits and not agree and not wait and not waits and not recorded"
+tests rest 50 tests/unit/test_on_cuda.py -k "not bits and not agree and not wait and not waits and not recorded"
 
 images=(--dataset digits --image_size 8 --epochs 3 --batch_size 32)
 [ -n "$data" ] && images=(--dataset cifar10 --data "$data" --epochs 2)
 [ "$device" = cpu ] && images+=(--epochs 1)
 images+=(--pruning_times 3 --warmup 1 --lr_schedule cosine --criteria magnitude --rate_mode round)
 vit=(--arch vit_tiny --vit_structured --vit_prune_target both --optimizer adamw --lr 1e-3 --weight_decay 0.05)
-run refill_res20s --arch res20s --struct refill --rate 0.4 --lr 0.05
-run rsst_res20s --arch res20s --struct rsst --rate 0.4 --lr 0.05
-run refill_vit_tiny "${vit[@]}" --struct refill --rate 0.3
-run rsst_vit_tiny "${vit[@]}" --struct rsst --rate 0.3
-part export 12 0 "$python" export.py "$out/runs/refill_res20s"
-part processes 20 2 "$python" -m torch.distributed.run --standalone --nproc_per_node "$cards" main_imp_fillback.py \
+run refill_res20s --arch res20s --struct refill --rate 0.4 --lr 0.05 &
+run rsst_res20s --arch res20s --struct rsst --rate 0.4 --lr 0.05 &
+[ "$cards" -gt 0 ] || wait
+run refill_vit_tiny "${vit[@]}" --struct refill --rate 0.3 &
+run rsst_vit_tiny "${vit[@]}" --struct rsst --rate 0.3 &
+wait
+part export 15 0 "$python" export.py "$out/runs/refill_res20s"
+part processes 15 2 "$python" -m torch.distributed.run --standalone --nproc_per_node "$cards" main_imp_fillback.py \
     --device "$device" --save_dir "$out/runs/processes" "${images[@]}" --arch res20s --struct refill
 
 if [ "$device" = cpu ]; then
     tiny=(--arch res20s --batch_size 4 --steps 2 --seconds 0.2 --compiled none --limit_size 256)
     both=("${tiny[@]}") large=("${tiny[@]}" --batch_size 8) wide=("${tiny[@]}") many=("${tiny[@]}" --jobs 1 2)
 else
-    both=(--arch res20s vit_tiny --batch_size 128 --seconds 2 --compiled theirs)
+    both=(--arch res20s vit_tiny --batch_size 128 --seconds 2 --compiled all)
     large=(--arch res20s vit_tiny --batch_size 512 2048 --steps 8 --seconds 1 --compiled none)
     wide=(--arch res18 vit_small --batch_size 512 --steps 8 --seconds 1)
-    many=(--arch res20s --batch_size 128 --seconds 3 --jobs 1 4 8)
+    many=(--arch res20s --batch_size 128 --seconds 3 --jobs 1 8 ${mps:+"$mps"})
 fi
-bench steps 119 steps "${both[@]}"
+bench steps 130 steps "${both[@]}"
 bench large 20 steps "${large[@]}"
-bench agreement 14 agreement "${both[@]}"
-bench penalty 10 penalty "${both[@]}"
+bench agreement 12 agreement "${both[@]}"
+bench penalty 12 penalty "${both[@]}"
 bench compact 20 compact "${wide[@]}"
 bench epoch 12 epoch "${both[@]}"
-bench sharing 40 sharing "${many[@]}"
+bench sharing 54 sharing "${many[@]}"
 "$python" -m benchmarks.gpu_summary "$out"

@@ -48,6 +48,7 @@ OPTIONAL = {
 }
 COMPILER = "run --compile on a processor"
 MODULES = {"pillow": "PIL", "PyYAML": "yaml", "scikit-learn": "sklearn"}  # others are imported by their own name
+DISPENSABLE = {"wandb": "results are saved locally only"}  # needed by no run: what is different without
 WIDTH = 100
 
 
@@ -87,7 +88,8 @@ def examined(data: Path) -> dict[str, Any]:
         data: Folder of images, which need not exist.
     """
     packages = {name: _looked_at(name, oldest) for name, oldest in needed().items()}
-    problems = [f"{name} ({p['problem']})" for name, p in packages.items() if p["problem"]]
+    bad = {name: p["problem"] for name, p in packages.items() if p["problem"]}
+    problems = [f"{name} ({problem})" for name, problem in bad.items() if name not in DISPENSABLE]
     computing = {} if problems else _computing()
     if computing.get("problem"):
         problems.append(f"{computing['device']} ({computing['problem']})")
@@ -256,10 +258,17 @@ def _computing_rows(computing: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def _needed_text(packages: Mapping[str, Mapping[str, Any]]) -> str:
-    words = [f"{name} ({p['problem']})" if p["problem"] else f"{name} {p['version']}" for name, p in packages.items()]
+    words = [
+        f"{name} ({_without(name, p['problem'])})" if p["problem"] else f"{name} {p['version']}"
+        for name, p in packages.items()
+    ]
     text = ", ".join(word.replace(" ", "\0") for word in words)  # lines break between packages alone
     wrapped = textwrap.fill(text, WIDTH, break_on_hyphens=False).replace("\0", " ")
     return "needed\n" + textwrap.indent(wrapped, "  ")
+
+
+def _without(name: str, problem: str) -> str:
+    return f"{problem}: {DISPENSABLE[name]}" if name in DISPENSABLE else problem
 
 
 def _optional_rows(found: Mapping[str, Any]) -> list[list[str]]:
@@ -284,6 +293,7 @@ def _folder_rows(folders: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _advice(found: Mapping[str, Any]) -> str:
-    wrong = [f"'{name}>={p['oldest']}'" for name, p in found["needed"].items() if p["problem"]]
+    needed = {name: p for name, p in found["needed"].items() if name not in DISPENSABLE}
+    wrong = [f"'{name}>={p['oldest']}'" for name, p in needed.items() if p["problem"]]
     install = f". To install what is needed: pip install {' '.join(wrong)}" if wrong else ""
     return f"missing or broken: {', '.join(found['problems'])}{install}"

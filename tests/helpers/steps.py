@@ -101,8 +101,10 @@ class Case:
     ) -> None:
         self.device = torch.device(device, 0) if device == "cuda" else torch.device(device)
         self.args, base = SimpleNamespace(**SETTINGS | flags), 0.05 if optimizer == "sgd" else 1e-3
-        self.whole = network(arch).to(self.device)
+        self.whole = network(arch)
         pair = random_pair(self.whole, compact if dead_units is None else dead_units)
+        pair = MaskPair(*({n: m.to(self.device) for n, m in half.items()} for half in (pair.current, pair.refill)))
+        self.whole.to(self.device)
         build = lambda m: OPTIMIZERS[optimizer].build(m, base, 0.9, 0.05)  # noqa: E731
         self.trainee = Trainee(self.whole, pair.alive, build, lambda m: None, compact)
         self.model, self.optimizer = self.trainee.model, self.trainee.optimizer

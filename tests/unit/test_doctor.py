@@ -108,6 +108,14 @@ def test_what_is_missing_too_old_or_broken_is_named_in_one_line(monkeypatch, cap
     assert status == 1 and again == err and len(json.loads(out)["problems"]) == 3
 
 
+def test_a_run_can_do_without_wandb(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(doctor, "version_of", lambda name: None if name == "wandb" else "99.1")
+    status, out, err = told(capsys)
+    assert status == 0 and not err and "wandb (not installed: results are saved locally only)" in out
+    assert out.rstrip().endswith("ready: nothing that is needed is missing") and "bfloat16" in out
+
+
 @pytest.mark.parametrize(
     "version, oldest, fits",
     [("2.14.1", "2.6", True), ("2.6.0a0+git1", "2.6", True), ("2.5.9", "2.6", False), ("0.10", "0.9", True)],
