@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import harness
 from benchmarks.compact import random_structure, share_of_macs
-from benchmarks.gpu_loops import Ours, batches_of, good_engineer, network, photos, plain_loop
+from benchmarks.gpu_loops import Ours, batches_of, network, photos
+from benchmarks.gpu_workers import COMPILED, LOOPS, ON_CARDS, Worker, obey
+from benchmarks.gpu_workers import warmed_up as warmed_up_workers
 from benchmarks.step import operations_per_step
 from structured_tickets.base.errors import first_line
 from structured_tickets.base.weights import cloned_state, digest_of
-from structured_tickets.data.image_sets import ImageSet
 from structured_tickets.networks import MODELS
 from structured_tickets.runs.setup import choose_device, choose_kernels
 from structured_tickets.sweeps.mps import daemon_answers, own_daemon
@@ -35,7 +33,6 @@ GOALS = (  # loop, base, how many times as fast; at batch 128
     ("ours recorded", "plain", 4.0),
     ("ours recorded", "good engineer", 1.2),
 )
-STARTS = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
 
 
 @dataclass(frozen=True)
@@ -53,25 +50,11 @@ class Loop:
     remark: str = ""
 
 
-def loops_of(arch: str, data: ImageSet, batch: int, args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
-    """Name of a loop -> what makes it: a call, or an `Ours`."""
-    on_card: dict[str, Callable[[], Any]] = {
-        "plain, data on the card": lambda: plain_loop(arch, data, batch, on_card=True),
-        "ours recorded, fp32": lambda: Ours(arch, data, batch, "auto", "fp32"),
-        "ours recorded": lambda: Ours(arch, data, batch, "auto"),
-    }
-    theirs: dict[str, Callable[[], Any]] = {"good engineer": lambda: good_engineer(arch, data, batch, compiled=True)}
-    own: dict[str, Callable[[], Any]] = {"ours compiled": lambda: Ours(arch, data, batch, "auto", compiled=True)}
-    found: dict[str, Callable[[], Any]] = {
-        "plain": lambda: plain_loop(arch, data, batch, on_card=False),
-        "good engineer, not compiled": lambda: good_engineer(arch, data, batch, compiled=False),
-        "ours eager, fp32": lambda: Ours(arch, data, batch, "eager", "fp32"),
-        "ours eager": lambda: Ours(arch, data, batch, "eager"),
-    }
-    if data.labels.device.type == "cuda":
-        found |= on_card
-    found |= {"none": {}, "theirs": theirs, "all": theirs | own}[args.compiled]
-    return {name: make for name, make in found.items() if not args.loops or name in args.loops}
+def loops_of(device: torch.device, args: argparse.Namespace) -> list[str]:
+    """Names of the loops that are timed here."""
+    left_out = {"none": COMPILED, "theirs": ("ours compiled",), "all": ()}[args.compiled]
+    left_out += () if device.type == "cuda" else ON_CARDS
+    return [name for name in args.loops or LOOPS if name not in left_out]
 
 
 def warmed_up(loop: Any, device: torch.device) -> Loop:
@@ -109,56 +92,77 @@ def timed_in_turns(calls: Mapping[str, Callable[[], object]], seconds: float, de
     return harness.alternate(calls, turns_for(calls, seconds, device), device, warmup=0)
 
 
-def launches_and_idle(call: Callable[[], object], steps: int, device: torch.device) -> Row:
-    """Starts of work in a step, and the share of the time in which the card does nothing, as torch's profiler sees it.
-
-    A replayed graph is one start, whatever is in it. The profiler slows the host, so that the idle share is an upper
-    limit for loops that the host holds up.
-    """
-    if device.type != "cuda":
-        return {}
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-        seconds = harness.timed(call, device)
-    events = found.key_averages()
-    launches = sum(e.count for e in events if e.key.startswith(STARTS))
-    kernels = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    busy = sum(e.device_time_total for e in kernels) / 1e6
-    return {"launches a step": round(launches / steps), "idle %": round(100 * max(0.0, 1 - busy / seconds), 1)}
-
-
 def step_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
-    """A row for each loop; those of a network and a batch size are timed in turns on the same images."""
-    limit, rows = max(harness.matrix_limit(dtype, device, args.limit_size) for dtype in PEAK), []
-    for arch in args.arch:
-        for batch in args.batch_size:
-            rows += _step_rows(arch, batch, limit, args, device)
+    """A row for each loop, in a process each; those of a network and a batch size are timed in turns."""
+    limit = max(harness.matrix_limit(dtype, device, args.limit_size) for dtype in PEAK)
+    rows: list[Row] = []
+    for batch in args.batch_size:
+        rows += _rows_of_batch(batch, limit, args, device)
     return rows
 
 
-def _step_rows(arch: str, batch: int, limit: float, args: argparse.Namespace, device: torch.device) -> list[Row]:
-    data, rows = photos(batch * args.steps, device), []
-    work = operations_per_step(network(arch, device), *batches_of(data, batch)[0])
-    own: dict[str, Any] = {}
-    loops: dict[str, Loop] = {}
-    with kept(own):
-        for name, make in loops_of(arch, data, batch, args).items():
-            try:
-                own[name] = make()
-                loops[name] = warmed_up(own[name], device)
-            except (RuntimeError, ImportError) as error:  # memory, or no compiler
-                rows.append({"model": arch, "batch": batch, "loop": name, "remark": first_line(error)[:100]})
-        times = timed_in_turns({name: loop.call for name, loop in loops.items()}, args.seconds, device)
-        for name, seconds in times.items():
-            median = statistics.median(seconds)
-            row: Row = {"model": arch, "batch": batch, "loop": name, "images/s": round(len(data) / median)}
+def large_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """The same for large batches, without those that compile."""
+    smaller = {"batch_size": args.large_batch_size, "compiled": "none", "steps": max(2, args.steps // 8)}
+    return step_rows(argparse.Namespace(**vars(args) | smaller), device)
+
+
+def _rows_of_batch(batch: int, limit: float, args: argparse.Namespace, device: torch.device) -> list[Row]:
+    names, rows = loops_of(device, args), []
+    workers = {(arch, n): Worker(arch, n, batch, args.steps, device.type) for arch in args.arch for n in names}
+    try:
+        first = warmed_up_workers(workers)
+        for arch in args.arch:
+            own = {name: workers[arch, name] for name in names}
+            rows += _step_rows(arch, batch, own, {name: first[arch, name] for name in names}, limit, args, device)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return rows
+
+
+def _step_rows(
+    arch: str,
+    batch: int,
+    workers: dict[str, Worker],
+    first: dict[str, Row],
+    limit: float,
+    args: argparse.Namespace,
+    device: torch.device,
+) -> list[Row]:
+    times = timed_workers(workers, args.seconds)
+    rows: list[Row] = []
+    work = operations_per_step(network(arch, device), *batches_of(photos(batch, device), batch)[0])
+    for name, worker in workers.items():
+        row: Row = {"model": arch, "batch": batch, "loop": name}
+        if name in times:
+            median = statistics.median(times[name])
+            row["images/s"] = round(batch * args.steps / median)
             for base in ("plain", "good engineer"):
                 if base in times:
                     row[f"times {base}"] = harness.spread(harness.ratios(times, base, name))
             row |= {"of the limit %": round(100 * work * args.steps / median / limit, 1)}
-            row |= launches_and_idle(loops[name].call, args.steps, device)
-            row |= {"first s": round(loops[name].first, 1), "remark": loops[name].remark}
-            rows.append(row | {"goal": _goal(times, name, batch, device)})
+            row |= {"first s": round(first[name]["first"], 1)} | worker.asked("profile")
+        rows.append(row | {"remark": worker.remark or first[name].get("remark", "")})
+        rows[-1]["goal"] = _goal(times, name, batch, device) if name in times else ""
     return rows
+
+
+def timed_workers(workers: Mapping[str, Worker], seconds: float) -> harness.Times:
+    """Seconds of passes, worker after worker, in so many turns that the fastest is timed for about so long.
+
+    A worker that dies meanwhile has none.
+    """
+    once = {name: worker.asked("time") for name, worker in workers.items()}
+    alive = [name for name, answer in once.items() if answer]
+    fastest = min((once[name]["seconds"] for name in alive), default=1.0)
+    times: harness.Times = {name: [] for name in alive}
+    for _ in range(max(3, min(200, round(seconds / fastest)))):
+        for name in alive:
+            if answer := workers[name].asked("time"):
+                times[name].append(answer["seconds"])
+    turns = max(map(len, times.values()), default=0)
+    return {name: values for name, values in times.items() if len(values) == turns}
 
 
 def _goal(times: harness.Times, name: str, batch: int, device: torch.device) -> str:
@@ -225,9 +229,9 @@ def penalty_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
 def compact_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
     """A step of a network of which half of the units are held at zero: whole, and cut out."""
     rows = []
-    for arch in args.arch:
-        batch = args.batch_size[-1]
-        data, model = photos(batch * args.steps, device), network(arch, device)
+    for arch in args.wide_arch:
+        batch, steps = args.large_batch_size[0], max(2, args.steps // 8)
+        data, model = photos(batch * steps, device), network(arch, device)
         masks = random_structure(model, 0.5)
         loops = {
             "dense": Ours(arch, data, batch, "auto"),
@@ -276,8 +280,8 @@ def sharing_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
         rows += _sharing_rows(arch, args.jobs, args, device)
         if args.mps:
             with own_daemon():
-                alone = rows[-len(args.jobs)].get("images/s", 0.0)
-                rows += _sharing_rows(arch, [jobs for jobs in args.jobs if jobs > 1], args, device, alone)
+                several = [jobs for jobs in args.jobs if jobs > 1]
+                rows += _sharing_rows(arch, several, args, device, rows[-len(args.jobs)].get("images/s", 0.0))
     return rows
 
 
@@ -285,60 +289,45 @@ def _sharing_rows(
     arch: str, numbers: Sequence[int], args: argparse.Namespace, device: torch.device, alone: float = 0.0
 ) -> list[Row]:
     """`alone`: images per second of one run; 0 to take them from the first number of runs."""
-    rows: list[Row] = []
-    for jobs in numbers:
-        rates = _together(arch, jobs, args, device)
-        if not rates:
-            rows.append({"model": arch, "runs": jobs, "remark": "a process has failed"})
-            continue
-        alone = alone or sum(rates) / jobs
-        row = {"model": arch, "batch": args.batch_size[0], "runs": jobs, "images/s": round(sum(rates))}
-        row |= {"times one": round(sum(rates) / alone, 2), "MPS": "yes" if daemon_answers() else "no"}
-        goal = f">= 3: {harness.verdict(sum(rates) / alone >= 3)}" if jobs == 8 and device.type == "cuda" else ""
-        rows.append(row | {"goal": goal})
+    loop = "ours recorded" if device.type == "cuda" else "ours eager"
+    batch, rows = args.batch_size[0], []
+    workers = [Worker(arch, loop, batch, args.steps, device.type) for _ in range(max(numbers, default=0))]
+    try:
+        for worker in workers:
+            worker.tell("warm")
+        warm = [worker.answer() for worker in workers]
+        for jobs in numbers:
+            row: Row = {"model": arch, "batch": batch, "runs": jobs, "MPS": "yes" if daemon_answers() else "no"}
+            for worker in workers[:jobs]:
+                worker.tell(f"rate {args.seconds}")
+            rates = [worker.answer().get("rate", 0.0) for worker in workers[:jobs]]
+            if not all(rates):
+                rows.append(row | {"remark": next(worker.remark for worker in workers if worker.remark)})
+                continue
+            alone = alone or sum(rates) / jobs
+            goal = f">= 3: {harness.verdict(sum(rates) / alone >= 3)}" if jobs == 8 and device.type == "cuda" else ""
+            row |= {"images/s": round(sum(rates)), "times one": round(sum(rates) / alone, 2)}
+            rows.append(row | {"remark": warm[0].get("remark", ""), "goal": goal})
+    finally:
+        for worker in workers:
+            worker.close()
     return rows
 
 
-def _together(arch: str, jobs: int, args: argparse.Namespace, device: torch.device) -> list[float]:
-    """Images per second of each process, all of them warm before the first is timed; empty if one has failed."""
-    words = [sys.executable, "-m", "benchmarks.gpu", "--parts", "one", "--arch", arch, "--device", device.type]
-    words += ["--batch_size", str(args.batch_size[0]), "--steps", str(args.steps), "--seconds", str(args.seconds)]
-    running = [subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(jobs)]
-    ready = [(p.stdout.readline() if p.stdout else "").strip() == "ready" for p in running]
-    rates = []
-    for process in running:
-        if all(ready) and process.stdin:
-            process.stdin.write("go\n")
-            process.stdin.flush()
-    for process in running:
-        if not all(ready):
-            process.kill()
-        out, _ = process.communicate()
-        rates += [float(out.split()[-1])] if process.returncode == 0 and out.split() else []
-    return rates if len(rates) == jobs else []
-
-
 def one_of_several(args: argparse.Namespace, device: torch.device) -> list[Row]:
-    """Say "ready" when warm, wait for a line, then train for some seconds and print the images per second."""
-    data = photos(args.batch_size[0] * args.steps, device)
-    call, passes = warmed_up(Ours(args.arch[0], data, args.batch_size[0], "auto"), device).call, 0
-    print("ready", flush=True)
-    sys.stdin.readline()
-    began = time.perf_counter()
-    while time.perf_counter() - began < args.seconds:
-        harness.timed(call, device)
-        passes += 1
-    print(passes * len(data) / (time.perf_counter() - began), flush=True)
+    """See `gpu_workers.obey`."""
+    obey(args, device)
     return []
 
 
 PARTS: dict[str, Callable[[argparse.Namespace, torch.device], list[Row]]] = {
     "steps": step_rows,
-    "agreement": agreement_rows,
-    "penalty": penalty_rows,
-    "compact": compact_rows,
-    "epoch": epoch_rows,
     "sharing": sharing_rows,
+    "penalty": penalty_rows,
+    "agreement": agreement_rows,
+    "epoch": epoch_rows,
+    "compact": compact_rows,
+    "large": large_rows,
 }
 
 
@@ -364,6 +353,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=[*PARTS, "one"], default=list(PARTS))
     parser.add_argument("--arch", nargs="+", choices=MODELS, default=["res20s", "vit_tiny"])
     parser.add_argument("--batch_size", nargs="+", type=int, default=[128])
+    parser.add_argument("--wide_arch", nargs="+", choices=MODELS, default=["res18", "vit_small"], help="of compact")
+    parser.add_argument(
+        "--large_batch_size", nargs="+", type=int, default=[512, 2048], help="of large; of compact the first"
+    )
     parser.add_argument("--steps", type=int, default=64, help="training steps of a pass, which is what is timed")
     parser.add_argument("--seconds", type=float, default=5, help="for which the fastest loop is timed")
     parser.add_argument("--jobs", nargs="+", type=int, default=[1, 2, 4, 8, 16], help="runs at once")
@@ -389,11 +382,18 @@ def main() -> None:
     about = machine(device)
     print(about["machine"])
     results: dict[str, list[Row]] = {}
+    failed: list[str] = []
     for part in args.parts:
-        results[part] = PARTS[part](args, device)
+        try:
+            results[part] = PARTS[part](args, device)
+        except Exception as error:  # of whatever kind: the other parts are of use without it
+            failed.append(part)
+            results[part] = [{"remark": f"{type(error).__name__}: {first_line(error)}"[:160]}]
         print(f"\n{part}\n\n{as_table(results[part])}", flush=True)
         if args.json:
             args.json.write_text(json.dumps({**about, "parts": results}, indent=1))
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

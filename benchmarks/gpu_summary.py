@@ -55,7 +55,7 @@ def summary(folder: Path) -> tuple[str, dict[str, Any]]:
     files = [file for file in sorted(folder.glob("*.json")) if file.stem != "summary"]
     results = {file.stem: json.loads(file.read_text()) for file in files}
     machine = {k: v for k, v in next(iter(results.values()), {}).items() if k != "parts"}
-    tables: dict[str, Any] = {name: next(iter(result["parts"].values()), []) for name, result in results.items()}
+    tables: dict[str, Any] = {name: rows for result in results.values() for name, rows in result["parts"].items()}
     runs = accuracies(folder)
     text = ["# Check on this machine", machine.get("machine", "No benchmark has run."), "## Parts"]
     text.append(as_table([{k: row[k] for k in ("part", "result", "seconds", "limit")} for row in parts]))

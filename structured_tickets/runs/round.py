@@ -15,7 +15,7 @@ from structured_tickets.pruning.masks import MaskPair, as_current, as_refill
 from structured_tickets.pruning.methods import CONTROLS
 from structured_tickets.pruning.shares import Shares, shares
 from structured_tickets.runs.compared_run import ControlSource
-from structured_tickets.runs.setup import Setup, prepare_for_speed
+from structured_tickets.runs.setup import Setup, prepare_for_speed, search_for_convolutions
 from structured_tickets.runs.state import RunState
 from structured_tickets.training.epoch import Passer, ShowProgress, hardened
 from structured_tickets.training.loss_scale import LossScale
@@ -63,6 +63,7 @@ class Round:
         gc.collect()
         if args.compile:
             torch.compiler.reset()  # it refuses to compile more than a few networks of one class
+        search_for_convolutions(setup.rate.epochs * len(setup.train_loader))
         self.held = held_masks(self.pair, setup.rules, setup.groups, faded)
         self.trainee = Trainee(
             setup.model,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
@@ -13,6 +15,7 @@ from structured_tickets.data.loader import BatchLoader
 from structured_tickets.networks import build_model
 from structured_tickets.networks.layers import Normalize
 from structured_tickets.pruning.masks import MaskPair, as_current, as_refill
+from structured_tickets.runs.setup import choose_kernels
 from structured_tickets.training.epoch import Passer, train
 from structured_tickets.training.loss_scale import LossScale
 from structured_tickets.training.optimization import OPTIMIZERS, LearningRate
@@ -148,6 +151,18 @@ class Case:
         for index, state in self.optimizer.state_dict()["state"].items():
             found |= {f"{index} {k}": v.clone() for k, v in state.items()}
         return found
+
+
+@contextmanager
+def kernels_that_repeat_themselves(device: str = "cuda") -> Iterator[None]:
+    """On a card, whose process has to be started with CUBLAS_WORKSPACE_CONFIG=:4096:8. On a CPU all of them do."""
+    if device == "cuda":
+        choose_kernels(deterministic=True)
+    try:
+        yield
+    finally:
+        if device == "cuda":
+            choose_kernels(deterministic=False)
 
 
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import io
+import json
 import subprocess
 import sys
 
@@ -10,7 +13,7 @@ import pytest
 import torch
 from helpers.commands import ROOT
 
-from benchmarks import compact, harness, plain, startup
+from benchmarks import compact, gpu, gpu_workers, harness, plain, startup
 from structured_tickets.shrinking.shrink import shrink
 
 COMMANDS = {
@@ -31,6 +34,10 @@ COMMANDS = {
         "2",
         "--seconds",
         "0.01",
+        "--wide_arch",
+        "micro_cnn",
+        "--large_batch_size",
+        "8",
         "--compiled",
         "none",
         "--jobs",
@@ -42,8 +49,10 @@ COMMANDS = {
 TABLES = [(name, ()) for name in COMMANDS if name not in ("startup", "compact", "gpu")]
 TABLES += [
     ("compact", ("--arch", "micro_cnn")),
-    ("gpu", ("--parts", "steps", "agreement", "penalty", "compact", "epoch")),
-    pytest.param("gpu", ("--arch", "res20s", "--parts", "sharing"), marks=pytest.mark.slow),  # in processes of its own
+    ("gpu", ("--parts", "agreement", "penalty", "compact", "epoch")),
+    pytest.param(
+        "gpu", ("--arch", "res20s", "--parts", "steps", "sharing", "large"), marks=pytest.mark.slow
+    ),  # processes
     pytest.param("compact", ("--arch", "res20s"), marks=pytest.mark.slow),
     pytest.param("startup", (), marks=pytest.mark.slow),
 ]
@@ -115,3 +124,71 @@ def test_the_plain_loop_learns():
     for _ in range(3):
         plain.train(batches, model, torch.nn.CrossEntropyLoss(), plain.optimizer_for(model))
     assert plain.validate(batches, model) == 100
+
+
+@pytest.fixture
+def worker_that_obeys(monkeypatch, capsys):
+    """Answers of `gpu_workers.obey` to commands, in this process."""
+
+    def told(commands, loop="plain"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(commands))
+        args = argparse.Namespace(arch=["micro_cnn"], loops=[loop], batch_size=[4], steps=2)
+        gpu_workers.obey(args, torch.device("cpu"))
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    return told
+
+
+@pytest.mark.parametrize("loop", ["plain", "good engineer, not compiled", "ours eager"])
+def test_a_worker_answers_each_command(loop, worker_that_obeys):
+    warm, time, rate, seen = worker_that_obeys("warm\ntime\nrate 0.01\nprofile\n", loop)
+    assert warm["first"] > 0 and warm["remark"] == ("no" if loop == "ours eager" else "")
+    assert time["seconds"] > 0 and rate["rate"] > 0 and seen == {}
+
+
+def test_a_worker_says_what_went_wrong(worker_that_obeys, monkeypatch):
+    def without_memory(*_):
+        raise RuntimeError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setitem(gpu_workers.LOOPS, "plain", without_memory)
+    assert worker_that_obeys("warm\n") == [{"error": "CUDA out of memory."}]
+
+
+DIES = """import os, sys
+sys.stdin.readline()
+print('{"first": 1.0, "remark": ""}', flush=True)
+sys.stdin.readline()
+print("Fatal Python error: Segmentation fault\\n  File \\"step.py\\", line 7 in once\\n  File \\"x\\"", file=sys.stderr)
+os.kill(os.getpid(), 11)
+"""
+
+
+def test_a_worker_that_dies_leaves_the_others_and_is_named(monkeypatch):
+    real = subprocess.Popen
+    lives = 'import sys\nfor line in sys.stdin: print(\'{"seconds": 0.5, "first": 1}\', flush=True)'
+    programs = iter([DIES, lives])
+    monkeypatch.setattr(subprocess, "Popen", lambda words, **more: real([words[0], "-c", next(programs)], **more))
+    workers = {("a", name): gpu_workers.Worker("a", name, 4, 2, "cpu") for name in ("dies", "lives")}
+    assert all(gpu_workers.warmed_up(workers).values())
+    times = gpu.timed_workers({name: worker for (_, name), worker in workers.items()}, 1.0)
+    assert times == {"lives": [0.5] * 3}
+    assert (
+        workers["a", "dies"].remark == 'SIGSEGV: File "step.py", line 7 in once'
+        and workers["a", "dies"].asked("time") == {}
+    )
+    for worker in workers.values():
+        worker.close()
+
+
+def test_a_part_that_fails_leaves_the_others(monkeypatch, capsys, tmp_path):
+    def fails(args, device):
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(
+        sys, "argv", ["gpu", "--device", "cpu", "--parts", "steps", "epoch", "--json", str(tmp_path / "x")]
+    )
+    monkeypatch.setattr(gpu, "PARTS", {"steps": fails, "epoch": lambda args, device: [{"model": "m"}]})
+    with pytest.raises(SystemExit, match="failed: steps"):
+        gpu.main()
+    found = json.loads((tmp_path / "x").read_text())["parts"]
+    assert found == {"steps": [{"remark": "ValueError: no such thing"}], "epoch": [{"model": "m"}]}

@@ -23,8 +23,9 @@ case "$*" in
     *benchmarks.gpu_summary*) exec {python} "$@" ;;
     *device_count*) echo "$CARDS" ;;
     *"import pytest"*) exit "${{NO_PYTEST:-0}}" ;;
-    *"--parts penalty"*) echo "about to fail"; exit 3 ;;
-    *"--parts epoch"*) exec sleep 30 ;;
+    *mem_get_info*) echo 1 ;;
+    *export.py*) echo "about to fail"; exit 3 ;;
+    *"res20s --struct rsst"*) exec sleep 30 ;;
     *) printf '%s\\n' "$*" ;;
 esac
 """
@@ -64,33 +65,39 @@ def test_without_a_card_its_parts_are_named_and_do_not_fail(check, tmp_path):
     without = {name for name, row in table.items() if row[0] == "no card"}
     assert without == {"eager", "recorded", "rest", "processes"}
     failed = {name: row[0] for name, row in table.items() if row[0] not in ("0", "no card")}
-    assert failed == {"penalty": "3", "epoch": "124"}
-    assert done.returncode == 1 and "failed: penalty, epoch" in done.stdout
-    assert list(table)[-1] == "sharing", "what fails does not stop what follows"
+    assert failed == {"export": "3", "run_rsst_res20s": "124"}
+    assert done.returncode == 1 and "failed: run_rsst_res20s, export" in done.stdout
+    assert list(table)[-1] == "benchmarks", "what fails does not stop what follows"
     page = (tmp_path / "out" / "summary.md").read_text()
-    assert "## Log of penalty" in page and "    about to fail" in page and "out of time" in page
-    assert "--device cpu" in table["run_rsst_vit_tiny"][-1] and "--jobs 1 2" in table["sharing"][-1]
+    assert "## Log of export" in page and "    about to fail" in page and "out of time" in page
+    assert "--device cpu" in table["run_rsst_vit_tiny"][-1] and "--jobs 1 2" in table["benchmarks"][-1]
     values = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert {row["part"]: row["result"] for row in values["parts"]}["penalty"] == "FAILED (exit status 3)"
+    assert {row["part"]: row["result"] for row in values["parts"]}["export"] == "FAILED (exit status 3)"
 
 
 @pytest.mark.parametrize("cards, missing", [("1", {"processes"}), ("2", set())])
 def test_with_a_card_all_parts_run_within_eight_minutes(check, cards, missing):
     done, table = check(CARDS=cards)
     assert {name for name, row in table.items() if "card" in row[0]} == missing
-    at_once = {name: int(row[2]) for name, row in table.items() if name.startswith("run_")}
-    assert len(at_once) == 4
+    in_turn = ("export", "processes", "benchmarks")
+    at_once = {name: int(row[2]) for name, row in table.items() if name not in in_turn}
+    assert len(at_once) == 8
     rest = sum(int(row[2]) for name, row in table.items() if name not in at_once)
     assert rest + max(at_once.values()) <= 480
-    assert "-m cuda" in table["recorded"][-1] and "--device cuda" in table["steps"][-1]
-    assert "graph" not in table["steps"][-1] and done.returncode == 1
+    assert "-m cuda" in table["recorded"][-1] and "--device cuda" in table["benchmarks"][-1]
+    assert "--mps" not in table["benchmarks"][-1] and done.returncode == 1
     assert "ok" in done.stdout
+
+
+def test_mps_is_started_only_when_asked(check):
+    _, table = check("--mps", CARDS="1")
+    assert table["benchmarks"][-1].endswith("--jobs 1 8 --mps")
 
 
 def test_without_pytest_the_rest_runs(check):
     _, table = check(CARDS="1", NO_PYTEST="1")
     assert {name for name, row in table.items() if row[0] == "no pytest"} == {"eager", "recorded", "rest"}
-    assert table["steps"][0] == "0"
+    assert table["benchmarks"][0] == "0"
 
 
 def test_a_card_that_is_not_there_is_an_error(check):

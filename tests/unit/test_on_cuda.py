@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.commands import run, tiny
 from helpers.interruptions import stopped_again_and_again
-from helpers.steps import Case, assert_same
+from helpers.steps import Case, assert_same, kernels_that_repeat_themselves
 from helpers.structures import random_structure
 from torch import nn
 
@@ -41,14 +41,14 @@ NETWORKS = ["micro_cnn", "micro_vit", "dropping", "res20s", "vit_tiny"]
 
 @pytest.fixture
 def deterministic():
-    """Kernels that repeat themselves; the process has to be started with CUBLAS_WORKSPACE_CONFIG=:4096:8."""
-    choose_kernels(deterministic=True)
-    yield
-    choose_kernels(deterministic=False)
+    with kernels_that_repeat_themselves():
+        yield
 
 
 @pytest.fixture(autouse=True)
-def _all_recordings_end(monkeypatch):
+def _as_in_a_run(monkeypatch):
+    """Full float32, and no recording of the test before."""
+    choose_kernels(deterministic=False)
     monkeypatch.setattr(Recording, "failed", "")
     yield
     gc.collect()
