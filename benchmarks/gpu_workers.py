@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import harness
 from benchmarks.gpu_loops import Ours, good_engineer, photos, plain_loop
 
+LAST_LINES = 40
 STARTS = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
 LOOPS: dict[str, Callable[..., Any]] = {
     "plain": lambda arch, data, batch: plain_loop(arch, data, batch, on_card=False),
@@ -85,6 +86,7 @@ class Worker:
         status = self._process.wait()
         self._said.seek(0)
         lines = [line.strip() for line in self._said.read().splitlines() if line.strip()]
+        sys.stderr.write("\n".join(["a worker has died:", *lines[-LAST_LINES:], ""]))
         where = next((line for line in lines if line.startswith("File ")), lines[-1] if lines else "")
         self.remark = f"{signal.Signals(-status).name if status < 0 else f'exit status {status}'}: {where}"[:160]
 

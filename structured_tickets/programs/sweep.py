@@ -306,7 +306,7 @@ def write_record(
 
 def describe(wanted: Plan) -> str:
     """Return the text of `--dry_run`: the plan as a table."""
-    rows = [["dense" if j.dense else "run", title_of(j), str(j.rounds * j.epochs), j.name] for j in wanted.jobs]
+    rows = [["dense" if j.dense else "run", title_of(j), str(j.all_epochs), j.name] for j in wanted.jobs]
     runs = sum(not j.dense for j in wanted.jobs)
     sums = f"{counted(runs, 'run')}, {counted(len(wanted.jobs) - runs, 'dense round')} that they share"
     return "\n".join([text_table(["kind", "settings", "epochs", "folder"], rows), *wanted.notes, sums])

@@ -38,7 +38,7 @@ from structured_tickets.runs.state import RunState
 from structured_tickets.runs.trackers import Trackers, trackers_of
 from structured_tickets.settings.flag_table import PENALTY_CHOSEN
 from structured_tickets.settings.identity import identity_of, identity_of_round_0, is_penalty_chosen, settings_of
-from structured_tickets.settings.interpret import about_the_penalty
+from structured_tickets.settings.interpret import about_the_penalty, first_epoch
 from structured_tickets.training.optimization import OPTIMIZERS
 from structured_tickets.training.penalty.expected import GRADIENT, expected_squeeze
 from structured_tickets.training.penalty.schedules import clock_from
@@ -134,7 +134,8 @@ def _say_where_it_continues(run: RunState, folder: RunFolder, args: argparse.Nam
     elif rounds > run.state:
         log.info("continuing the run in %s after round %d", folder.path, run.state)
     else:
-        done = f"{run.epoch} of {counted(args.epochs, 'epoch')}"
+        first = first_epoch(args, run.state)
+        done = f"{run.epoch - first} of {counted(args.epochs - first, 'epoch')}"
         done += f" and {counted(run.step, 'step')} of the next" if run.step else ""
         log.info("continuing the run in %s: round %d, %s done", folder.path, run.state, done)
 

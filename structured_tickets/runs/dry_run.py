@@ -103,12 +103,16 @@ def numbered(rows: Sequence[str]) -> list[str]:
 
 def _time(setup: Setup, step: Callable[[], None]) -> list[str]:
     args, steps, each = setup.args, len(setup.train_loader), seconds_per_step(step)
-    judging, judged = _seconds_to_judge(setup), -(-args.epochs // args.eval_every)
-    whole = each * steps * args.epochs + judging * judged
+    judging = _seconds_to_judge(setup)
+    later = args.tail_epochs or args.epochs
+    times = [each * steps * epochs + judging * -(-epochs // args.eval_every) for epochs in (args.epochs, later)]
+    per_round, said = f"{counted(args.epochs, 'epoch')} per round", f"about {duration(times[0])} per round"
+    if later != args.epochs:
+        per_round = f"{counted(args.epochs, 'epoch')} in round 0, then {later} per round"
+        said = f"about {duration(times[0])} and {duration(times[1])} per round"
     return [
         f"time: {each:.3f} s per step, {counted(steps, 'step')} per epoch, {judging:.1f} s per evaluation, "
-        f"{counted(args.epochs, 'epoch')} per round: about {duration(whole)} per round, "
-        f"{duration(whole * args.pruning_times)} in total"
+        f"{per_round}: {said}, {duration(times[0] + times[1] * (args.pruning_times - 1))} in total"
     ]
 
 

@@ -28,6 +28,7 @@ from structured_tickets.runs.round import Round, seed_round, start_weights
 from structured_tickets.runs.setup import Setup
 from structured_tickets.runs.state import fields_of, packed_pair, state_from
 from structured_tickets.runs.tables import rounds_table
+from structured_tickets.settings.interpret import first_epoch
 from structured_tickets.training.stop import StopRequest
 
 log = logging.getLogger("rsst")
@@ -82,7 +83,8 @@ class Experiment:
         fresh = run.state != state or not run.state_dict
         if fresh:
             run.start_weight = start_weights(setup, run, self.source) if state else {}
-            run.state, run.epoch, run.step, run.best_sa, run.faded = state, 0, 0, [-1.0, -1.0, -1.0], {}
+            run.state, run.epoch, run.step = state, first_epoch(setup.args, state), 0
+            run.best_sa, run.faded = [-1.0, -1.0, -1.0], {}
             run.masks, run.loss_scale = run.following, {}
         setup.model.load_state_dict(run.begun_with if fresh else run.state_dict)
         current = Round(setup, run, self.stop, self.reporter.progress, {} if fresh else run.optimizer)
@@ -90,7 +92,8 @@ class Experiment:
             run.doomed_norm = current.doomed_norm()
         seed_round(run, setup, fresh)
         current.check_agreement("start")
-        place, before = (run.epoch, run.step), state * setup.args.epochs
+        begins = (run.epoch, run.step) == (current.first_epoch, 0)
+        place, before = () if begins else (run.epoch, run.step), state * setup.args.epochs
         self.reporter.round_starts(state, current.shares, current.size_in_words, before, place)
         return current
 

@@ -17,6 +17,7 @@ from structured_tickets.pruning.shares import Shares, shares
 from structured_tickets.runs.compared_run import ControlSource
 from structured_tickets.runs.setup import Setup, prepare_for_speed, search_for_convolutions
 from structured_tickets.runs.state import RunState
+from structured_tickets.settings.interpret import first_epoch
 from structured_tickets.training.epoch import Passer, ShowProgress, hardened
 from structured_tickets.training.loss_scale import LossScale
 from structured_tickets.training.penalty.expected import DECOUPLED, DIRECT
@@ -35,6 +36,7 @@ class Round:
     Attributes:
         number: From 0.
         pair: The masks of the round; None in round 0.
+        first_epoch: The epoch of the schedule with which it begins.
         held: What stays at zero, by parameter name.
         trainee: The network at its real size, with its optimizer.
         passer: What every training step is passed.
@@ -51,6 +53,7 @@ class Round:
             optimizer: The optimizer's state to continue from; empty for a new one.
         """
         self.setup, self.number, self.pair = setup, run.state, _masks_of(setup, run)
+        self.first_epoch = first_epoch(setup.args, run.state)
         self._stop, self._progress = stop, progress
         self.scale = LossScale(setup.device, run.loss_scale) if setup.precision == torch.float16 else None
         self._equip(run.faded, optimizer)
@@ -63,7 +66,7 @@ class Round:
         gc.collect()
         if args.compile:
             torch.compiler.reset()  # it refuses to compile more than a few networks of one class
-        search_for_convolutions(setup.rate.epochs * len(setup.train_loader))
+        search_for_convolutions((setup.args.epochs - self.first_epoch) * len(setup.train_loader))
         self.held = held_masks(self.pair, setup.rules, setup.groups, faded)
         self.trainee = Trainee(
             setup.model,

@@ -45,6 +45,19 @@ def check(args: argparse.Namespace) -> None:
             "Choose one of them",
         ),
         (
+            args.tail_epochs and args.prune_type == "lt",
+            "argument --tail_epochs: cannot be combined with --prune_type lt, whose rounds start with weights that "
+            "nothing has trained. Use rewind_lt or lrr",
+        ),
+        (
+            (args.tail_epochs or 0) > args.epochs,
+            f"argument --tail_epochs: a round has only {counted(args.epochs, 'epoch')} (--epochs)",
+        ),
+        (
+            args.tail_epochs and args.control == "small_dense",
+            "argument --control: small_dense cannot be combined with --tail_epochs, since it trains a new network",
+        ),
+        (
             args.init and (args.prune_type == "pt" or args.vit_pretrained),
             "argument --init: cannot be combined with pretrained weights. Use one of the two",
         ),

@@ -316,6 +316,13 @@ PRUNING = (
         read=Condition(lambda a: a.prune_type == "rewind_lt", "with --prune_type rewind_lt"),
     ),
     Flag(
+        "tail_epochs",
+        "train each round after round 0 with the last so many epochs of the schedule only (default: with all)",
+        AFTER_ROUND_0,
+        type=COUNT,
+        default=None,
+    ),
+    Flag(
         "criteria",
         _rows((name, criterion.summary) for name, criterion in CRITERIA.items())
         + ". With --regroup, remain unless another is given",

@@ -234,5 +234,10 @@ def learning_rate_from(args: argparse.Namespace, steps: int) -> LearningRate:
     return LearningRate(args.lr, args.epochs, steps, args.warmup, args.lr_schedule, args.decreasing_lr)
 
 
+def first_epoch(args: argparse.Namespace, state: int) -> int:
+    """The epoch of the schedule, from 0, with which a round begins: 0, but for `--tail_epochs`."""
+    return args.epochs - args.tail_epochs if state and args.tail_epochs else 0
+
+
 def loss_from(args: argparse.Namespace) -> nn.Module:
     return nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)

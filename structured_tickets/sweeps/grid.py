@@ -75,10 +75,11 @@ class Job:
         name: Of its folder, and so the same for the same settings.
         words: Its command line, `--save_dir` included.
         settings: Flag -> value of what differs between the runs, as far as the run reads it.
-        rounds, epochs: How many rounds it has, and how many epochs each of them.
+        rounds, epochs: How many rounds it has, and how many epochs the first of them.
         after: Names of the jobs that have to be finished before.
         dense: Whether it only trains the round 0 of others.
         added: Whether nobody has asked for it, but a control is compared with it.
+        later_epochs: Of each round after the first; None: as many.
     """
 
     name: str
@@ -90,6 +91,12 @@ class Job:
     after: tuple[str, ...] = ()
     dense: bool = False
     added: bool = False
+    later_epochs: int | None = None
+
+    @property
+    def all_epochs(self) -> int:
+        """Of all rounds together."""
+        return self.epochs + (self.rounds - 1) * (self.later_epochs or self.epochs)
 
 
 @dataclass(frozen=True)
@@ -232,6 +239,7 @@ def _job(spec: Spec, settings: Settings, out: Path) -> Job:
         args.pruning_times,
         args.epochs,
         (source,) if source else (),
+        later_epochs=args.tail_epochs,
     )
 
 

@@ -50,14 +50,14 @@ class LiveView:
                 bar = self._bars.get(job.name) or self._new_bar(job)
                 width = max(len(str(b.desc)) for b in self._bars.values())
                 bar.bar_format = BAR.format(width=width, place=where_of(rows[-1], job))
-                bar.n = min(len(rows), job.rounds * job.epochs)
+                bar.n = min(len(rows), job.all_epochs)
                 bar.refresh()
         self._whole.refresh()
 
     def _new_bar(self, job: Job) -> tqdm:
         taken = {abs(bar.pos) for bar in self._bars.values()}
         place = next(k for k in range(1, len(taken) + 2) if k not in taken)
-        bar = tqdm(total=job.rounds * job.epochs, position=place, leave=False, bar_format=" ")
+        bar = tqdm(total=job.all_epochs, position=place, leave=False, bar_format=" ")
         bar.desc = title_of(job)
         self._bars[job.name] = bar
         return bar

@@ -207,7 +207,8 @@ def scaled(words: Sequence[str], epochs: int) -> dict[str, Any]:
         "decreasing_lr": [round(share * m) for m in args.decreasing_lr],
     }
     rewinds = args.prune_type == "rewind_lt"
-    return found | ({"rewind_epoch": int(share * args.rewind_epoch)} if rewinds else {})
+    tail = {"tail_epochs": max(1, round(share * args.tail_epochs))} if args.tail_epochs else {}
+    return found | ({"rewind_epoch": int(share * args.rewind_epoch)} if rewinds else {}) | tail
 
 
 def within(jobs: Sequence[Job], epochs: int, limits: Limits) -> Reached:

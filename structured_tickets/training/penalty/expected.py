@@ -24,7 +24,7 @@ def expected_squeeze(clock: Clock, rate: LearningRate, momentum: float, way: str
         way: A row of `WAYS`.
     """
     left = 1.0
-    for epoch in range(rate.epochs):
+    for epoch in range(clock.first, rate.epochs):
         for i in range(rate.steps):
             lr = rate.at(epoch, i)
             pace = {GRADIENT: lr / (1 - momentum), DECOUPLED: lr / rate.base, DIRECT: 1.0}[way]

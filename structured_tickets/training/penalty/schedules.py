@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 E_MINUS_1 = math.e - 1
@@ -79,6 +79,7 @@ class Clock:
         delta: Lambda at the end of the horizon; the documents' `reg_granularity_prune`.
         exponents: Power used by `exp_custom_exponents`.
         epochs: Epochs of a round.
+        first: The epoch of its learning rate's schedule with which a round begins, where lambda begins too.
         horizon: A row of `HORIZONS`. "documents" is "epoch" for schedules without a `literal`.
         guard: The documents' condition `delta * i < 1`: later batches of an epoch leave lambda as it is.
         upper_limit: Cap on lambda.
@@ -91,6 +92,7 @@ class Clock:
     horizon: str = "state"
     guard: bool = False
     upper_limit: float = 1.0
+    first: int = 0
 
     @property
     def literal(self) -> Callable[[float], float] | None:
@@ -98,8 +100,8 @@ class Clock:
         return SCHEDULES[self.schedule].literal if self.horizon == "documents" else None
 
     def updates(self, epoch: int, i: int, batches: int) -> tuple[int, int]:
-        """(n, K) after batch `i` of `epoch`, both from 0, with `batches` in each epoch."""
-        allowed = batches
+        """(n, K) after batch `i` of `epoch`, which counts from `first`, with `batches` in each epoch."""
+        epoch, allowed = epoch - self.first, batches
         if self.guard and self.delta > 0:
             allowed = min(batches, math.ceil(1 / self.delta - 1e-9))
         within = min(i + 1, allowed)
@@ -136,7 +138,8 @@ class Clock:
     def _places(self, batches: int) -> list[tuple[int, int]]:
         """(epoch, batch) evenly spaced over a round."""
         count = min(SAMPLES, self.epochs * batches)
-        return [divmod((k + 1) * self.epochs * batches // count - 1, batches) for k in range(count)]
+        places = [divmod((k + 1) * self.epochs * batches // count - 1, batches) for k in range(count)]
+        return [(self.first + epoch, i) for epoch, i in places]
 
 
 def clock_from(args: Any) -> Clock:
@@ -149,4 +152,6 @@ def clock_from(args: Any) -> Clock:
         "upper_limit": "reg_upper_limit",
     }
     named = {field.name: flags.get(field.name, field.name) for field in fields(Clock)}
-    return Clock(**{name: getattr(args, flag) for name, flag in named.items() if hasattr(args, flag)})
+    clock = Clock(**{name: getattr(args, flag) for name, flag in named.items() if hasattr(args, flag)})
+    tail = getattr(args, "tail_epochs", None)  # of the rounds that squeeze
+    return replace(clock, epochs=tail, first=clock.epochs - tail) if tail else clock
