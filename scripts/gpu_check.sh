@@ -23,6 +23,8 @@ mkdir -p "$out" || exit 5
 out=$(cd "$out" && pwd)
 rm -rf "$out"/*.log "$out"/*.json "$out"/runs "$out"/parts.tsv "$out"/summary.md
 export CUBLAS_WORKSPACE_CONFIG=:4096:8 WANDB_MODE=disabled PYTHONPATH=. # bits that repeat themselves; no network
+# Many processes at once: with a thread for each core, each of them would wait for all others.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-4}
 
 cards=$("$python" -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)' 2>"$out/start.log")
 [ "$device" = cpu ] && cards=0
@@ -49,7 +51,7 @@ part() { # name, time limit on a card in seconds, cards that it needs, command
     echo "$name: ${status/#0/ok}, $((SECONDS - began)) s"
 }
 workers=()
-"$python" -c 'import xdist' 2>/dev/null && [ "$(nproc)" -ge 8 ] && workers=(-n 4 --dist worksteal)
+"$python" -c 'import xdist' 2>/dev/null && [ "$(nproc)" -ge 8 ] && workers=(-n 3 --dist worksteal)
 tests() { # name, time limit, tests
     local name=$1 limit=$2
     shift 2

@@ -13,7 +13,8 @@ def free_bytes(device: torch.device) -> int:
     free, total = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
     kept = torch.cuda.memory_reserved(device) - allocated
-    share = torch.cuda.get_per_process_memory_fraction(device)
+    share_of = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # torch 2.7 or newer
+    share = share_of(device) if share_of else 1.0
     return int(min(free + kept, share * total - allocated))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from structured_tickets.base.device_memory import free_bytes
 from structured_tickets.base.errors import DataError, MachineError, first_line
 from structured_tickets.base.randomness import mixed_seed
 from structured_tickets.data.decoded_images import LazyImages
@@ -190,7 +191,7 @@ class BatchLoader:
 
 def _fits(images: Tensor, device: torch.device) -> bool:
     """Return whether the device has memory to spare for the images."""
-    return device.type != "cuda" or images.numel() < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+    return device.type != "cuda" or images.numel() < DEVICE_SHARE * free_bytes(device)
 
 
 def _read(images: LazyImages, parts: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:

@@ -34,7 +34,7 @@ from structured_tickets.sweeps.file import read_file
 from structured_tickets.sweeps.grid import MOST_RUNS, Job, Plan, Spec, grouped, plan, words_of
 from structured_tickets.sweeps.job_process import Outcome
 from structured_tickets.sweeps.live_view import title_of
-from structured_tickets.sweeps.schedule import carry_out
+from structured_tickets.sweeps.schedule import AUTO, carry_out
 from structured_tickets.sweeps.slurm import write_scripts
 
 if TYPE_CHECKING:
@@ -106,6 +106,17 @@ def _add_where(parser: argparse.ArgumentParser) -> None:
         help="runs at a time (local: one for each GPU, else for each core; slurm: all)",
     )
     where.add_argument(
+        "--jobs_per_gpu",
+        type=runs_on_a_gpu,
+        metavar="N",
+        help="runs at a time on each GPU (ray, slurm: too); auto: local, one more as long as all together get faster",
+    )
+    where.add_argument(
+        "--mps",
+        action="store_true",
+        help="local: start NVIDIA's MPS for the sweep, by which runs on one GPU compute at once, not in turns",
+    )
+    where.add_argument(
         "--threads",
         type=count(1, PARALLEL),
         default=1,
@@ -163,6 +174,7 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, Spec]:
     if spec.count > MOST_RUNS:
         raise UsageError(f"argument --grid: more than {MOST_RUNS:,} combinations. Use a smaller grid")
     refuse_secrets([*spec.flags, *(word for settings in spec.combinations() for word in words_of(settings))])
+    _check_sharing(args)
     if not args.search and (args.density or args.macs):
         raise UsageError("argument --density, --macs: only used with --search")
     if args.search and args.executor == "slurm":
@@ -176,6 +188,23 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, Spec]:
     args.out = args.out or Path(f"sweep_output_{spec.digest()}")
     args.out = args.out.resolve()
     return args, spec
+
+
+def runs_on_a_gpu(text: str) -> int | str:
+    """`auto`, or a number of runs."""
+    return AUTO if text == AUTO else count(1, PARALLEL)(text)
+
+
+def _check_sharing(args: argparse.Namespace) -> None:
+    """Raises: UsageError."""
+    if args.jobs_per_gpu and args.jobs and args.executor == "local":
+        raise UsageError("argument --jobs_per_gpu: cannot be combined with --jobs. Use one of the two")
+    if args.jobs_per_gpu and args.gpus_per_run is not None:
+        raise UsageError("argument --jobs_per_gpu: cannot be combined with --gpus_per_run. Use one of the two")
+    if args.jobs_per_gpu == AUTO and args.executor != "local":
+        raise UsageError(f"argument --jobs_per_gpu: {AUTO} needs --executor local. Give a number")
+    if args.mps and args.executor != "local":
+        raise UsageError("argument --mps: only used with --executor local")
 
 
 def _normalised(argv: Sequence[str]) -> list[str]:
@@ -234,7 +263,9 @@ def _run(words: list[str]) -> str:
             log.info("%s", note)
         write_record(args.out, words, spec, jobs)
         if args.executor == "slurm":
-            script = write_scripts(jobs, args.out, args.out.name, args.threads, args.jobs, args.slurm_options)
+            script = write_scripts(
+                jobs, args.out, args.out.name, args.threads, args.jobs, args.slurm_options, args.jobs_per_gpu or 1
+            )
             return f"bash {shlex.quote(str(script))}"
         outcomes = carry_out(jobs, args)
         return conclude(jobs, outcomes, args.out)

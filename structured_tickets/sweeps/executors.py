@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from structured_tickets.base.commands import import_path
-from structured_tickets.base.errors import RunError, UsageError, first_line
+from structured_tickets.base.errors import MachineError, RunError, UsageError, first_line
+from structured_tickets.sweeps import mps
 from structured_tickets.sweeps.grid import Job
 from structured_tickets.sweeps.job_process import PATIENCE, JobProcess, Outcome, Task, run, told_to_stop
+from structured_tickets.sweeps.sharing import Climb
 
 log = logging.getLogger("rsst")
 
@@ -30,6 +32,9 @@ class Executor(Protocol):
     """Takes jobs in any order, and carries out as many at a time as there is room for."""
 
     def submit(self, job: Job) -> Future[Outcome]: ...
+
+    def watch(self) -> None:
+        """Look at how jobs get on; to be called now and then."""
 
     def stop(self) -> None:
         """Ask running jobs to save their state and end, and begin no other."""
@@ -53,15 +58,21 @@ class Places:
 
     def task(self, job: Job) -> Task:
         log_file = self.logs / f"{job.name}.log"
-        return Task(job.words, str(job.folder), str(log_file), str(Path.cwd()), self.threads)
+        found = tuple(mps.environment().items())
+        return Task(job.words, str(job.folder), str(log_file), str(Path.cwd()), self.threads, environment=found)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A share of this machine."""
+    """A share of this machine.
+
+    Attributes:
+        memory: The share of a GPU's memory.
+    """
 
     cores: tuple[int, ...] = ()
     gpus: str | None = None
+    memory: float = 1.0
 
 
 def slots_of(jobs: int, threads: int, cores: list[int], gpus: list[str]) -> list[Slot]:
@@ -94,14 +105,20 @@ def gpus_here() -> list[str]:
 
 
 class LocalExecutor:
-    """Processes on this machine, each with cores and a GPU of its own."""
+    """Processes on this machine.
 
-    def __init__(self, places: Places, slots: list[Slot]) -> None:
-        self.places = places
+    Args:
+        slots: What each of them has of it.
+        climb: Decides, after a while, whether more of them run at once: each slot is then handed out several times.
+    """
+
+    def __init__(self, places: Places, slots: list[Slot], climb: Climb | None = None) -> None:
+        self.places, self.slots, self.climb = places, slots, climb
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         for slot in slots:
             self._free.put(slot)
-        self._pool = ThreadPoolExecutor(len(slots))
+        self._too_many: list[Slot] = []
+        self._pool = ThreadPoolExecutor(len(slots) * (climb.most if climb else 1))
         self._running: set[JobProcess] = set()
         self._guard = threading.Lock()
         self._stopping = False
@@ -116,10 +133,30 @@ class LocalExecutor:
         except Exception as error:  # of whatever kind: one job must not end the sweep
             return Outcome(1, f"{type(error).__name__}: {error}")
         finally:
-            self._free.put(slot)
+            self._give_back(slot)
+
+    def _give_back(self, slot: Slot) -> None:
+        with self._guard:
+            if slot in self._too_many:
+                self._too_many.remove(slot)
+            else:
+                self._free.put(slot)
+
+    def watch(self) -> None:
+        if self.climb is None:
+            return
+        with self._guard:
+            running = [process.folder for process in self._running]
+        change = self.climb.look(running, len(self.slots))
+        if change > 0:
+            for slot in self.slots:
+                self._free.put(slot)
+        elif change < 0:
+            with self._guard:
+                self._too_many += self.slots
 
     def _attempts(self, job: Job, slot: Slot) -> Outcome:
-        task = replace(self.places.task(job), cores=slot.cores, gpus=slot.gpus)
+        task = replace(self.places.task(job), cores=slot.cores, gpus=slot.gpus, memory_share=slot.memory)
         for _ in range(self.places.retries):
             outcome = self._once(task)
             if self._stopping or not told_to_stop(outcome):
@@ -136,7 +173,8 @@ class LocalExecutor:
         try:
             return process.wait()
         finally:
-            self._running.discard(process)
+            with self._guard:
+                self._running.discard(process)
 
     def stop(self) -> None:
         with self._guard:
@@ -153,7 +191,9 @@ class LocalExecutor:
 
 
 def check_executor(args: argparse.Namespace) -> None:
-    """Raises: UsageError, if the executor that is asked for cannot be had."""
+    """Raises: UsageError, MachineError, if the executor that is asked for cannot be had."""
+    if args.executor == "local" and args.jobs_per_gpu and not gpus_here():
+        raise MachineError("argument --jobs_per_gpu: there is no CUDA device here. Use --jobs")
     if args.executor == "ray":
         if find_spec("ray") is None:
             raise UsageError("argument --executor: ray needs the package ray (pip install ray)")
@@ -231,6 +271,9 @@ class RayExecutor:
         if isinstance(error, self._ray.exceptions.TaskCancelledError):
             return Outcome(None, "the sweep was stopped")
         return Outcome(1, (str(error).strip().splitlines() or [type(error).__name__])[-1])
+
+    def watch(self) -> None:
+        """Ray does."""
 
     def stop(self) -> None:
         """Cancel every task, again and again until it has ended: Ray's interrupt can get lost in a running task."""

@@ -95,7 +95,7 @@ class Job:
 
     @property
     def all_epochs(self) -> int:
-        """Of all rounds together."""
+        """Number of epochs of all rounds together."""
         return self.epochs + (self.rounds - 1) * (self.later_epochs or self.epochs)
 
 

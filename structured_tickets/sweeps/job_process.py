@@ -38,6 +38,8 @@ class Task:
         threads: Of the processor, for matrix products.
         cores: Of the machine, on which alone it may run; empty for any.
         gpus: The only CUDA devices that it sees; None for those that this process sees.
+        memory_share: The share of each of them that it may take, in (0, 1].
+        environment: Variables that it gets besides, in pairs.
     """
 
     words: tuple[str, ...]
@@ -47,6 +49,8 @@ class Task:
     threads: int = 1
     cores: tuple[int, ...] = ()
     gpus: str | None = None
+    memory_share: float = 1.0
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class JobProcess:
     """A running task. It ends in good order, its state saved, when this process does, however that ends."""
 
     def __init__(self, task: Task) -> None:
-        self._log = Path(task.log)
+        self.folder, self._log = Path(task.folder), Path(task.log)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._log.touch()
         self._begins_at = self._log.stat().st_size
@@ -153,7 +157,7 @@ def _child(task: Task) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     os.setsid()  # a Ctrl-C at the terminal is for the sweep, which asks its jobs to stop
     os.environ.pop(SAFE_PATH, None)
-    os.environ |= _environment(task.threads)
+    os.environ |= _environment(task.threads) | dict(task.environment)
     if task.gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = task.gpus
     if task.cores and hasattr(os, "sched_setaffinity"):
@@ -163,6 +167,8 @@ def _child(task: Task) -> None:
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     _wait_for_a_dying_predecessor(Path(task.folder))
     importlib.import_module("torch").set_num_threads(task.threads)
+    if task.memory_share < 1:
+        importlib.import_module("structured_tickets.base.device_memory").take_only(task.memory_share)
     sys.exit(importlib.import_module("structured_tickets.runs.launch").main(task.words))
 
 

@@ -30,6 +30,11 @@ def daemon_answers() -> bool:
     return (folder / "control").exists()
 
 
+def environment() -> dict[str, str]:
+    """Return the variables by which a program finds the daemon that programs started from here find."""
+    return {name: os.environ[name] for name in (PIPES, LOGS) if name in os.environ}
+
+
 @contextmanager
 def own_daemon() -> Iterator[None]:
     """Run a daemon while it lasts, which only programs that are started from here find.

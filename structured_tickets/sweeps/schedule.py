@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import shutil
 import signal
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import nullcontext
+from dataclasses import replace
 from types import FrameType
 
 from structured_tickets.base.errors import DataError, Interrupted
@@ -20,6 +23,7 @@ from structured_tickets.sweeps.executors import (
     LocalExecutor,
     Places,
     RayExecutor,
+    Slot,
     cores_here,
     gpus_here,
     slots_of,
@@ -27,9 +31,13 @@ from structured_tickets.sweeps.executors import (
 from structured_tickets.sweeps.grid import Job
 from structured_tickets.sweeps.job_process import Outcome
 from structured_tickets.sweeps.live_view import LiveView
+from structured_tickets.sweeps.mps import daemon_answers, own_daemon
+from structured_tickets.sweeps.sharing import MOST_AT_ONCE, MOST_IN_TURNS, CardMemory, Climb
 
 log = logging.getLogger("rsst")
 
+AUTO = "auto"
+OF_THE_MEMORY = 0.9  # of a GPU, that runs with a fixed share may take together; the rest is for what CUDA itself needs
 POLL_SECONDS = 0.5
 STOPPED = Outcome(None, "the sweep was stopped")
 
@@ -38,8 +46,16 @@ def executor_for(args: argparse.Namespace) -> Executor:
     """The executor that the arguments ask for."""
     places = Places(args.out / "logs", args.threads, args.retries)
     if args.executor == "ray":
-        return RayExecutor(places, args.address, args.gpus_per_run or 0)
+        return RayExecutor(places, args.address, args.gpus_per_run or 1 / (args.jobs_per_gpu or math.inf))
     cores, gpus = cores_here(), gpus_here()
+    if args.jobs_per_gpu == AUTO:
+        host = max(1, len(cores) // (args.threads * len(gpus)))
+        most = min(host, MOST_AT_ONCE if daemon_answers() else MOST_IN_TURNS)
+        return LocalExecutor(places, [Slot(gpus=gpu) for gpu in gpus], Climb(most, CardMemory(gpus).has_room))
+    if args.jobs_per_gpu:
+        shared = OF_THE_MEMORY / args.jobs_per_gpu if args.jobs_per_gpu > 1 else 1.0
+        slots = slots_of(args.jobs_per_gpu * len(gpus), args.threads, cores, gpus)
+        return LocalExecutor(places, [replace(slot, memory=shared) for slot in slots])
     jobs = args.jobs or len(gpus) or max(1, len(cores) // args.threads)
     return LocalExecutor(places, slots_of(jobs, args.threads, cores, gpus))
 
@@ -77,16 +93,17 @@ def carry_out(jobs: Sequence[Job], args: argparse.Namespace) -> dict[str, Outcom
         log.info("%d of %s already finished", len(outcomes), counted(len(jobs), "job"))
     if len(outcomes) == len(jobs):
         return outcomes
-    executor = executor_for(args)
-    with StopSignals() as stop:  # after Ray, which takes the signals too
-        try:
-            _schedule(jobs, outcomes, executor, view, stop)
-        except BaseException:
-            executor.stop()
-            raise
-        finally:
-            view.close()
-            executor.close()
+    with own_daemon() if args.mps else nullcontext():
+        executor = executor_for(args)
+        with StopSignals() as stop:  # after Ray, which takes the signals too
+            try:
+                _schedule(jobs, outcomes, executor, view, stop)
+            except BaseException:
+                executor.stop()
+                raise
+            finally:
+                view.close()
+                executor.close()
     if stop.number is not None:
         done = sum(o.fine for o in outcomes.values())
         said = f"stopped with {done} of {counted(len(jobs), 'job')} finished. Run the same command again to continue"
@@ -143,6 +160,7 @@ def _schedule(
         for future in done:
             end(running.pop(future), STOPPED if future.cancelled() else future.result())
         view.update([job for job in running.values() if _was_written_since(began, job)])
+        executor.watch()
 
 
 def _was_written_since(moment: float, job: Job) -> bool:

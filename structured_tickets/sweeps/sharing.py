@@ -1,4 +1,4 @@
-"""How many runs share a card: one more, as long as all of them together get faster and there is memory for it."""
+"""Runs that share a card: one more is added as long as all of them together get faster and there is memory for it."""
 
 from __future__ import annotations
 

@@ -17,6 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from structured_tickets.base.device_memory import free_bytes
+
 WAITS = "called a synchronizing CUDA operation"  # torch's words; there is no class for the warning
 BETWEEN_MARKS = 8  # replays
 
@@ -114,8 +116,7 @@ class CudaGraphs:
 
     def free_memory(self) -> int:
         """See `Graphs`. Memory that the allocator keeps for later is free: capturing empties it first."""
-        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return torch.cuda.mem_get_info(self.device)[0] + kept
+        return free_bytes(self.device)
 
     def capture(self, body: Callable[[], None]) -> Graph:
         """See `Graphs`.

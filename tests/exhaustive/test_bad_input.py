@@ -383,6 +383,8 @@ OWN = [
     "retries",
     "address",
     "gpus_per_run",
+    "jobs_per_gpu",
+    "mps",
     "slurm_options",
     "search",
     "density",

@@ -22,6 +22,7 @@ from helpers.programs import start
 from structured_tickets.pruning.masks import effective_state
 from structured_tickets.runs import epochs, experiment
 from structured_tickets.runs.folder import RunFolder
+from structured_tickets.runs.setup import search_for_convolutions
 from structured_tickets.training.epoch import train
 
 
@@ -553,3 +554,20 @@ def test_the_program_starts_as_a_script():
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and "--vit_structured" in out and not errors
     assert (ROOT / "main_imp_fillback.py").stat().st_size < 40_000
+
+
+@pytest.mark.parametrize(
+    "steps, deterministic, searched", [(4999, False, False), (5000, False, True), (5000, True, False)]
+)
+def test_kernels_are_searched_for_where_it_pays(steps, deterministic, searched, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", None)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    search_for_convolutions(steps)
+    assert torch.backends.cudnn.benchmark is searched
+
+
+def test_every_round_decides_by_its_own_length(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("structured_tickets.runs.round.search_for_convolutions", seen.append)
+    assert run(*tiny(tmp_path, epochs=3, tail_epochs=1, prune_type="lrr", pruning_times=2, struct="refill")) == 0
+    assert len(seen) == 2 and seen[0] == 3 * seen[1] > 0

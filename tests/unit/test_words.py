@@ -20,6 +20,7 @@ GENERATED = ("cookbook.md", "zoo.md")  # made by programs, with what these print
 KEPT = {
     "pruning_utils.py": ("remain weight",),  # the documents' line
     "structured_tickets/features/tables.py": ("squeeze",),  # torch's operation
+    "structured_tickets/sweeps/slurm.py": ("last=$((SLURM_ARRAY_TASK_ID",),  # a shell script
 }
 
 
