@@ -560,7 +560,7 @@ def test_the_program_starts_as_a_script():
     "steps, deterministic, searched", [(4999, False, False), (5000, False, True), (5000, True, False)]
 )
 def test_kernels_are_searched_for_where_it_pays(steps, deterministic, searched, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not searched)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     search_for_convolutions(steps)
     assert torch.backends.cudnn.benchmark is searched
