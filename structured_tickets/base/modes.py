@@ -30,6 +30,13 @@ def set_mode(model: nn.Module, training: bool) -> None:
         layer.training = modes.get(name, training)
 
 
+def freeze_statistics(model: nn.Module) -> None:
+    """Let every BatchNorm of a network that is in training mode normalise by its running statistics, and keep them."""
+    for layer in model.modules():
+        if isinstance(layer, _NormBase) and layer.track_running_stats:
+            layer.eval()
+
+
 def obey_modes_of(model: nn.Module, leader: nn.Module) -> None:
     """Let the layers of a network be in the modes that those of the same names have in another.
 

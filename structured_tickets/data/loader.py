@@ -114,6 +114,13 @@ class BatchLoader:
         loader.share = (0, 1)
         return loader
 
+    def unchanged(self) -> BatchLoader:
+        """The same images, in their own order, without crops and mirrorings."""
+        loader = copy.copy(self)
+        loader.augment = loader.flip = False
+        loader.start = 0
+        return loader
+
     def _parts(self, order: Tensor) -> list[Tensor]:
         """This share of each batch of `order`."""
         k, n = self.share

@@ -18,12 +18,14 @@ from structured_tickets.networks.weight_files import NOT_LEARNED, WeightFile, We
 
 log = logging.getLogger("rsst.models")
 
+WHERE_IT_FITS = "where it fits"
+
 
 def load_pretrained_weights(
     model: nn.Module,
     spec: ModelSpec,
     file: str | Path | None = None,
-    with_classifier: bool = False,
+    with_classifier: bool | str = False,
     key: str | None = None,
 ) -> Statistics | None:
     """Load ImageNet weights, or those of a file, into `model`; by default its classifier stays as it was.
@@ -34,7 +36,8 @@ def load_pretrained_weights(
     Args:
         spec: The model's row: the timm model to fetch when no file is given, and the classifier's name.
         file: A local checkpoint (`.safetensors`, `.pth`), read without unpickling code.
-        with_classifier: Load the classifier too; its classes must then be the model's.
+        with_classifier: Load the classifier too; its classes must then be the model's. `WHERE_IT_FITS`: or else it
+            starts fresh.
         key: Where in the file the weights are, if it has several.
 
     Returns:
@@ -46,13 +49,15 @@ def load_pretrained_weights(
     found = chosen = None
     if file is not None:
         source, found = str(file), read_weight_file(file, f"cannot read weights from {file}")
-        chosen = weights_for(_names_of(model, spec, with_classifier), found, key)
+        chosen = weights_for(_names_of(model, spec, with_classifier is True), found, key)
         weights = _in_own_names(model, chosen.state, source)
     elif spec.pretrained is not None:
         source, weights = spec.pretrained, _weights_from_timm(spec.pretrained)
     else:
         raise DataError("no ImageNet weights are published for this model. Give a file with --pretrained")
-    heads = set() if with_classifier else _heads(model, spec, weights)
+    heads = set() if with_classifier is True else _heads(model, spec, weights)
+    if with_classifier == WHERE_IT_FITS:
+        heads = {head for head in heads if not _fits(model, head, weights)}
     extra = _load(model, weights, source, heads)
     if found and chosen:
         _report(found, chosen, extra)
@@ -143,6 +148,12 @@ def _names_of(model: nn.Module, spec: ModelSpec, with_classifier: bool) -> list[
 def _heads(model: nn.Module, spec: ModelSpec, weights: Mapping[str, Tensor]) -> set[str]:
     """The classifier, and other layers that have a row for each class, of which the file has others."""
     return _other_heads(model, weights) | ({spec.classifier} if spec.classifier else set())
+
+
+def _fits(model: nn.Module, head: str, weights: Mapping[str, Tensor]) -> bool:
+    """True if the weights have all of a layer's parameters, in its shapes."""
+    own = model.get_submodule(head).named_parameters(prefix=head)
+    return all(name in weights and weights[name].shape == value.shape for name, value in own)
 
 
 def _other_heads(model: nn.Module, weights: Mapping[str, Tensor]) -> set[str]:

@@ -38,10 +38,11 @@ from structured_tickets.runs.state import RunState
 from structured_tickets.runs.trackers import Trackers, trackers_of
 from structured_tickets.settings.flag_table import PENALTY_CHOSEN
 from structured_tickets.settings.identity import identity_of, identity_of_round_0, is_penalty_chosen, settings_of
-from structured_tickets.settings.interpret import about_the_penalty, first_epoch
+from structured_tickets.settings.interpret import about_the_penalty
 from structured_tickets.training.optimization import OPTIMIZERS
 from structured_tickets.training.penalty.expected import GRADIENT, expected_squeeze
 from structured_tickets.training.penalty.schedules import clock_from
+from structured_tickets.training.rounds import epochs_of
 
 log = logging.getLogger("rsst")
 
@@ -134,8 +135,8 @@ def _say_where_it_continues(run: RunState, folder: RunFolder, args: argparse.Nam
     elif rounds > run.state:
         log.info("continuing the run in %s after round %d", folder.path, run.state)
     else:
-        first = first_epoch(args, run.state)
-        done = f"{run.epoch - first} of {counted(args.epochs - first, 'epoch')}"
+        epochs = epochs_of(args, run.state)
+        done = f"{run.epoch - epochs.start} of {counted(len(epochs), 'epoch')}"
         done += f" and {counted(run.step, 'step')} of the next" if run.step else ""
         log.info("continuing the run in %s: round %d, %s done", folder.path, run.state, done)
 
@@ -155,7 +156,7 @@ def _introduce(setup: Setup, folder: RunFolder) -> None:
     layers = counted(len(setup.names), "prunable layer")
     about = args.arch, setup.device, name_of(setup.precision), layers, f"{weights:,}", folder.path
     log.info("%s on %s (%s): %s, %s prunable weights. Run folder: %s", *about)
-    for line in (about_the_penalty(args, setup.rate), *in_words(setup.whole, setup.remark)):
+    for line in (about_the_penalty(args, setup.rate_of(1)), *in_words(setup.whole, setup.remark)):
         if line:
             log.info("%s", line)
     if setup.world.size > 1:
@@ -170,7 +171,7 @@ def _warn_if_the_penalty_is_weak(setup: Setup) -> None:
     in_gradient = args.penalty == GRADIENT
     if not squeezes or (OPTIMIZERS[args.optimizer].adaptive and in_gradient):
         return
-    left = expected_squeeze(clock_from(args), setup.rate, args.momentum, args.penalty)
+    left = expected_squeeze(clock_from(args), setup.rate_of(1), args.momentum, args.penalty)
     if left > SQUEEZE_GOAL:
         log.warning(
             "the penalty is too weak for rounds this short: by itself it leaves each doomed weight at about %.0f%% of "

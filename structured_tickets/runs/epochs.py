@@ -13,8 +13,9 @@ from structured_tickets.runs.folder import RunFolder
 from structured_tickets.runs.round import Round
 from structured_tickets.runs.rows import EpochRow
 from structured_tickets.runs.state import RunState
-from structured_tickets.training.epoch import train
+from structured_tickets.training.epoch import judged_by, train
 from structured_tickets.training.meter import Meter
+from structured_tickets.training.rounds import step_of
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,16 @@ def train_epoch(current: Round, run: RunState, folder: RunFolder, epoch: int) ->
     return TrainedEpoch(meter, before + time.perf_counter() - began, per_step)
 
 
+def judge_given(current: Round) -> TrainedEpoch:
+    """Judge a network that is given by the training images, as they are, without training it."""
+    setup, began = current.setup, time.perf_counter()
+    loader = setup.train_loader.unchanged()
+    common = (current.model, setup.criterion, setup.world, setup.precision, current.passer.recorder)
+    meter = judged_by(loader, *common)
+    seconds = time.perf_counter() - began
+    return TrainedEpoch(meter, seconds, seconds / meter.steps)
+
+
 def _remedy(precision: torch.dtype) -> str:
     """Return what to do about a number that is not finite."""
     if precision == torch.float32:
@@ -83,12 +94,12 @@ def epoch_row(
     return EpochRow(
         round=current.number,
         epoch=epoch,
-        step=current.number * setup.args.epochs + epoch,
+        step=step_of(setup.args, current.number, epoch),
         loss=meter.mean_loss,
         accuracy=meter.accuracy,
         val_accuracy=accuracies[0],
         test_accuracy=accuracies[1],
-        lr=setup.rate.at(epoch, len(setup.train_loader) - 1),
+        lr=0.0 if current.is_given else setup.rate_of(current.number).at(epoch, len(setup.train_loader) - 1),
         reg_lambd=current.strength,
         train_batch_time=trained.seconds_per_step,
         images_per_second=meter.seen / meter.steps / trained.seconds_per_step,

@@ -17,7 +17,7 @@ from structured_tickets.runs.begin import new_run, take_up
 from structured_tickets.runs.checkpoint_schema import check_fits
 from structured_tickets.runs.compared_run import ControlSource
 from structured_tickets.runs.dense_store import DenseStore
-from structured_tickets.runs.epochs import TrainedEpoch, epoch_row, train_epoch
+from structured_tickets.runs.epochs import TrainedEpoch, epoch_row, judge_given, train_epoch
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.runs.judge import judge, warn_if_not_squeezed
 from structured_tickets.runs.next_masks import next_masks
@@ -28,7 +28,7 @@ from structured_tickets.runs.round import Round, seed_round, start_weights
 from structured_tickets.runs.setup import Setup
 from structured_tickets.runs.state import fields_of, packed_pair, state_from
 from structured_tickets.runs.tables import rounds_table
-from structured_tickets.settings.interpret import first_epoch
+from structured_tickets.training.rounds import GIVEN, epochs_of, step_of
 from structured_tickets.training.stop import StopRequest
 
 log = logging.getLogger("rsst")
@@ -44,7 +44,8 @@ class Experiment:
     def __init__(self, setup: Setup, folder: RunFolder, source: ControlSource | None = None) -> None:
         args = setup.args
         self.setup, self.folder, self.source = setup, folder, source
-        stored = args.dense_store and not runs_a_file(args.arch)  # what a user's file depends on is not known
+        # What a user's file depends on is not known, and a network that is given has not to be trained again.
+        stored = args.dense_store and not runs_a_file(args.arch) and args.round_0 != GIVEN
         self.store = DenseStore(Path(args.dense_store)) if stored and setup.world.is_first else None
         self.run = new_run(setup)
         self.stop = StopRequest(setup.world)
@@ -83,7 +84,7 @@ class Experiment:
         fresh = run.state != state or not run.state_dict
         if fresh:
             run.start_weight = start_weights(setup, run, self.source) if state else {}
-            run.state, run.epoch, run.step = state, first_epoch(setup.args, state), 0
+            run.state, run.epoch, run.step = state, epochs_of(setup.args, state).start, 0
             run.best_sa, run.faded = [-1.0, -1.0, -1.0], {}
             run.masks, run.loss_scale = run.following, {}
         setup.model.load_state_dict(run.begun_with if fresh else run.state_dict)
@@ -92,20 +93,20 @@ class Experiment:
             run.doomed_norm = current.doomed_norm()
         seed_round(run, setup, fresh)
         current.check_agreement("start")
-        begins = (run.epoch, run.step) == (current.first_epoch, 0)
-        place, before = () if begins else (run.epoch, run.step), state * setup.args.epochs
+        begins = (run.epoch, run.step) == (current.epochs.start, 0)
+        place, before = () if begins else (run.epoch, run.step), step_of(setup.args, state, current.epochs.start)
         self.reporter.round_starts(state, current.shares, current.size_in_words, before, place)
         return current
 
     def train(self, current: Round) -> None:
         """Train the round, or what is left of it, epoch by epoch."""
         run, args = self.run, self.setup.args
-        for epoch in range(run.epoch, args.epochs):
+        for epoch in range(run.epoch, current.epochs.stop):
             rewind_here = args.prune_type == "rewind_lt" and epoch == args.rewind_epoch and run.step == 0
             if current.number == 0 and rewind_here:
                 run.init_weight = cloned_state(self.setup.model)
             try:
-                trained = train_epoch(current, run, self.folder, epoch)
+                trained = judge_given(current) if current.is_given else train_epoch(current, run, self.folder, epoch)
             except Interrupted:
                 self._save(current)
                 raise
@@ -113,10 +114,11 @@ class Experiment:
             self.stop.obey(f"in round {current.number}, after epoch {epoch}")
 
     def _close_epoch(self, current: Round, epoch: int, trained: TrainedEpoch) -> None:
-        """Evaluate the network, and save the state of the run."""
+        """Evaluate the network, always after the last epoch of a round, and save the state of the run."""
         run, began = self.run, time.perf_counter()
         self._hold_faded_units(current, epoch)
-        judged = self.setup.accuracies(current.model, current.passer.recorder) if self._is_judged(epoch) else None
+        is_judged = (epoch + 1) % self.setup.args.eval_every == 0 or epoch + 1 == current.epochs.stop
+        judged = self.setup.accuracies(current.model, current.passer.recorder) if is_judged else None
         row = epoch_row(current, epoch, trained, judged or (None, None), time.perf_counter() - began)
         run.history.append(row.plain())
         run.epoch, run.step, run.partial, run.reg_lambda = epoch + 1, 0, {}, row.reg_lambd
@@ -127,14 +129,9 @@ class Experiment:
         self._save(current, *([self.folder.best(run.state)] if better else []))
         self.reporter.epoch(run.history[-1])
 
-    def _is_judged(self, epoch: int) -> bool:
-        """Return whether the network is judged after this epoch; it always is after the last one of a round."""
-        args = self.setup.args
-        return (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
-
     def _hold_faded_units(self, current: Round, epoch: int) -> None:
         run = self.run
-        faded = {} if epoch + 1 == self.setup.args.epochs else current.faded_units(run.begun_with)
+        faded = {} if epoch + 1 == current.epochs.stop else current.faded_units(run.begun_with)
         if sum(map(len, faded.values())) > sum(map(len, run.faded.values())):
             run.faded = faded
             current.hold_faded_units(faded)

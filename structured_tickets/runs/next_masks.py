@@ -18,6 +18,7 @@ from structured_tickets.runs.compared_run import ControlSource
 from structured_tickets.runs.folder import Progress
 from structured_tickets.runs.setup import Setup
 from structured_tickets.runs.state import RunState
+from structured_tickets.training.rounds import CONTINUED
 from structured_tickets.training.stop import StopRequest
 
 log = logging.getLogger("rsst")
@@ -53,7 +54,7 @@ def control_masks(setup: Setup, source: ControlSource, state: int, own: MaskPair
         seed=setup.args.seed,
         state=state,
         image_size=setup.image_size,
-        within=own if setup.args.prune_type == "lrr" else None,
+        within=own if setup.args.prune_type in CONTINUED else None,
     )
 
 

@@ -17,12 +17,12 @@ from structured_tickets.pruning.shares import Shares, shares
 from structured_tickets.runs.compared_run import ControlSource
 from structured_tickets.runs.setup import Setup, prepare_for_speed, search_for_convolutions
 from structured_tickets.runs.state import RunState
-from structured_tickets.settings.interpret import first_epoch
 from structured_tickets.training.epoch import Passer, ShowProgress, hardened
 from structured_tickets.training.loss_scale import LossScale
 from structured_tickets.training.penalty.expected import DECOUPLED, DIRECT
 from structured_tickets.training.penalty.reg_pruner import Pruner
 from structured_tickets.training.recording import recorder_for
+from structured_tickets.training.rounds import CONTINUED, GIVEN, epochs_of
 from structured_tickets.training.stop import StopRequest
 from structured_tickets.training.trainee import Trainee
 from structured_tickets.unit_groups.unit import kept_units
@@ -36,7 +36,7 @@ class Round:
     Attributes:
         number: From 0.
         pair: The masks of the round; None in round 0.
-        first_epoch: The epoch of the schedule with which it begins.
+        epochs: Its epochs, by their numbers in the schedule of its learning rate.
         held: What stays at zero, by parameter name.
         trainee: The network at its real size, with its optimizer.
         passer: What every training step is passed.
@@ -53,7 +53,7 @@ class Round:
             optimizer: The optimizer's state to continue from; empty for a new one.
         """
         self.setup, self.number, self.pair = setup, run.state, _masks_of(setup, run)
-        self.first_epoch = first_epoch(setup.args, run.state)
+        self.epochs = epochs_of(setup.args, run.state)
         self._stop, self._progress = stop, progress
         self.scale = LossScale(setup.device, run.loss_scale) if setup.precision == torch.float16 else None
         self._equip(run.faded, optimizer)
@@ -66,7 +66,7 @@ class Round:
         gc.collect()
         if args.compile:
             torch.compiler.reset()  # it refuses to compile more than a few networks of one class
-        search_for_convolutions((setup.args.epochs - self.first_epoch) * len(setup.train_loader))
+        search_for_convolutions(len(self.epochs) * len(setup.train_loader))
         self.held = held_masks(self.pair, setup.rules, setup.groups, faded)
         self.trainee = Trainee(
             setup.model,
@@ -90,7 +90,7 @@ class Round:
             as_current(current),
             as_refill(refill),
             held=self.trainee.held,
-            rate=setup.rate,
+            rate=setup.rate_of(self.number),
             stop=self._stop,
             progress=self._progress,
             decoupled=setup.args.penalty in (DECOUPLED, DIRECT),
@@ -106,6 +106,11 @@ class Round:
         """Give up what was recorded of the steps: at once, since graphs may not outlive each other."""
         if "passer" in vars(self) and self.passer.recorder is not None:
             self.passer.recorder.close()
+
+    @property
+    def is_given(self) -> bool:
+        """True of a round 0 whose network is given: nothing is trained."""
+        return self.number == 0 and self.setup.args.round_0 == GIVEN
 
     @property
     def model(self) -> nn.Module:
@@ -196,7 +201,7 @@ def start_weights(setup: Setup, run: RunState, source: ControlSource | None) -> 
     A control with initial weights of its own begins every round with them.
     """
     args = setup.args
-    if args.prune_type != "lrr" or (source is not None and CONTROLS[args.control].fresh):
+    if args.prune_type not in CONTINUED or (source is not None and CONTROLS[args.control].fresh):
         return {}
     could_train = held_masks(_masks_of(setup, run), setup.rules, setup.groups, run.faded)
     zero = {n: torch.zeros_like(run.init_weight[n]) for n in could_train}

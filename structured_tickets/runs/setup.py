@@ -31,12 +31,11 @@ from structured_tickets.networks.input_statistics import Statistics
 from structured_tickets.networks.kernels import set_fused_attention
 from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.networks.precision import precision_of
-from structured_tickets.networks.pretrained import load_pretrained_weights
+from structured_tickets.networks.pretrained import WHERE_IT_FITS, load_pretrained_weights
 from structured_tickets.networks.registry import note_channel_units
 from structured_tickets.pruning.rules import RoundRules
 from structured_tickets.settings.conditions import channel_units_of
 from structured_tickets.settings.interpret import (
-    learning_rate_from,
     loss_from,
     optimizer_from,
     rules_from,
@@ -49,6 +48,7 @@ from structured_tickets.settings.interpret import (
 from structured_tickets.training.epoch import validate_together
 from structured_tickets.training.optimization import LearningRate
 from structured_tickets.training.recording import Recorder, check_step
+from structured_tickets.training.rounds import GIVEN, learning_rate_of
 from structured_tickets.unit_groups.unit import UnitGroup, ranked_names
 
 SEARCH_PAYS = 5000  # steps with one network
@@ -118,10 +118,9 @@ class Setup:
         """The pruning rules of the run."""
         return rules_from(self.args, self.groups)
 
-    @cached_property
-    def rate(self) -> LearningRate:
+    def rate_of(self, state: int) -> LearningRate:
         """The learning rate of a round, by step."""
-        return learning_rate_from(self.args, len(self.train_loader))
+        return learning_rate_of(self.args, state, len(self.train_loader))
 
     @cached_property
     def criterion(self) -> nn.Module:
@@ -176,7 +175,7 @@ def set_up(args: argparse.Namespace, world: World = ALONE) -> Setup:
     note_channel_units(model, channel_units_of(vars(args)), (3, loaders[0].image_size, loaders[0].image_size))
     units = units_from(args, model, loaders[0].image_size)
     setup = Setup(args, model, loaders, classes, precision, units.groups, world, units.whole, units.remark)
-    settle_penalty(args, setup.rules, setup.rate)
+    settle_penalty(args, setup.rules, setup.rate_of(1))
     args.warnings += [*said, *warnings_for(setup.rules, model, units.groups)]
     args.warnings += warnings_of_fillback(setup.rules, units.groups, args.pruning_times)
     if setup.rules.method.squeezes and setup.rules.structured:
@@ -233,7 +232,8 @@ def _loaded(args: Any) -> tuple[nn.Module, Loaders, tuple[str, ...], torch.dtype
 
 def _warnings_of_images_seen(settings: dict[str, Any], splits: Splits) -> list[str]:
     """A sentence if weights come with a classifier, so that they may have been trained on the images held out here."""
-    if not (settings.get("pretrained") and settings.get("fc") and splits.held_out):
+    with_classifier = settings.get("fc") or settings.get("round_0") == GIVEN
+    if not (settings.get("pretrained") and with_classifier and splits.held_out):
         return []
     return [
         f"{counted(len(splits.val), 'training image')} are held out for validation. If the weights of --pretrained "
@@ -279,16 +279,19 @@ def _check_last_batch(model: nn.Module, images: int, batch_size: int, image_size
 
 
 def load_start_weights(model: nn.Module, settings: dict[str, Any]) -> Statistics | None:
-    """Put pretrained weights in place where the settings ask for them; the classifier stays fresh unless `fc`.
+    """Put pretrained weights in place where the settings ask for them.
+
+    The classifier stays fresh unless `fc`; of a network whose round 0 is given it is loaded where the classes fit.
 
     Returns:
         Mean and standard deviation of the images that the weights want; None where they want none in particular.
     """
-    file, from_file = settings.get("pretrained"), settings.get("prune_type") == "pt"
+    file, given = settings.get("pretrained"), settings.get("round_0") == GIVEN
+    from_file = given or settings.get("prune_type") == "pt"
     if not (settings.get("vit_pretrained") or (from_file and file)):
         return None
-    spec = spec_of(model)
-    return load_pretrained_weights(model, spec, file, settings.get("fc", False), settings.get("pretrained_key"))
+    classifier = settings.get("fc", False) or (WHERE_IT_FITS if given else False)
+    return load_pretrained_weights(model, spec_of(model), file, classifier, settings.get("pretrained_key"))
 
 
 def choose_kernels(deterministic: bool) -> None:

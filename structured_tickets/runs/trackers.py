@@ -20,6 +20,7 @@ from structured_tickets.base.errors import first_line
 from structured_tickets.base.text_tables import counted
 from structured_tickets.runs.state import RunState
 from structured_tickets.settings.identity import tracker_name
+from structured_tickets.training.rounds import step_of
 
 log = logging.getLogger("rsst")
 
@@ -213,6 +214,6 @@ def trackers_of(args: argparse.Namespace, run: RunState, folder: Path) -> Tracke
     name = tracker_name(args, datetime.now().strftime("%m%d_%H%M"))
     sinks: list[Sink] = [Tracker(args.wandb, folder, name, run.args, run.tracker_id, args.wandb_group, args.wandb_tags)]
     if args.tensorboard:
-        step = run.state * args.epochs + run.epoch if run.history else 0
+        step = step_of(args, run.state, run.epoch) if run.history else 0
         sinks.append(TensorBoard(folder / "tensorboard", step))
     return Trackers(sinks)

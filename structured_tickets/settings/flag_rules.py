@@ -15,6 +15,7 @@ from structured_tickets.settings.flag_table import FLAGS
 from structured_tickets.training.optimization import OPTIMIZERS
 from structured_tickets.training.penalty.expected import GRADIENT
 from structured_tickets.training.penalty.schedules import clock_from
+from structured_tickets.training.rounds import FINETUNE, GIVEN, epochs_of
 
 
 def check(args: argparse.Namespace) -> None:
@@ -36,8 +37,8 @@ def check(args: argparse.Namespace) -> None:
             "argument --prune_type: pt needs weights: --pretrained FILE, or --vit_pretrained",
         ),
         (
-            args.pretrained and args.prune_type != "pt" and not args.vit_pretrained,
-            "argument --pretrained: only used with --prune_type pt or --vit_pretrained",
+            args.pretrained and args.prune_type != "pt" and not args.vit_pretrained and args.round_0 != GIVEN,
+            "argument --pretrained: only used with --round_0 given, --prune_type pt or --vit_pretrained",
         ),
         (
             args.prune_type == "rewind_lt" and args.rewind_epoch >= args.epochs,
@@ -50,6 +51,19 @@ def check(args: argparse.Namespace) -> None:
             "nothing has trained. Use rewind_lt or lrr",
         ),
         (
+            args.tail_epochs and args.prune_type == FINETUNE,
+            "argument --tail_epochs: cannot be combined with --prune_type finetune. Use --finetune_epochs",
+        ),
+        (
+            args.round_0 == GIVEN and not (args.pretrained or args.vit_pretrained),
+            "argument --round_0: given needs the weights of a trained network: --pretrained FILE",
+        ),
+        (
+            args.round_0 == GIVEN and args.prune_type == "rewind_lt",
+            "argument --round_0: given cannot be combined with --prune_type rewind_lt, since round 0 has no epochs to "
+            "return to. Use finetune or lrr",
+        ),
+        (
             (args.tail_epochs or 0) > args.epochs,
             f"argument --tail_epochs: a round has only {counted(args.epochs, 'epoch')} (--epochs)",
         ),
@@ -58,7 +72,7 @@ def check(args: argparse.Namespace) -> None:
             "argument --control: small_dense cannot be combined with --tail_epochs, since it trains a new network",
         ),
         (
-            args.init and (args.prune_type == "pt" or args.vit_pretrained),
+            args.init and (args.prune_type == "pt" or args.vit_pretrained or args.round_0 == GIVEN),
             "argument --init: cannot be combined with pretrained weights. Use one of the two",
         ),
         (
@@ -146,4 +160,4 @@ def unread_flags(args: argparse.Namespace, explicit: Iterable[str]) -> list[tupl
 
 def _peak_strength(args: argparse.Namespace) -> float:
     """The largest lambda that the schedule can reach within a round of many steps."""
-    return clock_from(args).strength(args.epochs - 1, 999, 1000)
+    return clock_from(args).strength(epochs_of(args, 1)[-1], 999, 1000)

@@ -39,6 +39,7 @@ from structured_tickets.settings.argument_types import (
 from structured_tickets.settings.conditions import (
     WHERE_UNITS_SHRINK,
     WITH_ADMM,
+    WITH_FINETUNING,
     WITH_RSST,
     Condition,
     counts_units_by_layer,
@@ -65,6 +66,7 @@ from structured_tickets.settings.flag import (
 from structured_tickets.training.optimization import LR_SCHEDULES, OPTIMIZERS, STEPS
 from structured_tickets.training.penalty.expected import WAYS
 from structured_tickets.training.penalty.schedules import HORIZONS, SCHEDULES
+from structured_tickets.training.rounds import CONTINUED, GIVEN
 from structured_tickets.unit_groups.kinds import CHANNEL_UNITS, FILTER
 
 # Name of a preset -> its flags, which must be among those that round 0 does not read.
@@ -142,7 +144,7 @@ MODEL = (
     ),
     Flag(
         "pretrained",
-        "weights file for --prune_type pt or --vit_pretrained (.safetensors, .pth)",
+        "weights file for --round_0 given, --prune_type pt or --vit_pretrained (.safetensors, .pth)",
         WEIGHTS_FILE,
         type=resolved_path,
         metavar="FILE",
@@ -157,7 +159,8 @@ MODEL = (
     ),
     Flag(
         "fc",
-        "with --prune_type pt: load the classifier from the file, too (without this flag it starts fresh)",
+        "with --prune_type pt: load the classifier from the file, too (without this flag it starts fresh; with "
+        "--round_0 given, the classifier is loaded where the classes fit)",
         EVERY_ROUND,
         bare=True,
         read=Condition(lambda a: a.prune_type == "pt" or a.vit_pretrained, "with --prune_type pt or --vit_pretrained"),
@@ -294,18 +297,49 @@ PRUNING = (
     Flag(
         "prune_type",
         "weights that each round starts from; lt: initial; pt: pretrained; rewind_lt: those of round 0, epoch "
-        "--rewind_epoch; lrr: those that the round before has trained (learning-rate rewinding)",
+        "--rewind_epoch; lrr: those that the round before has trained (learning-rate rewinding); finetune: the same, "
+        "with --finetune_epochs and --finetune_lr",
         EVERY_ROUND,
         default="lt",
-        choices=("lt", "pt", "rewind_lt", "lrr"),
+        choices=("lt", "pt", "rewind_lt", *CONTINUED),
+    ),
+    Flag(
+        "finetune_epochs",
+        "epochs of each round after round 0 (default: as many as --epochs)",
+        AFTER_ROUND_0,
+        type=COUNT,
+        default=None,
+        read=WITH_FINETUNING,
+    ),
+    Flag(
+        "finetune_lr",
+        "their learning rate, which goes through the same schedule without warm-up (default: a tenth of --lr)",
+        AFTER_ROUND_0,
+        type=POSITIVE,
+        default=None,
+        read=WITH_FINETUNING,
+    ),
+    Flag(
+        "round_0",
+        "train: round 0 trains the dense network; given: it only judges the network of --pretrained",
+        EVERY_ROUND,
+        default="train",
+        choices=("train", GIVEN),
+    ),
+    Flag(
+        "freeze_bn",
+        "leave the running statistics of BatchNorm as they are in all training, and normalise by them",
+        EVERY_ROUND,
+        bare=True,
     ),
     Flag(
         "refill_from",
-        "with lrr: what a weight starts with that was held at zero and is restored; initial: its initial value",
+        "with lrr and finetune: what a weight starts with that was held at zero and is restored; initial: its initial "
+        "value",
         AFTER_ROUND_0,
         default="initial",
         choices=("initial", "zero"),
-        read=Condition(lambda a: a.prune_type == "lrr", "with --prune_type lrr"),
+        read=Condition(lambda a: a.prune_type in CONTINUED, "with --prune_type lrr or finetune"),
     ),
     Flag(
         "rewind_epoch",

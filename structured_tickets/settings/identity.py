@@ -13,6 +13,7 @@ from typing import Any
 from structured_tickets.settings.conditions import penalty_before, prunes_transformer_units, prunes_units
 from structured_tickets.settings.flag_table import FLAGS, LAMBDA_FOLLOWS, PENALTY_CHOSEN, scope_of
 from structured_tickets.training.penalty.schedules import SCHEDULES
+from structured_tickets.training.rounds import CONTINUED
 
 LONGEST_NAME = 32  # characters of --exp_name in a folder's name; the hash tells the rest
 LONGEST_ARCH = 150  # of --arch; file systems take 255 in all
@@ -75,7 +76,7 @@ def identity_of_round_0(args: argparse.Namespace) -> dict[str, Any]:
     Files of initial weights are not among them: what they hold counts. Nor are the kernels' flags, see `numerics`.
     """
     settings = settings_of(args)
-    if args.prune_type == "lrr":  # from round 1 on it differs from the default
+    if args.prune_type in CONTINUED:  # from round 1 on it differs from the default
         settings["prune_type"] = default_of("prune_type")
     return {k: v for k, v in identity_of(settings).items() if scope_of(k).round_0}
 

@@ -229,15 +229,5 @@ def optimizer_from(args: argparse.Namespace, model: nn.Module) -> optim.Optimize
     return OPTIMIZERS[args.optimizer].build(model, args.lr, args.momentum, args.weight_decay)
 
 
-def learning_rate_from(args: argparse.Namespace, steps: int) -> LearningRate:
-    """The learning rate of a round with so many steps in an epoch."""
-    return LearningRate(args.lr, args.epochs, steps, args.warmup, args.lr_schedule, args.decreasing_lr)
-
-
-def first_epoch(args: argparse.Namespace, state: int) -> int:
-    """The epoch of the schedule, from 0, with which a round begins: 0, but for `--tail_epochs`."""
-    return args.epochs - args.tail_epochs if state and args.tail_epochs else 0
-
-
 def loss_from(args: argparse.Namespace) -> nn.Module:
     return nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)

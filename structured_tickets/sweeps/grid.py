@@ -21,6 +21,7 @@ from structured_tickets.settings.flag_rules import unread_flags
 from structured_tickets.settings.flag_table import FLAGS, scope_of
 from structured_tickets.settings.flags import parse_args
 from structured_tickets.settings.identity import default_run_folder, identity_of_round_0, plain, settings_of
+from structured_tickets.training.rounds import epochs_of
 
 Settings = Mapping[str, Any]
 
@@ -237,9 +238,9 @@ def _job(spec: Spec, settings: Settings, out: Path) -> Job:
         folder,
         {k: plain(v) for k, v in read.items()},
         args.pruning_times,
-        args.epochs,
+        len(epochs_of(args, 0)),
         (source,) if source else (),
-        later_epochs=args.tail_epochs,
+        later_epochs=len(epochs_of(args, 1)),
     )
 
 

@@ -207,8 +207,10 @@ def scaled(words: Sequence[str], epochs: int) -> dict[str, Any]:
         "decreasing_lr": [round(share * m) for m in args.decreasing_lr],
     }
     rewinds = args.prune_type == "rewind_lt"
-    tail = {"tail_epochs": max(1, round(share * args.tail_epochs))} if args.tail_epochs else {}
-    return found | ({"rewind_epoch": int(share * args.rewind_epoch)} if rewinds else {}) | tail
+    for name in ("tail_epochs", "finetune_epochs"):
+        if vars(args)[name]:
+            found[name] = max(1, round(share * vars(args)[name]))
+    return found | ({"rewind_epoch": int(share * args.rewind_epoch)} if rewinds else {})
 
 
 def within(jobs: Sequence[Job], epochs: int, limits: Limits) -> Reached:

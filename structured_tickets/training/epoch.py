@@ -15,7 +15,7 @@ from torch import Tensor, nn, optim
 
 from structured_tickets.base.distributed import ALONE, World
 from structured_tickets.base.errors import DivergedError
-from structured_tickets.base.modes import set_mode
+from structured_tickets.base.modes import freeze_statistics, set_mode
 from structured_tickets.pruning.masks import HeldMask, Mask
 from structured_tickets.training.loss_scale import LossScale
 from structured_tickets.training.meter import Meter
@@ -103,6 +103,8 @@ def train(
     passer.epoch, passer.meter = epoch, passer.meter or Meter.start(device)
     meter, recorder = passer.meter, passer.recorder or Recorder()
     set_mode(model, True)
+    if getattr(passer.args, "freeze_bn", False):
+        freeze_statistics(model)
     resident = can_be_resident(train_loader, device, meter.steps)
     parts = (model, criterion, optimizer, passer, pruner, train_loader, batches, resident)
     source = partial(batches_of, train_loader, resident, recorder.is_ahead)
@@ -174,7 +176,6 @@ def validate(val_loader: Iterable[tuple[Tensor, Tensor]], model: nn.Module, crit
     return validate_together(val_loader, model, criterion, ALONE)
 
 
-@torch.no_grad()
 def validate_together(
     val_loader: Iterable[tuple[Tensor, Tensor]],
     model: nn.Module,
@@ -186,6 +187,23 @@ def validate_together(
     """Accuracy in percent, in eval mode, over the images of all processes.
 
     Args:
+        recorder: See `judged_by`.
+    """
+    return judged_by(val_loader, model, criterion, world, precision, recorder).accuracy
+
+
+@torch.no_grad()
+def judged_by(
+    val_loader: Iterable[tuple[Tensor, Tensor]],
+    model: nn.Module,
+    criterion: nn.Module,
+    world: World,
+    precision: torch.dtype = torch.float32,
+    recorder: Recorder | None = None,
+) -> Meter:
+    """Loss and accuracy in eval mode, over the images of all processes.
+
+    Args:
         recorder: That of the network, which records the evaluation as it does the training step; None: it is not.
     """
     set_mode(model, False)
@@ -194,12 +212,14 @@ def validate_together(
     parts = (model, criterion, world, precision, val_loader, resident)
     source = partial(batches_of, val_loader, resident, recorder.is_ahead)
     step = recorder.kept(f"evaluation {id(val_loader)}", parts, lambda: Evaluation(*parts[:4], source()))
+    steps = 0
     with recorder.at_work():
         step.begin()
         for item in step.source.walk():
             step.source.take(item)
             recorder.run(step, LEAST)
-    return Meter(step.sums).over(world).accuracy
+            steps += 1
+    return Meter(step.sums.clone(), steps).over(world)
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from structured_tickets.training.rounds import epochs_of
+
 E_MINUS_1 = math.e - 1
 HORIZONS = {
     "state": "lambda grows once over the round",
@@ -143,7 +145,10 @@ class Clock:
 
 
 def clock_from(args: Any) -> Clock:
-    """Lambda's clock as the arguments set it; what they do not say, as a script of the documents, is the default."""
+    """Lambda's clock in the rounds that squeeze, as the arguments set it.
+
+    What they do not say, as a script of the documents, is the default.
+    """
     flags = {
         "schedule": "RST_schedule",
         "delta": "reg_granularity_prune",
@@ -153,5 +158,5 @@ def clock_from(args: Any) -> Clock:
     }
     named = {field.name: flags.get(field.name, field.name) for field in fields(Clock)}
     clock = Clock(**{name: getattr(args, flag) for name, flag in named.items() if hasattr(args, flag)})
-    tail = getattr(args, "tail_epochs", None)  # of the rounds that squeeze
-    return replace(clock, epochs=tail, first=clock.epochs - tail) if tail else clock
+    epochs = epochs_of(args, 1) if hasattr(args, "epochs") else range(clock.epochs)
+    return replace(clock, epochs=len(epochs), first=epochs.start)
