@@ -68,6 +68,8 @@ def load_pretrained_weights(
     log.info("loaded %d tensors from %s%s%s", len(taken), source, where, f", converted from {kinds}" if kinds else "")
     for head in sorted(heads):
         log.info("%s", _about_a_head(model, head, weights))
+    if heads and with_classifier == WHERE_IT_FITS:
+        log.warning("round 0 is judged with a classifier that nothing has trained: its accuracy is that of chance")
     wanted = wanted_statistics(model, spec, found, chosen)
     if wanted is None:
         log.warning(

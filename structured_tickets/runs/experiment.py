@@ -12,7 +12,6 @@ from structured_tickets.base.randomness import random_states
 from structured_tickets.base.text_tables import counted
 from structured_tickets.base.weights import cloned_state
 from structured_tickets.data.fingerprint import without_pixels
-from structured_tickets.networks import runs_a_file
 from structured_tickets.runs.begin import new_run, take_up
 from structured_tickets.runs.checkpoint_schema import check_fits
 from structured_tickets.runs.compared_run import ControlSource
@@ -28,7 +27,8 @@ from structured_tickets.runs.round import Round, seed_round, start_weights
 from structured_tickets.runs.setup import Setup
 from structured_tickets.runs.state import fields_of, packed_pair, state_from
 from structured_tickets.runs.tables import rounds_table
-from structured_tickets.training.rounds import GIVEN, epochs_of, step_of
+from structured_tickets.settings.identity import can_share_round_0
+from structured_tickets.training.rounds import epochs_of, step_of
 from structured_tickets.training.stop import StopRequest
 
 log = logging.getLogger("rsst")
@@ -44,8 +44,7 @@ class Experiment:
     def __init__(self, setup: Setup, folder: RunFolder, source: ControlSource | None = None) -> None:
         args = setup.args
         self.setup, self.folder, self.source = setup, folder, source
-        # What a user's file depends on is not known, and a network that is given has not to be trained again.
-        stored = args.dense_store and not runs_a_file(args.arch) and args.round_0 != GIVEN
+        stored = args.dense_store and can_share_round_0(args)
         self.store = DenseStore(Path(args.dense_store)) if stored and setup.world.is_first else None
         self.run = new_run(setup)
         self.stop = StopRequest(setup.world)
@@ -95,7 +94,7 @@ class Experiment:
         current.check_agreement("start")
         begins = (run.epoch, run.step) == (current.epochs.start, 0)
         place, before = () if begins else (run.epoch, run.step), step_of(setup.args, state, current.epochs.start)
-        self.reporter.round_starts(state, current.shares, current.size_in_words, before, place)
+        self.reporter.round_starts(state, current.shares, current.size_in_words, before, place, current.is_given)
         return current
 
     def train(self, current: Round) -> None:

@@ -48,15 +48,19 @@ class Reporter:
         write_atomically("".join(_json_line(row) for row in history), self.folder / "metrics.jsonl")
         self.write_summary(rounds)
 
-    def round_starts(self, state: int, part: Shares, size: str, step: int, place: tuple[int, ...] = ()) -> None:
+    def round_starts(
+        self, state: int, part: Shares, size: str, step: int, place: tuple[int, ...] = (), given: bool = False
+    ) -> None:
         """A round that begins, or continues: a line on the console, and what is left at the tracker.
 
         Args:
             size: What is said of a network that trains at a smaller size.
             step: Epochs before the round.
             place: Epoch and step at which it continues; none where it begins.
+            given: Its network is not trained.
         """
         verb = f"continues at epoch {place[0]}{f', step {place[1]}' if place[1] else ''}" if place else "starts"
+        verb = "is given, and only judged" if given else verb
         log.info("round %d %s: %s%s", state, verb, in_words(part), size)
         self.tracker.log({"remain_weight": 100 - part.zero, "prune_times": state, "step": step})
 
@@ -110,7 +114,9 @@ class SilentReporter(Reporter):
     def __init__(self) -> None:
         self.bars, self.tracker = False, Trackers()
 
-    def round_starts(self, state: int, part: Shares, size: str, step: int, place: tuple[int, ...] = ()) -> None:
+    def round_starts(
+        self, state: int, part: Shares, size: str, step: int, place: tuple[int, ...] = (), given: bool = False
+    ) -> None:
         """Nothing."""
 
     def restore(self, history: Sequence[Row], rounds: Sequence[Row]) -> None:

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from structured_tickets.networks import runs_a_file
 from structured_tickets.settings.conditions import penalty_before, prunes_transformer_units, prunes_units
 from structured_tickets.settings.flag_table import FLAGS, LAMBDA_FOLLOWS, PENALTY_CHOSEN, scope_of
 from structured_tickets.training.penalty.schedules import SCHEDULES
-from structured_tickets.training.rounds import CONTINUED
+from structured_tickets.training.rounds import CONTINUED, GIVEN
 
 LONGEST_NAME = 32  # characters of --exp_name in a folder's name; the hash tells the rest
 LONGEST_ARCH = 150  # of --arch; file systems take 255 in all
@@ -79,6 +80,14 @@ def identity_of_round_0(args: argparse.Namespace) -> dict[str, Any]:
     if args.prune_type in CONTINUED:  # from round 1 on it differs from the default
         settings["prune_type"] = default_of("prune_type")
     return {k: v for k, v in identity_of(settings).items() if scope_of(k).round_0}
+
+
+def can_share_round_0(args: argparse.Namespace) -> bool:
+    """Return whether other runs may have trained the round 0 of this one.
+
+    What a user's file depends on is not known, and a network that is given has not to be trained.
+    """
+    return not runs_a_file(args.arch) and args.round_0 != GIVEN
 
 
 def default_run_folder(args: argparse.Namespace) -> str:

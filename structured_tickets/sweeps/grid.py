@@ -16,11 +16,16 @@ from typing import Any
 
 from structured_tickets.base.errors import UsageError
 from structured_tickets.base.text_tables import counted
-from structured_tickets.networks import runs_a_file
 from structured_tickets.settings.flag_rules import unread_flags
 from structured_tickets.settings.flag_table import FLAGS, scope_of
 from structured_tickets.settings.flags import parse_args
-from structured_tickets.settings.identity import default_run_folder, identity_of_round_0, plain, settings_of
+from structured_tickets.settings.identity import (
+    can_share_round_0,
+    default_run_folder,
+    identity_of_round_0,
+    plain,
+    settings_of,
+)
 from structured_tickets.training.rounds import epochs_of
 
 Settings = Mapping[str, Any]
@@ -294,7 +299,7 @@ def _dense_jobs(jobs: Sequence[Job], out: Path) -> dict[str, Job]:
     groups: dict[str, list[Job]] = {}
     for job in jobs:
         args = parse_args(job.words)
-        if args.control == "none" and not runs_a_file(args.arch):
+        if args.control == "none" and can_share_round_0(args):
             files = [args.init, args.pretrained, args.pretrained_key]
             alike = [identity_of_round_0(args), *files, str(Path(args.data).resolve())]
             key = hashlib.sha256(json.dumps(alike, sort_keys=True).encode()).hexdigest()[:8]

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from helpers.commands import run, tiny
+from helpers.commands import defaults, flags, run, tiny
 from helpers.comparison import assert_same_runs, equal
 from helpers.interruptions import stopped_again_and_again
 from runs.test_learning_rate_rewinding import starts_and_ends
@@ -18,6 +18,7 @@ from structured_tickets.base.modes import freeze_statistics, set_mode
 from structured_tickets.programs import export, report
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.settings.flags import parse_args
+from structured_tickets.sweeps.grid import Spec, plan
 from structured_tickets.sweeps.search import scaled
 from structured_tickets.training.rounds import epochs_of, learning_rate_of, step_of
 
@@ -219,3 +220,10 @@ def test_frozen_statistics_at_real_size_train_the_same_network(trained, tmp_path
         ends.append(RunFolder.load(tmp_path / compact / "1checkpoint.pth.tar").state_dict)
     for name, value in ends[0].items():
         torch.testing.assert_close(value, ends[1][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_sweep_does_not_share_a_round_0_that_is_given(trained, tmp_path):
+    words = flags(**{**defaults(), **GIVEN, "pretrained": trained})
+    words = [w for w in words if not w.startswith("--seed")]
+    jobs = plan(Spec(tuple(words), ({"seed": ["0", "1"]},)), tmp_path).jobs
+    assert [job.dense for job in jobs] == [False, False] and jobs[0].all_epochs == 1 + 2

@@ -16,6 +16,7 @@ from structured_tickets.settings.flag_table import FLAGS, GROUPS, PRESETS, scope
 from structured_tickets.settings.flags import build_parser, parse_args
 from structured_tickets.settings.identity import default_run_folder, identity_of, identity_of_round_0, settings_of
 from structured_tickets.sweeps.grid import Spec, check_axes, plan, words_of
+from structured_tickets.training.rounds import CONTINUED
 
 SCOPES = [s for s in vars(kinds_of_scope).values() if isinstance(s, Scope)]
 
@@ -35,6 +36,7 @@ BASES = {
     "admm": ["--struct=admm"],
     "rewinds": ["--prune_type=rewind_lt", "--rewind_epoch=3"],
     "continues": ["--prune_type=lrr"],
+    "is fine-tuned": ["--prune_type=finetune"],
     "a control": ["--control=reinit"],
     "a network with ImageNet weights": ["--arch=vit_small"],
     "pretrained": ["--vit_pretrained", "--pretrained={file}", "--arch=vit_small"],
@@ -147,7 +149,8 @@ def test_only_flags_that_round_0_reads_are_in_its_identity(name, file):
     assert pairs
     for one, other in pairs:
         same = identity_of_round_0(one) == identity_of_round_0(other)
-        assert same == (FLAGS[name].scope == AFTER_ROUND_0 or {one.prune_type, other.prune_type} == {"lt", "lrr"})
+        types = {one.prune_type, other.prune_type}
+        assert same == (FLAGS[name].scope == AFTER_ROUND_0 or (len(types) == 2 and types <= {"lt", *CONTINUED}))
 
 
 def test_of_a_file_of_weights_its_contents_count_for_round_0(file):
@@ -234,8 +237,10 @@ def test_no_other_module_lists_flags():
             continue
         for node in ast.walk(ast.parse(module.read_text())):
             parts = node.keys if isinstance(node, ast.Dict) else getattr(node, "elts", [])
-            # A step is a field of checkpoints and a column of metrics, too.
-            names = [p.value for p in parts if isinstance(p, ast.Constant) and p.value in FLAGS.keys() - {"step"}]
+            # These are fields of checkpoints or columns of metrics, too.
+            names = [
+                p.value for p in parts if isinstance(p, ast.Constant) and p.value in FLAGS.keys() - {"step", "round_0"}
+            ]
             if len(names) > 3:
                 lists[f"{module.relative_to(ROOT)}:{node.lineno}"] = names
     assert lists == {}
