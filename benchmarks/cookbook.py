@@ -55,11 +55,11 @@ TASKS: dict[str, list[Step]] = {
             f"{MAIN} {PHOTOS} --arch timm/resnet10t --pruning_times 1 \\\n    {SHORT} --lr 0.05 --save_dir trained --quiet",
         ),
         Step(
-            "`--prune_type pt` starts every round from the weights of the file, `--fc` with its classifier. Refill cuts the "
-            "units off, and the rest is trained on.",
-            f"{MAIN} {PHOTOS} --arch timm/resnet10t --prune_type pt \\\n"
-            f"    --pretrained trained/ticket.pth.tar --fc --struct refill --rate 0.3 --pruning_times 2 \\\n"
-            f"    {SHORT} --lr 0.02 --save_dir pruned --quiet\n"
+            "`--round_0 given` judges the network of the file and does not train it. Refill then cuts units off, and "
+            "`--prune_type finetune` trains the rest from the weights that it has, with a schedule of its own.",
+            f"{MAIN} {PHOTOS} --arch timm/resnet10t --pretrained trained/ticket.pth.tar \\\n"
+            "    --round_0 given --prune_type finetune --finetune_epochs 8 --finetune_lr 0.02 --lr_schedule cosine \\\n"
+            "    --struct refill --rate 0.3 --pruning_times 2 --save_dir pruned --quiet\n"
             "python export.py pruned",
         ),
         Step(
