@@ -84,6 +84,7 @@ def reads_batches(args: argparse.Namespace) -> bool:
 
 
 WITH_RSST = Condition(lambda a: a.struct == "rsst", "with --struct rsst")
+WITH_SGD = Condition(lambda a: a.optimizer == "sgd", "with --optimizer sgd")
 WITH_FINETUNING = Condition(lambda a: a.prune_type == FINETUNE, "with --prune_type finetune")
 WITH_ADMM = Condition(lambda a: a.struct == "admm", "with --struct admm")
 WHERE_UNITS_SHRINK = Condition(

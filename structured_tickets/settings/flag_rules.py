@@ -107,7 +107,8 @@ def warnings_about(args: argparse.Namespace, explicit: set[str]) -> list[str]:
     """Sentences about what has no effect, or a bad one. `explicit`: names of the flags that were given."""
     multistep, rsst = args.lr_schedule == "multistep", args.struct == "rsst"
     late = [m for m in args.decreasing_lr if multistep and m >= args.epochs]
-    early = [m for m in args.decreasing_lr if multistep and m < min(args.warmup, args.epochs)]
+    warmup = args.warmup if args.warmup_steps is None else 0
+    early = [m for m in args.decreasing_lr if multistep and m < min(warmup, args.epochs)]
     peak = _peak_strength(args)
     way = penalty_before(args) if args.penalty == "auto" else args.penalty
     step = args.lr * peak / (1 - args.momentum) if way == GRADIENT else peak
@@ -127,7 +128,7 @@ def warnings_about(args: argparse.Namespace, explicit: set[str]) -> list[str]:
             f"{','.join(map(str, late))} unless it is given. Give epochs below {args.epochs}, or --lr_schedule cosine",
         ),
         (
-            args.warmup >= args.epochs,
+            warmup >= args.epochs,
             f"--warmup {args.warmup} takes up the whole round (--epochs {args.epochs}). Use a shorter warm-up",
         ),
         (

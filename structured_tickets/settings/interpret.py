@@ -226,7 +226,8 @@ def _are_close(one: Sequence[float], other: Sequence[float]) -> bool:
 
 
 def optimizer_from(args: argparse.Namespace, model: nn.Module) -> optim.Optimizer:
-    return OPTIMIZERS[args.optimizer].build(model, args.lr, args.momentum, args.weight_decay)
+    special = {"nesterov": args.nesterov, "decay_matrices_only": args.no_decay_on_bias_and_norm}
+    return OPTIMIZERS[args.optimizer].build(model, args.lr, args.momentum, args.weight_decay, **special)
 
 
 def loss_from(args: argparse.Namespace) -> nn.Module:

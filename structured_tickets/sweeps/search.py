@@ -206,6 +206,8 @@ def scaled(words: Sequence[str], epochs: int) -> dict[str, Any]:
         "warmup": round(share * args.warmup),
         "decreasing_lr": [round(share * m) for m in args.decreasing_lr],
     }
+    if args.warmup_steps:
+        found["warmup_steps"] = round(share * args.warmup_steps)
     rewinds = args.prune_type == "rewind_lt"
     for name in ("tail_epochs", "finetune_epochs"):
         if vars(args)[name]:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the command line reads this table, and must not wait for torch
     from torch import nn, optim
 
-LR_SCHEDULES = ("multistep", "cosine")
+LR_SCHEDULES = ("multistep", "cosine", "linear", "onecycle")
 GAMMA = 0.1
+RISE, FALL = 25.0, 2.5e5  # `onecycle` begins at the peak over the one, and ends at the peak over the other
 STEPS = {
     "auto": "on a CUDA device, record the training step and the evaluation once as CUDA graphs and replay them, where "
     "that is possible",
@@ -22,15 +23,18 @@ STEPS = {
 
 @dataclass(frozen=True)
 class LearningRate:
-    """Linear warm-up, then steps or a cosine.
+    """A warm-up, which is linear but for `onecycle`, then a way down.
 
     Attributes:
         base: Rate at the end of the warm-up.
         epochs: Epochs of a round.
         steps: Steps of an epoch.
         warmup: Epochs of warm-up; a milestone inside it has no effect.
-        schedule: A row of `LR_SCHEDULES`: "multistep" multiplies by 0.1 at each milestone, "cosine" falls to 0.
+        schedule: A row of `LR_SCHEDULES`: "multistep" multiplies by 0.1 at each milestone, "cosine" and "linear" fall
+            to 0; "onecycle" rises from `base` / 25 along a cosine during the warm-up, and falls along another one to
+            `base` / 250,000 at its last step (Smith and Topin 2017, as torch's OneCycleLR).
         milestones: Epochs, from 0, at whose start the rate drops.
+        warmup_steps: Steps of the warm-up, in place of `warmup`.
     """
 
     base: float
@@ -39,32 +43,66 @@ class LearningRate:
     warmup: int = 0
     schedule: str = "multistep"
     milestones: Sequence[int] = ()
+    warmup_steps: int | None = None
 
     def at(self, epoch: int, i: int) -> float:
         """The rate for step `i` of `epoch`, both from 0."""
-        if epoch < self.warmup:
-            return min(self.base, self.base * (epoch * self.steps + i + 1) / (self.warmup * self.steps))
+        n, end = epoch * self.steps + i, self.epochs * self.steps
+        warm = self.warmup * self.steps if self.warmup_steps is None else self.warmup_steps
+        if self.schedule == "onecycle":
+            if n < warm:
+                return _along_a_cosine(self.base / RISE, self.base, n / max(1, warm - 1))
+            top = max(0, warm - 1)
+            return _along_a_cosine(self.base, self.base / FALL, (n - top) / max(1, end - 1 - top))
+        if n < warm:
+            return min(self.base, self.base * (n + 1) / warm)
         if self.schedule == "cosine":
-            total = max(1, (self.epochs - self.warmup) * self.steps)
-            return self.base * 0.5 * (1 + math.cos(math.pi * ((epoch - self.warmup) * self.steps + i) / total))
-        return self.base * GAMMA ** sum(self.warmup <= m <= epoch for m in self.milestones)
+            return self.base * 0.5 * (1 + math.cos(math.pi * (n - warm) / max(1, end - warm)))
+        if self.schedule == "linear":
+            return self.base * (1 - (n - warm) / max(1, end - warm))
+        return self.base * GAMMA ** sum(warm <= m * self.steps and m <= epoch for m in self.milestones)
 
 
-def _sgd(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> optim.Optimizer:
+def _along_a_cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
+
+
+def _sgd(
+    model: nn.Module,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool = False,
+    decay_matrices_only: bool = False,
+) -> optim.Optimizer:
     from torch import optim
 
-    return optim.SGD(model.parameters(), lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+    parameters = _in_groups(model) if decay_matrices_only else model.parameters()
+    return optim.SGD(
+        parameters, lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov and momentum > 0, fused=True
+    )
 
 
-def _adamw(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> optim.Optimizer:
-    """`momentum` is beta 1. Vectors (norms, biases) and embeddings do not decay, as is usual for transformers."""
+def _adamw(
+    model: nn.Module,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool = False,
+    decay_matrices_only: bool = True,
+) -> optim.Optimizer:
+    """`momentum` is beta 1. The other two are SGD's: vectors never decay here, as is usual for transformers."""
     from torch import optim
 
+    return optim.AdamW(_in_groups(model), lr, betas=(momentum, 0.999), weight_decay=weight_decay, fused=True)
+
+
+def _in_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Return what decays; and vectors (biases, the weights of normalisations) and embeddings, which do not."""
     plain = [p for n, p in model.named_parameters() if p.ndim < 2 or n.endswith(("pos_embed", "cls_token"))]
     taken = {id(p) for p in plain}
     decayed = [p for p in model.parameters() if id(p) not in taken]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-    return optim.AdamW(groups, lr, betas=(momentum, 0.999), weight_decay=weight_decay, fused=True)
+    return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
 
 
 @dataclass(frozen=True)
@@ -72,11 +110,11 @@ class OptimizerKind:
     """A row of `OPTIMIZERS`.
 
     Attributes:
-        build: (model, learning rate, momentum, weight decay) -> optimizer.
+        build: (model, learning rate, momentum, weight decay, nesterov, decay_matrices_only) -> optimizer.
         adaptive: Whether it divides the gradient by its own size, so that RSST's penalty had better not be part of it.
     """
 
-    build: Callable[[nn.Module, float, float, float], optim.Optimizer]
+    build: Callable[..., optim.Optimizer]
     adaptive: bool
 
 

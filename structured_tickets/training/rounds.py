@@ -38,7 +38,8 @@ def learning_rate_of(args: Any, state: int, steps: int) -> LearningRate:
     Fine-tuning goes through the same schedule in its own number of epochs, from its own rate, without a warm-up.
     """
     if state == 0 or args.prune_type != FINETUNE:
-        return LearningRate(args.lr, args.epochs, steps, args.warmup, args.lr_schedule, args.decreasing_lr)
+        schedule = args.lr_schedule, args.decreasing_lr, args.warmup_steps
+        return LearningRate(args.lr, args.epochs, steps, args.warmup, *schedule)
     epochs = len(epochs_of(args, state))
     milestones = [max(min(m, 1), round(epochs * m / args.epochs)) for m in args.decreasing_lr]
     return LearningRate(args.finetune_lr or args.lr / 10, epochs, steps, 0, args.lr_schedule, milestones)

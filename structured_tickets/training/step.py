@@ -91,6 +91,7 @@ class Step:
         with torch.no_grad():
             self._count(world, loss, output, target)
             self._unscale()
+            self._clip()
             self._penalise()
         if self._reads_tensors or passer.scale is None or not self.skip:
             self.optimizer.step()
@@ -120,6 +121,11 @@ class Step:
         if (scale := self.passer.scale) is not None:
             scale.unscale([p.grad for p in self._parameters if p.grad is not None])
             self.skip.copy_(torch.maximum(self.bad, scale.found))
+
+    def _clip(self) -> None:
+        """Scale down the gradient of the loss alone: the penalty comes on top of it."""
+        if (most := getattr(self.passer.args, "clip_grad", None)) is not None:
+            nn.utils.clip_grad_norm_(self._parameters, most, foreach=True)
 
     def _penalise(self) -> None:
         """As `apply_reg` does, with the number of this step."""

@@ -37,6 +37,7 @@ BASES = {
     "rewinds": ["--prune_type=rewind_lt", "--rewind_epoch=3"],
     "continues": ["--prune_type=lrr"],
     "is fine-tuned": ["--prune_type=finetune"],
+    "adamw, a warm-up in steps": ["--optimizer=adamw", "--warmup_steps=9"],
     "a control": ["--control=reinit"],
     "a network with ImageNet weights": ["--arch=vit_small"],
     "pretrained": ["--vit_pretrained", "--pretrained={file}", "--arch=vit_small"],
