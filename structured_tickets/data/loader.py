@@ -20,6 +20,7 @@ from structured_tickets.base.errors import DataError, MachineError, first_line
 from structured_tickets.base.randomness import mixed_seed
 from structured_tickets.data.decoded_images import LazyImages
 from structured_tickets.data.image_sets import SPLIT_SEED, ImageSet, Splits
+from structured_tickets.data.mixing import boxes_to_erase, erased
 
 WORKER_DIED = "DataLoader worker"  # torch's words; there is no class for it
 DEVICE_SHARE = 0.25  # of the memory that is free on the device, for one image set
@@ -53,11 +54,13 @@ class Drawn:
         order: int64 [images]: positions in the image set.
         corners: int64 [images, 2]: row and column of each crop, in the order in which the images come.
         mirrored: bool [images], in the same order.
+        boxes: int64 [images, 4]: see `boxes_to_erase`; all of them empty without random erasing.
     """
 
     order: Tensor
     corners: Tensor
     mirrored: Tensor
+    boxes: Tensor
 
 
 class BatchLoader:
@@ -68,6 +71,7 @@ class BatchLoader:
 
     Args:
         augment: Shuffle, and draw crops (padding an eighth of the side, 4 pixels at 32) and, if `flip`, mirrorings.
+        erasing: With `augment`, the share of the images that lose a box.
 
     Attributes:
         share: (k, n): of every batch, only the k-th of n parts, which are as equal as can be.
@@ -82,12 +86,13 @@ class BatchLoader:
         augment: bool = False,
         flip: bool = False,
         seed: int = 0,
+        erasing: float = 0.0,
     ) -> None:
         images = data.images.to(device) if isinstance(data.images, Tensor) and _fits(data.images, device) else None
         self.data = replace(data, images=data.images if images is None else images, labels=data.labels.to(device))
         self.device = device
         self.batch_size = batch_size
-        self.augment, self.flip, self.seed = augment, flip, seed
+        self.augment, self.flip, self.seed, self.erasing = augment, flip, seed, erasing
         self.place = (0, 0)
         self.start = 0
         self.share = (0, 1)
@@ -156,28 +161,34 @@ class BatchLoader:
         """Return what the epoch that `seek` named draws; without augmentation, the images in their own order."""
         n = len(self.data)
         if not self.augment:
-            return Drawn(torch.arange(n), torch.zeros(n, 2, dtype=torch.long), torch.zeros(n, dtype=torch.bool))
+            nowhere = [torch.zeros(n, k, dtype=torch.long) for k in (2, 4)]
+            return Drawn(torch.arange(n), nowhere[0], torch.zeros(n, dtype=torch.bool), nowhere[1])
         draw = torch.Generator().manual_seed(mixed_seed(self.seed, *self.place))
         order = torch.randperm(n, generator=draw)
         corners = torch.randint(0, 2 * self.padding + 1, (n, 2), generator=draw)
-        return Drawn(order, corners, (torch.rand(n, generator=draw) < 0.5) & self.flip)
+        mirrored = (torch.rand(n, generator=draw) < 0.5) & self.flip
+        return Drawn(order, corners, mirrored, boxes_to_erase(n, self.erasing, self.image_size, self.seed, *self.place))
 
     def _augmented(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         epoch = self.drawn()
         places = self._parts(torch.arange(start, len(self.data)))
         which = [epoch.order[part] for part in places]
         (labels,) = self._handed_out(which, self.data.labels)
-        drawn = self._handed_out(places, epoch.corners, epoch.mirrored)
-        for images, corner, mirror, targets in zip(self._fetched(which), *drawn, labels, strict=True):
-            yield self.finished(images, corner, mirror), targets
+        drawn = self._handed_out(places, epoch.corners, epoch.mirrored, epoch.boxes)
+        for images, corner, mirror, boxes, targets in zip(self._fetched(which), *drawn, labels, strict=True):
+            yield self.finished(images, corner, mirror, boxes), targets
 
-    def finished(self, images: Tensor, corners: Tensor, mirrored: Tensor) -> Tensor:
+    def finished(self, images: Tensor, corners: Tensor, mirrored: Tensor, boxes: Tensor) -> Tensor:
         """Return uint8 images [batch, 3, size, size] as float images in [0, 1], augmented where the loader does that.
 
         Args:
-            corners, mirrored: See `crop_and_flip`.
+            corners, mirrored: See `crop_and_flip`; `boxes`: see `erased`.
         """
-        return (crop_and_flip(images, corners, mirrored, self.padding) if self.augment else images).float() / 255
+        if self.augment:
+            images = crop_and_flip(images, corners, mirrored, self.padding)
+        if self.augment and self.erasing:
+            images = erased(images, boxes)
+        return images.float() / 255
 
     def _fetched(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
         """The uint8 images at these positions, batch by batch, on the device."""
@@ -273,7 +284,9 @@ def _ahead(batches: Iterator[Tensor]) -> Iterator[Tensor]:
 Loaders = tuple[BatchLoader, BatchLoader, BatchLoader]
 
 
-def make_loaders(splits: Splits, batch_size: int, device: torch.device, flip: bool, seed: int = 0) -> Loaders:
+def make_loaders(
+    splits: Splits, batch_size: int, device: torch.device, flip: bool, seed: int = 0, erasing: float = 0.0
+) -> Loaders:
     """Train (augmented), validation and test loaders."""
-    train = BatchLoader(splits.train, batch_size, device, augment=True, flip=flip, seed=seed)
+    train = BatchLoader(splits.train, batch_size, device, augment=True, flip=flip, seed=seed, erasing=erasing)
     return train, BatchLoader(splits.val, batch_size, device), BatchLoader(splits.test, batch_size, device)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from structured_tickets.base.randomness import mixed_seed, restore_random_states, seed_everything
 from structured_tickets.base.weights import digest_of
+from structured_tickets.data.mixing import Mixing
 from structured_tickets.pruning.held import continued, doomed_whole, faded_units, held_masks
 from structured_tickets.pruning.masks import MaskPair, as_current, as_refill
 from structured_tickets.pruning.methods import CONTROLS
@@ -100,7 +101,14 @@ class Round:
             precision=setup.precision,
             scale=self.scale,
             recorder=recorder_for(setup.device, setup.args.step, setup.world),
+            mixing=self._mixing(),
         )
+
+    def _mixing(self) -> Mixing | None:
+        args, loader = self.setup.args, self.setup.train_loader
+        if not (args.mixup or args.cutmix):
+            return None
+        return Mixing(args.mixup, args.cutmix, len(self.setup.classes), loader.image_size, args.seed, self.number)
 
     def close(self) -> None:
         """Give up what was recorded of the steps: at once, since graphs may not outlive each other."""

@@ -226,7 +226,7 @@ def _loaded(args: Any) -> tuple[nn.Module, Loaders, tuple[str, ...], torch.dtype
     said += [remark] if remark else []
     model.to(device)
     prepare_for_speed(model, precision, settings.get("compile", False))
-    loaders = make_loaders(splits, args.batch_size, device, source.flip, seed)
+    loaders = make_loaders(splits, args.batch_size, device, source.flip, seed, settings.get("random_erasing", 0.0))
     return model, loaders, tuple(splits.classes), precision, said
 
 

@@ -190,6 +190,27 @@ TRAINING = (
     Flag("momentum", "momentum of SGD, beta 1 of AdamW", EVERY_ROUND, type=SHARE, default=0.9),
     Flag("weight_decay", "weight decay (AdamW: decoupled)", EVERY_ROUND, type=NONNEGATIVE, default=1e-4),
     Flag(
+        "mixup",
+        "alpha of mixup: each image is added to another one of its batch, by weights from Beta(alpha, alpha); 0: never",
+        EVERY_ROUND,
+        type=NONNEGATIVE,
+        default=0.0,
+    ),
+    Flag(
+        "cutmix",
+        "alpha of CutMix: a box of another image of its batch is put into each image; with --mixup, one of the two",
+        EVERY_ROUND,
+        type=NONNEGATIVE,
+        default=0.0,
+    ),
+    Flag(
+        "random_erasing",
+        "share of the training images that lose a box of 2 to 33 percent of their area",
+        EVERY_ROUND,
+        type=CLOSED_SHARE,
+        default=0.0,
+    ),
+    Flag(
         "nesterov",
         "Nesterov's momentum",
         EVERY_ROUND,

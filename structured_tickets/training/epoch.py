@@ -16,6 +16,7 @@ from torch import Tensor, nn, optim
 from structured_tickets.base.distributed import ALONE, World
 from structured_tickets.base.errors import DivergedError
 from structured_tickets.base.modes import freeze_statistics, set_mode
+from structured_tickets.data.mixing import Mixing
 from structured_tickets.pruning.masks import HeldMask, Mask
 from structured_tickets.training.loss_scale import LossScale
 from structured_tickets.training.meter import Meter
@@ -76,6 +77,7 @@ class Passer:
     precision: torch.dtype = torch.float32
     scale: LossScale | None = None
     recorder: Recorder | None = None
+    mixing: Mixing | None = None
 
 
 def train(

@@ -16,6 +16,7 @@ from torch import Tensor, nn, optim
 from torch.nn.modules.batchnorm import _NormBase
 
 from structured_tickets.base.distributed import World
+from structured_tickets.data.mixing import COLUMNS
 from structured_tickets.networks.precision import exact_type
 from structured_tickets.training.forward import counts, forward
 from structured_tickets.training.meter import Meter
@@ -39,6 +40,7 @@ class Step:
         source: The batches of an epoch.
         at: int64 [1]: number of the step in its epoch.
         table: Learning rate and pull of each step; see `numbers_of_steps`.
+        mixes: How each batch is mixed; see `Mixing.drawn`.
         lr, pull: The numbers of this step.
         sums: [3]: see `Meter`.
         bad: float32 []: 1 from the first step on whose loss was not finite. Then weights stay as they are.
@@ -71,6 +73,7 @@ class Step:
         self.bad = torch.zeros((), dtype=torch.float32, device=device)
         self.skip = self.bad if passer.scale is None else torch.zeros_like(self.bad)
         self.bad_at = torch.full((1,), -1, dtype=torch.long, device=device)
+        self.mixes = torch.zeros(batches, COLUMNS, dtype=sums, device=device)
         self._parameters = list(model.parameters())
         self._zeros: dict[int, Tensor] = {}
         self._reads_tensors = passer.rate is not None and reads_numbers_on_the_device(optimizer)
@@ -83,8 +86,11 @@ class Step:
         self.lr.copy_(numbers[LR])
         self.pull.copy_(numbers[PULL])
         image, target = self.source.fetch(self.at)
+        wanted = target
+        if passer.mixing is not None:
+            image, target, wanted = passer.mixing.mixed(image, target, self.mixes.index_select(0, self.at)[0])
         network, world = passer.network or self.model, passer.world
-        output, loss = forward(self.model, network, world, self.criterion, image, target, passer.precision)
+        output, loss = forward(self.model, network, world, self.criterion, image, wanted, passer.precision)
         self.optimizer.zero_grad()
         world.backward(loss if passer.scale is None else passer.scale.scaled(loss), len(target))
         self._give_unreached_zeros()
@@ -148,6 +154,8 @@ class Step:
         rate = self.passer.rate
         numbers = numbers_of_steps(rate, self.pruner, epoch, self.batches, self._pace())
         self.table.copy_(numbers.to(self.table.dtype))
+        if self.passer.mixing is not None:
+            self.mixes.copy_(self.passer.mixing.drawn(epoch, self.batches).to(self.mixes.dtype))
         self.at.fill_(meter.steps)
         self.sums.copy_(meter.sums)
         self.bad.zero_()

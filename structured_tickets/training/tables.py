@@ -6,6 +6,7 @@ So that a step asks the host for nothing: it looks up the row of its own number.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import fields
 from typing import Any, Protocol
 
 import torch
@@ -66,29 +67,34 @@ class Batches(Protocol):
 
 
 class _Rows:
-    """Positions, corners and mirrorings of batches of one size, at addresses that stay.
+    """Positions, corners, mirrorings and boxes to erase of batches of one size, at addresses that stay.
 
     Attributes:
-        order: int64 [batches, size]; corners: int64 [batches, size, 2]; mirrored: bool [batches, size].
+        order: int64 [batches, size]; corners: int64 [batches, size, 2]; mirrored: bool [batches, size]; boxes: int64
+            [batches, size, 4].
     """
 
     def __init__(self, batches: int, size: int, device: torch.device) -> None:
         self.order = torch.zeros(batches, size, dtype=torch.long, device=device)
         self.corners = torch.zeros(batches, size, 2, dtype=torch.long, device=device)
         self.mirrored = torch.zeros(batches, size, dtype=torch.bool, device=device)
+        self.boxes = torch.zeros(batches, size, 4, dtype=torch.long, device=device)
 
     def fill(self, drawn: Drawn, first: int) -> None:
         """Take over what an epoch draws, from image `first` on."""
         last = first + self.order.numel()
-        for mine, values in ((self.order, drawn.order), (self.corners, drawn.corners), (self.mirrored, drawn.mirrored)):
+        for mine, values in zip(self._tables(), (getattr(drawn, entry.name) for entry in fields(Drawn)), strict=True):
             part = values[first:last].view(mine.shape)
             mine.copy_(part.pin_memory() if mine.is_cuda else part, non_blocking=mine.is_cuda)
 
-    def at(self, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """In the order in which `Drawn` has them."""
+        return self.order, self.corners, self.mirrored, self.boxes
+
+    def at(self, row: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return a row of each table; `row`: int64 [1]. The host would have to read an index without axes."""
-        tables = (self.order, self.corners, self.mirrored)
-        order, corners, mirrored = (table.index_select(0, row)[0] for table in tables)
-        return order, corners, mirrored
+        order, corners, mirrored, boxes = (table.index_select(0, row)[0] for table in self._tables())
+        return order, corners, mirrored, boxes
 
 
 class Resident:
@@ -117,11 +123,11 @@ class Resident:
     def fetch(self, at: Tensor) -> tuple[Tensor, Tensor]:
         """See `Batches`."""
         if self.whole or self._last is None:
-            which, corners, mirrored = self._usual.at(at)
+            which, *drawn = self._usual.at(at)
         else:
-            which, corners, mirrored = self._last.at(self._first_row)
+            which, *drawn = self._last.at(self._first_row)
         data = self.loader.data
-        return self.loader.finished(data.images[which], corners, mirrored), data.labels[which]
+        return self.loader.finished(data.images[which], *drawn), data.labels[which]
 
 
 class HandedIn:

@@ -16,6 +16,7 @@ from structured_tickets.networks import build_model
 from structured_tickets.networks.layers import Normalize
 from structured_tickets.pruning.masks import MaskPair, as_current, as_refill
 from structured_tickets.runs.setup import choose_kernels
+from structured_tickets.training import step as steps
 from structured_tickets.training.epoch import Passer, train
 from structured_tickets.training.loss_scale import LossScale
 from structured_tickets.training.optimization import OPTIMIZERS, LearningRate
@@ -151,6 +152,23 @@ class Case:
         for index, state in self.optimizer.state_dict()["state"].items():
             found |= {f"{index} {k}": v.clone() for k, v in state.items()}
         return found
+
+
+def seen_in_steps(case, make, epochs=range(2)):
+    """What a mode (`make()` -> context) sees in each step, one by one."""
+    seen, real = [], steps.Step.once
+
+    def once(step):
+        with make() as found:
+            real(step)
+        seen.append(found)
+
+    steps.Step.once = once
+    try:
+        case.train(epochs=epochs)
+    finally:
+        steps.Step.once = real
+    return seen
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.networks import MICRO
 from helpers.reference_loop import reference_train
-from helpers.steps import Case, assert_same, kernels_that_repeat_themselves
+from helpers.steps import Case, assert_same, kernels_that_repeat_themselves, seen_in_steps
 from helpers.watchers import Numbers, waiting
 from torch import nn
 
@@ -26,23 +26,6 @@ from structured_tickets.training.tables import HandedIn, Resident, can_be_reside
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 WAYS = [(False, False), (True, False), (True, True)]  # decoupled, blocks the gradient of the loss
-
-
-def seen_in_steps(case, make, epochs=range(2)):
-    """What a mode (`make()` -> context) sees in each step, one by one."""
-    seen, real = [], steps.Step.once
-
-    def once(step):
-        with make() as found:
-            real(step)
-        seen.append(found)
-
-    steps.Step.once = once
-    try:
-        case.train(epochs=epochs)
-    finally:
-        steps.Step.once = real
-    return seen
 
 
 CASES = [
