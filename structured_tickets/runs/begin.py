@@ -113,7 +113,10 @@ def _begun(
         log.info("control %s: round 0 is that of %s", setup.args.control, source.folder.path)
         folder.save(run)
     elif store is not None:
-        run = store.take(run, folder, identity_of_round_0(setup.args), setup.numerics)
+        settings = identity_of_round_0(setup.args)
+        if setup.teacher is not None:
+            settings["teacher"] = digest_of(cloned_state(setup.teacher))
+        run = store.take(run, folder, settings, setup.numerics)
     return run
 
 

@@ -30,6 +30,7 @@ from structured_tickets.runs.tables import rounds_table
 from structured_tickets.settings.identity import can_share_round_0
 from structured_tickets.training.rounds import epochs_of, step_of
 from structured_tickets.training.stop import StopRequest
+from structured_tickets.training.teachers import DENSE
 
 log = logging.getLogger("rsst")
 
@@ -156,6 +157,8 @@ class Experiment:
         hard = current.hardened_accuracies()
         squeeze = current.doomed_norm() / run.doomed_norm if run.doomed_norm else None
         warn_if_not_squeezed(state, squeeze, setup.args.penalty)
+        if state == 0 and setup.args.distill == DENSE:
+            run.dense_weight = cloned_state(setup.model)
         run.following = next_masks(setup, run, self.source, self.folder.progress(run), self.stop)
         self.folder.save_value(packed_pair(run.following), self.folder.masks(state))
         run.rounds.append(judge(setup, run, current.pair, hard, squeeze, run.following).plain())

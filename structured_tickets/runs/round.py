@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from typing import Any
 
@@ -18,6 +19,7 @@ from structured_tickets.pruning.shares import Shares, shares
 from structured_tickets.runs.compared_run import ControlSource
 from structured_tickets.runs.setup import Setup, prepare_for_speed, search_for_convolutions
 from structured_tickets.runs.state import RunState
+from structured_tickets.training.distillation import Distillation, as_teacher
 from structured_tickets.training.epoch import Passer, ShowProgress, hardened
 from structured_tickets.training.loss_scale import LossScale
 from structured_tickets.training.penalty.expected import DECOUPLED, DIRECT
@@ -25,6 +27,7 @@ from structured_tickets.training.penalty.reg_pruner import Pruner
 from structured_tickets.training.recording import recorder_for
 from structured_tickets.training.rounds import CONTINUED, GIVEN, epochs_of
 from structured_tickets.training.stop import StopRequest
+from structured_tickets.training.teachers import DENSE
 from structured_tickets.training.trainee import Trainee
 from structured_tickets.unit_groups.unit import kept_units
 
@@ -57,7 +60,18 @@ class Round:
         self.epochs = epochs_of(setup.args, run.state)
         self._stop, self._progress = stop, progress
         self.scale = LossScale(setup.device, run.loss_scale) if setup.precision == torch.float16 else None
+        self.distillation = self._distillation(run)
         self._equip(run.faded, optimizer)
+
+    def _distillation(self, run: RunState) -> Distillation | None:
+        args, teacher = self.setup.args, self.setup.teacher
+        if args.distill == DENSE and self.number:
+            teacher = copy.deepcopy(self.setup.model)
+            teacher.load_state_dict(run.dense_weight)
+            as_teacher(teacher)
+        if teacher is None or self.is_given:
+            return None
+        return Distillation(teacher, args.distill_alpha, args.distill_temperature, args.distill_loss)
 
     def _equip(self, faded: dict[str, list[int]], optimizer: dict[str, Any]) -> None:
         setup, args = self.setup, self.setup.args
@@ -102,6 +116,7 @@ class Round:
             scale=self.scale,
             recorder=recorder_for(setup.device, setup.args.step, setup.world),
             mixing=self._mixing(),
+            distillation=self.distillation,
         )
 
     def _mixing(self) -> Mixing | None:

@@ -45,10 +45,12 @@ from structured_tickets.settings.interpret import (
     warnings_of_fillback,
     warnings_of_lambda,
 )
+from structured_tickets.training.distillation import as_teacher
 from structured_tickets.training.epoch import validate_together
 from structured_tickets.training.optimization import LearningRate
 from structured_tickets.training.recording import Recorder, check_step
 from structured_tickets.training.rounds import GIVEN, learning_rate_of
+from structured_tickets.training.teachers import DENSE, NONE, parts_of
 from structured_tickets.unit_groups.unit import UnitGroup, ranked_names
 
 SEARCH_PAYS = 5000  # steps with one network
@@ -96,6 +98,7 @@ class Setup:
         world: The processes that train together.
         whole: Layer that stays whole -> the reason.
         remark: Why the network has no units; empty if it has.
+        teacher: The network of `--distill FILE`.
     """
 
     args: argparse.Namespace
@@ -107,6 +110,7 @@ class Setup:
     world: World = ALONE
     whole: Mapping[str, str] = field(default_factory=dict)
     remark: str = ""
+    teacher: nn.Module | None = None
 
     @cached_property
     def names(self) -> list[str]:
@@ -174,7 +178,8 @@ def set_up(args: argparse.Namespace, world: World = ALONE) -> Setup:
         loader.share = (world.rank, world.size)
     note_channel_units(model, channel_units_of(vars(args)), (3, loaders[0].image_size, loaders[0].image_size))
     units = units_from(args, model, loaders[0].image_size)
-    setup = Setup(args, model, loaders, classes, precision, units.groups, world, units.whole, units.remark)
+    teacher = load_teacher(args, model, len(classes), loaders[0].image_size, precision)
+    setup = Setup(args, model, loaders, classes, precision, units.groups, world, units.whole, units.remark, teacher)
     settle_penalty(args, setup.rules, setup.rate_of(1))
     args.warnings += [*said, *warnings_for(setup.rules, model, units.groups)]
     args.warnings += warnings_of_fillback(setup.rules, units.groups, args.pruning_times)
@@ -292,6 +297,26 @@ def load_start_weights(model: nn.Module, settings: dict[str, Any]) -> Statistics
         return None
     classifier = settings.get("fc", False) or (WHERE_IT_FITS if given else False)
     return load_pretrained_weights(model, spec_of(model), file, classifier, settings.get("pretrained_key"))
+
+
+def load_teacher(
+    args: argparse.Namespace, model: nn.Module, classes: int, size: int, precision: torch.dtype
+) -> nn.Module | None:
+    """Return the network of `--distill FILE`, which sees the same images as `model`; None without one.
+
+    Raises:
+        DataError: The file cannot be read, or holds weights of another network or of other classes.
+    """
+    if args.distill in (NONE, DENSE):
+        return None
+    arch, file = parts_of(args.distill)
+    teacher = build_model(arch or args.arch, classes, size)
+    wanted = load_pretrained_weights(teacher, spec_of(teacher), file, with_classifier=True)
+    own = next(layer for layer in model.modules() if isinstance(layer, Normalize))
+    put_normalize(teacher, Normalize(*wanted) if wanted else copy.deepcopy(own).cpu())
+    device = next(model.parameters()).device
+    prepare_for_speed(teacher.to(device), precision)
+    return as_teacher(teacher)
 
 
 def choose_kernels(deterministic: bool) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from structured_tickets.base.errors import UsageError
 from structured_tickets.networks import parse_arch
 from structured_tickets.pruning.rules import TARGET_KINDS, kinds_of
+from structured_tickets.training.teachers import DENSE, NONE, parts_of
 
 CLOSE = 0.75  # how much of two flags' names has to be the same for one to be a misspelling of the other
 
@@ -131,6 +132,14 @@ def path_text(text: str) -> str:
 def resolved_path(text: str) -> str:
     """A parser of the name of a file or folder, which need not exist, as an absolute one."""
     return str(Path(path_text(text)).resolve())
+
+
+def teacher(text: str) -> str:
+    """A parser of a teacher: none, dense, FILE or ARCH@FILE, the file as an absolute one."""
+    if text in (NONE, DENSE):
+        return text
+    arch, file = parts_of(text)
+    return f"{architecture(arch)}@{resolved_path(file)}" if arch else resolved_path(file)
 
 
 def path(text: str) -> Path:

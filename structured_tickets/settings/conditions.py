@@ -14,6 +14,7 @@ from structured_tickets.pruning.rules import kinds_of
 from structured_tickets.training.optimization import OPTIMIZERS
 from structured_tickets.training.penalty.expected import DECOUPLED, GRADIENT
 from structured_tickets.training.rounds import FINETUNE
+from structured_tickets.training.teachers import NONE
 from structured_tickets.unit_groups.kinds import FILTER, STREAM
 
 
@@ -84,6 +85,7 @@ def reads_batches(args: argparse.Namespace) -> bool:
 
 
 WITH_RSST = Condition(lambda a: a.struct == "rsst", "with --struct rsst")
+WITH_TEACHER = Condition(lambda a: a.distill != NONE, "with --distill")
 WITH_SGD = Condition(lambda a: a.optimizer == "sgd", "with --optimizer sgd")
 WITH_FINETUNING = Condition(lambda a: a.prune_type == FINETUNE, "with --prune_type finetune")
 WITH_ADMM = Condition(lambda a: a.struct == "admm", "with --struct admm")

@@ -16,6 +16,7 @@ from structured_tickets.training.optimization import OPTIMIZERS
 from structured_tickets.training.penalty.expected import GRADIENT
 from structured_tickets.training.penalty.schedules import clock_from
 from structured_tickets.training.rounds import FINETUNE, GIVEN, epochs_of
+from structured_tickets.training.teachers import DENSE, NONE, parts_of
 
 
 def check(args: argparse.Namespace) -> None:
@@ -89,6 +90,10 @@ def check(args: argparse.Namespace) -> None:
             "argument --tensorboard: needs the package tensorboard (pip install tensorboard)",
         ),
         (args.quiet and args.verbose, "argument --quiet: cannot be combined with --verbose"),
+        (
+            args.distill not in (NONE, DENSE) and not Path(parts_of(args.distill)[1]).is_file(),
+            f"argument --distill: no such file: {parts_of(args.distill)[1]}. Or: none, dense",
+        ),
         (
             args.pretrained and not Path(args.pretrained).is_file(),
             f"argument --pretrained: no such file: {args.pretrained}",

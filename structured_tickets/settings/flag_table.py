@@ -33,6 +33,7 @@ from structured_tickets.settings.argument_types import (
     prune_targets,
     resolved_path,
     rounds_to_keep,
+    teacher,
     truth,
     word_list,
 )
@@ -42,6 +43,7 @@ from structured_tickets.settings.conditions import (
     WITH_FINETUNING,
     WITH_RSST,
     WITH_SGD,
+    WITH_TEACHER,
     Condition,
     counts_units_by_layer,
     penalty_of_flags,
@@ -68,6 +70,8 @@ from structured_tickets.training.optimization import LR_SCHEDULES, OPTIMIZERS, S
 from structured_tickets.training.penalty.expected import WAYS
 from structured_tickets.training.penalty.schedules import HORIZONS, SCHEDULES
 from structured_tickets.training.rounds import CONTINUED, GIVEN
+from structured_tickets.training.teachers import KINDS as TEACHERS_LOSSES
+from structured_tickets.training.teachers import NONE
 from structured_tickets.unit_groups.kinds import CHANNEL_UNITS, FILTER
 
 # Name of a preset -> its flags, which must be among those that round 0 does not read.
@@ -209,6 +213,39 @@ TRAINING = (
         EVERY_ROUND,
         type=CLOSED_SHARE,
         default=0.0,
+    ),
+    Flag(
+        "distill",
+        "teacher of each round; none; dense: the network of round 0; FILE: weights of the same architecture, or of "
+        "another: ARCH@FILE",
+        EVERY_ROUND,
+        type=teacher,
+        default=NONE,
+        metavar="TEACHER",
+    ),
+    Flag(
+        "distill_alpha",
+        "share of the loss that is the teacher's",
+        EVERY_ROUND,
+        type=CLOSED_SHARE,
+        default=0.9,
+        read=WITH_TEACHER,
+    ),
+    Flag(
+        "distill_temperature",
+        "temperature that softens the probabilities of teacher and network",
+        EVERY_ROUND,
+        type=POSITIVE,
+        default=4.0,
+        read=Condition(lambda a: a.distill != NONE and a.distill_loss == "kl", "with --distill and --distill_loss kl"),
+    ),
+    Flag(
+        "distill_loss",
+        _rows(TEACHERS_LOSSES.items()),
+        EVERY_ROUND,
+        default="kl",
+        choices=TEACHERS_LOSSES,
+        read=WITH_TEACHER,
     ),
     Flag(
         "nesterov",

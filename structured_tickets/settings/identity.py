@@ -15,6 +15,7 @@ from structured_tickets.settings.conditions import penalty_before, prunes_transf
 from structured_tickets.settings.flag_table import FLAGS, LAMBDA_FOLLOWS, PENALTY_CHOSEN, scope_of
 from structured_tickets.training.penalty.schedules import SCHEDULES
 from structured_tickets.training.rounds import CONTINUED, GIVEN
+from structured_tickets.training.teachers import DENSE
 
 LONGEST_NAME = 32  # characters of --exp_name in a folder's name; the hash tells the rest
 LONGEST_ARCH = 150  # of --arch; file systems take 255 in all
@@ -79,6 +80,8 @@ def identity_of_round_0(args: argparse.Namespace) -> dict[str, Any]:
     settings = settings_of(args)
     if args.prune_type in CONTINUED:  # from round 1 on it differs from the default
         settings["prune_type"] = default_of("prune_type")
+    if args.distill == DENSE:  # from round 1 on there is a teacher
+        settings |= {name: default_of(name) for name in settings if name.startswith("distill")}
     return {k: v for k, v in identity_of(settings).items() if scope_of(k).round_0}
 
 

@@ -18,6 +18,7 @@ from structured_tickets.base.errors import DivergedError
 from structured_tickets.base.modes import freeze_statistics, set_mode
 from structured_tickets.data.mixing import Mixing
 from structured_tickets.pruning.masks import HeldMask, Mask
+from structured_tickets.training.distillation import Distillation
 from structured_tickets.training.loss_scale import LossScale
 from structured_tickets.training.meter import Meter
 from structured_tickets.training.optimization import LearningRate
@@ -78,6 +79,7 @@ class Passer:
     scale: LossScale | None = None
     recorder: Recorder | None = None
     mixing: Mixing | None = None
+    distillation: Distillation | None = None
 
 
 def train(

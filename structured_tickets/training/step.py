@@ -91,6 +91,8 @@ class Step:
             image, target, wanted = passer.mixing.mixed(image, target, self.mixes.index_select(0, self.at)[0])
         network, world = passer.network or self.model, passer.world
         output, loss = forward(self.model, network, world, self.criterion, image, wanted, passer.precision)
+        if passer.distillation is not None and len(target):
+            loss = passer.distillation.added_to(loss, output, image, passer.precision)
         self.optimizer.zero_grad()
         world.backward(loss if passer.scale is None else passer.scale.scaled(loss), len(target))
         self._give_unreached_zeros()
