@@ -108,6 +108,7 @@ class Ours:
         step: A row of `optimization.STEPS`, which `recorder_for` takes.
         held: What is held at zero, by parameter name; `compact`: cut it out.
         doomed: Whether everything else outside a random structure is under RSST's penalty.
+        momentum: Flags of SGD.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Ours:
         compact: bool = False,
         structure: Mask | None = None,
         compiled: bool = False,
+        momentum: dict[str, bool] | None = None,
     ) -> None:
         device = data.labels.device
         self.precision, self.criterion = choose_precision(precision, device), nn.CrossEntropyLoss()
@@ -128,7 +130,7 @@ class Ours:
         prepare = functools.partial(prepare_for_speed, precision=self.precision, compiled=compiled)
         prepare(whole)
         build = OPTIMIZERS["sgd"].build
-        self.trainee = Trainee(whole, held or {}, lambda m: build(m, 0.01, 0.9, 1e-4), prepare, compact)
+        self.trainee = Trainee(whole, held or {}, lambda m: build(m, 0.01, 0.9, 1e-4, **(momentum or {})), prepare, compact)
         self.model, self.loader = self.trainee.model, BatchLoader(data, batch, device, augment=True, flip=True)
         self.recorder: Recorder = recorder_for(device, step)
         alive = {n: torch.ones_like(m) for n, m in (structure or {}).items()}

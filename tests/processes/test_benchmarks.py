@@ -22,6 +22,7 @@ COMMANDS = {
     "regroup": ["--arch", "micro_vit", "--rounds", "2"],
     "rsst_overhead": ["--arch", "micro_cnn", "--optimizer", "sgd", "--batch_size", "4", "--rounds", "2"],
     "parts": ["--arch", "micro_cnn", "micro_vit", "--batch_size", "4", "--rounds", "2"],
+    "recipe": ["--arch", "micro_cnn", "--batch_size", "4", "--steps", "2", "--rounds", "2", "--device", "cpu"],
     "startup": ["--rounds", "2"],
     "gpu": [
         "--device",
