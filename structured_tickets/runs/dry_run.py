@@ -20,6 +20,7 @@ from structured_tickets.pruning.shares import kept_per_kind, shares
 from structured_tickets.runs.setup import Setup
 from structured_tickets.shrinking.cost import Cost, cost_of
 from structured_tickets.training.epoch import validate_together
+from structured_tickets.training.rounds import GIVEN, epochs_of
 from structured_tickets.unit_groups.unit import UnitGroup, parameter_of
 
 TIMED_STEPS = 3
@@ -104,11 +105,12 @@ def numbered(rows: Sequence[str]) -> list[str]:
 def _time(setup: Setup, step: Callable[[], None]) -> list[str]:
     args, steps, each = setup.args, len(setup.train_loader), seconds_per_step(step)
     judging = _seconds_to_judge(setup)
-    later = args.tail_epochs or args.epochs
-    times = [each * steps * epochs + judging * -(-epochs // args.eval_every) for epochs in (args.epochs, later)]
-    per_round, said = f"{counted(args.epochs, 'epoch')} per round", f"about {duration(times[0])} per round"
-    if later != args.epochs:
-        per_round = f"{counted(args.epochs, 'epoch')} in round 0, then {later} per round"
+    first, later = (len(epochs_of(args, state)) for state in (0, 1))
+    trained = [0 if args.round_0 == GIVEN else first, later]
+    times = [each * steps * count + judging * max(1, -(-count // args.eval_every)) for count in trained]
+    per_round, said = f"{counted(later, 'epoch')} per round", f"about {duration(times[1])} per round"
+    if trained[0] != later:
+        per_round = f"{counted(trained[0], 'epoch')} in round 0, then {later} per round"
         said = f"about {duration(times[0])} and {duration(times[1])} per round"
     return [
         f"time: {each:.3f} s per step, {counted(steps, 'step')} per epoch, {judging:.1f} s per evaluation, "

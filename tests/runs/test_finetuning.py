@@ -227,3 +227,8 @@ def test_a_sweep_does_not_share_a_round_0_that_is_given(trained, tmp_path):
     words = [w for w in words if not w.startswith("--seed")]
     jobs = plan(Spec(tuple(words), ({"seed": ["0", "1"]},)), tmp_path).jobs
     assert [job.dense for job in jobs] == [False, False] and jobs[0].all_epochs == 1 + 2
+
+
+def test_a_dry_run_does_not_count_a_round_that_is_given(trained, tmp_path, capsys):
+    assert run(*tiny(tmp_path / "given", dry_run=True, pretrained=trained, **{**GIVEN, "finetune_epochs": 4})) == 0
+    assert "0 epochs in round 0, then 4 per round" in capsys.readouterr().out
