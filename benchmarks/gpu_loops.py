@@ -129,8 +129,8 @@ class Ours:
         whole = network(arch, device)
         prepare = functools.partial(prepare_for_speed, precision=self.precision, compiled=compiled)
         prepare(whole)
-        build = OPTIMIZERS["sgd"].build
-        self.trainee = Trainee(whole, held or {}, lambda m: build(m, 0.01, 0.9, 1e-4, **(momentum or {})), prepare, compact)
+        build = functools.partial(OPTIMIZERS["sgd"].build, **(momentum or {}))
+        self.trainee = Trainee(whole, held or {}, lambda m: build(m, 0.01, 0.9, 1e-4), prepare, compact)
         self.model, self.loader = self.trainee.model, BatchLoader(data, batch, device, augment=True, flip=True)
         self.recorder: Recorder = recorder_for(device, step)
         alive = {n: torch.ones_like(m) for n, m in (structure or {}).items()}

@@ -19,7 +19,7 @@ from torch import Tensor, nn, optim
 from torch.overrides import TorchFunctionMode
 
 from structured_tickets.base.errors import UsageError
-from structured_tickets.base.modes import in_mode, set_mode
+from structured_tickets.base.modes import freeze_statistics, in_mode, set_mode
 from structured_tickets.base.text_tables import counted
 from structured_tickets.networks.kernels import fused_attention, uncompiled
 from structured_tickets.networks.precision import computing
@@ -60,6 +60,7 @@ class Admm:
         load: What the last call of `save` was given, or nothing; a training that was broken off goes on from there.
         save: Called after every epoch.
         precision: Number type of matrix products; in place of float16, float32.
+        freeze_bn: BatchNorm keeps its statistics.
     """
 
     optimizer: Callable[[nn.Module], optim.Optimizer]
@@ -69,6 +70,7 @@ class Admm:
     load: Callable[[], dict[str, Any]] = dict
     save: Callable[[dict[str, Any]], None] = lambda _: None
     precision: torch.dtype = torch.float32
+    freeze_bn: bool = False
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,8 @@ def train_by_admm(model: nn.Module, task: Task, admm: Admm) -> Mask:
     and U += W - Z.
     """
     set_mode(model, True)
+    if admm.freeze_bn:
+        freeze_statistics(model)
     weights = {n: parameter_of(model, n) for n in task.names}
     # Small gradients are zero in float16, and the distance below has a gradient that must not be scaled with theirs.
     precision = torch.float32 if admm.precision == torch.float16 else admm.precision

@@ -32,7 +32,7 @@ from structured_tickets.runs.dense_store import DenseStore
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.runs.next_masks import control_masks
 from structured_tickets.runs.reporter import Reporter
-from structured_tickets.runs.same_run import check_same_run, warn_of_changed_code
+from structured_tickets.runs.same_run import check_same_run, check_same_teacher, warn_of_changed_code
 from structured_tickets.runs.setup import Setup
 from structured_tickets.runs.state import RunState
 from structured_tickets.runs.trackers import Trackers, trackers_of
@@ -58,6 +58,7 @@ def new_run(setup: Setup) -> RunState:
         precision=name_of(setup.precision),
         sources=sources_of(setup.args.arch),
         followed=spec_of(setup.model).followed,
+        teacher=digest_of(cloned_state(setup.teacher)) if setup.teacher is not None else "",
     )
 
 
@@ -113,9 +114,7 @@ def _begun(
         log.info("control %s: round 0 is that of %s", setup.args.control, source.folder.path)
         folder.save(run)
     elif store is not None:
-        settings = identity_of_round_0(setup.args)
-        if setup.teacher is not None:
-            settings["teacher"] = digest_of(cloned_state(setup.teacher))
+        settings = identity_of_round_0(setup.args) | ({"teacher": run.teacher} if run.teacher else {})
         run = store.take(run, folder, settings, setup.numerics)
     return run
 
@@ -233,6 +232,7 @@ def _check_same(run: RunState, found: RunState) -> None:
     if run.args[PENALTY_CHOSEN] and is_penalty_chosen(found.args):
         run.args["penalty"] = found.args["penalty"]
     check_same_run(found, identity_of(run.args), identity_of(found.args), run.data, run.contents)
+    check_same_teacher(found, run, "the teacher's weights have changed since the run began")
 
 
 def continued(run: RunState, found: RunState, numerics: Mapping[str, Any]) -> RunState:

@@ -22,7 +22,7 @@ from structured_tickets.pruning.methods import CONTROLS
 from structured_tickets.runs.checkpoint_schema import check_shapes
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.runs.read import own_folder
-from structured_tickets.runs.same_run import check_same_data
+from structured_tickets.runs.same_run import check_same_data, check_same_teacher
 from structured_tickets.runs.state import RunState, unpacked
 from structured_tickets.settings.flag_table import PENALTY_CHOSEN
 from structured_tickets.settings.identity import identity_of, settings_of
@@ -75,6 +75,7 @@ class ControlSource:
         check_same_data(
             self.dense, run.data, run.contents, f"the run in {self.folder.path} was on other images or labels"
         )
+        check_same_teacher(self.dense, run, f"the run in {self.folder.path} had another teacher in this file")
         own = {k: getattr(run, k) for k in ("args", "tracker_id", "classes", "sources")}
         begun = replace(self.dense, **own)
         if CONTROLS[self.args.control].fresh:

@@ -104,6 +104,7 @@ def _admm(setup: Setup, run: RunState, progress: Progress, stop: StopRequest) ->
             yield batch
 
     args = setup.args
+    saved = progress.load, progress.save
     return Admm(
-        setup.optimizer, batches, args.admm_epochs, args.admm_rho, progress.load, progress.save, setup.precision
+        setup.optimizer, batches, args.admm_epochs, args.admm_rho, *saved, setup.precision, freeze_bn=args.freeze_bn
     )

@@ -38,6 +38,12 @@ def check_same_data(run: RunState, data: str, contents: Mapping[str, Any], other
         raise UsageError(f"argument --data: {otherwise}" + (f": {different}" if different else ""))
 
 
+def check_same_teacher(found: RunState, run: RunState, otherwise: str) -> None:
+    """Raises: UsageError, that begins with `otherwise`, unless both have the same teacher."""
+    if found.teacher != run.teacher:
+        raise UsageError(f"argument --distill: {otherwise}. Give the file that it began with, or another --save_dir")
+
+
 def warn_of_changed_code(then: Mapping[str, str], now: Mapping[str, str], consequence: str) -> None:
     """Warn if files that build a user's network have changed since the run began.
 

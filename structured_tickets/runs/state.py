@@ -43,6 +43,7 @@ class RunState:
         round_0: Where a `--dense_store` has this run's round 0 (`address`), whether it came from there (`shared`), and
             what its bits depend on besides the settings (`numerics`); empty without a store.
         sources: Hashes of the code of a user's network that the run began with, by file.
+        teacher: Digest of the weights of `--distill FILE`; "" without one.
         followed: The notes on the network say that its features are followed (`ModelSpec`).
         loss_scale: State of the loss scale of the round, for float16; else empty.
         processes: How many processes trained it; `other_rng`: random states of all of them but the first.
@@ -77,6 +78,7 @@ class RunState:
     contents: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     followed: bool = False
+    teacher: str = ""
     loss_scale: dict[str, float] = field(default_factory=dict)
     version: int = VERSION
 

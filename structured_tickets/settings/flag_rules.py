@@ -10,6 +10,7 @@ from pathlib import Path
 from structured_tickets.base.errors import UsageError
 from structured_tickets.base.text_tables import counted
 from structured_tickets.networks import MODELS, family_of
+from structured_tickets.pruning.methods import CONTROLS
 from structured_tickets.settings.conditions import penalty_before
 from structured_tickets.settings.flag_table import FLAGS
 from structured_tickets.training.optimization import OPTIMIZERS
@@ -56,6 +57,10 @@ def check(args: argparse.Namespace) -> None:
             "argument --tail_epochs: cannot be combined with --prune_type finetune. Use --finetune_epochs",
         ),
         (
+            args.nesterov and args.optimizer == "sgd" and not args.momentum,
+            "argument --nesterov: needs --momentum above 0",
+        ),
+        (
             args.round_0 == GIVEN and not (args.pretrained or args.vit_pretrained),
             "argument --round_0: given needs the weights of a trained network: --pretrained FILE",
         ),
@@ -69,8 +74,9 @@ def check(args: argparse.Namespace) -> None:
             f"argument --tail_epochs: a round has only {counted(args.epochs, 'epoch')} (--epochs)",
         ),
         (
-            args.tail_epochs and args.control == "small_dense",
-            "argument --control: small_dense cannot be combined with --tail_epochs, since it trains a new network",
+            (args.tail_epochs or args.prune_type == FINETUNE) and CONTROLS[args.control].fresh,
+            f"argument --control: {args.control} cannot be combined with --tail_epochs or --prune_type finetune: it "
+            "trains a new network, for which their schedule is too short. Use random_structure",
         ),
         (
             args.init and (args.prune_type == "pt" or args.vit_pretrained or args.round_0 == GIVEN),
@@ -111,12 +117,15 @@ def check(args: argparse.Namespace) -> None:
 def warnings_about(args: argparse.Namespace, explicit: set[str]) -> list[str]:
     """Sentences about what has no effect, or a bad one. `explicit`: names of the flags that were given."""
     multistep, rsst = args.lr_schedule == "multistep", args.struct == "rsst"
+    trains_dense = args.round_0 != GIVEN or args.prune_type != FINETUNE  # a round by --epochs, --warmup and --lr
+    multistep = multistep and trains_dense
     late = [m for m in args.decreasing_lr if multistep and m >= args.epochs]
-    warmup = args.warmup if args.warmup_steps is None else 0
+    warmup = args.warmup if args.warmup_steps is None and trains_dense else 0
     early = [m for m in args.decreasing_lr if multistep and m < min(warmup, args.epochs)]
     peak = _peak_strength(args)
     way = penalty_before(args) if args.penalty == "auto" else args.penalty
-    step = args.lr * peak / (1 - args.momentum) if way == GRADIENT else peak
+    lr = (args.finetune_lr or args.lr / 10) if args.prune_type == FINETUNE else args.lr
+    step = lr * peak / (1 - args.momentum) if way == GRADIENT else peak
     rules = (
         (
             late and "decreasing_lr" in explicit,

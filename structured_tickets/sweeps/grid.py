@@ -86,6 +86,7 @@ class Job:
         dense: Whether it only trains the round 0 of others.
         added: Whether nobody has asked for it, but a control is compared with it.
         later_epochs: Of each round after the first; None: as many.
+        last_epochs: The number of the last epoch of the first round, and of later ones; None: as many as there are.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Job:
     dense: bool = False
     added: bool = False
     later_epochs: int | None = None
+    last_epochs: tuple[int, int] | None = None
 
     @property
     def all_epochs(self) -> int:
@@ -246,6 +248,7 @@ def _job(spec: Spec, settings: Settings, out: Path) -> Job:
         len(epochs_of(args, 0)),
         (source,) if source else (),
         later_epochs=len(epochs_of(args, 1)),
+        last_epochs=(epochs_of(args, 0)[-1], epochs_of(args, 1)[-1]),
     )
 
 

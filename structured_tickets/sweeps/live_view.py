@@ -93,5 +93,6 @@ def title_of(job: Job) -> str:
 
 def where_of(row: dict, job: Job) -> str:
     """The place in the run, and the accuracy there, if it was judged."""
-    place = f"round {row['round']} (last: {job.rounds - 1})  epoch {row['epoch']} (last: {job.epochs - 1})"
+    last = job.last_epochs[min(row["round"], 1)] if job.last_epochs else job.epochs - 1
+    place = f"round {row['round']} (last: {job.rounds - 1})  epoch {row['epoch']} (last: {last})"
     return place if row.get("val_accuracy") is None else f"{place}  val {row['val_accuracy']:.2f}%"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from structured_tickets.base.errors import MachineError, first_line
+
+log = logging.getLogger("rsst")
 
 DAEMON = "nvidia-cuda-mps-control"
 PIPES, LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
@@ -56,7 +59,10 @@ def own_daemon() -> Iterator[None]:
         try:
             yield
         finally:
-            _told([], f"quit -t {SECONDS / 2:.0f}\n", everywhere)
+            try:
+                _told([], f"quit -t {SECONDS / 2:.0f}\n", everywhere)
+            except MachineError as error:  # what was done meanwhile is done
+                log.warning("%s", error)
     finally:
         for name, value in before.items():
             os.environ.pop(name, None)
@@ -66,6 +72,7 @@ def own_daemon() -> Iterator[None]:
 
 
 def _told(flags: list[str], words: str, environment: dict[str, str]) -> None:
+    aim = "start" if flags else "end"
     # Its daemon keeps the streams that it is given open: what it says must not be waited for.
     with tempfile.TemporaryFile("w+") as said:
         try:
@@ -80,8 +87,8 @@ def _told(flags: list[str], words: str, environment: dict[str, str]) -> None:
                 check=False,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise MachineError(f"MPS: {DAEMON} {' '.join(flags)} failed ({first_line(error)})") from error
+            raise MachineError(f"MPS did not {aim} ({first_line(error)})") from error
         said.seek(0)
         if done.returncode:
             reason = (said.read().strip() or f"exit status {done.returncode}").splitlines()[0]
-            raise MachineError(f"MPS: {DAEMON} {' '.join(flags)} failed ({reason})")
+            raise MachineError(f"MPS did not {aim}: {reason}")

@@ -78,9 +78,7 @@ def _sgd(
     from torch import optim
 
     parameters = _in_groups(model) if decay_matrices_only else model.parameters()
-    return optim.SGD(
-        parameters, lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov and momentum > 0, fused=True
-    )
+    return optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
 
 
 def _adamw(

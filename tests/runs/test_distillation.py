@@ -18,6 +18,7 @@ from structured_tickets.runs.folder import RunFolder
 from structured_tickets.settings.flags import parse_args
 from structured_tickets.settings.identity import identity_of_round_0
 from structured_tickets.training.distillation import Distillation, as_teacher
+from structured_tickets.training.teachers import parts_of
 
 DISTILLED = {"distill": "dense", "pruning_times": 2, "epochs": 2, "struct": "rsst", "criteria": "magnitude"}
 
@@ -187,6 +188,40 @@ def test_round_0_is_shared_where_it_has_no_teacher(tmp_path):
 def test_what_makes_no_sense_is_refused(words, said, tmp_path, capsys):
     assert run(*tiny(tmp_path, **words)) == 2
     assert said in capsys.readouterr().err
+
+
+def test_another_teacher_in_the_same_file_is_refused(finished_run, tmp_path, capsys):
+    """By a run that continues, and by a control."""
+    file = tmp_path / "t.pth"
+    saved = torch.load(finished_run(tmp_path / "dense", pruning_times=1) / "0checkpoint.pth.tar", weights_only=True)[
+        "state_dict"
+    ]
+    torch.save(saved, file)
+    words = {**DISTILLED, "distill": file}
+    assert run(*tiny(tmp_path / "run", **words)) == 0
+    torch.save({k: v + 0.01 if k == "fc.bias" else v for k, v in saved.items()}, file)
+    capsys.readouterr()
+    assert run(*tiny(tmp_path / "run", **{**words, "pruning_times": 3})) == 2
+    assert "--distill: the teacher's weights have changed since the run began" in capsys.readouterr().err
+    control = {**words, "control": "random_structure", "control_of": tmp_path / "run"}
+    assert run(*tiny(tmp_path / "control", **control)) == 2
+    assert "had another teacher in this file" in capsys.readouterr().err
+    torch.save(saved, file)
+    assert run(*tiny(tmp_path / "run", **{**words, "pruning_times": 3})) == 0
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("t.pth", ("", "t.pth")),
+        ("res18@t.pth", ("res18", "t.pth")),
+        ("/data/me@host/t.pth", ("", "/data/me@host/t.pth")),
+        ("res18@/data/me@host/t.pth", ("res18", "/data/me@host/t.pth")),
+        ("/mine/net.py:small@/t.pth", ("/mine/net.py:small", "/t.pth")),
+    ],
+)
+def test_an_at_in_the_name_of_a_folder_names_no_architecture(text, parts):
+    assert parts_of(text) == parts
 
 
 def test_a_teacher_of_other_classes_is_an_error(finished_run, tmp_path, capsys):

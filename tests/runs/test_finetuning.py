@@ -19,6 +19,7 @@ from structured_tickets.programs import export, report
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.settings.flags import parse_args
 from structured_tickets.sweeps.grid import Spec, plan
+from structured_tickets.sweeps.live_view import where_of
 from structured_tickets.sweeps.search import scaled
 from structured_tickets.training.rounds import epochs_of, learning_rate_of, step_of
 
@@ -165,6 +166,11 @@ def test_reports_exports_and_a_control_know_a_given_network(trained, tmp_path, c
         ),
         ({"prune_type": "finetune", "tail_epochs": 1}, "Use --finetune_epochs"),
         ({"prune_type": "finetune", "finetune_lr": 0}, "--finetune_lr"),
+        (
+            {"prune_type": "finetune", "control": "reinit"},
+            "reinit cannot be combined with --tail_epochs or --prune_type fine",
+        ),
+        ({"nesterov": True, "momentum": 0}, "--nesterov: needs --momentum above 0"),
     ],
 )
 def test_what_makes_no_sense_is_refused(words, said, tmp_path, capsys):
@@ -232,3 +238,27 @@ def test_a_sweep_does_not_share_a_round_0_that_is_given(trained, tmp_path):
 def test_a_dry_run_does_not_count_a_round_that_is_given(trained, tmp_path, capsys):
     assert run(*tiny(tmp_path / "given", dry_run=True, pretrained=trained, **{**GIVEN, "finetune_epochs": 4})) == 0
     assert "0 epochs in round 0, then 4 per round" in capsys.readouterr().out
+
+
+def test_warnings_are_about_the_schedule_that_is_used():
+    words = [
+        "--round_0=given",
+        "--pretrained=" + __file__,
+        "--prune_type=finetune",
+        "--epochs=5",
+        "--finetune_epochs=10",
+    ]
+    assert not [w for w in parse_args(words).warnings if "--warmup" in w or "--decreasing_lr" in w]
+    assert [w for w in parse_args(["--epochs=5"]).warnings if "--warmup" in w]
+    steep = ["--struct=rsst", "--lr=0.5", "--penalty=gradient", "--epochs=200"]
+    assert [w for w in parse_args(steep).warnings if "unstable" in w]
+    fine = [*steep, "--prune_type=finetune", "--finetune_lr=0.001"]
+    assert not [w for w in parse_args(fine).warnings if "unstable" in w]
+
+
+def test_the_live_view_counts_the_epochs_of_each_round(tmp_path):
+    words = flags(**{**defaults(), **FINETUNE, "finetune_epochs": 7})
+    (job,) = plan(Spec(tuple(w for w in words if not w.startswith("--seed")), ({"seed": ["0"]},)), tmp_path, False).jobs
+    row = {"round": 1, "epoch": 3, "val_accuracy": None}
+    assert where_of(row, job) == "round 1 (last: 2)  epoch 3 (last: 6)"
+    assert where_of({**row, "round": 0, "epoch": 1}, job) == "round 0 (last: 2)  epoch 1 (last: 1)"

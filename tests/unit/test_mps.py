@@ -12,6 +12,7 @@ from structured_tickets.sweeps import mps
 
 STAND_IN = """#!/usr/bin/env bash
 echo "$CUDA_VISIBLE_DEVICES|$*" >>"$SAID"
+[ ! -e "$SAID.busy" ] || { echo "it is busy"; exit 3; }
 [ -z "$FAILS" ] || { echo "cannot start: $FAILS"; echo more; exit 3; }
 if [ "$1" = -d ]; then
     sleep 60 & # keeps the streams open, as a daemon does
@@ -53,9 +54,18 @@ def test_it_ends_when_something_fails_meanwhile(said):
     assert said.read_text().splitlines()[-1] == "quit -t 10" and mps.PIPES not in os.environ
 
 
+def test_a_daemon_that_does_not_end_costs_no_result(said, monkeypatch):
+    warned = []
+    monkeypatch.setattr(mps.log, "warning", lambda text, *values: warned.append(text % values))
+    with mps.own_daemon():
+        said.with_suffix(".busy").touch()
+        done = "all jobs"
+    assert done == "all jobs" and warned == ["MPS did not end: it is busy"] and mps.PIPES not in os.environ
+
+
 def test_a_daemon_that_does_not_start_is_an_error(said, monkeypatch):
     monkeypatch.setenv("FAILS", "no permission")
-    with pytest.raises(MachineError, match=r"MPS: nvidia-cuda-mps-control -d failed \(cannot start: no permission\)$"):
+    with pytest.raises(MachineError, match="MPS did not start: cannot start: no permission"):
         mps.own_daemon().__enter__()
     assert mps.PIPES not in os.environ
 

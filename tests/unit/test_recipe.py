@@ -86,11 +86,6 @@ def test_nesterov_is_torchs():
     torch.testing.assert_close(layer.weight.detach(), w)
 
 
-def test_without_momentum_there_is_nothing_for_nesterov():
-    args = parse_args(["--nesterov", "--momentum=0"])
-    assert not optimizer_from(args, nn.Linear(2, 1)).param_groups[0]["nesterov"]
-
-
 @pytest.mark.parametrize("optimizer, spared", [("sgd", True), ("sgd", False), ("adamw", True)])
 def test_biases_and_norms_are_spared_from_decay(optimizer, spared):
     words = ["--lr=0.1", "--weight_decay=0.5", f"--optimizer={optimizer}"]
