@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from structured_tickets.base.errors import UsageError
 from structured_tickets.base.text_tables import counted
@@ -19,12 +20,25 @@ from structured_tickets.training.penalty.schedules import clock_from
 from structured_tickets.training.rounds import FINETUNE, GIVEN, epochs_of
 from structured_tickets.training.teachers import DENSE, NONE, parts_of
 
+Rules = Sequence[tuple[Any, str]]  # true if a rule is broken, and what is said then
+
 
 def check(args: argparse.Namespace) -> None:
     """Raises: UsageError, for flags that do not go together, and files that are not there."""
+    for broken, message in (
+        *_about_the_network(args),
+        *_about_rounds(args),
+        *_about_the_rest(args),
+        *_about_files(args),
+    ):
+        if broken:
+            raise UsageError(message)
+
+
+def _about_the_network(args: argparse.Namespace) -> Rules:
     family = family_of(args.arch)
     known = MODELS.get(args.arch)
-    rules = (
+    return (
         (
             args.vit_structured and family == "cnn",
             f"argument --vit_structured: {args.arch} has no attention heads. Choose a ViT, or omit this flag",
@@ -42,6 +56,11 @@ def check(args: argparse.Namespace) -> None:
             args.pretrained and args.prune_type != "pt" and not args.vit_pretrained and args.round_0 != GIVEN,
             "argument --pretrained: only used with --round_0 given, --prune_type pt or --vit_pretrained",
         ),
+    )
+
+
+def _about_rounds(args: argparse.Namespace) -> Rules:
+    return (
         (
             args.prune_type == "rewind_lt" and args.rewind_epoch >= args.epochs,
             f"argument --rewind_epoch: a round has only epochs 0 to {args.epochs - 1} (--epochs {args.epochs}). "
@@ -78,6 +97,11 @@ def check(args: argparse.Namespace) -> None:
             f"argument --control: {args.control} cannot be combined with --tail_epochs or --prune_type finetune: it "
             "trains a new network, for which their schedule is too short. Use random_structure",
         ),
+    )
+
+
+def _about_the_rest(args: argparse.Namespace) -> Rules:
+    return (
         (
             args.init and (args.prune_type == "pt" or args.vit_pretrained or args.round_0 == GIVEN),
             "argument --init: cannot be combined with pretrained weights. Use one of the two",
@@ -96,6 +120,11 @@ def check(args: argparse.Namespace) -> None:
             "argument --tensorboard: needs the package tensorboard (pip install tensorboard)",
         ),
         (args.quiet and args.verbose, "argument --quiet: cannot be combined with --verbose"),
+    )
+
+
+def _about_files(args: argparse.Namespace) -> Rules:
+    return (
         (
             args.distill not in (NONE, DENSE) and not Path(parts_of(args.distill)[1]).is_file(),
             f"argument --distill: no such file: {parts_of(args.distill)[1]}. Or: none, dense",
@@ -109,9 +138,6 @@ def check(args: argparse.Namespace) -> None:
             f"argument --checkpoint: no such file: {args.checkpoint}",
         ),
     )
-    for broken, message in rules:
-        if broken:
-            raise UsageError(message)
 
 
 def warnings_about(args: argparse.Namespace, explicit: set[str]) -> list[str]:
