@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from structured_tickets.base.errors import DataError
-from structured_tickets.runs.read import read_metrics
 
 log = logging.getLogger("rsst")
 
@@ -97,6 +96,8 @@ class Climb:
 
     def _rate(self, folder: Path) -> float:
         """Images per second since it was first looked at; 0 while it has too few epochs."""
+        from structured_tickets.runs.read import read_metrics  # `doctor`, which needs no package, imports this module
+
         try:
             rows = read_metrics(folder)
         except DataError:
