@@ -29,10 +29,8 @@ from structured_tickets.sweeps.mps import daemon_answers, own_daemon
 Row = dict[str, Any]
 
 PEAK = (torch.bfloat16, torch.float32)  # types of matrix products, the faster of which is the limit of a device
-GOALS = (  # loop, base, how many times as fast; at batch 128
-    ("ours recorded", "plain", 4.0),
-    ("ours recorded", "good engineer", 1.2),
-)
+GOALS = (("plain", 4.0), ("good engineer", 1.2))  # base, how many times as fast the better of JUDGED is; at batch 128
+JUDGED = ("ours recorded", "ours compiled")
 
 
 @dataclass(frozen=True)
@@ -166,12 +164,13 @@ def timed_workers(workers: Mapping[str, Worker], seconds: float) -> harness.Time
 
 
 def _goal(times: harness.Times, name: str, batch: int, device: torch.device) -> str:
-    """Say which goals are set for a loop on a card, and whether they are reached."""
-    if device.type != "cuda" or batch != 128:
+    """Say which goals are set for the better of the recorded loops on a card, and whether they are reached."""
+    best = min((loop for loop in JUDGED if loop in times), key=lambda loop: statistics.median(times[loop]), default="")
+    if device.type != "cuda" or batch != 128 or name != best:
         return ""
     said = []
-    for loop, base, goal in GOALS:
-        if loop == name and base in times:
+    for base, goal in GOALS:
+        if base in times:
             reached = statistics.median(harness.ratios(times, base, name)) >= goal
             said.append(f">= {goal} {base}: {harness.verdict(reached)}")
     return "; ".join(said)
