@@ -17,7 +17,7 @@ import torch
 from benchmarks import harness
 from benchmarks.compact import random_structure, share_of_macs
 from benchmarks.gpu_loops import Ours, batches_of, network, photos
-from benchmarks.gpu_workers import COMPILED, LOOPS, ON_CARDS, Worker, obey
+from benchmarks.gpu_workers import COMPILED, LOOPS, ON_CARDS, Compiling, Job, Worker
 from benchmarks.gpu_workers import warmed_up as warmed_up_workers
 from benchmarks.step import operations_per_step
 from structured_tickets.base.errors import first_line
@@ -31,6 +31,8 @@ Row = dict[str, Any]
 PEAK = (torch.bfloat16, torch.float32)  # types of matrix products, the faster of which is the limit of a device
 GOALS = (("plain", 4.0), ("good engineer", 1.2))  # base, how many times as fast the better of JUDGED is; at batch 128
 JUDGED = ("ours recorded", "ours compiled")
+PROFILED = ("plain", "good engineer", "ours eager", *JUDGED)
+BESIDE = ("plain", "ours recorded")  # what the compiled loops are timed with
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,16 @@ class Loop:
 
 
 def loops_of(device: torch.device, args: argparse.Namespace) -> list[str]:
-    """Names of the loops that are timed here."""
-    left_out = {"none": COMPILED, "theirs": ("ours compiled",), "all": ()}[args.compiled]
-    left_out += () if device.type == "cuda" else ON_CARDS
+    """Names of the loops that are timed here and not compiled."""
+    left_out = COMPILED + (() if device.type == "cuda" else ON_CARDS)
     return [name for name in args.loops or LOOPS if name not in left_out]
+
+
+def compiled_jobs(args: argparse.Namespace) -> list[Job]:
+    """The loops that are compiled, of each network."""
+    chosen = {"none": (), "theirs": ("good engineer",), "all": COMPILED}[args.compiled]
+    names = [name for name in chosen if name in (args.loops or LOOPS)]
+    return [Job(arch, name, args.batch_size[0], args.steps, args.device) for arch in args.arch for name in names]
 
 
 def warmed_up(loop: Any, device: torch.device) -> Loop:
@@ -95,24 +103,42 @@ def step_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
     limit = max(harness.matrix_limit(dtype, device, args.limit_size) for dtype in PEAK)
     rows: list[Row] = []
     for batch in args.batch_size:
-        rows += _rows_of_batch(batch, limit, args, device)
+        rows += _rows_of_batch(batch, loops_of(device, args), limit, args, device)
     return rows
 
 
 def large_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
-    """The same for large batches, without those that compile."""
-    smaller = {"batch_size": args.large_batch_size, "compiled": "none", "steps": max(2, args.steps // 8)}
+    """The same for large batches."""
+    smaller = {"batch_size": args.large_batch_size, "steps": max(2, args.steps // 8)}
     return step_rows(argparse.Namespace(**vars(args) | smaller), device)
 
 
-def _rows_of_batch(batch: int, limit: float, args: argparse.Namespace, device: torch.device) -> list[Row]:
-    names, rows = loops_of(device, args), []
-    workers = {(arch, n): Worker(arch, n, batch, args.steps, device.type) for arch in args.arch for n in names}
+def compiled_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """The same for the loops that have been compiled meanwhile, beside others."""
+    if args.compiling is None:
+        return []
+    limit = max(harness.matrix_limit(dtype, device, args.limit_size) for dtype in PEAK)
+    names = [name for name in BESIDE if device.type == "cuda" or name not in ON_CARDS]
+    ready = args.compiling.answers()
+    return _rows_of_batch(args.batch_size[0], names, limit, args, device, (args.compiling.workers, ready))
+
+
+def _rows_of_batch(
+    batch: int,
+    names: Sequence[str],
+    limit: float,
+    args: argparse.Namespace,
+    device: torch.device,
+    more: tuple[Mapping[Any, Worker], Mapping[Any, Row]] = ({}, {}),
+) -> list[Row]:
+    """`more`: workers that are warm, by network and loop, and what they answered."""
+    jobs = [Job(arch, name, batch, args.steps, device.type) for arch in args.arch for name in names]
+    workers, rows = {(job.arch, job.loop): Worker(job) for job in jobs}, []
     try:
-        first = warmed_up_workers(workers)
+        first = warmed_up_workers(workers) | dict(more[1])
         for arch in args.arch:
-            own = {name: workers[arch, name] for name in names}
-            rows += _step_rows(arch, batch, own, {name: first[arch, name] for name in names}, limit, args, device)
+            own = {loop: worker for (of, loop), worker in {**workers, **more[0]}.items() if of == arch}
+            rows += _step_rows(arch, batch, own, {name: first[arch, name] for name in own}, limit, args, device)
     finally:
         for worker in workers.values():
             worker.close()
@@ -140,7 +166,8 @@ def _step_rows(
                 if base in times:
                     row[f"times {base}"] = harness.spread(harness.ratios(times, base, name))
             row |= {"of the limit %": round(100 * work * args.steps / median / limit, 1)}
-            row |= {"first s": round(first[name]["first"], 1)} | worker.asked("profile")
+            row |= {"first s": round(first[name]["first"], 1)}
+            row |= worker.asked("profile") if name in PROFILED else {}
         rows.append(row | {"remark": worker.remark or first[name].get("remark", "")})
         rows[-1]["goal"] = _goal(times, name, batch, device) if name in times else ""
     return rows
@@ -290,7 +317,7 @@ def _sharing_rows(
     """`alone`: images per second of one run; 0 to take them from the first number of runs."""
     loop = "ours recorded" if device.type == "cuda" else "ours eager"
     batch, rows = args.batch_size[0], []
-    workers = [Worker(arch, loop, batch, args.steps, device.type) for _ in range(max(numbers, default=0))]
+    workers = [Worker(Job(arch, loop, batch, args.steps, device.type)) for _ in range(max(numbers, default=0))]
     try:
         for worker in workers:
             worker.tell("warm")
@@ -313,19 +340,14 @@ def _sharing_rows(
     return rows
 
 
-def one_of_several(args: argparse.Namespace, device: torch.device) -> list[Row]:
-    """See `gpu_workers.obey`."""
-    obey(args, device)
-    return []
-
-
 PARTS: dict[str, Callable[[argparse.Namespace, torch.device], list[Row]]] = {
     "steps": step_rows,
     "sharing": sharing_rows,
     "penalty": penalty_rows,
-    "agreement": agreement_rows,
-    "epoch": epoch_rows,
     "compact": compact_rows,
+    "epoch": epoch_rows,
+    "agreement": agreement_rows,
+    "compiled": compiled_rows,
     "large": large_rows,
 }
 
@@ -349,7 +371,7 @@ def machine(device: torch.device) -> Row:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", nargs="+", choices=[*PARTS, "one"], default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--arch", nargs="+", choices=MODELS, default=["res20s", "vit_tiny"])
     parser.add_argument("--batch_size", nargs="+", type=int, default=[128])
     parser.add_argument("--wide_arch", nargs="+", choices=MODELS, default=["res18", "vit_small"], help="of compact")
@@ -363,8 +385,11 @@ def parse_args() -> argparse.Namespace:
         "--mps", action="store_true", help="try runs at once with MPS, too: starts its daemon meanwhile"
     )
     parser.add_argument("--loops", nargs="+", default=[], help="names of loops (default: all that run here)")
-    compiled = "loops whose network torch.compile compiles, half a minute each: all, the good engineer's (theirs), none"
-    parser.add_argument("--compiled", choices=("all", "theirs", "none"), default="all", help=compiled)
+    compiled = "loops whose network torch.compile compiles, beside the other parts: all, the good engineer's (theirs)"
+    parser.add_argument("--compiled", choices=("all", "theirs", "none"), default="all", help=f"{compiled}, none")
+    parser.add_argument(
+        "--compile_limit", type=float, default=270, help="seconds from the start that compiling may take"
+    )
     parser.add_argument("--limit_size", type=int, default=4096, help="of the matrices whose product is the limit")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", type=Path, help="write the rows there, too")
@@ -375,9 +400,17 @@ def main() -> None:
     args = parse_args()
     device = choose_device(0, args.device)
     choose_kernels(deterministic=False)
-    if args.parts == ["one"]:
-        one_of_several(args, device)
-        return
+    args.device = device.type
+    jobs = compiled_jobs(args) if "compiled" in args.parts else []
+    args.compiling = Compiling(jobs, args.compile_limit) if jobs else None
+    try:
+        _all_parts(args, device)
+    finally:
+        if args.compiling is not None:
+            args.compiling.close()
+
+
+def _all_parts(args: argparse.Namespace, device: torch.device) -> None:
     about = machine(device)
     print(about["machine"])
     results: dict[str, list[Row]] = {}
