@@ -95,14 +95,23 @@ class World:
             dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
 
-    def backward(self, loss: Tensor, images: int) -> None:
-        """Backward pass of the mean loss of this process's images, counted as the share of the whole batch they are.
+    def backward(self, loss: Tensor, images: int, of: int) -> None:
+        """Backward pass of the mean loss of some of this process's images, counted as the share of the batch they are.
 
-        Afterwards the gradients are those of the mean over the whole batch (`parallel` takes the mean over processes).
+        After those of all its images the gradients are those of the mean over the whole batch (`parallel` takes the
+        mean over processes).
+
+        Args:
+            of: Images of the batch that this process has.
         """
-        if self.size > 1:
-            loss = loss * (self.size * images / int(self.total(torch.tensor(images))))
+        whole = self.images_of_all(of)
+        if self.size * images != whole:
+            loss = loss * (self.size * images / whole)
         loss.backward()
+
+    def images_of_all(self, images: int) -> int:
+        """Return how many images all processes have together."""
+        return int(self.total(torch.tensor(images))) if self.size > 1 else images
 
     def share(self, value: Any) -> Any:
         """Return the value of rank 0 (tensors and plain values); what the others pass is ignored."""

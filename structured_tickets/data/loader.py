@@ -46,6 +46,12 @@ def crop_and_flip(images: Tensor, offsets: Tensor, mirrored: Tensor, padding: in
     return padded[which, :, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
 
 
+def even_sizes(count: int, most: int) -> list[int]:
+    """Return how many images go into each of the fewest parts of at most `most`, which are as equal as can be."""
+    parts = max(1, -(-count // most))
+    return [count // parts + (k < count % parts) for k in range(parts)]
+
+
 @dataclass(frozen=True)
 class Drawn:
     """The random choices of an epoch, made before it begins, on the CPU.
@@ -72,8 +78,10 @@ class BatchLoader:
     Args:
         augment: Shuffle, and draw crops (padding an eighth of the side, 4 pixels at 32) and, if `flip`, mirrorings.
         erasing: With `augment`, the share of the images that lose a box.
+        parts: Parts of a batch that are computed on one after another, where that is a matter of memory.
 
     Attributes:
+        batch_size: Images of a batch, all parts of it.
         share: (k, n): of every batch, only the k-th of n parts, which are as equal as can be.
     """
 
@@ -87,11 +95,12 @@ class BatchLoader:
         flip: bool = False,
         seed: int = 0,
         erasing: float = 0.0,
+        parts: int = 1,
     ) -> None:
         images = data.images.to(device) if isinstance(data.images, Tensor) and _fits(data.images, device) else None
         self.data = replace(data, images=data.images if images is None else images, labels=data.labels.to(device))
         self.device = device
-        self.batch_size = batch_size
+        self.batch_size, self.parts = batch_size * parts, parts
         self.augment, self.flip, self.seed, self.erasing = augment, flip, seed, erasing
         self.place = (0, 0)
         self.start = 0
@@ -124,12 +133,20 @@ class BatchLoader:
         loader = copy.copy(self)
         loader.augment = loader.flip = False
         loader.start = 0
+        return loader.in_parts()
+
+    def in_parts(self) -> BatchLoader:
+        """The same loader, which takes each part of a batch for a batch."""
+        loader = copy.copy(self)
+        loader.batch_size, loader.parts = self.batch_size // self.parts, 1
         return loader
 
     def _parts(self, order: Tensor) -> list[Tensor]:
-        """This share of each batch of `order`."""
+        """This share of each batch of `order`; of each part of it, where it is computed on in parts."""
         k, n = self.share
-        return [batch.tensor_split(n)[k] for batch in order.split(self.batch_size)]
+        most = self.batch_size // self.parts
+        cut = [batch.split(even_sizes(len(batch), most)) for batch in order.split(self.batch_size)]
+        return [torch.cat([part.tensor_split(n)[k] for part in batch]) for batch in cut]
 
     def _plain(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         parts = self._parts(order)
@@ -202,9 +219,9 @@ class BatchLoader:
         return _ahead(batch.to(self.device, non_blocking=True) for batch in _read(source, parts, self.device))
 
     def fixed_batches(self, count: int) -> list[tuple[Tensor, Tensor]]:
-        """The first `count` batches of a fixed permutation, without augmentation."""
+        """The first `count` batches of a fixed permutation, part by part, without augmentation."""
         order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(SPLIT_SEED))
-        return list(self.whole()._plain(order[: count * self.batch_size]))
+        return list(self.whole().in_parts()._plain(order[: count * self.batch_size]))
 
 
 def _fits(images: Tensor, device: torch.device) -> bool:
@@ -285,8 +302,15 @@ Loaders = tuple[BatchLoader, BatchLoader, BatchLoader]
 
 
 def make_loaders(
-    splits: Splits, batch_size: int, device: torch.device, flip: bool, seed: int = 0, erasing: float = 0.0
+    splits: Splits,
+    batch_size: int,
+    device: torch.device,
+    flip: bool,
+    seed: int = 0,
+    erasing: float = 0.0,
+    parts: int = 1,
 ) -> Loaders:
-    """Train (augmented), validation and test loaders."""
-    train = BatchLoader(splits.train, batch_size, device, augment=True, flip=flip, seed=seed, erasing=erasing)
+    """Train (augmented), validation and test loaders. A batch for training has `parts` times `batch_size` images."""
+    own = {"flip": flip, "seed": seed, "erasing": erasing, "parts": parts}
+    train = BatchLoader(splits.train, batch_size, device, augment=True, **own)  # type: ignore[arg-type]
     return train, BatchLoader(splits.val, batch_size, device), BatchLoader(splits.test, batch_size, device)

@@ -85,7 +85,7 @@ def read_ticket(folder: Path, state: int | None = None, best: bool = False, arch
     if groups and isinstance(groups, dict):  # the first runs did not note them
         note_what_had_units(model, groups, run.followed)
     structure = run.structure
-    weights = hardened_state(model, run.state_dict, structure)
+    weights = hardened_state(model, run.judged, structure)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -204,6 +204,7 @@ LATER_FIELDS: dict[str, tuple[Check, str]] = {
     "sources": (_is_dict_of(_WORD[0]), "hashes by file"),
     "teacher": (lambda value: isinstance(value, str), "a text"),
     "followed": (lambda value: isinstance(value, bool), "true or false"),
+    "average": _WEIGHTS,
     "loss_scale": (is_scale, "the state of a loss scale"),
     "other_rng": (_is_list_of(are_random_states), "states of random generators"),
 }

@@ -86,7 +86,7 @@ class Experiment:
             run.start_weight = start_weights(setup, run, self.source) if state else {}
             run.state, run.epoch, run.step = state, epochs_of(setup.args, state).start, 0
             run.best_sa, run.faded = [-1.0, -1.0, -1.0], {}
-            run.masks, run.loss_scale = run.following, {}
+            run.masks, run.loss_scale, run.average = run.following, {}, {}
         setup.model.load_state_dict(run.begun_with if fresh else run.state_dict)
         current = Round(setup, run, self.stop, self.reporter.progress, {} if fresh else run.optimizer)
         if fresh:
@@ -118,7 +118,7 @@ class Experiment:
         run, began = self.run, time.perf_counter()
         self._hold_faded_units(current, epoch)
         is_judged = (epoch + 1) % self.setup.args.eval_every == 0 or epoch + 1 == current.epochs.stop
-        judged = self.setup.accuracies(current.model, current.passer.recorder) if is_judged else None
+        judged = current.accuracies() if is_judged else None
         row = epoch_row(current, epoch, trained, judged or (None, None), time.perf_counter() - began)
         run.history.append(row.plain())
         run.epoch, run.step, run.partial, run.reg_lambda = epoch + 1, 0, {}, row.reg_lambd
@@ -144,6 +144,7 @@ class Experiment:
         self.run.state_dict = cloned_state(self.setup.model)
         self.run.optimizer = current.trainee.optimizer_state()
         self.run.loss_scale = current.scale.state() if current.scale else {}
+        self.run.average = current.averaged_state()
         self.run.other_rng = self.setup.world.gather(random_states())[1:]
         for path in (*copies, None):
             self.folder.save(self.run, path, current.held)
@@ -154,14 +155,14 @@ class Experiment:
         current.check_agreement("end")
         if state == 0 and self.store is not None:
             self.store.leave(run, self.folder, setup.numerics)
-        hard = current.hardened_accuracies()
+        hard, averaged = current.hardened_accuracies(), current.averaged_accuracies()
         squeeze = current.doomed_norm() / run.doomed_norm if run.doomed_norm else None
         warn_if_not_squeezed(state, squeeze, setup.args.penalty)
         if state == 0 and setup.args.distill == DENSE:
             run.dense_weight = cloned_state(setup.model)
         run.following = next_masks(setup, run, self.source, self.folder.progress(run), self.stop)
         self.folder.save_value(packed_pair(run.following), self.folder.masks(state))
-        run.rounds.append(judge(setup, run, current.pair, hard, squeeze, run.following).plain())
+        run.rounds.append(judge(setup, run, current.pair, hard, averaged, squeeze, run.following).plain())
         self._save(current)
         if setup.args.keep_checkpoints:
             self.folder.forget_rounds(state, setup.args.keep_checkpoints)

@@ -249,7 +249,7 @@ class RunFolder:
         run.args = as_understood_now(run.args)
         run.state_dict = effective_state(run.state_dict)
         others = {"initial weights": run.init_weight, "dense weights": run.dense_weight}
-        others |= {"start weights": run.start_weight}
+        others |= {"start weights": run.start_weight, "averaged weights": run.average}
         check_shapes(run.state_dict, others, [run.masks, run.following])
         return run
 

@@ -16,11 +16,15 @@ from structured_tickets.training.penalty.expected import GRADIENT
 log = logging.getLogger("rsst")
 
 
+Accuracies = tuple[float, float] | tuple[None, None]
+
+
 def judge(
     setup: Setup,
     run: RunState,
     pair: MaskPair | None,
-    hard: tuple[float, float] | tuple[None, None],
+    hard: Accuracies,
+    averaged: Accuracies,
     squeeze: float | None,
     following: MaskPair,
 ) -> RoundRow:
@@ -28,7 +32,7 @@ def judge(
 
     Args:
         pair: The masks that the round trained under; None in round 0.
-        hard: Validation and test accuracy with the structure applied, in percent.
+        hard: Validation and test accuracy with the structure applied, in percent; `averaged`: of the averaged weights.
         squeeze: Norm of the doomed weights after the round / before.
         following: The masks of the next round.
     """
@@ -54,6 +58,8 @@ def judge(
         reg_lambd=run.reg_lambda,
         kept_per_layer={name: kept for name, (kept, _) in kept_per_group(setup.groups, pair).items()},
         remain_weight_after=100 * count_ones(following.current, setup.names) / prunable,
+        ema_val_accuracy=averaged[0],
+        ema_test_accuracy=averaged[1],
     )
 
 

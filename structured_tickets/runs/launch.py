@@ -18,6 +18,7 @@ from structured_tickets.runs.compared_run import ControlSource
 from structured_tickets.runs.dry_run import describe_plan
 from structured_tickets.runs.experiment import Experiment
 from structured_tickets.runs.folder import RunFolder
+from structured_tickets.runs.round import at_once
 from structured_tickets.runs.setup import Setup, set_up
 from structured_tickets.settings.flags import begin
 from structured_tickets.training.epoch import Passer, train
@@ -107,7 +108,10 @@ def one_step(setup: Setup) -> Callable[[], None]:
     """Return a function that makes one training step of a copy of the network, the way a round makes them."""
     model = copy.deepcopy(setup.model)
     scale = LossScale(setup.device) if setup.precision == torch.float16 else None
-    optimizer, passer = setup.optimizer(model), Passer(setup.args, precision=setup.precision, scale=scale)
+    optimizer, passer = (
+        setup.optimizer(model),
+        Passer(setup.args, precision=setup.precision, scale=scale, at_once=at_once(setup.args)),
+    )
     batch = next(iter(setup.train_loader.whole()))
 
     def step() -> None:

@@ -20,16 +20,20 @@ from structured_tickets.runs.state import RunState
 def final_network(model: nn.Module, run: RunState) -> dict[str, Any]:
     """Return the weights of the round that `run` has ended, hardened, under torch's pruning keys: `ticket.pth.tar`.
 
+    They are those that were judged; averaged ones are beside them.
+
     Args:
         model: The run's network.
     """
     structure = run.structure
-    hard = hardened_state(model, run.state_dict, structure)
+    hard = hardened_state(model, run.judged, structure)
+    others = {"ema_state_dict": hardened_state(model, run.average, structure)} if run.average else {}
     return {
         "arch": run.args["arch"],
         "round": run.state,
         "state_dict": pruning_state(hard, structure),
         "args": run.args,
+        **others,
     }
 
 

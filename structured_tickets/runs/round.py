@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from structured_tickets.pruning.masks import MaskPair, as_current, as_refill
 from structured_tickets.pruning.methods import CONTROLS
 from structured_tickets.pruning.shares import Shares, shares
 from structured_tickets.runs.compared_run import ControlSource
+from structured_tickets.runs.judge import Accuracies
 from structured_tickets.runs.setup import Setup, prepare_for_speed, search_for_convolutions
 from structured_tickets.runs.state import RunState
+from structured_tickets.training.averaging import Average, in_place_of
 from structured_tickets.training.distillation import Distillation, as_teacher
 from structured_tickets.training.epoch import Passer, ShowProgress, hardened
 from structured_tickets.training.loss_scale import LossScale
@@ -46,6 +49,7 @@ class Round:
         passer: What every training step is passed.
         scale: Of the loss, in float16; it stays when the network becomes smaller.
         pruner: RSST's penalty; None without one.
+        average: Of the weights of `model`; None without one.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ class Round:
         self._stop, self._progress = stop, progress
         self.scale = LossScale(setup.device, run.loss_scale) if setup.precision == torch.float16 else None
         self.distillation = self._distillation(run)
-        self._equip(run.faded, optimizer)
+        self._equip(run.faded, optimizer, run.average)
 
     def _distillation(self, run: RunState) -> Distillation | None:
         args, teacher = self.setup.args, self.setup.teacher
@@ -73,7 +77,7 @@ class Round:
             return None
         return Distillation(teacher, args.distill_alpha, args.distill_temperature, args.distill_loss)
 
-    def _equip(self, faded: dict[str, list[int]], optimizer: dict[str, Any]) -> None:
+    def _equip(self, faded: dict[str, list[int]], optimizer: dict[str, Any], average: dict[str, Tensor]) -> None:
         setup, args = self.setup, self.setup.args
         self.close()
         for old in ("trainee", "passer", "pruner"):  # before their successors need memory; networks are cycles
@@ -92,9 +96,18 @@ class Round:
         )
         if optimizer:
             self.trainee.load_optimizer_state(optimizer)
+        self.average = self._average(average)
         self.passer = self._passer()
         squeezing = self.pair is not None and setup.rules.method.squeezes
         self.pruner = Pruner(self.trainee.model, args, self.passer) if squeezing else None
+
+    def _average(self, values: dict[str, Tensor]) -> Average | None:
+        """`values`: those that the averages of the whole network have; empty at the round's start."""
+        if not self.setup.args.ema or self.is_given:
+            return None
+        zero = {n: m.to(values[n].device) for n, m in self.held.items()} if values else {}
+        own = self.trainee.cut_state({n: v * zero[n] if n in zero else v for n, v in values.items()}) if values else {}
+        return Average(self.trainee.model, self.setup.args.ema, self.epochs.start, own)
 
     def _passer(self) -> Passer:
         setup, masks = self.setup, (self.pair.current, self.pair.refill) if self.pair else ({}, {})
@@ -117,6 +130,8 @@ class Round:
             recorder=recorder_for(setup.device, setup.args.step, setup.world),
             mixing=self._mixing(),
             distillation=self.distillation,
+            at_once=at_once(setup.args),
+            average=self.average,
         )
 
     def _mixing(self) -> Mixing | None:
@@ -165,7 +180,7 @@ class Round:
     def hold_faded_units(self, faded: dict[str, list[int]]) -> None:
         """Hold units at zero, and leave them out of the network, for the rest of the round."""
         strength = self.strength
-        self._equip(faded, self.trainee.optimizer_state())
+        self._equip(faded, self.trainee.optimizer_state(), self.averaged_state())
         if self.pruner is not None:
             self.pruner.strength = strength
 
@@ -189,11 +204,32 @@ class Round:
         groups = [g for g in self.setup.groups if g.kind in self.setup.rules.targets]
         return sum(int((kept_units(g, doomed) & ~kept_units(g, structure)).sum()) for g in groups)
 
-    def hardened_accuracies(self) -> tuple[float, float] | tuple[None, None]:
-        """Return validation and test accuracy, in percent, with the structure applied; None without a penalty."""
+    def averaged_state(self) -> dict[str, Tensor]:
+        """Return the averages of the whole network, by name in its state dict; empty without `--ema`."""
+        return self.trainee.whole_state(self.average.state()) if self.average else {}
+
+    def accuracies(self) -> tuple[float, float]:
+        """Return validation and test accuracy, in percent: of the averaged weights with `--eval_ema`."""
+        swapped = self.average.in_place() if self.average and self.setup.args.eval_ema else nullcontext()
+        with swapped:
+            return self.setup.accuracies(self.model, self.passer.recorder)
+
+    def hardened_accuracies(self) -> Accuracies:
+        """Return both with the structure applied; None without a penalty. The weights have been written back."""
         if self.pruner is None or self.pair is None:
             return None, None
+        if self.average and self.setup.args.eval_ema:
+            return self.averaged_accuracies()
         with hardened(self.setup.model, self.pair.structure):
+            return self.setup.accuracies(self.setup.model)
+
+    def averaged_accuracies(self) -> Accuracies:
+        """Return both of the averaged weights with the structure applied; None without `--ema`."""
+        if self.average is None:
+            return None, None
+        whole, averaged = self.setup.model.state_dict(), self.averaged_state()
+        structure = self.pair.structure if self.pair else {}
+        with in_place_of(list(whole.values()), [averaged[n] for n in whole]), hardened(self.setup.model, structure):
             return self.setup.accuracies(self.setup.model)
 
     def check_agreement(self, when: str) -> None:
@@ -208,6 +244,11 @@ class Round:
         penalty = torch.tensor([self.pruner.strength] if self.pruner else [], dtype=torch.float64)
         digest = digest_of({**self.setup.model.state_dict(), **masks, "penalty": penalty})
         self.setup.world.check_agreement(f"weights, masks or penalty at the {when} of round {self.number}", digest)
+
+
+def at_once(args: Any) -> int:
+    """Return how many images a forward pass takes at most; 0: a whole batch."""
+    return args.batch_size if args.accumulate > 1 else 0
 
 
 def _masks_of(setup: Setup, run: RunState) -> MaskPair | None:

@@ -12,7 +12,8 @@ Row = dict[str, Any]
 EPOCH_NUMBERS = ("round", "epoch", "step", "loss", "accuracy", "reg_lambd")
 ROUND_NUMBERS = ("round", "step", "density", "parameters", "macs", "accuracy", "val_accuracy", "test_accuracy")
 JUDGED = ("val_accuracy", "test_accuracy")
-MAY_LACK = ("hardened_val_accuracy", "hardened_test_accuracy", "squeeze_ratio", "seconds", *JUDGED)
+EMA = ("ema_val_accuracy", "ema_test_accuracy")
+MAY_LACK = ("hardened_val_accuracy", "hardened_test_accuracy", "squeeze_ratio", "seconds", *EMA, *JUDGED)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class RoundRow:
         best_val_accuracy: The highest of the round's judged epochs, that epoch's test accuracy, and which epoch it was.
         reg_lambd: Strength of the penalty at the last step.
         remain_weight_after: Share of the prunable weights that the next element-wise mask keeps, in percent.
+        ema_val_accuracy, ema_test_accuracy: Of the averaged weights, with the structure applied; only with `--ema`.
     """
 
     round: int
@@ -85,6 +87,8 @@ class RoundRow:
     reg_lambd: float
     kept_per_layer: dict[str, int] = field(default_factory=dict)
     remain_weight_after: float = 100.0
+    ema_val_accuracy: float | None = None
+    ema_test_accuracy: float | None = None
 
     def plain(self) -> Row:
         """Return the row as a dict, in the order of its columns."""

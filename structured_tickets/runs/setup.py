@@ -226,12 +226,14 @@ def _loaded(args: Any) -> tuple[nn.Module, Loaders, tuple[str, ...], torch.dtype
     wanted = load_start_weights(model, settings)
     said += _warnings_of_images_seen(settings, splits)
     put_normalize(model, Normalize(*(wanted or (splits.mean, splits.std))))
-    _check_last_batch(model, len(splits.train), args.batch_size, size)
+    parts = settings.get("accumulate", 1)
+    _check_last_batch(model, len(splits.train), args.batch_size * (parts if args.batch_size > 1 else 1), size)
     precision, remark = precision_of(model, settings.get("precision", "auto"), device, size)
     said += [remark] if remark else []
     model.to(device)
     prepare_for_speed(model, precision, settings.get("compile", False))
-    loaders = make_loaders(splits, args.batch_size, device, source.flip, seed, settings.get("random_erasing", 0.0))
+    erasing = settings.get("random_erasing", 0.0)
+    loaders = make_loaders(splits, args.batch_size, device, source.flip, seed, erasing, parts)
     return model, loaders, tuple(splits.classes), precision, said
 
 

@@ -46,6 +46,7 @@ class RunState:
         teacher: Digest of the weights of `--distill FILE`; "" without one.
         followed: The notes on the network say that its features are followed (`ModelSpec`).
         loss_scale: State of the loss scale of the round, for float16; else empty.
+        average: Moving average of the weights of the round, under their plain names; empty without `--ema`.
         processes: How many processes trained it; `other_rng`: random states of all of them but the first.
     """
 
@@ -80,12 +81,18 @@ class RunState:
     followed: bool = False
     teacher: str = ""
     loss_scale: dict[str, float] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
     version: int = VERSION
 
     @property
     def begun_with(self) -> dict[str, Tensor]:
         """The weights that the round began with."""
         return self.start_weight or self.init_weight
+
+    @property
+    def judged(self) -> dict[str, Tensor]:
+        """The weights whose accuracy counts: the averaged ones with `--eval_ema`."""
+        return self.average if self.average and self.args.get("eval_ema") else self.state_dict
 
     @property
     def structure(self) -> Mask:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from structured_tickets.base.text_tables import millions, text_table
-from structured_tickets.runs.rows import Row
+from structured_tickets.runs.rows import EMA, Row
 
 
 def _percent(value: float | None) -> str:
@@ -15,6 +15,7 @@ def _percent(value: float | None) -> str:
 def rounds_table(rounds: Sequence[Row]) -> str:
     """The rounds of a run as a text table."""
     kinds = list(rounds[0]["kept_units"]) if rounds else []
+    averaged = EMA if any(row.get(EMA[0]) is not None for row in rounds) else ()
     head = [
         "round",
         "density %",
@@ -26,6 +27,7 @@ def rounds_table(rounds: Sequence[Row]) -> str:
         "test",
         "hard val",
         "hard test",
+        *(f"ema {name.split('_')[1]}" for name in averaged),
         "doomed left",
     ]
     lines = []
@@ -39,13 +41,14 @@ def rounds_table(rounds: Sequence[Row]) -> str:
                 f"{row['parameters']:,}",
                 millions(row["macs"]),
                 *(
-                    _percent(row[k])
+                    _percent(row.get(k))
                     for k in (
                         "accuracy",
                         "val_accuracy",
                         "test_accuracy",
                         "hardened_val_accuracy",
                         "hardened_test_accuracy",
+                        *averaged,
                     )
                 ),
                 "-" if squeeze is None else f"{squeeze:.2g}",

@@ -269,6 +269,27 @@ TRAINING = (
         default=None,
     ),
     Flag(
+        "ema",
+        "decay of a moving average of the weights, which is judged and saved beside them; 0: none",
+        EVERY_ROUND,
+        type=SHARE,
+        default=0.0,
+    ),
+    Flag(
+        "eval_ema",
+        "judge, choose and export the averaged weights",
+        EVERY_ROUND,
+        bare=True,
+        read=Condition(lambda a: a.ema > 0, "with --ema"),
+    ),
+    Flag(
+        "accumulate",
+        "batches whose gradients are added up to one step: as a batch that is so many times as large",
+        EVERY_ROUND,
+        type=COUNT,
+        default=1,
+    ),
+    Flag(
         "warmup",
         "epochs of warm-up",
         EVERY_ROUND,

@@ -18,6 +18,7 @@ from structured_tickets.base.errors import DivergedError
 from structured_tickets.base.modes import freeze_statistics, set_mode
 from structured_tickets.data.mixing import Mixing
 from structured_tickets.pruning.masks import HeldMask, Mask
+from structured_tickets.training.averaging import Average
 from structured_tickets.training.distillation import Distillation
 from structured_tickets.training.loss_scale import LossScale
 from structured_tickets.training.meter import Meter
@@ -59,6 +60,11 @@ class Passer:
         precision: Number type of matrix products.
         scale: That of the loss, for float16.
         recorder: Makes the steps, and keeps what belongs to them from epoch to epoch; None: one for every call.
+        mixing: Mixes the images of each batch; None: nothing does.
+        distillation: The teacher; None without one.
+        at_once: Images of all processes that a forward pass takes at most, so that gradients of a larger batch
+            accumulate; 0: all of them.
+        average: Follows the weights; None: nothing does.
     """
 
     args: Any
@@ -80,6 +86,8 @@ class Passer:
     recorder: Recorder | None = None
     mixing: Mixing | None = None
     distillation: Distillation | None = None
+    at_once: int = 0
+    average: Average | None = None
 
 
 def train(

@@ -302,7 +302,7 @@ def disagreement(
         exact: Every bit has to agree.
     """
     adaptive = any("exp_avg" in kind for kind in eager)
-    loose = {"sums"} | ({"weights"} if adaptive else set())
+    loose = {"sums"} | ({"weights", "average"} if adaptive else set())
     for kind, values in eager.items():
         pairs = list(zip(before[kind], replayed[kind], values, strict=True))
         if all(torch.equal(r, e) for _, r, e in pairs):

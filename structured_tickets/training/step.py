@@ -7,7 +7,7 @@ nor on a value that the host would have to read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn, optim
 from torch.nn.modules.batchnorm import _NormBase
 
 from structured_tickets.base.distributed import World
+from structured_tickets.data.loader import even_sizes
 from structured_tickets.data.mixing import COLUMNS
 from structured_tickets.networks.precision import exact_type
 from structured_tickets.training.forward import counts, forward
@@ -28,7 +29,7 @@ from structured_tickets.training.optimization import (
 from structured_tickets.training.penalty.act import apply_reg
 from structured_tickets.training.penalty.reg_pruner import Pruner
 from structured_tickets.training.recording import TOGETHER
-from structured_tickets.training.tables import LR, PULL, Batches, numbers_of_steps
+from structured_tickets.training.tables import LR, PULL, SHARE, Batches, numbers_of_steps
 
 Loader = Iterable[tuple[Tensor, Tensor]]
 
@@ -39,9 +40,9 @@ class Step:
     Attributes:
         source: The batches of an epoch.
         at: int64 [1]: number of the step in its epoch.
-        table: Learning rate and pull of each step; see `numbers_of_steps`.
+        table: Learning rate, pull and share of each step; see `numbers_of_steps`.
         mixes: How each batch is mixed; see `Mixing.drawn`.
-        lr, pull: The numbers of this step.
+        lr, pull, share: The numbers of this step.
         sums: [3]: see `Meter`.
         bad: float32 []: 1 from the first step on whose loss was not finite. Then weights stay as they are.
         bad_at: int64 [1]: the number of that step; -1 before.
@@ -67,8 +68,8 @@ class Step:
         # Fused kernels read a learning rate of this type; on CPUs it gives the bits of a Python number.
         number = torch.float64 if device.type == "cpu" else torch.float32
         self.at = torch.zeros(1, dtype=torch.long, device=device)
-        self.table = torch.zeros(batches, 2, dtype=sums, device=device)
-        self.lr, self.pull = (torch.zeros((), dtype=number, device=device) for _ in range(2))
+        self.table = torch.zeros(batches, 3, dtype=sums, device=device)
+        self.lr, self.pull, self.share = (torch.zeros((), dtype=number, device=device) for _ in range(3))
         self.sums = torch.zeros(3, dtype=sums, device=device)
         self.bad = torch.zeros((), dtype=torch.float32, device=device)
         self.skip = self.bad if passer.scale is None else torch.zeros_like(self.bad)
@@ -85,19 +86,16 @@ class Step:
         passer, numbers = self.passer, self.table.index_select(0, self.at)[0]
         self.lr.copy_(numbers[LR])
         self.pull.copy_(numbers[PULL])
+        self.share.copy_(numbers[SHARE])
         image, target = self.source.fetch(self.at)
         wanted = target
         if passer.mixing is not None:
             image, target, wanted = passer.mixing.mixed(image, target, self.mixes.index_select(0, self.at)[0])
-        network, world = passer.network or self.model, passer.world
-        output, loss = forward(self.model, network, world, self.criterion, image, wanted, passer.precision)
-        if passer.distillation is not None and len(target):
-            loss = passer.distillation.added_to(loss, output, image, passer.precision)
         self.optimizer.zero_grad()
-        world.backward(loss if passer.scale is None else passer.scale.scaled(loss), len(target))
+        seen = [self._learn(part, len(target)) for part in self._parts(image, target, wanted)]
         self._give_unreached_zeros()
         with torch.no_grad():
-            self._count(world, loss, output, target)
+            self._count(seen[0] if len(seen) == 1 else torch.stack(seen).sum(0))
             self._unscale()
             self._clip()
             self._penalise()
@@ -107,7 +105,29 @@ class Step:
             passer.scale.update()
         if passer.held is not None:
             passer.held.apply()
+        if passer.average is not None:
+            passer.average.follow(self.share)
         self.at.add_(1)
+
+    def _parts(self, *batch: Tensor) -> Iterable[tuple[Tensor, ...]]:
+        """A batch, or what this process has of each part of it: parts go through the network one after another."""
+        most, world = self.passer.at_once, self.passer.world
+        if not most:
+            return [batch]
+        whole = even_sizes(world.images_of_all(len(batch[0])), most)
+        sizes = [count // world.size + (world.rank < count % world.size) for count in whole]
+        return zip(*(values.split(sizes) for values in batch), strict=True)
+
+    def _learn(self, part: Sequence[Tensor], of: int) -> Tensor:
+        """Add the gradients of some of a batch's `of` images; return what they count: see `Meter`."""
+        (image, target, wanted), passer, world = part, self.passer, self.passer.world
+        network = passer.network or self.model
+        output, loss = forward(self.model, network, world, self.criterion, image, wanted, passer.precision)
+        if passer.distillation is not None and len(target):
+            loss = passer.distillation.added_to(loss, output, image, passer.precision)
+        world.backward(loss if passer.scale is None else passer.scale.scaled(loss), len(target), of)
+        with torch.no_grad():
+            return counts(loss, output, target, self.sums.dtype)
 
     def _give_unreached_zeros(self) -> None:
         """No gradient would mean no decay and no penalty; parameters that the loss does not depend on get both."""
@@ -119,8 +139,8 @@ class Step:
         if unreached:  # the penalty of the last step is in them
             torch._foreach_zero_([self._zeros[id(p)] for p in unreached])
 
-    def _count(self, world: World, loss: Tensor, output: Tensor, target: Tensor) -> None:
-        step = world.total(counts(loss, output, target, self.sums.dtype))
+    def _count(self, own: Tensor) -> None:
+        step = self.passer.world.total(own)
         self.sums.add_(step)
         self.bad.copy_(torch.maximum(self.bad, (~torch.isfinite(step[0])).float()))
         self.bad_at.copy_(torch.where((self.bad > 0) & (self.bad_at < 0), self.at, self.bad_at))
@@ -154,7 +174,7 @@ class Step:
         Meanwhile the optimizer has its learning rate and `skip` from here, where it can read them on the device.
         """
         rate = self.passer.rate
-        numbers = numbers_of_steps(rate, self.pruner, epoch, self.batches, self._pace())
+        numbers = numbers_of_steps(rate, self.pruner, epoch, self.batches, self._pace(), self.passer.average)
         self.table.copy_(numbers.to(self.table.dtype))
         if self.passer.mixing is not None:
             self.mixes.copy_(self.passer.mixing.drawn(epoch, self.batches).to(self.mixes.dtype))
@@ -223,8 +243,10 @@ class Step:
             for key, value in state.items():
                 if isinstance(value, Tensor):
                     kinds.setdefault(f"optimizer's {key}", []).append(value)
+        if self.passer.average is not None:
+            kinds["average"] = self.passer.average.values
         kinds["sums"] = [self.sums]
-        kinds["place"] = [self.at, self.bad, self.bad_at, self.lr, self.pull, self.skip]
+        kinds["place"] = [self.at, self.bad, self.bad_at, self.lr, self.pull, self.share, self.skip]
         if (scale := self.passer.scale) is not None:
             kinds["place"] += [scale.scale, scale.calm, scale.found]
         return kinds

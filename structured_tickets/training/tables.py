@@ -13,16 +13,24 @@ import torch
 from torch import Tensor
 
 from structured_tickets.data.loader import BatchLoader, Drawn
+from structured_tickets.training.averaging import Average
 from structured_tickets.training.optimization import LearningRate
 from structured_tickets.training.penalty.reg_pruner import Pruner
 
-LR, PULL = 0, 1  # columns
+LR, PULL, SHARE = range(3)  # columns
 
 
 def numbers_of_steps(
-    rate: LearningRate | None, pruner: Pruner | None, epoch: int, batches: int, pace: Callable[[float], float] | None
+    rate: LearningRate | None,
+    pruner: Pruner | None,
+    epoch: int,
+    batches: int,
+    pace: Callable[[float], float] | None,
+    average: Average | None = None,
 ) -> Tensor:
-    """Learning rate, and the multiple of themselves that the penalty adds to doomed weights, by step of an epoch.
+    """Learning rate, the multiple of themselves that the penalty adds to doomed weights, and a share, by step.
+
+    The share is what the weights after the step count in their average.
 
     Args:
         rate: None leaves the first column at 0.
@@ -31,14 +39,15 @@ def numbers_of_steps(
             negative. None: the penalty enters the gradient, and the column is lambda.
 
     Returns:
-        float64 [batches, 2], on the CPU.
+        float64 [batches, 3], on the CPU.
     """
     rows = []
     for i in range(batches):
         lr = rate.at(epoch, i) if rate else 0.0
         strength = pruner.clock.strength(epoch, i, batches) if pruner else 0.0
-        rows.append((lr, strength if pace is None else -pace(lr) * strength))
-    return torch.tensor(rows, dtype=torch.float64).view(batches, 2)
+        share = average.share(epoch, i, batches) if average else 0.0
+        rows.append((lr, strength if pace is None else -pace(lr) * strength, share))
+    return torch.tensor(rows, dtype=torch.float64).view(batches, 3)
 
 
 class Batches(Protocol):

@@ -122,6 +122,25 @@ class Trainee:
             return dict(masks)
         return {piece: value for n, m in masks.items() for piece, value in self._pieces(n, m).items()}
 
+    def cut_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of the whole network as one of `model`."""
+        if self.model is self.whole:
+            return dict(state)
+        statistics = {
+            n: cut_value(state[n], self._cuts.get(n, {})) for n, _ in self.model.named_buffers() if n in state
+        }
+        return statistics | self.cut({n: state[n] for n, _ in self.whole.named_parameters()})
+
+    @torch.no_grad()
+    def whole_state(self, reached: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `cut_state`; what `model` lacks is as in `whole`."""
+        if self.model is self.whole:
+            return {name: value.detach().clone() for name, value in reached.items()}
+        state = {name: value.detach().clone() for name, value in self.whole.state_dict().items()}
+        for name, value in state.items():
+            self._join(name, reached, value)
+        return state
+
     @torch.no_grad()
     def write_back(self) -> None:
         """Give `whole` the weights and statistics that `model` has reached."""

@@ -10,6 +10,7 @@ import torch
 
 from structured_tickets.base.distributed import World
 from structured_tickets.base.weights import digest_of
+from structured_tickets.data.loader import even_sizes
 from structured_tickets.networks import build_model
 from structured_tickets.networks.layers import Normalize
 from structured_tickets.training.epoch import Passer, train
@@ -17,12 +18,13 @@ from structured_tickets.training.epoch import Passer, train
 STEPS = 50
 
 
-def follow(arch: str, images: int, file: str) -> None:
+def follow(arch: str, images: int, file: str, at_once: int = 0) -> None:
     """The whole life of a process.
 
     Args:
         images: In a batch.
         file: For the losses.
+        at_once: See `Passer`.
     """
     torch.Tensor.float = lambda self: self  # logits stay in float64
     world = World.join()
@@ -34,7 +36,7 @@ def follow(arch: str, images: int, file: str) -> None:
     draw = torch.Generator().manual_seed(1)
     losses = []
     network = world.parallel(model, torch.rand(2, 3, 8, 8, dtype=torch.float64))
-    passer = Passer(type("Args", (), {"print_freq": 100}), world=world, network=network)
+    passer = Passer(type("Args", (), {"print_freq": 100}), world=world, network=network, at_once=at_once)
     for _ in range(STEPS):
         # Every third batch is smaller: of two images three processes have one that has none.
         count = 2 if _ % 3 == 2 else images
@@ -42,7 +44,10 @@ def follow(arch: str, images: int, file: str) -> None:
             torch.rand(count, 3, 8, 8, generator=draw, dtype=torch.float64),
             torch.randint(0, 10, (count,), generator=draw),
         )
-        share = tuple(part.tensor_split(world.size)[world.rank] for part in whole)
+        sizes = even_sizes(count, at_once or count)
+        share = tuple(
+            torch.cat([part.tensor_split(world.size)[world.rank] for part in values.split(sizes)]) for values in whole
+        )
         losses.append(train(0, [share], model, torch.nn.CrossEntropyLoss(), optimizer, 0, passer, None).mean_loss)
     world.check_agreement("weights", digest_of(model.state_dict()))
     if world.is_first:

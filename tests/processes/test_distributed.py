@@ -86,19 +86,20 @@ def test_shares_are_the_batches_of_one_process_without_repetition(augment, proce
 
 
 @pytest.mark.parametrize(
-    ("arch", "processes"),
+    ("arch", "processes", "at_once"),
     [
-        ("micro_cnn", 3),
-        ("micro_vit", 2),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("res20s", 3), ("vit_tiny", 2))),
+        ("micro_cnn", 3, 0),
+        ("micro_vit", 2, 0),
+        ("micro_cnn", 2, 3),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("res20s", 3, 0), ("vit_tiny", 2, 0))),
     ],
 )
-def test_fifty_steps_follow_those_of_one_process(arch, processes, tmp_path):
+def test_fifty_steps_follow_those_of_one_process(arch, processes, at_once, tmp_path):
     """In float64: in float32 a fresh ResNet amplifies the rounding of any other order of sums by a thousand."""
     losses = []
     for count in (1, processes):
         file = tmp_path / f"{count}.json"
-        together((), processes=count, also=partial(follow, arch, 7, str(file)))
+        together((), processes=count, also=partial(follow, arch, 7, str(file), at_once))
         losses.append(json.loads(file.read_text()))
     differences = [abs(a - b) for a, b in zip(*losses, strict=True)]
     assert len(differences) == 50 and max(differences) < 1e-8, max(differences)

@@ -38,6 +38,7 @@ BASES = {
     "continues": ["--prune_type=lrr"],
     "is fine-tuned": ["--prune_type=finetune"],
     "is taught": ["--distill={file}"],
+    "is averaged": ["--ema=0.9"],
     "adamw, a warm-up in steps": ["--optimizer=adamw", "--warmup_steps=9"],
     "a control": ["--control=reinit"],
     "a network with ImageNet weights": ["--arch=vit_small"],

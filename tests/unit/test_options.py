@@ -142,8 +142,8 @@ def test_only_a_flag_of_nearly_the_same_name_is_suggested(word, capsys):
         (["--checkpoint", "none.tar"], ["--checkpoint", "no such file"]),
         (["--init", "x", "--vit_pretrained", "--arch", "vit_small"], ["--init", "pretrained"]),
         (["stray"], ["unrecognized arguments: stray", '" lists all flags']),
-        (["--ema", "0.9"], ["unrecognized arguments: --ema 0.9. ", '" lists all flags']),
-        (["--epoch", "9", "--ema", "1"], ["--epoch: did you mean --epochs?", '" lists all flags']),
+        (["--swa", "0.9"], ["unrecognized arguments: --swa 0.9. ", '" lists all flags']),
+        (["--epoch", "9", "--swa", "1"], ["--epoch: did you mean --epochs?", '" lists all flags']),
     ],
 )
 def test_a_mistake_gets_one_line_and_status_2(words, parts, capsys):

@@ -344,9 +344,9 @@ def test_the_table_holds_the_schedules(schedule, horizon):
             paced = numbers_of_steps(rate, Penalty, epoch, 5, lambda lr: lr / 0.2)
             for i in range(5):
                 strength = Penalty.clock.strength(epoch, i, 5)
-                assert plain[i].tolist() == [rate.at(epoch, i), strength]
-                assert paced[i].tolist() == [rate.at(epoch, i), -(rate.at(epoch, i) / 0.2) * strength]
-    assert numbers_of_steps(None, None, 0, 2, None).tolist() == [[0, 0], [0, 0]]
+                assert plain[i].tolist() == [rate.at(epoch, i), strength, 0.0]
+                assert paced[i].tolist() == [rate.at(epoch, i), -(rate.at(epoch, i) / 0.2) * strength, 0.0]
+    assert numbers_of_steps(None, None, 0, 2, None).tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("device", DEVICES)
