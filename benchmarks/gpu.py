@@ -6,7 +6,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,29 +98,27 @@ def timed_in_turns(calls: Mapping[str, Callable[[], object]], seconds: float, de
     return harness.alternate(calls, turns_for(calls, seconds, device), device, warmup=0)
 
 
-def step_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
+def step_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """A row for each loop, in a process each; those of a network and a batch size are timed in turns."""
     limit = max(harness.matrix_limit(dtype, device, args.limit_size) for dtype in PEAK)
-    rows: list[Row] = []
     for batch in args.batch_size:
-        rows += _rows_of_batch(batch, loops_of(device, args), limit, args, device)
-    return rows
+        yield from _rows_of_batch(batch, loops_of(device, args), limit, args, device)
 
 
-def large_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
+def large_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """The same for large batches."""
     smaller = {"batch_size": args.large_batch_size, "steps": max(2, args.steps // 8)}
     return step_rows(argparse.Namespace(**vars(args) | smaller), device)
 
 
-def compiled_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
+def compiled_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """The same for the loops that have been compiled meanwhile, beside others."""
     if args.compiling is None:
-        return []
+        return
     limit = max(harness.matrix_limit(dtype, device, args.limit_size) for dtype in PEAK)
     names = [name for name in BESIDE if device.type == "cuda" or name not in ON_CARDS]
     ready = args.compiling.answers()
-    return _rows_of_batch(args.batch_size[0], names, limit, args, device, (args.compiling.workers, ready))
+    yield from _rows_of_batch(args.batch_size[0], names, limit, args, device, (args.compiling.workers, ready))
 
 
 def _rows_of_batch(
@@ -130,19 +128,18 @@ def _rows_of_batch(
     args: argparse.Namespace,
     device: torch.device,
     more: tuple[Mapping[Any, Worker], Mapping[Any, Row]] = ({}, {}),
-) -> list[Row]:
+) -> Iterator[Row]:
     """`more`: workers that are warm, by network and loop, and what they answered."""
     jobs = [Job(arch, name, batch, args.steps, device.type) for arch in args.arch for name in names]
-    workers, rows = {(job.arch, job.loop): Worker(job) for job in jobs}, []
+    workers = {(job.arch, job.loop): Worker(job) for job in jobs}
     try:
         first = warmed_up_workers(workers) | dict(more[1])
         for arch in args.arch:
             own = {loop: worker for (of, loop), worker in {**workers, **more[0]}.items() if of == arch}
-            rows += _step_rows(arch, batch, own, {name: first[arch, name] for name in own}, limit, args, device)
+            yield from _step_rows(arch, batch, own, {name: first[arch, name] for name in own}, limit, args, device)
     finally:
         for worker in workers.values():
             worker.close()
-    return rows
 
 
 def _step_rows(
@@ -340,7 +337,7 @@ def _sharing_rows(
     return rows
 
 
-PARTS: dict[str, Callable[[argparse.Namespace, torch.device], list[Row]]] = {
+PARTS: dict[str, Callable[[argparse.Namespace, torch.device], Iterable[Row]]] = {
     "steps": step_rows,
     "sharing": sharing_rows,
     "penalty": penalty_rows,
@@ -410,20 +407,28 @@ def main() -> None:
             args.compiling.close()
 
 
+def _write(results: Row, file: Path | None) -> None:
+    """After each row: whoever is short of time has what was measured."""
+    if file is not None:
+        file.write_text(json.dumps(results, indent=1))
+
+
 def _all_parts(args: argparse.Namespace, device: torch.device) -> None:
     about = machine(device)
     print(about["machine"])
     results: dict[str, list[Row]] = {}
     failed: list[str] = []
     for part in args.parts:
+        results[part] = []
         try:
-            results[part] = PARTS[part](args, device)
+            for row in PARTS[part](args, device):
+                results[part].append(row)
+                _write({**about, "parts": results}, args.json)
         except Exception as error:  # of whatever kind: the other parts are of use without it
             failed.append(part)
-            results[part] = [{"remark": f"{type(error).__name__}: {first_line(error)}"[:160]}]
+            results[part].append({"remark": f"{type(error).__name__}: {first_line(error)}"[:160]})
         print(f"\n{part}\n\n{as_table(results[part])}", flush=True)
-        if args.json:
-            args.json.write_text(json.dumps({**about, "parts": results}, indent=1))
+        _write({**about, "parts": results}, args.json)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

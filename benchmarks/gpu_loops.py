@@ -132,6 +132,7 @@ class Ours:
         build = functools.partial(OPTIMIZERS["sgd"].build, **(momentum or {}))
         self.trainee = Trainee(whole, held or {}, lambda m: build(m, 0.01, 0.9, 1e-4), prepare, compact)
         self.model, self.loader = self.trainee.model, BatchLoader(data, batch, device, augment=True, flip=True)
+        self.plain_order = BatchLoader(data, batch, device)
         self.recorder: Recorder = recorder_for(device, step)
         alive = {n: torch.ones_like(m) for n, m in (structure or {}).items()}
         self.passer = Passer(
@@ -153,8 +154,7 @@ class Ours:
 
     def judge(self) -> float:
         """Accuracy of one pass over the images, in percent."""
-        plain_order = BatchLoader(self.loader.data, self.loader.batch_size, self.loader.device)
-        return validate_together(plain_order, self.model, self.criterion, ALONE, self.precision, self.recorder)
+        return validate_together(self.plain_order, self.model, self.criterion, ALONE, self.precision, self.recorder)
 
     def save(self) -> None:
         """Write a checkpoint as a run does: weights and the optimizer's state, to a file that is then forgotten."""

@@ -100,7 +100,8 @@ if [ "$device" = cpu ]; then
     sizes=(--arch res20s --wide_arch res20s --batch_size 4 --large_batch_size 8 --steps 2 --seconds 0.2 --compiled none
         --limit_size 256 --jobs 1 2)
 else
-    sizes=(--batch_size 128 --large_batch_size 512 2048 --steps 32 --seconds 1 --jobs 1 8 ${mps:+"$mps"})
+    sizes=(--batch_size 128 --large_batch_size 512 2048 --steps 32 --seconds 0.5 --compile_limit 220
+        --jobs 1 8 ${mps:+"$mps"})
 fi
 part benchmarks 330 0 "$python" -m benchmarks.gpu --device "$device" --json "$out/benchmarks.json" "${sizes[@]}"
 "$python" -m benchmarks.gpu_summary "$out"

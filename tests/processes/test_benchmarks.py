@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -127,58 +129,77 @@ def test_the_plain_loop_learns():
     assert plain.validate(batches, model) == 100
 
 
-@pytest.fixture
-def worker_that_obeys(monkeypatch, capsys):
+class Commands:
+    """What a worker is told, and what it says."""
+
+    def __init__(self, *commands):
+        self.commands, self.said = list(commands), []
+
+    def recv(self):
+        if not self.commands:
+            raise EOFError
+        return self.commands.pop(0)
+
+    def send(self, answer):
+        self.said.append(answer)
+
+
+def told(*commands, loop="plain"):
     """Answers of `gpu_workers.obey` to commands, in this process."""
-
-    def told(commands, loop="plain"):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(commands))
-        args = argparse.Namespace(arch=["micro_cnn"], loops=[loop], batch_size=[4], steps=2)
-        gpu_workers.obey(args, torch.device("cpu"))
-        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-    return told
+    talk = Commands(*commands)
+    gpu_workers.obey(talk, gpu_workers.Job("micro_cnn", loop, 4, 2, "cpu"), torch.device("cpu"))
+    return talk.said
 
 
 @pytest.mark.parametrize("loop", ["plain", "good engineer, not compiled", "ours eager"])
-def test_a_worker_answers_each_command(loop, worker_that_obeys):
-    warm, time, rate, seen = worker_that_obeys("warm\ntime\nrate 0.01\nprofile\n", loop)
+def test_a_worker_answers_each_command(loop):
+    warm, time, rate, seen = told("warm", "time", "rate 0.01", "profile", loop=loop)
     assert warm["first"] > 0 and warm["remark"] == ("no" if loop == "ours eager" else "")
     assert time["seconds"] > 0 and rate["rate"] > 0 and seen == {}
 
 
-def test_a_worker_says_what_went_wrong(worker_that_obeys, monkeypatch):
+def test_a_worker_says_what_went_wrong(monkeypatch):
     def without_memory(*_):
         raise RuntimeError("CUDA out of memory.\nTried to allocate")
 
     monkeypatch.setitem(gpu_workers.LOOPS, "plain", without_memory)
-    assert worker_that_obeys("warm\n") == [{"error": "CUDA out of memory."}]
+    assert told("warm") == [{"error": "CUDA out of memory."}]
 
 
-DIES = """import os, sys
-sys.stdin.readline()
-print('{"first": 1.0, "remark": ""}', flush=True)
-sys.stdin.readline()
-print("Fatal Python error: Segmentation fault\\n  File \\"step.py\\", line 7 in once\\n  File \\"x\\"", file=sys.stderr)
-os.kill(os.getpid(), 11)
-"""
-
-
-def test_a_worker_that_dies_leaves_the_others_and_is_named(monkeypatch):
-    real = subprocess.Popen
-    lives = 'import sys\nfor line in sys.stdin: print(\'{"seconds": 0.5, "first": 1}\', flush=True)'
-    programs = iter([DIES, lives])
-    monkeypatch.setattr(subprocess, "Popen", lambda words, **more: real([words[0], "-c", next(programs)], **more))
-    workers = {("a", name): gpu_workers.Worker("a", name, 4, 2, "cpu") for name in ("dies", "lives")}
-    assert all(gpu_workers.warmed_up(workers).values())
-    times = gpu.timed_workers({name: worker for (_, name), worker in workers.items()}, 1.0)
-    assert times == {"lives": [0.5] * 3}
-    assert (
-        workers["a", "dies"].remark == 'SIGSEGV: File "step.py", line 7 in once'
-        and workers["a", "dies"].asked("time") == {}
+def test_where_a_process_died_is_the_innermost_line_of_its_trace():
+    other = ["Timeout (0:01:00)!", 'File "other.py", line 1 in wait']
+    trace = ["Fatal Python error: Segmentation fault", "Current thread 0x1 (most recent call first):"]
+    assert gpu_workers._place_in([*other, *trace, 'File "step.py", line 7 in once', 'File "x"']).startswith(
+        'File "step.py"'
     )
-    for worker in workers.values():
-        worker.close()
+    assert gpu_workers._place_in(["no such device"]) == "no such device" and gpu_workers._place_in([]) == ""
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_or_hangs_leaves_the_others_and_is_named(capfd):
+    jobs = {name: gpu_workers.Job("res20s", "plain", 2, 1, "cpu") for name in ("dies", "hangs", "lives")}
+    workers = {name: gpu_workers.Worker(job) for name, job in jobs.items()}
+    try:
+        assert all(gpu_workers.warmed_up(workers).values())
+        os.kill(workers["dies"]._process.pid, signal.SIGSEGV)
+        os.kill(workers["hangs"]._process.pid, signal.SIGSTOP)
+        workers["hangs"].tell("time")
+        threading.Timer(1, os.kill, (workers["hangs"]._process.pid, signal.SIGCONT)).start()
+        assert workers["hangs"].answer(0.1) == {} and workers["hangs"].remark.startswith("no answer for 0 s")
+        times = gpu.timed_workers(workers, 0.01)
+        assert list(times) == ["lives"] and len(times["lives"]) == 3
+        assert workers["dies"].remark.startswith("SIGSEGV: ") and workers["dies"].asked("time") == {}
+        assert "a worker has died (Job(arch='res20s'" in capfd.readouterr().err
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+
+def test_what_is_compiled_beside_the_others():
+    args = argparse.Namespace(loops=[], arch=["a", "b"], batch_size=[4], steps=2, device="cpu", compiled="theirs")
+    assert [(j.arch, j.loop) for j in gpu.compiled_jobs(args)] == [("a", "good engineer"), ("b", "good engineer")]
+    assert gpu.compiled_jobs(argparse.Namespace(**{**vars(args), "loops": ["plain"]})) == []
+    assert list(gpu.compiled_rows(argparse.Namespace(compiling=None), torch.device("cpu"))) == []
 
 
 def test_a_part_that_fails_leaves_the_others(monkeypatch, capsys, tmp_path):
