@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,11 @@ from torch.utils.data import DataLoader
 from structured_tickets.base.device_memory import free_bytes
 from structured_tickets.base.errors import DataError, MachineError, first_line
 from structured_tickets.base.randomness import mixed_seed
+from structured_tickets.data import auto_augment
 from structured_tickets.data.decoded_images import LazyImages
 from structured_tickets.data.image_sets import SPLIT_SEED, ImageSet, Splits
 from structured_tickets.data.mixing import boxes_to_erase, erased
+from structured_tickets.data.policies import NONE, slots_of
 
 WORKER_DIED = "DataLoader worker"  # torch's words; there is no class for it
 DEVICE_SHARE = 0.25  # of the memory that is free on the device, for one image set
@@ -52,6 +54,25 @@ def even_sizes(count: int, most: int) -> list[int]:
     return [count // parts + (k < count % parts) for k in range(parts)]
 
 
+def repeated(order: Tensor, size: int, times: int) -> Tensor:
+    """Return positions of as many images, each of the first ones so often in its batch (Hoffer et al. 2020).
+
+    An image and its repetitions are not neighbours, so that mixup does not mix an image with itself.
+
+    Args:
+        order: int64 [images]; size: images of a batch.
+    """
+    if times == 1:
+        return order
+    batches, first = [], 0
+    for left in range(len(order), 0, -size):
+        own = min(size, left)
+        different = -(-own // times)
+        batches.append(order[first : first + different].repeat(times)[:own])
+        first += different
+    return torch.cat(batches)
+
+
 @dataclass(frozen=True)
 class Drawn:
     """The random choices of an epoch, made before it begins, on the CPU.
@@ -61,12 +82,15 @@ class Drawn:
         corners: int64 [images, 2]: row and column of each crop, in the order in which the images come.
         mirrored: bool [images], in the same order.
         boxes: int64 [images, 4]: see `boxes_to_erase`; all of them empty without random erasing.
+        operations: int64 [images, slots]; amounts: float32 [images, slots]: see `auto_augment.drawn`.
     """
 
     order: Tensor
     corners: Tensor
     mirrored: Tensor
     boxes: Tensor
+    operations: Tensor
+    amounts: Tensor
 
 
 class BatchLoader:
@@ -78,6 +102,9 @@ class BatchLoader:
     Args:
         augment: Shuffle, and draw crops (padding an eighth of the side, 4 pixels at 32) and, if `flip`, mirrorings.
         erasing: With `augment`, the share of the images that lose a box.
+        policy: With `augment`, a row of `POLICIES`.
+        repeats: With `augment`, how often an image comes in its batch, each time augmented anew; so an epoch has only
+            one in so many of the images.
         parts: Parts of a batch that are computed on one after another, where that is a matter of memory.
 
     Attributes:
@@ -95,6 +122,8 @@ class BatchLoader:
         flip: bool = False,
         seed: int = 0,
         erasing: float = 0.0,
+        policy: str = NONE,
+        repeats: int = 1,
         parts: int = 1,
     ) -> None:
         images = data.images.to(device) if isinstance(data.images, Tensor) and _fits(data.images, device) else None
@@ -102,6 +131,7 @@ class BatchLoader:
         self.device = device
         self.batch_size, self.parts = batch_size * parts, parts
         self.augment, self.flip, self.seed, self.erasing = augment, flip, seed, erasing
+        self.policy, self.repeats = policy, repeats
         self.place = (0, 0)
         self.start = 0
         self.share = (0, 1)
@@ -178,31 +208,51 @@ class BatchLoader:
         """Return what the epoch that `seek` named draws; without augmentation, the images in their own order."""
         n = len(self.data)
         if not self.augment:
-            nowhere = [torch.zeros(n, k, dtype=torch.long) for k in (2, 4)]
-            return Drawn(torch.arange(n), nowhere[0], torch.zeros(n, dtype=torch.bool), nowhere[1])
+            nowhere = [torch.zeros(n, k, dtype=torch.long) for k in (2, 4, 0)]
+            kept = torch.zeros(n, dtype=torch.bool)
+            return Drawn(torch.arange(n), nowhere[0], kept, nowhere[1], nowhere[2], torch.zeros(n, 0))
         draw = torch.Generator().manual_seed(mixed_seed(self.seed, *self.place))
         order = torch.randperm(n, generator=draw)
         corners = torch.randint(0, 2 * self.padding + 1, (n, 2), generator=draw)
         mirrored = (torch.rand(n, generator=draw) < 0.5) & self.flip
-        return Drawn(order, corners, mirrored, boxes_to_erase(n, self.erasing, self.image_size, self.seed, *self.place))
+        where = (self.image_size, self.seed, *self.place)
+        boxes, changes = boxes_to_erase(n, self.erasing, *where), auto_augment.drawn(self.policy, n, *where)
+        return Drawn(repeated(order, self.batch_size, self.repeats), corners, mirrored, boxes, *changes)
+
+    @property
+    def slots(self) -> int:
+        """Operations of the policy that an image goes through."""
+        return slots_of(self.policy) if self.augment else 0
 
     def _augmented(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         epoch = self.drawn()
         places = self._parts(torch.arange(start, len(self.data)))
         which = [epoch.order[part] for part in places]
         (labels,) = self._handed_out(which, self.data.labels)
-        drawn = self._handed_out(places, epoch.corners, epoch.mirrored, epoch.boxes)
-        for images, corner, mirror, boxes, targets in zip(self._fetched(which), *drawn, labels, strict=True):
-            yield self.finished(images, corner, mirror, boxes), targets
+        values = [getattr(epoch, entry.name) for entry in fields(Drawn)[1:]]
+        for images, targets, *drawn in zip(
+            self._fetched(which), labels, *self._handed_out(places, *values), strict=True
+        ):
+            yield self.finished(images, *drawn), targets
 
-    def finished(self, images: Tensor, corners: Tensor, mirrored: Tensor, boxes: Tensor) -> Tensor:
+    def finished(
+        self,
+        images: Tensor,
+        corners: Tensor,
+        mirrored: Tensor,
+        boxes: Tensor,
+        operations: Tensor,
+        amounts: Tensor,
+    ) -> Tensor:
         """Return uint8 images [batch, 3, size, size] as float images in [0, 1], augmented where the loader does that.
 
         Args:
-            corners, mirrored: See `crop_and_flip`; `boxes`: see `erased`.
+            corners, mirrored: See `crop_and_flip`; `boxes`: see `erased`; the others: see `auto_augment.augmented`.
         """
         if self.augment:
             images = crop_and_flip(images, corners, mirrored, self.padding)
+        if self.slots:
+            images = auto_augment.augmented(images, operations, amounts).contiguous(memory_format=torch.channels_last)
         if self.augment and self.erasing:
             images = erased(images, boxes)
         return images.float() / 255
@@ -307,10 +357,8 @@ def make_loaders(
     device: torch.device,
     flip: bool,
     seed: int = 0,
-    erasing: float = 0.0,
-    parts: int = 1,
+    **more: Any,
 ) -> Loaders:
-    """Train (augmented), validation and test loaders. A batch for training has `parts` times `batch_size` images."""
-    own = {"flip": flip, "seed": seed, "erasing": erasing, "parts": parts}
-    train = BatchLoader(splits.train, batch_size, device, augment=True, **own)  # type: ignore[arg-type]
+    """Train (augmented), validation and test loaders; `more`: of the first, see `BatchLoader`."""
+    train = BatchLoader(splits.train, batch_size, device, augment=True, flip=flip, seed=seed, **more)
     return train, BatchLoader(splits.val, batch_size, device), BatchLoader(splits.test, batch_size, device)

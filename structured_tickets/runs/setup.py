@@ -24,6 +24,7 @@ from structured_tickets.base.text_tables import counted
 from structured_tickets.data.catalog import DATASETS, load_splits
 from structured_tickets.data.image_sets import Splits
 from structured_tickets.data.loader import BatchLoader, Loaders, make_loaders
+from structured_tickets.data.policies import NONE as UNCHANGED
 from structured_tickets.networks import build_model, runs_a_file, spec_of
 from structured_tickets.networks.fixed_start import starts_the_same
 from structured_tickets.networks.hosted import put_normalize
@@ -232,8 +233,13 @@ def _loaded(args: Any) -> tuple[nn.Module, Loaders, tuple[str, ...], torch.dtype
     said += [remark] if remark else []
     model.to(device)
     prepare_for_speed(model, precision, settings.get("compile", False))
-    erasing = settings.get("random_erasing", 0.0)
-    loaders = make_loaders(splits, args.batch_size, device, source.flip, seed, erasing, parts)
+    recipe = {
+        "erasing": settings.get("random_erasing", 0.0),
+        "policy": settings.get("auto_augment", UNCHANGED),
+        "repeats": settings.get("repeated_augment", 1),
+        "parts": parts,
+    }
+    loaders = make_loaders(splits, args.batch_size, device, source.flip, seed, **recipe)
     return model, loaders, tuple(splits.classes), precision, said
 
 

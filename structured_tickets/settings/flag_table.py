@@ -8,6 +8,8 @@ from typing import Any
 
 from structured_tickets.base.environment import numbers_at_once
 from structured_tickets.data.catalog import DATASETS, IMAGE_STORES
+from structured_tickets.data.policies import NONE as UNCHANGED
+from structured_tickets.data.policies import POLICIES
 from structured_tickets.networks import MODELS
 from structured_tickets.pruning.criteria import CRITERIA, CRITERIA_BATCHES
 from structured_tickets.pruning.methods import CONTROLS, METHODS
@@ -206,6 +208,20 @@ TRAINING = (
         EVERY_ROUND,
         type=NONNEGATIVE,
         default=0.0,
+    ),
+    Flag(
+        "auto_augment",
+        "what happens to training images besides crops and mirrorings; " + _rows(POLICIES.items()),
+        EVERY_ROUND,
+        default=UNCHANGED,
+        choices=POLICIES,
+    ),
+    Flag(
+        "repeated_augment",
+        "how often an image comes in a batch, each time augmented anew: an epoch is as long, with fewer images",
+        EVERY_ROUND,
+        type=COUNT,
+        default=1,
     ),
     Flag(
         "random_erasing",

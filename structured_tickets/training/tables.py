@@ -76,34 +76,30 @@ class Batches(Protocol):
 
 
 class _Rows:
-    """Positions, corners, mirrorings and boxes to erase of batches of one size, at addresses that stay.
+    """What an epoch draws for batches of one size, at addresses that stay: [batches, size, ...] each."""
 
-    Attributes:
-        order: int64 [batches, size]; corners: int64 [batches, size, 2]; mirrored: bool [batches, size]; boxes: int64
-            [batches, size, 4].
-    """
+    def __init__(self, batches: int, size: int, slots: int, device: torch.device) -> None:
+        self.size = batches * size
 
-    def __init__(self, batches: int, size: int, device: torch.device) -> None:
-        self.order = torch.zeros(batches, size, dtype=torch.long, device=device)
-        self.corners = torch.zeros(batches, size, 2, dtype=torch.long, device=device)
-        self.mirrored = torch.zeros(batches, size, dtype=torch.bool, device=device)
-        self.boxes = torch.zeros(batches, size, 4, dtype=torch.long, device=device)
+        def table(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.zeros(batches, size, *shape, dtype=dtype, device=device)
+
+        order, mirrored = table(), table(dtype=torch.bool)
+        self.drawn = Drawn(order, table(2), mirrored, table(4), table(slots), table(slots, dtype=torch.float32))
 
     def fill(self, drawn: Drawn, first: int) -> None:
         """Take over what an epoch draws, from image `first` on."""
-        last = first + self.order.numel()
+        last = first + self.size
         for mine, values in zip(self._tables(), (getattr(drawn, entry.name) for entry in fields(Drawn)), strict=True):
-            part = values[first:last].view(mine.shape)
+            part = values[first:last].reshape(mine.shape)
             mine.copy_(part.pin_memory() if mine.is_cuda else part, non_blocking=mine.is_cuda)
 
-    def _tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """In the order in which `Drawn` has them."""
-        return self.order, self.corners, self.mirrored, self.boxes
+    def _tables(self) -> list[Tensor]:
+        return [getattr(self.drawn, entry.name) for entry in fields(Drawn)]
 
-    def at(self, row: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def at(self, row: Tensor) -> list[Tensor]:
         """Return a row of each table; `row`: int64 [1]. The host would have to read an index without axes."""
-        order, corners, mirrored, boxes = (table.index_select(0, row)[0] for table in self._tables())
-        return order, corners, mirrored, boxes
+        return [table.index_select(0, row)[0] for table in self._tables()]
 
 
 class Resident:
@@ -112,8 +108,8 @@ class Resident:
     def __init__(self, loader: BatchLoader) -> None:
         self.loader, self.whole = loader, True
         self.usual, rest = divmod(len(loader.data), loader.batch_size)
-        self._usual = _Rows(self.usual, loader.batch_size, loader.device)
-        self._last = _Rows(1, rest, loader.device) if rest else None
+        self._usual = _Rows(self.usual, loader.batch_size, loader.slots, loader.device)
+        self._last = _Rows(1, rest, loader.slots, loader.device) if rest else None
         self._first_row = torch.zeros(1, dtype=torch.long, device=loader.device)
 
     def walk(self) -> Iterator[int]:
