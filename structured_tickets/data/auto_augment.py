@@ -79,7 +79,7 @@ def drawn(policy: str, count: int, size: int, seed: int, state: int, epoch: int)
 
 
 def _from_policies(draw: numpy.random.Generator, count: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Of each image one policy: two operations, each with a chance of its own."""
+    """Return operations and levels of a policy for each image: two operations, each with a chance of its own."""
     from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
     rows: Any = AutoAugment(AutoAugmentPolicy.CIFAR10).policies
@@ -161,7 +161,7 @@ def _blurred(values: Tensor) -> Tensor:
 
 
 def _through_tables(images: Tensor, operation: Tensor, amount: Tensor) -> Tensor:
-    """What depends on a pixel's own value: a table of 256 values for each channel of each image."""
+    """Change pixels by their own values alone: by a table of 256 values for each channel of each image."""
     batch, channels = images.shape[:2]
     level = torch.arange(LEVELS, device=images.device)
     flat = images.reshape(batch, channels, -1)

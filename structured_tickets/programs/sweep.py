@@ -29,9 +29,10 @@ from structured_tickets.settings.argument_types import (
     path,
     truth,
 )
+from structured_tickets.settings.words import words_of
 from structured_tickets.sweeps.executors import check_executor
 from structured_tickets.sweeps.file import read_file
-from structured_tickets.sweeps.grid import MOST_RUNS, Job, Plan, Spec, grouped, plan, words_of
+from structured_tickets.sweeps.grid import MOST_RUNS, Job, Plan, Spec, grouped, plan
 from structured_tickets.sweeps.job_process import Outcome
 from structured_tickets.sweeps.live_view import title_of
 from structured_tickets.sweeps.schedule import AUTO, carry_out

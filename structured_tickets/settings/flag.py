@@ -42,6 +42,8 @@ IMAGES = Scope(sweep=True, dense=True)  # where they are; what they show is comp
 LENGTH = Scope(axis=True, compared=True)  # how far a run goes, not which run it is
 LAST_DIGITS = Scope(dense=True, compared=True)  # the same results up to rounding, in another time
 MACHINE = Scope(dense=True)  # what a process uses and keeps
+SETTINGS = Scope(sweep=True, dense=True)  # a file of other flags, which decide
+LABEL = Scope(sweep=True, axis=True, dense=True, compared=True)  # a name for other flags, which decide
 NOTHING = Scope()  # how a run is watched; what stands for other flags
 SWEEPS_OWN = Scope(own=True)
 

@@ -172,7 +172,7 @@ def warnings_about(args: argparse.Namespace, explicit: set[str]) -> list[str]:
             f"--warmup {args.warmup} takes up the whole round (--epochs {args.epochs}). Use a shorter warm-up",
         ),
         (
-            rsst and step > 1 and not (way == GRADIENT and OPTIMIZERS[args.optimizer].adaptive),
+            rsst and step > 1 + 1e-9 and not (way == GRADIENT and OPTIMIZERS[args.optimizer].adaptive),
             f"the penalty may be unstable: one step can change a doomed weight by {step:.3g} times its size (stable: "
             "at most 1). Lower --reg_upper_limit, or --lr unless the penalty is decoupled",
         ),

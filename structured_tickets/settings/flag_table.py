@@ -59,15 +59,18 @@ from structured_tickets.settings.flag import (
     AFTER_ROUND_0,
     EVERY_ROUND,
     IMAGES,
+    LABEL,
     LAST_DIGITS,
     LENGTH,
     MACHINE,
     NOTHING,
+    SETTINGS,
     SWEEPS_OWN,
     WEIGHTS_FILE,
     Flag,
     Scope,
 )
+from structured_tickets.settings.recipes import RECIPES
 from structured_tickets.training.optimization import LR_SCHEDULES, OPTIMIZERS, STEPS
 from structured_tickets.training.penalty.expected import WAYS
 from structured_tickets.training.penalty.schedules import HORIZONS, SCHEDULES
@@ -564,6 +567,19 @@ PRUNING = (
         "; ".join(f"{name}: " + " ".join(f"{k}={v}" for k, v in flags.items()) for name, flags in PRESETS.items()),
         NOTHING,
         choices=PRESETS,
+    ),
+    Flag(
+        "recipe",
+        "flags of training that belong together, and may be given otherwise beside it; "
+        + _rows((name, recipe.summary) for name, recipe in RECIPES.items()),
+        LABEL,
+        choices=RECIPES,
+    ),
+    Flag(
+        "config",
+        "settings that another run has written (args.yaml), or a file like it; flags that are given win",
+        SETTINGS,
+        metavar="FILE",
     ),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from structured_tickets.base.commands import name_in_help, typed
 from structured_tickets.base.console import start_logging
@@ -11,6 +12,8 @@ from structured_tickets.base.secrets_in_text import refuse_secrets
 from structured_tickets.settings.argument_types import OneLineParser
 from structured_tickets.settings.flag_rules import check, warnings_about
 from structured_tickets.settings.flag_table import FLAGS, GROUPS, PRESETS
+from structured_tickets.settings.recipes import RECIPES
+from structured_tickets.settings.words import words_from
 
 EXAMPLES = """examples:
   {command} --dataset digits --image_size 8 --arch vit_tiny --struct rsst --vit_structured \\
@@ -63,11 +66,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         UsageError: One line that names the flag, the value and what is allowed.
     """
     words = [_underscored(w) for w in argv]
-    parser, preset = build_parser(), PRESETS.get(_preset_of(words), {})
-    parser.set_defaults(**preset)
+    parser, beneath = build_parser(), _beneath(words)
+    parser.set_defaults(**beneath)
     args = parser.parse_args(words)
-    explicit = {w[2:].split("=")[0] for w in words if w.startswith("--")}
-    _derive(args, explicit | preset.keys())
+    explicit = _named_in(words)
+    _derive(args, explicit | beneath.keys())
     check(args)
     args.warnings, args.explicit, args.words = warnings_about(args, explicit), sorted(explicit), list(argv)
     return args
@@ -86,7 +89,7 @@ def begin(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _derive(args: argparse.Namespace, given: Collection[str]) -> None:
-    """Fill in the values that follow from other flags. `given`: flags that the command line or its preset names."""
+    """Fill in the values that follow from other flags. `given`: flags that something names: see `_beneath`."""
     for flag in FLAGS.values():
         if flag.derived and (flag.name not in given or getattr(args, flag.name) == "auto"):
             setattr(args, flag.name, flag.derived(args))
@@ -99,8 +102,23 @@ def _underscored(word: str) -> str:
     return f"--{name.replace('-', '_')}{equals}{value}"
 
 
-def _preset_of(words: Sequence[str]) -> str:
-    """The preset that the words name, which sets defaults before they are parsed; "" for none."""
+def _named_in(words: Sequence[str]) -> set[str]:
+    return {word[2:].split("=")[0] for word in words if word.startswith("--")}
+
+
+def _beneath(words: Sequence[str]) -> dict[str, Any]:
+    """Values by name, over which the words win: those of their `--config`, then of `--preset` and `--recipe`.
+
+    Raises:
+        UsageError: The file of `--config` is none, or has a value that is not allowed.
+    """
     parser = OneLineParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", default="")
-    return str(parser.parse_known_args(words)[0].preset)
+    for name in ("preset", "recipe", "config"):
+        parser.add_argument(f"--{name}", default="")
+    asked, values = parser.parse_known_args(words)[0], {}
+    if asked.config:
+        written = words_from(asked.config)
+        found = vars(build_parser().parse_args(written))
+        values = {name: found[name] for name in _named_in(written)}
+    recipe = RECIPES.get(asked.recipe)
+    return values | PRESETS.get(asked.preset, {}) | (recipe.flags if recipe else {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import hashlib
 import itertools
 import json
@@ -17,7 +16,7 @@ from typing import Any
 from structured_tickets.base.errors import UsageError
 from structured_tickets.base.text_tables import counted
 from structured_tickets.settings.flag_rules import unread_flags
-from structured_tickets.settings.flag_table import FLAGS, scope_of
+from structured_tickets.settings.flag_table import scope_of
 from structured_tickets.settings.flags import parse_args
 from structured_tickets.settings.identity import (
     can_share_round_0,
@@ -26,11 +25,11 @@ from structured_tickets.settings.identity import (
     plain,
     settings_of,
 )
+from structured_tickets.settings.words import HELP, require_flag, words_of
 from structured_tickets.training.rounds import epochs_of
 
 Settings = Mapping[str, Any]
 
-HELP = "help"  # the one flag that every parser has
 TAG_LENGTH = 64  # WandB refuses longer ones
 MOST_RUNS = 100_000  # combinations: all are planned before the first begins
 
@@ -115,39 +114,6 @@ class Plan:
     notes: list[str]
 
 
-def words_of(settings: Settings) -> list[str]:
-    """Convert settings to command-line words. None omits a flag; true adds one without a value, false omits it.
-
-    Raises:
-        UsageError: There is no such flag, or the value does not fit.
-    """
-    words: list[str] = []
-    for key, value in settings.items():
-        _require_flag(key)
-        if value is None:
-            continue
-        if key == HELP or FLAGS[key].bare:
-            words += [f"--{key}"] if _truth(key, value) else []
-        else:
-            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            words += [f"--{key}={text}"]
-    return words
-
-
-def _require_flag(key: str) -> None:
-    """Raises: UsageError, if the runner has no such flag."""
-    if key not in FLAGS and key != HELP:
-        near = difflib.get_close_matches(key, [*FLAGS, HELP], 1)
-        raise UsageError(f"argument --grid: no such flag: {key}" + (f" (did you mean {near[0]}?)" if near else ""))
-
-
-def _truth(key: str, value: Any) -> bool:
-    found = {"true": True, "false": False}.get(str(value).lower())
-    if found is None:
-        raise UsageError(f"argument --grid: {key} is true or false, not {value!r}")
-    return found
-
-
 def check_axes(spec: Spec) -> None:
     """Refuse what cannot differ between the runs of a sweep.
 
@@ -155,7 +121,7 @@ def check_axes(spec: Spec) -> None:
         UsageError: The message names the flag.
     """
     for key in spec.axes:
-        _require_flag(key)
+        require_flag(key, "--grid")
         if key == HELP or not scope_of(key).axis:
             raise UsageError(f"argument --grid: {key} cannot differ between the runs of a sweep")
     for word in _joined(spec.flags):

@@ -20,7 +20,8 @@ from structured_tickets.reports.runs import Limits, in_words, judged, size_of
 from structured_tickets.reports.sweep_tables import Table, shown
 from structured_tickets.runs.read import read_rounds
 from structured_tickets.settings.flags import parse_args
-from structured_tickets.sweeps.grid import Job, Spec, grouped, plan, words_of
+from structured_tickets.settings.words import words_of
+from structured_tickets.sweeps.grid import Job, Spec, grouped, plan
 from structured_tickets.sweeps.schedule import carry_out
 
 log = logging.getLogger("rsst")

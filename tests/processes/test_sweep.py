@@ -36,9 +36,10 @@ from structured_tickets.base.errors import DataError, UsageError
 from structured_tickets.programs import sweep
 from structured_tickets.settings.flags import build_parser, parse_args
 from structured_tickets.settings.identity import default_run_folder, identity_of_round_0
+from structured_tickets.settings.words import words_of
 from structured_tickets.sweeps import executors, job_process, schedule
 from structured_tickets.sweeps.executors import LocalExecutor, Places, Slot, slots_of
-from structured_tickets.sweeps.grid import Job, Spec, plan, words_of
+from structured_tickets.sweeps.grid import Job, Spec, plan
 from structured_tickets.sweeps.job_process import JobProcess, Outcome, Task
 from structured_tickets.sweeps.live_view import LiveView
 from structured_tickets.sweeps.slurm import stages_of
