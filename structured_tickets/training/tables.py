@@ -76,7 +76,7 @@ class Batches(Protocol):
 
 
 class _Rows:
-    """What an epoch draws for batches of one size, at addresses that stay: [batches, size, ...] each."""
+    """Tables of what an epoch draws for batches of one size, at addresses that stay: [batches, size, ...] each."""
 
     def __init__(self, batches: int, size: int, slots: int, device: torch.device) -> None:
         self.size = batches * size

@@ -120,7 +120,7 @@ def test_a_file_that_is_no_settings_is_refused(text, message, tmp_path):
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(UsageError, match="argument --config: cannot read .*none.yaml"):
+    with pytest.raises(UsageError, match=r"argument --config: cannot read .*none\.yaml"):
         parse_args([f"--config={tmp_path / 'none.yaml'}"])
 
 
