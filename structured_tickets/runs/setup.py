@@ -34,6 +34,7 @@ from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.networks.precision import precision_of
 from structured_tickets.networks.pretrained import WHERE_IT_FITS, load_pretrained_weights
 from structured_tickets.networks.registry import note_channel_units
+from structured_tickets.networks.vision_transformer import VisionTransformer, drop_branches
 from structured_tickets.pruning.rules import RoundRules
 from structured_tickets.settings.conditions import channel_units_of
 from structured_tickets.settings.interpret import (
@@ -227,6 +228,9 @@ def _loaded(args: Any) -> tuple[nn.Module, Loaders, tuple[str, ...], torch.dtype
     wanted = load_start_weights(model, settings)
     said += _warnings_of_images_seen(settings, splits)
     put_normalize(model, Normalize(*(wanted or (splits.mean, splits.std))))
+    if settings.get("drop_path"):
+        assert isinstance(model, VisionTransformer)
+        drop_branches(model, settings["drop_path"])
     parts = settings.get("accumulate", 1)
     _check_last_batch(model, len(splits.train), args.batch_size * (parts if args.batch_size > 1 else 1), size)
     precision, remark = precision_of(model, settings.get("precision", "auto"), device, size)

@@ -43,6 +43,10 @@ def _about_the_network(args: argparse.Namespace) -> Rules:
             args.vit_structured and family == "cnn",
             f"argument --vit_structured: {args.arch} has no attention heads. Choose a ViT, or omit this flag",
         ),
+        (
+            args.drop_path and (known is None or known.spec.family != "vit"),
+            f"argument --drop_path: {args.arch} is not one of this program's Vision Transformers. Omit this flag",
+        ),
         (args.vit_pretrained and family == "cnn", f"argument --vit_pretrained: {args.arch} is not a ViT"),
         (
             args.vit_pretrained and not args.pretrained and (known is None or known.spec.pretrained is None),

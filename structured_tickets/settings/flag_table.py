@@ -288,6 +288,14 @@ TRAINING = (
         default=None,
     ),
     Flag(
+        "drop_path",
+        "chance that a branch of the last block is left out for an image, less in earlier blocks (stochastic depth; "
+        "only for this program's ViTs)",
+        EVERY_ROUND,
+        type=SHARE,
+        default=0.0,
+    ),
+    Flag(
         "ema",
         "decay of a moving average of the weights, which is judged and saved beside them; 0: none",
         EVERY_ROUND,

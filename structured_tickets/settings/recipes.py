@@ -51,6 +51,7 @@ RECIPES = {
             "mixup": 1.0,
             "cutmix": 1.0,
             "random_erasing": 0.25,
+            "drop_path": 0.1,
             "clip_grad": 1.0,
         },
     ),

@@ -41,6 +41,7 @@ BASES = {
     "is taught": ["--distill={file}"],
     "is averaged": ["--ema=0.9"],
     "adamw, a warm-up in steps": ["--optimizer=adamw", "--warmup_steps=9"],
+    "a ViT that drops branches": ["--arch=vit_tiny", "--drop_path=0.2"],
     "a control": ["--control=reinit"],
     "a network with ImageNet weights": ["--arch=vit_small"],
     "pretrained": ["--vit_pretrained", "--pretrained={file}", "--arch=vit_small"],
