@@ -12,8 +12,11 @@ import torch
 from benchmarks import harness
 from benchmarks.gpu_loops import PENALTY, SIZE, Ours, network, photos
 from structured_tickets.data.mixing import Mixing
-from structured_tickets.networks import MODELS
+from structured_tickets.data.policies import NONE, POLICIES
+from structured_tickets.networks import MODELS, family_of
+from structured_tickets.networks.vision_transformer import VisionTransformer, drop_branches
 from structured_tickets.runs.setup import choose_device, choose_kernels
+from structured_tickets.training.averaging import Average
 from structured_tickets.training.distillation import Distillation, as_teacher
 
 GOAL = 1.10  # times the plain step, for the whole recipe but the teacher
@@ -27,11 +30,21 @@ def parts_of(arch: str, device: torch.device) -> dict[str, Callable[[Ours], None
     def mix(mixup: float, cutmix: float) -> Callable[[Ours], None]:
         return lambda loop: setattr(loop.passer, "mixing", Mixing(mixup, cutmix, 10, SIZE, 0, 0))
 
+    def augment(policy: str) -> Callable[[Ours], None]:
+        return lambda loop: setattr(loop.loader, "policy", policy)
+
+    def drop(loop: Ours) -> None:
+        assert isinstance(loop.model, VisionTransformer)
+        drop_branches(loop.model, 0.1)
+
     return {
         "--mixup": mix(1.0, 0.0),
         "--cutmix": mix(0.0, 1.0),
         "--mixup --cutmix": mix(1.0, 1.0),
         "--random_erasing": lambda loop: setattr(loop.loader, "erasing", 0.25),
+        **{f"--auto_augment {policy}": augment(policy) for policy in POLICIES if policy != NONE},
+        "--ema": lambda loop: setattr(loop.passer, "average", Average(loop.model, 0.999, 0, {})),
+        **({"--drop_path": drop} if family_of(arch) == "vit" else {}),
         "--clip_grad": lambda loop: setattr(loop.passer, "args", clipped),
         "--distill dense": lambda loop: setattr(loop.passer, "distillation", Distillation(teacher, 0.9, 4.0, "kl")),
     }
@@ -47,8 +60,9 @@ def loops_of(arch: str, batch: int, steps: int, device: torch.device) -> dict[st
         add(loops[name])
     loops["--nesterov --no_decay_on_bias_and_norm"] = Ours(arch, data, batch, "auto", momentum=special)
     loops["all but the teacher"] = Ours(arch, data, batch, "auto", momentum=special)
-    for name in ("--mixup --cutmix", "--random_erasing", "--clip_grad"):
-        parts[name](loops["all but the teacher"])
+    for name in ("--mixup --cutmix", "--random_erasing", "--auto_augment cifar", "--ema", "--drop_path", "--clip_grad"):
+        if name in parts:
+            parts[name](loops["all but the teacher"])
     return loops
 
 
