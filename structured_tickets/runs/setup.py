@@ -46,6 +46,7 @@ from structured_tickets.settings.interpret import (
     warnings_for,
     warnings_of_fillback,
     warnings_of_lambda,
+    warnings_of_warmup,
 )
 from structured_tickets.training.distillation import as_teacher
 from structured_tickets.training.epoch import validate_together
@@ -184,6 +185,7 @@ def set_up(args: argparse.Namespace, world: World = ALONE) -> Setup:
     setup = Setup(args, model, loaders, classes, precision, units.groups, world, units.whole, units.remark, teacher)
     settle_penalty(args, setup.rules, setup.rate_of(1))
     args.warnings += [*said, *warnings_for(setup.rules, model, units.groups)]
+    args.warnings += warnings_of_warmup(args, len(setup.train_loader))
     args.warnings += warnings_of_fillback(setup.rules, units.groups, args.pruning_times)
     if setup.rules.method.squeezes and setup.rules.structured:
         args.warnings += warnings_of_lambda(args, len(setup.train_loader))

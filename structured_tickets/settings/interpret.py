@@ -22,6 +22,7 @@ from structured_tickets.settings.flag_table import PENALTY_CHOSEN
 from structured_tickets.training.optimization import OPTIMIZERS, LearningRate
 from structured_tickets.training.penalty.expected import WAYS, expected_squeeze, way_of_acting
 from structured_tickets.training.penalty.schedules import SCHEDULES, clock_from
+from structured_tickets.training.rounds import GIVEN
 from structured_tickets.unit_groups.find import is_transformer
 from structured_tickets.unit_groups.kinds import FILTER, KINDS, kind_of
 from structured_tickets.unit_groups.unit import UnitGroup, kinds, parameter_of, ranked_names
@@ -219,6 +220,16 @@ def warnings_of_lambda(args: argparse.Namespace, batches: int) -> list[str]:
             "same constant whatever the schedule. Use a lower --reg_granularity_prune, or a higher --reg_upper_limit"
         )
     return said
+
+
+def warnings_of_warmup(args: argparse.Namespace, batches: int) -> list[str]:
+    """A sentence if the warm-up, counted in steps, takes up a whole round; `batches`: of an epoch."""
+    steps = args.epochs * batches
+    if args.warmup_steps is None or args.warmup_steps < steps or args.round_0 == GIVEN:
+        return []
+    return [
+        f"--warmup_steps {args.warmup_steps} takes up the whole round ({counted(steps, 'step')}). Use a shorter warm-up"
+    ]
 
 
 def _are_close(one: Sequence[float], other: Sequence[float]) -> bool:

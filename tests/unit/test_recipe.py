@@ -13,7 +13,7 @@ from torch import nn
 
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.settings.flags import parse_args
-from structured_tickets.settings.interpret import optimizer_from
+from structured_tickets.settings.interpret import optimizer_from, warnings_of_warmup
 from structured_tickets.sweeps.search import scaled
 from structured_tickets.training.optimization import OPTIMIZERS, LearningRate
 from structured_tickets.training.rounds import learning_rate_of
@@ -69,6 +69,13 @@ def test_the_flags_reach_the_schedule():
     assert rate.at(0, 6) == pytest.approx(0.2) and rate.at(3, 4) < 0.02
     assert scaled(["--epochs=120", "--warmup_steps=300"], 40)["warmup_steps"] == 100
     assert [w for w in parse_args(["--warmup=3", "--warmup_steps=7"]).warnings if "--warmup" in w]
+
+
+def test_a_warm_up_in_steps_that_takes_up_the_round_gets_a_warning():
+    said = warnings_of_warmup(parse_args(["--warmup_steps=40", "--epochs=4"]), 10)
+    assert said == ["--warmup_steps 40 takes up the whole round (40 steps). Use a shorter warm-up"]
+    assert warnings_of_warmup(parse_args(["--warmup_steps=39", "--epochs=4"]), 10) == []
+    assert warnings_of_warmup(parse_args([]), 1) == []
 
 
 def test_nesterov_is_torchs():
