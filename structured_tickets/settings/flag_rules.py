@@ -123,6 +123,11 @@ def _about_the_rest(args: argparse.Namespace) -> Rules:
             args.tensorboard and find_spec("tensorboard") is None,
             "argument --tensorboard: needs the package tensorboard (pip install tensorboard)",
         ),
+        (
+            args.repeated_augment > max(1, args.batch_size * args.accumulate // 2),
+            f"argument --repeated_augment: {args.repeated_augment} times leaves one image in a batch of "
+            f"{counted(args.batch_size * args.accumulate, 'image')}. Use at most half of --batch_size",
+        ),
         (args.quiet and args.verbose, "argument --quiet: cannot be combined with --verbose"),
     )
 

@@ -120,5 +120,12 @@ def _beneath(words: Sequence[str]) -> dict[str, Any]:
         written = words_from(asked.config)
         found = vars(build_parser().parse_args(written))
         values = {name: found[name] for name in _named_in(written)}
-    recipe = RECIPES.get(asked.recipe)
-    return values | PRESETS.get(asked.preset, {}) | (recipe.flags if recipe else {})
+    return values | PRESETS.get(asked.preset, {}) | _of_recipe(asked.recipe)
+
+
+def _of_recipe(name: str) -> dict[str, Any]:
+    """Values of all flags that any recipe sets: one replaces another as a whole, that of a file too."""
+    if name not in RECIPES:
+        return {}
+    every = dict.fromkeys(flag for recipe in RECIPES.values() for flag in recipe.flags)
+    return {flag: FLAGS[flag].parsed_default for flag in every} | RECIPES[name].flags

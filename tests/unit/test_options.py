@@ -138,6 +138,7 @@ def test_only_a_flag_of_nearly_the_same_name_is_suggested(word, capsys):
         (["--pretrained", "nowhere.pth", "--prune_type", "pt"], ["--pretrained", "no such file", "nowhere.pth"]),
         (["--prune_type", "rewind_lt", "--epochs", "10"], ["--rewind_epoch", "epochs 0 to 9", "--epochs 10"]),
         (["--quiet", "--verbose"], ["--quiet"]),
+        (["--repeated_augment", "65"], ["--repeated_augment", "one image in a batch of 128 images"]),
         (["--preset", "as_documente"], ["--preset", "did you mean as_documented?"]),
         (["--checkpoint", "none.tar"], ["--checkpoint", "no such file"]),
         (["--init", "x", "--vit_pretrained", "--arch", "vit_small"], ["--init", "pretrained"]),

@@ -87,6 +87,8 @@ def test_what_is_given_wins_over_a_recipe_and_that_over_a_file(tmp_path):
     args = parse_args([config, "--recipe=fast", "--epochs=9"])
     assert (args.lr, args.epochs, args.weight_decay, args.decreasing_lr, args.nesterov) == (0.1, 9, 5e-4, (3, 5), True)
     assert parse_args([config]).lr == 0.3
+    documents = parse_args([config, "--recipe=documents"])
+    assert (documents.lr, documents.weight_decay, documents.nesterov) == (0.01, 1e-4, False)
     assert "lr" not in parse_args([config]).explicit
 
 
