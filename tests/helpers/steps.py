@@ -12,11 +12,14 @@ from torch import nn
 from helpers.structures import random_structure
 from structured_tickets.data.image_sets import ImageSet
 from structured_tickets.data.loader import BatchLoader
+from structured_tickets.data.mixing import Mixing
 from structured_tickets.networks import build_model
 from structured_tickets.networks.layers import Normalize
 from structured_tickets.pruning.masks import MaskPair, as_current, as_refill
 from structured_tickets.runs.setup import choose_kernels
 from structured_tickets.training import step as steps
+from structured_tickets.training.averaging import Average
+from structured_tickets.training.distillation import Distillation, as_teacher
 from structured_tickets.training.epoch import Passer, train
 from structured_tickets.training.loss_scale import LossScale
 from structured_tickets.training.optimization import OPTIMIZERS, LearningRate
@@ -169,6 +172,18 @@ def seen_in_steps(case, make, epochs=range(2)):
     finally:
         steps.Step.once = real
     return seen
+
+
+def with_a_whole_recipe(case: Case) -> Case:
+    """The same with everything that a recipe can have: mixed and augmented images, a teacher, parts, an average."""
+    case.loader.policy, case.loader.erasing, case.loader.repeats = "rand", 0.5, 2
+    passer = case.passer
+    passer.mixing, passer.at_once = Mixing(1.0, 1.0, 10, 8, 0, 1), 3
+    teacher = as_teacher(network("micro_cnn").to(case.device))
+    passer.distillation = Distillation(teacher, 0.5, 2.0, "kl")
+    passer.average = Average(case.model, 0.9, 0, {})
+    case.args.clip_grad = 1.0
+    return case
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.commands import run, tiny
 from helpers.interruptions import stopped_again_and_again
-from helpers.steps import Case, assert_same, kernels_that_repeat_themselves
+from helpers.steps import Case, assert_same, kernels_that_repeat_themselves, with_a_whole_recipe
 from helpers.structures import random_structure
 from torch import nn
 
@@ -91,6 +91,17 @@ def test_a_deterministic_graph_gives_the_bits_of_the_eager_step(arch, optimizer,
     assert all(torch.equal(a, b) for a, b in zip(ours[0], theirs[0], strict=True))
     assert_same(ours[1], theirs[1])
     assert torch.equal(ours[2], theirs[2])
+    graph.passer.recorder.close()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("arch", ["micro_cnn", "micro_vit"])
+def test_a_graph_of_a_whole_recipe_gives_the_bits_of_the_eager_step(arch, optimizer, deterministic):
+    graph, eager = map(with_a_whole_recipe, cases(arch, optimizer, compact=True))
+    ours, theirs = trained(graph), trained(eager)
+    assert graph_of(graph) is not None
+    assert_same(ours[1], theirs[1])
+    assert_same(graph.passer.average.state(), eager.passer.average.state())
     graph.passer.recorder.close()
 
 

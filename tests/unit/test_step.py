@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.networks import MICRO
 from helpers.reference_loop import reference_train
-from helpers.steps import Case, assert_same, kernels_that_repeat_themselves, seen_in_steps
+from helpers.steps import Case, assert_same, kernels_that_repeat_themselves, seen_in_steps, with_a_whole_recipe
 from helpers.watchers import Numbers, waiting
 from torch import nn
 
@@ -128,6 +128,16 @@ def test_no_number_of_a_step_is_frozen(arch, optimizer, decoupled, blocks):
     _, *seen = (numbers.calls for numbers in seen_in_steps(case, Numbers))
     assert len(seen) == 7 and len(seen[0]) > 100
     assert all(calls == seen[0] for calls in seen)
+
+
+@pytest.mark.parametrize("arch", MICRO)
+def test_no_number_of_a_whole_recipe_is_frozen_and_nothing_waits(arch):
+    case = with_a_whole_recipe(Case(arch, images=32))
+    _, *seen = (numbers.calls for numbers in seen_in_steps(case, Numbers))
+    assert len(seen) == 7 and len(seen[0]) > 500
+    assert all(calls == seen[0] for calls in seen)
+    for found in seen_in_steps(with_a_whole_recipe(Case(arch, images=32)), waiting):
+        assert not found
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
