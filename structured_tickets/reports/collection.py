@@ -124,6 +124,8 @@ def _folder(path: Path, places: Sequence[Place], names: Mapping[Path, str] | Non
     commands = [read_environment(place.folder).get("command", []) for place in places]
     named = {word.removeprefix("--").split("=")[0].replace("-", "_") for words in commands for word in words}
     differing = [k for k in keys if k != "seed" and len({worded(args.get(k)) for args in every.values()}) > 1]
+    if not _follows("recipe", [k for k in differing if k != "recipe"], every.values()):
+        differing.remove("recipe")  # runs with the same flags are the same, by whatever name
     axes = [k for k in differing if k in named]
     for key in differing:
         if key not in axes and not _follows(key, axes, every.values()):

@@ -155,7 +155,8 @@ class Experiment:
         current.check_agreement("end")
         if state == 0 and self.store is not None:
             self.store.leave(run, self.folder, setup.numerics)
-        hard, averaged = current.hardened_accuracies(), current.averaged_accuracies()
+        averaged = current.averaged_accuracies()
+        hard = current.hardened_accuracies(averaged)
         squeeze = current.doomed_norm() / run.doomed_norm if run.doomed_norm else None
         warn_if_not_squeezed(state, squeeze, setup.args.penalty)
         if state == 0 and setup.args.distill == DENSE:

@@ -97,7 +97,7 @@ def _ranked(run: RunState, trained: dict[str, Tensor], ranks: str, rank_weights:
 
 def _admm(setup: Setup, run: RunState, progress: Progress, stop: StopRequest) -> Admm:
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        loader = setup.train_loader.whole()
+        loader = setup.train_loader.whole().in_parts()
         loader.seek(run.state, setup.args.epochs + epoch)
         for batch in loader:
             stop.obey(f"while ADMM trained after round {run.state}")

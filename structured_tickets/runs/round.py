@@ -80,7 +80,12 @@ class Round:
     def _equip(self, faded: dict[str, list[int]], optimizer: dict[str, Any], average: dict[str, Tensor]) -> None:
         setup, args = self.setup, self.setup.args
         self.close()
-        for old in ("trainee", "passer", "pruner"):  # before their successors need memory; networks are cycles
+        for old in (
+            "trainee",
+            "passer",
+            "pruner",
+            "average",
+        ):  # before their successors need memory; networks are cycles
             vars(self).pop(old, None)
         gc.collect()
         if args.compile:
@@ -214,12 +219,16 @@ class Round:
         with swapped:
             return self.setup.accuracies(self.model, self.passer.recorder)
 
-    def hardened_accuracies(self) -> Accuracies:
-        """Return both with the structure applied; None without a penalty. The weights have been written back."""
+    def hardened_accuracies(self, averaged: Accuracies) -> Accuracies:
+        """Return both with the structure applied; None without a penalty. The weights have been written back.
+
+        Args:
+            averaged: Those of the averaged weights.
+        """
         if self.pruner is None or self.pair is None:
             return None, None
         if self.average and self.setup.args.eval_ema:
-            return self.averaged_accuracies()
+            return averaged
         with hardened(self.setup.model, self.pair.structure):
             return self.setup.accuracies(self.setup.model)
 

@@ -45,7 +45,7 @@ def _about_the_network(args: argparse.Namespace) -> Rules:
         ),
         (
             args.drop_path and (known is None or known.spec.family != "vit"),
-            f"argument --drop_path: {args.arch} is not one of this program's Vision Transformers. Omit this flag",
+            f"argument --drop_path: {args.arch} is not one of this program's Vision Transformers. Use --drop_path 0",
         ),
         (args.vit_pretrained and family == "cnn", f"argument --vit_pretrained: {args.arch} is not a ViT"),
         (

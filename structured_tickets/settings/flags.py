@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from structured_tickets.base.commands import name_in_help, typed
@@ -59,20 +59,29 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parse and check a command line; `-` is accepted for `_` in flags.
 
-    The result also has `warnings` (list of sentences), `explicit` (names of the flags that were given) and `words` (the
-    command line itself).
+    The result also has `warnings` (list of sentences), `explicit` (names of the flags that were given), `named` (those,
+    and what a file, preset or recipe names) and `words` (the command line itself).
 
     Raises:
         UsageError: One line that names the flag, the value and what is allowed.
     """
     words = [_underscored(w) for w in argv]
-    parser, beneath = build_parser(), _beneath(words)
-    parser.set_defaults(**beneath)
-    args = parser.parse_args(words)
-    explicit = _named_in(words)
-    _derive(args, explicit | beneath.keys())
+    beneath, explicit = _beneath(words), _named_in(words)
+    args = _parsed(words, beneath)
     check(args)
+    args.named = sorted(explicit | beneath.keys())
     args.warnings, args.explicit, args.words = warnings_about(args, explicit), sorted(explicit), list(argv)
+    return args
+
+
+def _parsed(words: Sequence[str], beneath: Mapping[str, Any]) -> argparse.Namespace:
+    """Parse words over values by name, and fill in what follows from them."""
+    parser, bare = build_parser(), [flag.name for flag in FLAGS.values() if flag.bare]
+    off = {f"--{name}=false": name for name in bare if f"--{name}=false" in words}
+    on = {f"--{name}=true": f"--{name}" for name in bare}
+    parser.set_defaults(**{**beneath, **dict.fromkeys(off.values(), False)})
+    args = parser.parse_args([on.get(word, word) for word in words if word not in off])
+    _derive(args, _named_in(words) | beneath.keys())
     return args
 
 
@@ -115,12 +124,24 @@ def _beneath(words: Sequence[str]) -> dict[str, Any]:
     parser = OneLineParser(add_help=False, allow_abbrev=False)
     for name in ("preset", "recipe", "config"):
         parser.add_argument(f"--{name}", default="")
-    asked, values = parser.parse_known_args(words)[0], {}
-    if asked.config:
-        written = words_from(asked.config)
-        found = vars(build_parser().parse_args(written))
-        values = {name: found[name] for name in _named_in(written)}
+    asked = parser.parse_known_args(words)[0]
+    values = _in_file(words_from(asked.config)) if asked.config else {}
     return values | PRESETS.get(asked.preset, {}) | _of_recipe(asked.recipe)
+
+
+def _in_file(words: Sequence[str]) -> dict[str, Any]:
+    """Values by name that the words of a file name, or its recipe and preset.
+
+    A value that follows from the others is left out: it has to follow from those that are given beside the file.
+    """
+    kept, beneath = list(words), _beneath(words)
+    for flag in FLAGS.values():
+        if flag.derived and flag.name in _named_in(kept):
+            fewer = [word for word in kept if word[2:].split("=")[0] != flag.name]
+            if getattr(_parsed(fewer, beneath), flag.name) == getattr(_parsed(kept, beneath), flag.name):
+                kept = fewer
+    found = vars(_parsed(kept, beneath))
+    return beneath | {name: found[name] for name in _named_in(kept)}
 
 
 def _of_recipe(name: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ LONGEST_ARCH = 150  # of --arch; file systems take 255 in all
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments as plain values, for `args.yaml`, checkpoints and trackers."""
-    settings = {k: plain(v) for k, v in vars(args).items() if k not in ("warnings", "explicit", "words")}
+    settings = {k: plain(v) for k, v in vars(args).items() if k not in ("warnings", "explicit", "named", "words")}
     return settings | ({LAMBDA_FOLLOWS: "progress"} if _had_another_lambda(settings) else {})
 
 
@@ -115,7 +115,7 @@ def _penalty_in_a_name(args: argparse.Namespace) -> dict[str, str]:
     before = penalty_before(args)
     if args.penalty == "auto" or vars(args).get(PENALTY_CHOSEN):
         return {"penalty": before}
-    return {"penalty": f"{before}, as given"} if args.penalty == before and "penalty" in args.explicit else {}
+    return {"penalty": f"{before}, as given"} if args.penalty == before and "penalty" in args.named else {}
 
 
 def _short(arch: str) -> str:

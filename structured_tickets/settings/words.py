@@ -15,11 +15,12 @@ from structured_tickets.settings.identity import as_understood_now, is_penalty_c
 HELP = "help"  # the one flag that every parser has
 
 
-def words_of(settings: Mapping[str, Any], source: str = "--grid") -> list[str]:
+def words_of(settings: Mapping[str, Any], source: str = "--grid", off: bool = False) -> list[str]:
     """Convert settings to command-line words. None omits a flag; true adds one without a value, false omits it.
 
     Args:
         source: The flag by which they came, for messages.
+        off: False turns a flag off that something else may have turned on.
 
     Raises:
         UsageError: There is no such flag, or the value does not fit.
@@ -30,7 +31,8 @@ def words_of(settings: Mapping[str, Any], source: str = "--grid") -> list[str]:
         if value is None:
             continue
         if key == HELP or FLAGS[key].bare:
-            words += [f"--{key}"] if _truth(key, value, source) else []
+            is_on = _truth(key, value, source)
+            words += [f"--{key}"] if is_on else [f"--{key}=false"] * off
         else:
             text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             words += [f"--{key}={text}"]
@@ -65,7 +67,7 @@ def words_from(file: str) -> list[str]:
         raise UsageError(f"argument --config: cannot read {file} ({first_line(error)})") from error
     if not is_mapping(found):
         raise UsageError(f"argument --config: {file} does not hold settings. Expected: args.yaml of a run, or the like")
-    settings = as_understood_now(found)
+    settings = as_understood_now(found) if "save_dir" in found else dict(found)  # else no run has written it
     if "penalty" in settings and PENALTY_CHOSEN in settings and is_penalty_chosen(settings):
         del settings["penalty"]
     return words_of({k: v for k, v in settings.items() if not _is_of_one_run(k)}, "--config")

@@ -220,7 +220,7 @@ def _job(spec: Spec, settings: Settings, out: Path) -> Job:
 
 def _parsed(flags: Sequence[str], settings: Settings) -> tuple[argparse.Namespace, list[str]]:
     """The arguments of a combination, and a command line for them without flags that nothing reads."""
-    words = [*(w for w in _joined(flags) if _key(w) not in settings), *words_of(settings)]
+    words = [*(w for w in _joined(flags) if _key(w) not in settings), *own_words(flags, settings)]
     try:
         args = parse_args(words)
     except UsageError as error:
@@ -233,6 +233,12 @@ def _parsed(flags: Sequence[str], settings: Settings) -> tuple[argparse.Namespac
         if ours == theirs:
             args, words = trial, fewer
     return args, words
+
+
+def own_words(flags: Sequence[str], settings: Settings) -> list[str]:
+    """Settings as words; what a recipe or a file may have turned on is turned off where a setting says so."""
+    named = {_key(word) for word in _joined(flags)} | settings.keys()
+    return words_of(settings, off=bool(named & {"config", "recipe"}))
 
 
 def _joined(words: Sequence[str]) -> list[str]:
@@ -259,6 +265,8 @@ def _ticket_of(job: Job, out: Path) -> Job | None:
     if not job.after:
         return None
     fewer = [w for w in job.words if _key(w) not in ("control", "control_of", "save_dir")]
+    if parse_args(fewer).control != "none":  # of the file of --config
+        fewer.append("--control=none")
     ticket = _job(Spec(tuple(fewer)), {}, out)
     return replace(ticket, settings={**job.settings, "control": "none"})
 

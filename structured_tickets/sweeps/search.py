@@ -20,8 +20,7 @@ from structured_tickets.reports.runs import Limits, in_words, judged, size_of
 from structured_tickets.reports.sweep_tables import Table, shown
 from structured_tickets.runs.read import read_rounds
 from structured_tickets.settings.flags import parse_args
-from structured_tickets.settings.words import words_of
-from structured_tickets.sweeps.grid import Job, Spec, grouped, plan
+from structured_tickets.sweeps.grid import Job, Spec, grouped, own_words, plan
 from structured_tickets.sweeps.schedule import carry_out
 
 log = logging.getLogger("rsst")
@@ -92,14 +91,19 @@ def prepared(args: argparse.Namespace, spec: Spec) -> Ready:
         raise UsageError("argument --search: epochs cannot be in the grid: the search decides them")
     plan(spec, args.out)  # so that what is wrong is named as in other sweeps
     settings, seeds = without_seeds(spec)
-    full = {parse_args([*spec.flags, *words_of(s)]).epochs for s in settings}
+    full = {parse_args([*spec.flags, *own_words(spec.flags, s)]).epochs for s in settings}
+    if len(full) > 1:
+        lengths = ", ".join(map(str, sorted(full)))
+        raise UsageError(
+            f"argument --search: the settings have rounds of {lengths} epochs. Give one number by --epochs"
+        )
     budgets = budgets_of(full.pop(), args.rungs)
     ready = Ready([], budgets, len(seeds), {})
     known = set()
     for setting in settings:
         jobs = {}
         for epochs in budgets:
-            settled = {**setting, **scaled([*spec.flags, *words_of(setting)], epochs)}
+            settled = {**setting, **scaled([*spec.flags, *own_words(spec.flags, setting)], epochs)}
             listed = tuple({**settled, "seed": seed} for seed in seeds)
             found = plan(Spec(spec.flags, (), listed), args.out, share_round_0=False).jobs
             jobs[epochs] = [_equipped(job, args) for job in found]
@@ -190,7 +194,7 @@ def without_seeds(spec: Spec) -> tuple[list[dict[str, Any]], list[Any]]:
     seeds = list(dict.fromkeys(s["seed"] for s in spec.combinations() if "seed" in s))
     rest = ({k: v for k, v in s.items() if k != "seed"} for s in spec.combinations())
     settings = list({in_words(s): s for s in rest}.values())
-    return settings, seeds or [parse_args([*spec.flags, *words_of(settings[0])]).seed]
+    return settings, seeds or [parse_args([*spec.flags, *own_words(spec.flags, settings[0])]).seed]
 
 
 def budgets_of(epochs: int, rungs: int) -> list[int]:

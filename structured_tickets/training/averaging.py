@@ -37,7 +37,11 @@ class Average:
         """Start from `values`, by name in the network's state dict; or, if there are none, from the network."""
         self.model, self.decay, self.first = model, decay, first
         own = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
-        self.names, self.sources = list(own), list(own.values())
+        place = {name: (value.data_ptr(), value.shape) for name, value in own.items()}
+        first_names = {where: name for name, where in reversed(place.items())}  # of tensors with several names
+        self._first = {name: first_names[where] for name, where in place.items()}
+        self.names = list(dict.fromkeys(self._first.values()))
+        self.sources = [own[name] for name in self.names]
         self.values = [source.clone() for source in self.sources]
         for name, value in zip(self.names, self.values, strict=True):
             if name in values:
@@ -56,7 +60,8 @@ class Average:
 
     def state(self) -> dict[str, Tensor]:
         """Return the network's state dict with the averages in it."""
-        return {**self.model.state_dict(), **dict(zip(self.names, self.values, strict=True))}
+        values = dict(zip(self.names, self.values, strict=True))
+        return {**self.model.state_dict(), **{name: values[first] for name, first in self._first.items()}}
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -98,6 +98,22 @@ def test_a_state_goes_into_a_smaller_network_and_back():
     assert all(torch.equal(a, b) for a, b in zip(again.values, case.average.values, strict=True))
 
 
+def test_a_tensor_with_two_names_has_one_average():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    average = Average(model, 0.9, 0, {})
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    average.follow(torch.tensor(0.25))
+    state = average.state()
+    assert len(average.values) == 3 and torch.equal(state["1.weight"], state["0.weight"])
+    assert not torch.equal(state["0.weight"], model[0].weight)
+    again = Average(model, 0.9, 0, {n: v for n, v in state.items() if n != "1.weight"})
+    assert torch.equal(again.state()["1.weight"], state["0.weight"])
+    with again.in_place():
+        assert torch.equal(model[1].weight, state["0.weight"])
+
+
 def test_in_place_of_the_weights_for_a_while():
     case = averaged()
     case.train()

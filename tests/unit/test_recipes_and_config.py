@@ -8,6 +8,7 @@ from helpers.commands import ROOT, run, tiny
 from helpers.comparison import assert_same_runs
 
 from structured_tickets.base.errors import UsageError
+from structured_tickets.programs import sweep
 from structured_tickets.reports.collection import collect
 from structured_tickets.settings.flag_table import FLAGS
 from structured_tickets.settings.flags import parse_args
@@ -60,6 +61,13 @@ def test_a_recipe_is_an_axis_of_a_sweep_and_round_0_has_its_own(tmp_path):
     }
 
 
+def test_a_search_among_recipes_needs_one_number_of_epochs(tmp_path, capsys):
+    words = ["--grid", "recipe=fast,cnn", "--search", "--macs", "1", "--dataset=digits", "--out", str(tmp_path / "out")]
+    assert sweep.main(words) == 2
+    assert "rounds of 16, 200 epochs. Give one number by --epochs" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "runs").exists()
+
+
 def settings_file(path, **settings):
     path.write_text(yaml.safe_dump(settings))
     return f"--config={path}"
@@ -90,6 +98,64 @@ def test_what_is_given_wins_over_a_recipe_and_that_over_a_file(tmp_path):
     documents = parse_args([config, "--recipe=documents"])
     assert (documents.lr, documents.weight_decay, documents.nesterov) == (0.01, 1e-4, False)
     assert "lr" not in parse_args([config]).explicit
+
+
+def test_what_follows_from_other_flags_follows_from_those_that_are_given(tmp_path):
+    vit = ["--arch=vit_tiny", "--vit_structured", "--rate=0.3", "--dataset=cifar10"]
+    config = settings_file(tmp_path / "a.yaml", **settings_of(parse_args(vit)))
+    again, other = parse_args([config]), parse_args([config, "--rate=0.6", "--dataset=tiny-imagenet"])
+    assert default_run_folder(again) == default_run_folder(parse_args(vit))
+    assert (again.mlp_prune_ratio, other.mlp_prune_ratio, other.image_size) == (0.3, 0.6, 64)
+    assert other.rate_mode == parse_args(vit).rate_mode
+    own = settings_file(tmp_path / "b.yaml", **settings_of(parse_args([*vit, "--mlp_prune_ratio=0.5"])))
+    assert parse_args([own, "--rate=0.6"]).mlp_prune_ratio == 0.5
+
+
+def test_a_switch_is_turned_off_again(tmp_path):
+    assert not parse_args(["--recipe=cnn", "--nesterov=false"]).nesterov
+    assert parse_args(["--nesterov=true"]).nesterov and "nesterov" in parse_args(["--nesterov=false"]).explicit
+    config = settings_file(tmp_path / "a.yaml", vit_structured=True, arch="vit_tiny")
+    assert not parse_args([config, "--vit_structured=false", "--arch=res20s"]).vit_structured
+    with pytest.raises(UsageError, match="--nesterov"):
+        parse_args(["--nesterov=perhaps"])
+    grid = {"nesterov": [True, False]}
+    jobs = plan(Spec(("--recipe=cnn", "--dataset=digits"), (grid,)), tmp_path).jobs
+    assert {parse_args(job.words).nesterov for job in jobs if not job.dense} == {True, False}
+
+
+def test_a_file_may_name_a_recipe_and_a_preset(tmp_path):
+    config = settings_file(tmp_path / "a.yaml", recipe="vit", arch="vit_tiny", epochs=40)
+    args = parse_args([config])
+    assert (args.recipe, args.optimizer, args.epochs, args.drop_path) == ("vit", "adamw", 40, 0.1)
+    assert parse_args([config, "--recipe=documents"]).optimizer == "sgd"
+    assert parse_args([settings_file(tmp_path / "b.yaml", preset="as_documented")]).rsst_dead == "free"
+
+
+def test_only_a_file_that_a_run_has_written_has_the_meaning_of_its_time(tmp_path):
+    config = settings_file(tmp_path / "a.yaml", RST_schedule="x^2")
+    assert default_run_folder(parse_args([config])) == default_run_folder(parse_args(["--RST_schedule=x^2"]))
+    before = settings_file(tmp_path / "b.yaml", RST_schedule="x^2", struct="rsst", save_dir=None)
+    assert parse_args([before]).reg_horizon == "documents"
+
+
+@pytest.mark.parametrize("penalty", ["gradient", "decoupled", "direct", "auto"])
+def test_a_repeated_run_has_the_folder_of_the_first(penalty, tmp_path):
+    words = ["--dataset=digits", f"--penalty={penalty}", "--epochs=3"]
+    first = parse_args(words)
+    written = {**settings_of(first), "penalty_chosen": penalty == "auto"}
+    assert default_run_folder(parse_args([settings_file(tmp_path / "a.yaml", **written)])) == default_run_folder(first)
+
+
+def test_a_sweep_from_the_file_of_a_control_has_its_tickets(tmp_path):
+    written = settings_of(parse_args(["--dataset=digits", "--control=random_structure", "--epochs=2"]))
+    config = settings_file(tmp_path / "a.yaml", **written)
+    jobs = plan(Spec((config,), ({"seed": [0, 1]},)), tmp_path).jobs
+    names = {job.name for job in jobs}
+    assert all(set(job.after) <= names for job in jobs)
+    assert (
+        sorted(parse_args(job.words).control for job in jobs if not job.dense)
+        == ["none"] * 2 + ["random_structure"] * 2
+    )
 
 
 def test_where_a_run_lay_is_not_repeated_and_a_penalty_that_nobody_chose_is_chosen_anew(tmp_path):
@@ -131,3 +197,11 @@ def test_a_report_names_the_recipe_and_not_its_flags(tmp_path):
         words = {"recipe": name, "epochs": 1, "warmup": 0, "pruning_times": 1}
         assert run(*tiny(tmp_path / name, **words)) == 0
     assert list(collect(tmp_path).axes) == ["recipe"]
+
+
+def test_runs_with_the_same_flags_are_the_same_by_whatever_name(tmp_path):
+    flags = {"epochs": 1, "warmup": 0, "pruning_times": 1}
+    for seed, own in enumerate(({"recipe": "documents"}, {})):
+        assert run(*tiny(tmp_path / str(seed), **flags, **own, seed=seed)) == 0
+    found = collect(tmp_path)
+    assert list(found.axes) == [] and len(found.groups) == 1
