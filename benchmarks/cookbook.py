@@ -70,6 +70,22 @@ TASKS: dict[str, list[Step]] = {
             30,
         ),
     ],
+    "Train a Vision Transformer from nothing": [
+        Step(
+            "`--recipe vit` stands for AdamW, mixup, CutMix, AutoAugment, random erasing and stochastic depth "
+            "([table](methods.md#recipes)); `--ema 0.99 --eval_ema` judges averaged weights. Here in 4 epochs, at 16 pixels; "
+            "leave out `--epochs`, `--warmup` and `--image_size`, and it is 300 epochs at the images' own size.",
+            f"{MAIN} {PHOTOS} --arch vit_tiny --image_size 16 --recipe vit --ema 0.99 --eval_ema --pruning_times 1 \\\n"
+            "    --epochs 4 --warmup 1 --save_dir vit --quiet",
+        ),
+        Step(
+            "The network of a file, here that one, teaches another that becomes smaller: `--distill FILE`. `--distill dense` takes "
+            "the run's own round 0, and `ARCH@FILE` a network of another kind.",
+            f"{MAIN} {PHOTOS} --arch vit_tiny --image_size 16 --recipe vit --distill vit/ticket.pth.tar \\\n"
+            "    --struct rsst --vit_structured --vit_prune_target both --criteria magnitude --rate 0.3 --pruning_times 2 \\\n"
+            "    --epochs 4 --warmup 1 --save_dir taught --quiet",
+        ),
+    ],
     "Compare two methods": [
         Step(
             "The same budget, several seeds, and both methods side by side. The last table is of means over seeds.",
@@ -133,9 +149,9 @@ TASKS: dict[str, list[Step]] = {
             "END",
         ),
         Step(
-            "The same command with another `--save_dir` gives the same bits on the same kind of machine.",
-            f"{MAIN} {PHOTOS} --arch res20s --struct refill \\\n"
-            f"    --channel_units stream --round_units 8 --rate 0.3 --pruning_times 2 \\\n    {SHORT} --lr 0.05 --save_dir again --quiet\n"
+            "`--config` takes these settings; what is given beside it wins. In another folder they give the same bits on the same "
+            "kind of machine.",
+            f"{MAIN} --config half/args.yaml --save_dir again --quiet\n"
             "python - <<'END'\n"
             "import torch\n"
             'one, other = (torch.load(f"{run}/ticket.pth.tar", weights_only=True)["state_dict"] for run in ("half", "again"))\n'
