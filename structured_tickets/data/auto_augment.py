@@ -192,7 +192,7 @@ def _counts(index: Tensor) -> Tensor:
 
 def _equalized(flat: Tensor, level: Tensor) -> Tensor:
     """Tables that spread the values of each channel evenly, as PIL computes them: int64 [batch, channels, 256]."""
-    batch, channels, pixels = flat.shape
+    pixels = flat.shape[2]
     index = flat.long()
     counts = _counts(index)
     last = counts.gather(2, index.amax(2, keepdim=True))

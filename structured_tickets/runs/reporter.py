@@ -94,7 +94,7 @@ class Reporter:
     def write_summary(self, rounds: Sequence[Row]) -> None:
         text = io.StringIO()
         if rounds:
-            writer = csv.DictWriter(text, list(rounds[0]))
+            writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rounds for name in row)))
             writer.writeheader()
             writer.writerows({k: json.dumps(v) if isinstance(v, dict) else v for k, v in r.items()} for r in rounds)
         write_atomically(text.getvalue(), self.folder / "summary.csv")

@@ -34,7 +34,6 @@ from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.networks.precision import precision_of
 from structured_tickets.networks.pretrained import WHERE_IT_FITS, load_pretrained_weights
 from structured_tickets.networks.registry import note_channel_units
-from structured_tickets.networks.vision_transformer import VisionTransformer, drop_branches
 from structured_tickets.pruning.rules import RoundRules
 from structured_tickets.settings.conditions import channel_units_of
 from structured_tickets.settings.interpret import (
@@ -231,6 +230,8 @@ def _loaded(args: Any) -> tuple[nn.Module, Loaders, tuple[str, ...], torch.dtype
     said += _warnings_of_images_seen(settings, splits)
     put_normalize(model, Normalize(*(wanted or (splits.mean, splits.std))))
     if settings.get("drop_path"):
+        from structured_tickets.networks.vision_transformer import VisionTransformer, drop_branches  # loads timm
+
         assert isinstance(model, VisionTransformer)
         drop_branches(model, settings["drop_path"])
     parts = settings.get("accumulate", 1)
