@@ -15,7 +15,7 @@ from tqdm import tqdm
 from structured_tickets.base.atomic_files import append, write_atomically
 from structured_tickets.base.console import ONLY_IN_THE_FILE, is_terminal
 from structured_tickets.pruning.shares import Shares
-from structured_tickets.runs.rows import Row
+from structured_tickets.runs.rows import EMA, Row
 from structured_tickets.runs.tables import rounds_table
 from structured_tickets.runs.trackers import Trackers
 
@@ -94,7 +94,9 @@ class Reporter:
     def write_summary(self, rounds: Sequence[Row]) -> None:
         text = io.StringIO()
         if rounds:
-            writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rounds for name in row)))
+            names = dict.fromkeys(name for row in rounds for name in row)
+            empty = {name for name in EMA if all(row.get(name) is None for row in rounds)}
+            writer = csv.DictWriter(text, [name for name in names if name not in empty], extrasaction="ignore")
             writer.writeheader()
             writer.writerows({k: json.dumps(v) if isinstance(v, dict) else v for k, v in r.items()} for r in rounds)
         write_atomically(text.getvalue(), self.folder / "summary.csv")
