@@ -274,6 +274,12 @@ def best_by_validation(collection: Collection) -> Best | None:
     return next(iter(_ranked(collection)), None)
 
 
+def among(collection: Collection) -> str:
+    """Return the end of a phrase about the best setting, where those with fewer seeds were left out; else nothing."""
+    finished = {len(group.finished) for group in collection.groups}
+    return f" of the settings with {counted(max(finished), 'seed')}" if len(finished) > 1 else ""
+
+
 def lead(collection: Collection) -> str:
     """Return how far the setting that validation chooses is ahead of the next, in words; empty if there is no other."""
     ranked = _ranked(collection)[:2]

@@ -16,6 +16,7 @@ from structured_tickets.base.text_tables import counted
 from structured_tickets.reports.comparisons import (
     Comparison,
     against_dense,
+    among,
     best_by_validation,
     cell_by_cell,
     lead,
@@ -154,7 +155,7 @@ def _findings(collection: Collection, effects: Sequence[Comparison], dense: Sequ
     if best := best_by_validation(collection):
         title, rows = best.group.title, best.rows
         which = (
-            f"{title} is the best by validation accuracy in {best.where}: it"
+            f"{title} is the best by validation accuracy in {best.where}{among(collection)}: it"
             if collection.axes
             else f"In {best.where} the run"
         )

@@ -14,7 +14,7 @@ from typing import Any
 from structured_tickets.base.errors import DataError
 from structured_tickets.base.text_tables import counted, text_table
 from structured_tickets.reports.collection import collect
-from structured_tickets.reports.comparisons import Comparison, best_by_validation, lead
+from structured_tickets.reports.comparisons import Comparison, among, best_by_validation, lead
 from structured_tickets.reports.runs import Collection, Group, judged, mean_and_spread, soft, worded
 from structured_tickets.reports.sentences import time_saved, weak_penalties
 
@@ -205,7 +205,8 @@ def printed_summary(path: Path) -> str:
     lines = [text_table(table.head, [[shown(c) for c in row] for row in table.rows])]
     if best := best_by_validation(collection):
         lines.append(
-            f"best by validation: {best.group.title} with {spread([judged(r) for r in best.rows])}% on the test images "
+            f"best by validation{among(collection)}: {best.group.title} with "
+            f"{spread([judged(r) for r in best.rows])}% on the test images "
             f"({counted(len(best.rows), 'seed')})"
         )
         lines += [f"    {ahead}"] if (ahead := lead(collection)) else []

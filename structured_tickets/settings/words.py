@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from structured_tickets.base.errors import UsageError, first_line
-from structured_tickets.base.untrusted_text import is_mapping, parse_yaml
 from structured_tickets.settings.flag_table import FLAGS, LAMBDA_FOLLOWS, PENALTY_CHOSEN
 from structured_tickets.settings.identity import as_understood_now, is_penalty_chosen
 
@@ -61,6 +60,8 @@ def words_from(file: str) -> list[str]:
     Raises:
         UsageError: It cannot be read, or names what is no flag.
     """
+    from structured_tickets.base.untrusted_text import is_mapping, parse_yaml  # what reads YAML may not be installed
+
     try:
         found = parse_yaml(Path(file).read_text())
     except (OSError, ValueError) as error:
