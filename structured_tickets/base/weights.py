@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -47,3 +48,20 @@ def effective_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict without pruning keys: every pair `X_orig`, `X_mask` becomes `X`, their product."""
     names = (k.removesuffix("_orig") for k in state if not (k.endswith("_mask") and f"{k[:-5]}_orig" in state))
     return {n: effective_weight(state, n) for n in names}
+
+
+@contextmanager
+def in_place_of(own: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[None]:
+    """While it lasts, tensors have the values of others; afterwards their own again, at the same addresses."""
+    saved = [tensor.detach().clone() for tensor in own]
+    _copy(own, others)
+    try:
+        yield
+    finally:
+        _copy(own, saved)
+
+
+@torch.no_grad()
+def _copy(own: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    for tensor, other in zip(own, others, strict=True):
+        tensor.copy_(other)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from structured_tickets.base.randomness import mixed_seed, restore_random_states, seed_everything
-from structured_tickets.base.weights import digest_of
+from structured_tickets.base.weights import digest_of, in_place_of
 from structured_tickets.data.mixing import Mixing
 from structured_tickets.pruning.held import continued, doomed_whole, faded_units, held_masks
 from structured_tickets.pruning.masks import MaskPair, as_current, as_refill
@@ -21,7 +21,7 @@ from structured_tickets.runs.compared_run import ControlSource
 from structured_tickets.runs.judge import Accuracies
 from structured_tickets.runs.setup import Setup, prepare_for_speed, search_for_convolutions
 from structured_tickets.runs.state import RunState
-from structured_tickets.training.averaging import Average, in_place_of
+from structured_tickets.training.averaging import Average
 from structured_tickets.training.distillation import Distillation, as_teacher
 from structured_tickets.training.epoch import Passer, ShowProgress, hardened
 from structured_tickets.training.loss_scale import LossScale
@@ -107,11 +107,15 @@ class Round:
         self.pruner = Pruner(self.trainee.model, args, self.passer) if squeezing else None
 
     def _average(self, values: dict[str, Tensor]) -> Average | None:
-        """`values`: those that the averages of the whole network have; empty at the round's start."""
+        """Return the average of the network that trains.
+
+        Args:
+            values: Those that the averages of the whole network have; empty at the round's start.
+        """
         if not self.setup.args.ema or self.is_given:
             return None
-        zero = {n: m.to(values[n].device) for n, m in self.held.items()} if values else {}
-        own = self.trainee.cut_state({n: v * zero[n] if n in zero else v for n, v in values.items()}) if values else {}
+        masked = {n: v * self.held[n].to(v.device) if n in self.held else v for n, v in values.items()}
+        own = self.trainee.cut_state(masked) if masked else {}
         return Average(self.trainee.model, self.setup.args.ema, self.epochs.start, own)
 
     def _passer(self) -> Passer:

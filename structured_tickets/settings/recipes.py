@@ -19,7 +19,7 @@ class Recipe:
     flags: dict[str, Any] = field(default_factory=dict)
 
 
-# Accuracies that they have reached: docs/methods.md.
+# Accuracies that they have reached: docs/results.md.
 RECIPES = {
     "documents": Recipe("the documents' own, which is every flag's default"),
     "cnn": Recipe(

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from structured_tickets.base.weights import in_place_of
+
 
 def share_of_a_step(decay: float, step: int) -> float:
     """Return 1 - d, what the weights after a step count in the average: d = min(decay, (1 + t) / (10 + t)).
@@ -68,16 +70,3 @@ class Average:
         """While it lasts, the network has the averages for its weights; afterwards all is as before."""
         with in_place_of(self.sources, self.values):
             yield
-
-
-@contextmanager
-def in_place_of(own: list[Tensor], others: list[Tensor]) -> Iterator[None]:
-    """While it lasts, tensors have the values of others; afterwards their own again, at the same addresses."""
-    saved = [tensor.detach().clone() for tensor in own]
-    with torch.no_grad():
-        torch._foreach_copy_(own, others)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            torch._foreach_copy_(own, saved)

@@ -16,6 +16,7 @@ from torch import Tensor, nn, optim
 from structured_tickets.base.distributed import ALONE, World
 from structured_tickets.base.errors import DivergedError
 from structured_tickets.base.modes import freeze_statistics, set_mode
+from structured_tickets.base.weights import in_place_of
 from structured_tickets.data.mixing import Mixing
 from structured_tickets.pruning.masks import HeldMask, Mask
 from structured_tickets.training.averaging import Average
@@ -237,14 +238,7 @@ def judged_by(
 @contextmanager
 def hardened(model: nn.Module, structure: Mapping[str, Tensor]) -> Iterator[None]:
     """For a while, the model as its structure leaves it: everything outside is zero. Afterwards all is as before."""
-    parameters = {n: parameter_of(model, n) for n in structure}
-    saved = {n: p.detach().clone() for n, p in parameters.items()}
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.mul_(structure[name].to(parameter.device))
-    try:
+    own = {name: parameter_of(model, name).detach() for name in structure}
+    kept = [value * structure[name].to(value.device) for name, value in own.items()]
+    with in_place_of(list(own.values()), kept):
         yield
-    finally:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(saved[name])
