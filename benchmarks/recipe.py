@@ -13,8 +13,8 @@ from benchmarks import harness
 from benchmarks.gpu_loops import PENALTY, SIZE, Ours, network, photos
 from structured_tickets.data.mixing import Mixing
 from structured_tickets.data.policies import NONE, POLICIES
-from structured_tickets.networks import MODELS, family_of
-from structured_tickets.networks.vision_transformer import VisionTransformer, drop_branches
+from structured_tickets.networks import MODELS
+from structured_tickets.networks.stochastic_depth import drop_branches
 from structured_tickets.runs.setup import choose_device, choose_kernels
 from structured_tickets.training.averaging import Average
 from structured_tickets.training.distillation import Distillation, as_teacher
@@ -33,10 +33,6 @@ def parts_of(arch: str, device: torch.device) -> dict[str, Callable[[Ours], None
     def augment(policy: str) -> Callable[[Ours], None]:
         return lambda loop: setattr(loop.loader, "policy", policy)
 
-    def drop(loop: Ours) -> None:
-        assert isinstance(loop.model, VisionTransformer)
-        drop_branches(loop.model, 0.1)
-
     return {
         "--mixup": mix(1.0, 0.0),
         "--cutmix": mix(0.0, 1.0),
@@ -44,7 +40,7 @@ def parts_of(arch: str, device: torch.device) -> dict[str, Callable[[Ours], None
         "--random_erasing": lambda loop: setattr(loop.loader, "erasing", 0.25),
         **{f"--auto_augment {policy}": augment(policy) for policy in POLICIES if policy != NONE},
         "--ema": lambda loop: setattr(loop.passer, "average", Average(loop.model, 0.999, 0, {})),
-        **({"--drop_path": drop} if family_of(arch) == "vit" else {}),
+        "--drop_path": lambda loop: drop_branches(loop.model, 0.1),
         "--clip_grad": lambda loop: setattr(loop.passer, "args", clipped),
         "--distill dense": lambda loop: setattr(loop.passer, "distillation", Distillation(teacher, 0.9, 4.0, "kl")),
     }

@@ -34,7 +34,7 @@ from structured_tickets.shrinking.shrink import masked_copy, shrink
 from structured_tickets.unit_groups.unit import UnitGroup, masks_of_units
 
 SIDES = (32, 64, 96, 128, 160, 192, 224, 240, 256)
-CLASSES, BATCH, SECONDS = 10, 16, 1.5
+CLASSES, BATCH, SECONDS, MOST_TURNS = 10, 16, 1.5, 400
 Note = Callable[[dict[str, Any]], None]
 
 
@@ -198,7 +198,7 @@ def times(dense: nn.Module, small: nn.Module, side: int) -> dict[str, float]:
     images = torch.rand(BATCH, 3, side, side).contiguous(memory_format=torch.channels_last)
     spent: dict[str, list[float]] = {"dense": [], "small": []}
     began = time.perf_counter()
-    while len(spent["small"]) < 5 or (time.perf_counter() - began < SECONDS and len(spent["small"]) < 40):
+    while len(spent["small"]) < 5 or (time.perf_counter() - began < SECONDS and len(spent["small"]) < MOST_TURNS):
         for word, network in (("dense", dense), ("small", small)):
             start = time.process_time()
             network(images)

@@ -110,6 +110,8 @@ class BatchLoader:
     Attributes:
         batch_size: Images of a batch, all parts of it.
         share: (k, n): of every batch, only the k-th of n parts, which are as equal as can be.
+        ahead: Images of a batch that come before those of this share, with augmentation: for each part the one that is
+            before the share in the whole batch, as mixing needs it; of a last batch with fewer parts, any.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class BatchLoader:
         self.place = (0, 0)
         self.start = 0
         self.share = (0, 1)
+        self.ahead = 0
 
     def __len__(self) -> int:
         return math.ceil(len(self.data) / self.batch_size)
@@ -155,7 +158,7 @@ class BatchLoader:
     def whole(self) -> BatchLoader:
         """The same loader, for whole batches."""
         loader = copy.copy(self)
-        loader.share = (0, 1)
+        loader.share, loader.ahead = (0, 1), 0
         return loader
 
     def unchanged(self) -> BatchLoader:
@@ -171,12 +174,17 @@ class BatchLoader:
         loader.batch_size, loader.parts = self.batch_size // self.parts, 1
         return loader
 
-    def _parts(self, order: Tensor) -> list[Tensor]:
+    def _parts(self, order: Tensor, ahead: int = 0) -> list[Tensor]:
         """This share of each batch of `order`; of each part of it, where it is computed on in parts."""
         k, n = self.share
-        most = self.batch_size // self.parts
-        cut = [batch.split(even_sizes(len(batch), most)) for batch in order.split(self.batch_size)]
-        return [torch.cat([part.tensor_split(n)[k] for part in batch]) for batch in cut]
+        most, shares = self.batch_size // self.parts, []
+        for batch in order.split(self.batch_size):
+            parts = torch.arange(len(batch)).split(even_sizes(len(batch), most))
+            own = [part.tensor_split(n)[k] for part in parts]
+            before = [int(part[0]) - 1 if len(part) else -1 for part in own]
+            first = torch.tensor((before + [-1] * ahead)[:ahead], dtype=torch.long)
+            shares.append(batch[torch.cat([first, *own])])
+        return shares
 
     def _plain(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         parts = self._parts(order)
@@ -226,7 +234,7 @@ class BatchLoader:
 
     def _augmented(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         epoch = self.drawn()
-        places = self._parts(torch.arange(start, len(self.data)))
+        places = self._parts(torch.arange(start, len(self.data)), self.ahead)
         which = [epoch.order[part] for part in places]
         (labels,) = self._handed_out(which, self.data.labels)
         values = [getattr(epoch, entry.name) for entry in fields(Drawn)[1:]]

@@ -7,6 +7,7 @@ continued in the middle. What is drawn here is what they draw.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -36,6 +37,7 @@ class Mixing:
         classes: Number of classes.
         size: Side of the images, in pixels.
         state: Number of the round.
+        ahead: See `BatchLoader.ahead`.
     """
 
     mixup: float
@@ -44,6 +46,7 @@ class Mixing:
     size: int
     seed: int
     state: int
+    ahead: int = 0
 
     def drawn(self, epoch: int, batches: int) -> Tensor:
         """Return the numbers of each batch of an epoch: float64 [batches, 6], on the CPU."""
@@ -59,26 +62,37 @@ class Mixing:
         weight = numpy.where(cuts, 1.0, added)
         return torch.from_numpy(numpy.column_stack([weight, first, last, numpy.where(cuts, 1 - area, added)]))
 
-    def mixed(self, images: Tensor, labels: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def mixed(
+        self, images: Tensor, labels: Tensor, numbers: Tensor, sizes: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Mix a batch; the host does not wait.
 
         Args:
-            images: float [batch, channels, size, size].
+            images: float [batch, channels, size, size]; in a share of a batch, the first `ahead` are others'.
             labels: int64 [batch].
             numbers: A row of `drawn`, on the device.
+            sizes: Of a share of a batch, how many images of its own it has of each part.
 
         Returns:
             The images; for each the label with the larger share; and the shares of all classes [batch, classes].
         """
-        other, line = images.roll(1, 0), torch.arange(self.size, device=images.device)
+        other, before = (self._before(v, sizes) for v in (images, labels))
+        images, labels, line = images[self.ahead :], labels[self.ahead :], torch.arange(self.size, device=images.device)
         rows = (line >= numbers[TOP]) & (line < numbers[BOTTOM])
         columns = (line >= numbers[LEFT]) & (line < numbers[RIGHT])
         weight, share = numbers[WEIGHT].to(images.dtype), numbers[SHARE].float()
         added = images * weight + other * (1 - weight)
         images = torch.where(rows[:, None] & columns, other, added)
-        own = (labels[:, None] == torch.arange(self.classes, device=labels.device)).float()
-        shares = own * share + own.roll(1, 0) * (1 - share)
-        return images, torch.where(share >= 0.5, labels, labels.roll(1, 0)), shares
+        classes = torch.arange(self.classes, device=labels.device)
+        own, others = ((v[:, None] == classes).float() for v in (labels, before))
+        return images, torch.where(share >= 0.5, labels, before), own * share + others * (1 - share)
+
+    def _before(self, values: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Return for each image of one's own the value of the one before it in the whole batch."""
+        if not self.ahead:
+            return values.roll(1, 0)
+        others, parts = values[: self.ahead], values[self.ahead :].split(list(sizes))
+        return torch.cat([torch.cat([others[j : j + 1], part])[: len(part)] for j, part in enumerate(parts)])
 
 
 def boxes_to_erase(count: int, share: float, size: int, seed: int, state: int, epoch: int) -> Tensor:

@@ -24,6 +24,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.stride = stride
         self.padding = ((channels - in_channels) // 2,) * 2  # before and after; a smaller network may need others
+        self.drop_path: nn.Module | None = None
         self.downsample: nn.Module | None = None
         if projection and stride != 1:
             self.downsample = nn.Sequential(
@@ -39,7 +40,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        branch = self.bn2(self.conv2(out))
+        return F.relu((branch if self.drop_path is None else self.drop_path(branch)) + self.shortcut(x))
 
 
 class ResNet(nn.Module):

@@ -27,6 +27,7 @@ class ModelSpec:
         classifier: Name of the last layer, never pruned; started afresh by `--prune_type pt`.
         family: "cnn" (units are channels), "vit" (units are heads and MLP neurons), or "" where only its layers tell.
         pretrained: Name of the timm model whose ImageNet weights fit this one, if any.
+        branches: True if branches of it can be left out at random (`stochastic_depth`).
         whole: Attention layers and MLPs (their first layers' names) whose units cannot be removed.
         has_units: False if no units are removed from the network, only weights one by one.
         image: (channels, height, width) of the images that it was built for; None if its layers tell enough without.
@@ -41,6 +42,7 @@ class ModelSpec:
     classifier: str = "fc"
     family: str = "cnn"
     pretrained: str | None = None
+    branches: bool = False
     whole: frozenset[str] = frozenset()
     has_units: bool = True
     outputs: int = 1
@@ -64,13 +66,13 @@ ROW = "_row_of_the_network"
 
 
 def register_model(
-    name: str, *, stem: str, classifier: str, family: str, pretrained: str | None = None
+    name: str, *, stem: str, classifier: str, family: str, pretrained: str | None = None, branches: bool = False
 ) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
     """Add a model to `MODELS` under `name`; the model that is built carries its row as `.spec`.
 
     The decorated function takes the number of classes first and, if its size depends on it, `img_size`.
     """
-    spec = ModelSpec(name, stem, classifier, family, pretrained)
+    spec = ModelSpec(name, stem, classifier, family, pretrained, branches or family == "vit")
 
     def decorate(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         if name in MODELS and _place_of(MODELS[name].build) != _place_of(build):  # a user's file is run again and again

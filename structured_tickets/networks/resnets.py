@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from structured_tickets.networks.cifar_resnet import ResNet
 
 
-@register_model("res20s", stem="conv1", classifier="fc", family="cnn")
+@register_model("res20s", stem="conv1", classifier="fc", family="cnn", branches=True)
 def resnet20(number_class: int = 10) -> ResNet:
     """ResNet-20: three blocks a stage, 0.27 million weights."""
     from structured_tickets.networks.cifar_resnet import ResNet
@@ -18,7 +18,7 @@ def resnet20(number_class: int = 10) -> ResNet:
     return ResNet(3, number_class)
 
 
-@register_model("res56s", stem="conv1", classifier="fc", family="cnn")
+@register_model("res56s", stem="conv1", classifier="fc", family="cnn", branches=True)
 def resnet56(number_class: int = 10) -> ResNet:
     """ResNet-56: nine blocks a stage, 0.85 million weights."""
     from structured_tickets.networks.cifar_resnet import ResNet
@@ -26,7 +26,7 @@ def resnet56(number_class: int = 10) -> ResNet:
     return ResNet(9, number_class)
 
 
-@register_model("wrn32", stem="conv1", classifier="fc", family="cnn")
+@register_model("wrn32", stem="conv1", classifier="fc", family="cnn", branches=True)
 def wide_resnet32(num_classes: int = 100) -> ResNet:
     """ResNet-32 at twice the width, with shortcuts of 1x1 convolutions; 1.9 million weights.
 

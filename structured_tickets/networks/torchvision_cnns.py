@@ -14,7 +14,7 @@ SMALL = 64
 """The largest images (Tiny-ImageNet's, in pixels) for which the stem keeps the resolution."""
 
 
-@register_model("res18", stem="conv1", classifier="fc", family="cnn")
+@register_model("res18", stem="conv1", classifier="fc", family="cnn", branches=True)
 def resnet18(num_classes: int = 100, img_size: int = 32) -> nn.Module:
     """ResNet-18 (He et al. 2016): 3x3 stem without pool up to 64 pixels, torchvision's above; 11.2 million weights."""
     import torchvision
@@ -22,7 +22,7 @@ def resnet18(num_classes: int = 100, img_size: int = 32) -> nn.Module:
     return _resnet(torchvision.models.resnet18(num_classes=num_classes), img_size)
 
 
-@register_model("res50", stem="conv1", classifier="fc", family="cnn")
+@register_model("res50", stem="conv1", classifier="fc", family="cnn", branches=True)
 def resnet50(num_classes: int = 100, img_size: int = 32) -> nn.Module:
     """ResNet-50 (He et al. 2016): 3x3 stem without pool up to 64 pixels, torchvision's above; 23.7 million weights."""
     import torchvision

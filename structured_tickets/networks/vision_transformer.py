@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from timm.layers import DropPath
 from timm.models import vision_transformer
 from torch import Tensor, nn
 
@@ -57,18 +56,6 @@ class VisionTransformer(vision_transformer.VisionTransformer):
         for block in blocks:
             x = block(x)
         return self.forward_head(self.norm(_class_token_after(last, x)))
-
-
-def drop_branches(model: VisionTransformer, rate: float) -> None:
-    """Let branches be left out at random while the network trains: stochastic depth (Huang et al. 2016).
-
-    Of each image by itself, with a chance that grows from 0 in the first block to `rate` in the last; what is left is
-    scaled up, so that it stays the same in the mean.
-    """
-    blocks: Any = list(model.blocks)
-    for k, block in enumerate(blocks):
-        chance = rate * k / max(1, len(blocks) - 1)
-        block.drop_path1, block.drop_path2 = DropPath(chance), DropPath(chance)
 
 
 def _class_token_after(block: Any, x: Tensor) -> Tensor:

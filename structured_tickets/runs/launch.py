@@ -89,10 +89,6 @@ def settle_in(args: argparse.Namespace, world: World) -> None:
         )
     if args.compile:
         raise UsageError("argument --compile: cannot be combined with several processes")
-    if args.mixup or args.cutmix:
-        raise UsageError(
-            "argument --mixup, --cutmix: cannot be combined with several processes, which share a batch. Use 0 for both"
-        )
     if args.device == "mps":
         raise UsageError("argument --device: mps cannot be combined with several processes")
     if args.gpu >= 0:

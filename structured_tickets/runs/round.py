@@ -147,7 +147,8 @@ class Round:
         args, loader = self.setup.args, self.setup.train_loader
         if not (args.mixup or args.cutmix):
             return None
-        return Mixing(args.mixup, args.cutmix, len(self.setup.classes), loader.image_size, args.seed, self.number)
+        what = (args.mixup, args.cutmix, len(self.setup.classes), loader.image_size, args.seed, self.number)
+        return Mixing(*what, loader.ahead)
 
     def close(self) -> None:
         """Give up what was recorded of the steps: at once, since graphs may not outlive each other."""

@@ -178,6 +178,8 @@ def set_up(args: argparse.Namespace, world: World = ALONE) -> Setup:
     check_step(next(model.parameters()).device, args.step, world)
     for loader in loaders:
         loader.share = (world.rank, world.size)
+    if world.size > 1 and (args.mixup or args.cutmix):
+        loaders[0].ahead = loaders[0].parts
     note_channel_units(model, channel_units_of(vars(args)), (3, loaders[0].image_size, loaders[0].image_size))
     units = units_from(args, model, loaders[0].image_size)
     teacher = load_teacher(args, model, len(classes), loaders[0].image_size, precision)
@@ -230,9 +232,8 @@ def _loaded(args: Any) -> tuple[nn.Module, Loaders, tuple[str, ...], torch.dtype
     said += _warnings_of_images_seen(settings, splits)
     put_normalize(model, Normalize(*(wanted or (splits.mean, splits.std))))
     if settings.get("drop_path"):
-        from structured_tickets.networks.vision_transformer import VisionTransformer, drop_branches  # loads timm
+        from structured_tickets.networks.stochastic_depth import drop_branches  # loads timm and torchvision
 
-        assert isinstance(model, VisionTransformer)
         drop_branches(model, settings["drop_path"])
     parts = settings.get("accumulate", 1)
     _check_last_batch(model, len(splits.train), args.batch_size * (parts if args.batch_size > 1 else 1), size)

@@ -44,8 +44,9 @@ def _about_the_network(args: argparse.Namespace) -> Rules:
             f"argument --vit_structured: {args.arch} has no attention heads. Choose a ViT, or omit this flag",
         ),
         (
-            args.drop_path and (known is None or known.spec.family != "vit"),
-            f"argument --drop_path: {args.arch} is not one of this program's Vision Transformers. Use --drop_path 0",
+            args.drop_path and (known is None or not known.spec.branches),
+            f"argument --drop_path: {args.arch} is not one of this program's Vision Transformers or ResNets. "
+            "Use --drop_path 0",
         ),
         (args.vit_pretrained and family == "cnn", f"argument --vit_pretrained: {args.arch} is not a ViT"),
         (

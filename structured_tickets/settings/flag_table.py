@@ -290,7 +290,7 @@ TRAINING = (
     Flag(
         "drop_path",
         "chance that a branch of the last block is left out for an image, less in earlier blocks (stochastic depth; "
-        "only for this program's ViTs)",
+        "only for this program's ViTs and ResNets)",
         EVERY_ROUND,
         type=SHARE,
         default=0.0,

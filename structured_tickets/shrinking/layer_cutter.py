@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from structured_tickets.shrinking.carrying_graph import Carried, CarryingGraph, at_least_one, intersection, union
 from structured_tickets.shrinking.cuts import Cuts, cut_layer
-from structured_tickets.unit_groups.operations import ADDITIONS, is_depthwise, is_prunable_norm
+from structured_tickets.unit_groups.operations import ADDITIONS, LEFT_OUT, is_depthwise, is_prunable_norm, kind_of
 
 
 class LayerCutter:
@@ -92,8 +92,15 @@ class LayerCutter:
         index = torch.arange(norm.num_features)
         if norm.affine and node.name not in self.tensors.keeping.all:
             index = union(*(self._kept(node, param, norm.num_features) for param in ("weight", "bias")))
-        is_added = len(node.users) == 1 and next(iter(node.users)).target in ADDITIONS
-        return at_least_one(self.tensors.in_lanes(index, norm.num_features) if is_added else index)
+        return at_least_one(self.tensors.in_lanes(index, norm.num_features) if self._is_added(node) else index)
+
+    def _is_added(self, node: fx.Node) -> bool:
+        """Return whether a tensor is added to another and not used otherwise, be it left out at random before."""
+        if len(node.users) != 1:
+            return False
+        (user,) = node.users
+        dropped = user.op == "call_module" and kind_of(self.layers[str(user.target)]) in LEFT_OUT
+        return self._is_added(user) if dropped else user.target in ADDITIONS
 
     def linear(self, node: fx.Node, linear: nn.Linear) -> None:
         """Cut the columns of channels that do not arrive; the features that come out are no channels."""

@@ -25,7 +25,7 @@ from structured_tickets.unit_groups.unit import parameter_name, parameter_of
 
 SLOW = 0.6
 """Share of the time of the whole network: where the smallest one takes longer, another may be faster."""
-WORTH_IT = 30_000
+WORTH_IT = 5_000
 """Parameters of a network of which it matters how fast it is."""
 BETTER, NOTHING_REMOVED = 0.95, 0.9
 """Share of the time of a smaller network that a larger one must not exceed; and one from which nothing is removed."""

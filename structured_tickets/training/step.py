@@ -89,8 +89,9 @@ class Step:
         self.share.copy_(numbers[SHARE])
         image, target = self.source.fetch(self.at)
         wanted = target
-        if passer.mixing is not None:
-            image, target, wanted = passer.mixing.mixed(image, target, self.mixes.index_select(0, self.at)[0])
+        if (mixing := passer.mixing) is not None:
+            sizes = self._sizes(len(target) - mixing.ahead) if mixing.ahead else ()
+            image, target, wanted = mixing.mixed(image, target, self.mixes.index_select(0, self.at)[0], sizes)
         self.optimizer.zero_grad()
         seen = [self._learn(part, len(target)) for part in self._parts(image, target, wanted)]
         self._give_unreached_zeros()
@@ -111,12 +112,16 @@ class Step:
 
     def _parts(self, *batch: Tensor) -> Iterable[tuple[Tensor, ...]]:
         """A batch, or what this process has of each part of it: parts go through the network one after another."""
+        sizes = self._sizes(len(batch[0]))
+        return [batch] if len(sizes) == 1 else zip(*(values.split(sizes) for values in batch), strict=True)
+
+    def _sizes(self, own: int) -> list[int]:
+        """Return how many of a batch's images, of which this process has `own`, it has of each part."""
         most, world = self.passer.at_once, self.passer.world
         if not most:
-            return [batch]
-        whole = even_sizes(world.images_of_all(len(batch[0])), most)
-        sizes = [count // world.size + (world.rank < count % world.size) for count in whole]
-        return zip(*(values.split(sizes) for values in batch), strict=True)
+            return [own]
+        whole = even_sizes(world.images_of_all(own), most)
+        return [count // world.size + (world.rank < count % world.size) for count in whole]
 
     def _learn(self, part: Sequence[Tensor], of: int) -> Tensor:
         """Add the gradients of some of a batch's `of` images; return what they count: see `Meter`."""

@@ -162,7 +162,9 @@ KEEPS_NUMBER = (
 CALLED_ONCE = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
 """Layers that own channels, derived ones too. A network that calls one twice is refused: its channels have two uses."""
 
-LEAVES = frozenset({nn.Conv2d, nn.BatchNorm2d, "torchvision.StochasticDepth", "timm.DropPath"})
+LEFT_OUT = frozenset({"torchvision.StochasticDepth", "timm.DropPath"})
+"""Layers that leave their input out at random."""
+LEAVES = frozenset({nn.Conv2d, nn.BatchNorm2d}) | LEFT_OUT
 """Layers, derived ones too, that are one call in a traced graph, whatever they call themselves."""
 LIBRARIES = ("timm.layers", "torchvision.ops")
 """Of whose modules the tables have names: these libraries take seconds to import, and not all networks need them."""

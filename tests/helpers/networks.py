@@ -66,7 +66,7 @@ class MicroResNet(nn.Module):
         return self.fc(self.layer2(self.layer1(out)).mean((2, 3)))
 
 
-@register_model("micro_cnn", stem="conv1", classifier="fc", family="cnn")
+@register_model("micro_cnn", stem="conv1", classifier="fc", family="cnn", branches=True)
 def micro_cnn(num_classes: int = 10) -> MicroResNet:
     return MicroResNet(num_classes)
 

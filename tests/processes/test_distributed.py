@@ -152,6 +152,18 @@ def test_two_processes_find_the_ticket_that_one_finds(small_vit, tmp_path):
     assert names[0] == names[1]
 
 
+def test_two_processes_mix_teach_and_accumulate_as_one_does(small_vit, tmp_path):
+    """Mixup, CutMix, boxes and a teacher, of batches in three parts: each image is mixed with the same other one."""
+    recipe = {"mixup": 1.0, "cutmix": 1.0, "random_erasing": 0.5, "distill": "dense", "ema": 0.9}
+    words = {**small_vit, **recipe, "batch_size": 87, "accumulate": 3, "epochs": 2}
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert program.main(tiny(one, **words)) == 0
+    together(tiny(two, **words))
+    rows = list(zip(rows_of(one), rows_of(two), strict=True))
+    assert len(rows) == 4 and max(abs(a["loss"] - b["loss"]) for a, b in rows) < 1e-5
+    assert [row["accuracy"] for row in rows_of(one)] == pytest.approx([r["accuracy"] for r in rows_of(two)])
+
+
 OTHER = {"struct": "refill", "batch_size": 432, "criteria": "saliency"}
 
 

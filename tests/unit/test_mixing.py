@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.commands import run, tiny
 from helpers.comparison import assert_same_runs
 from helpers.interruptions import stopped_again_and_again
-from helpers.processes import Workers
 from helpers.steps import Case, seen_in_steps
 from helpers.watchers import Numbers, waiting
 from torch import nn
 
 from structured_tickets.data.image_sets import ImageSet
-from structured_tickets.data.loader import BatchLoader
+from structured_tickets.data.loader import BatchLoader, even_sizes
 from structured_tickets.data.mixing import BOTTOM, LEFT, RIGHT, SHARE, TOP, WEIGHT, Mixing, boxes_to_erase, erased
 from structured_tickets.runs.folder import RunFolder
 
@@ -169,11 +170,31 @@ def test_a_mixed_run_at_real_size_trains_the_same_network(tmp_path):
             torch.testing.assert_close(value, ends[1][name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("flag", ["mixup", "cutmix"])
-def test_several_processes_refuse_to_mix(flag, tmp_path):
-    workers = Workers(tiny(tmp_path, **{flag: 1.0}))
-    _, said = workers.communicate()
-    assert workers.returncode == 2 and "cannot be combined with several processes" in said
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("processes", [2, 3, 5])
+def test_shares_of_a_batch_are_mixed_as_the_whole_one(processes, parts):
+    """Also those of a last batch that has fewer images, fewer parts, or none for a process."""
+    images, labels = torch.randint(0, 256, (25, 3, 8, 8), dtype=torch.uint8), torch.arange(25)
+    options = {"augment": True, "flip": True, "seed": 3, "parts": parts, "erasing": 0.5}
+    loader = BatchLoader(ImageSet(images, labels), 12 // parts, torch.device("cpu"), **options)
+    whole, alone = list(loader), mixing(1.0, 1.0, classes=25)
+    numbers = alone.drawn(0, len(whole))
+    wanted = [alone.mixed(*batch, row) for batch, row in zip(whole, numbers, strict=True)]
+    found = []
+    for rank in range(processes):
+        loader.share, loader.ahead = (rank, processes), parts
+        together = replace(alone, ahead=parts)
+        mine = []
+        for (own, targets), batch, row in zip(loader, whole, numbers, strict=True):
+            sizes = [n // processes + (rank < n % processes) for n in even_sizes(len(batch[1]), 12 // parts)]
+            assert len(own) == len(targets) == parts + sum(sizes)
+            mine.append([value.split(sizes) for value in together.mixed(own, targets, row, sizes)])
+        found.append(mine)
+    assert len(whole[-1][1]) == 1, "less than there are processes"
+    for i, batch in enumerate(wanted):
+        for k, value in enumerate(batch):
+            count = len(found[0][i][k])
+            assert torch.equal(torch.cat([mine[i][k][part] for part in range(count) for mine in found]), value)
 
 
 def test_numpy_draws_what_it_drew_when_this_was_written():
