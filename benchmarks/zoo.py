@@ -94,17 +94,19 @@ SUMS: dict[str, Callable[[Row], bool]] = {
     "`torch.export` fails": lambda row: row.get("torch_export", "yes") != "yes",
     "ONNX fails": lambda row: row.get("onnx", "yes") != "yes",
     "saved and read again: fails": lambda row: row.get("saved", "yes") != "yes",
-    "torch-pruning: accepted": lambda row: row.get("torch_pruning") == "yes",
+    "torch-pruning: accepted": lambda row: row.get("torch_pruning", {}).get("said") == "yes",
+    "torch-pruning: accepted, same logits": lambda row: row.get("torch_pruning", {}).get("gap", 1) <= OFF,
 }
 """What is counted of all rows."""
-TRIED = dict(zip(list(SUMS)[-4:], ALSO, strict=True))
+TRIED = dict(zip(list(SUMS)[-5:], (*ALSO, ALSO[-1]), strict=True))
 """Those that are only known of rows where it was tried -> the key of the outcome."""
+FAULTS = list(SUMS)[4:-2]
 
 
 def in_short(row: Row) -> str:
     """Describe a row in a line of a log."""
     times = row.get("times", {})
-    words = [row["outcome"], f"share {row.get('share', 0):.2f}", *(n for n in list(SUMS)[4:] if SUMS[n](row))]
+    words = [row["outcome"], f"share {row.get('share', 0):.2f}", *(n for n in FAULTS if SUMS[n](row))]
     told = row.get("reason") or row.get("stopped") or f"time {times.get('ratio', 0):.2f}, gap {row.get('gap', 0):.1e}"
     return f"{'; '.join(words)}: {told}"
 
@@ -122,6 +124,9 @@ def table(args: argparse.Namespace) -> None:
     others = [[_name(r), r["outcome"], _reason(r)] for r in rows if r["outcome"] != "accepted" or "reason" in r]
     print("\n" + harness.table(["network", "outcome", "reason"], others))
     print("\n" + harness.table(["wrong", "networks"], _wrong(rows)))
+    theirs = [_of_theirs(row) for row in rows if "torch_pruning" in row]
+    if theirs:
+        print("\n" + harness.table(["network", "torch-pruning", "params left", "gap"], theirs))
     if args.whole:
         print("\n" + harness.table(["layers stay whole because", "layers", "networks"], _whole(rows)))
 
@@ -134,7 +139,7 @@ def _sum(rows: Sequence[Row], name: str) -> str:
 
 
 def _wrong(rows: Sequence[Row]) -> list[list[str]]:
-    found = {name: [_name(r) for r in rows if SUMS[name](r)] for name in list(SUMS)[4:-1]}
+    found = {name: [_name(r) for r in rows if SUMS[name](r)] for name in FAULTS}
     return [[name, ", ".join(names)] for name, names in found.items() if names]
 
 
@@ -155,6 +160,12 @@ def _name(row: Row) -> str:
 
 def _reason(row: Row) -> str:
     return str(row.get("reason") or row.get("stopped", "")).replace("|", "\\|")
+
+
+def _of_theirs(row: Row) -> list[str]:
+    found = row["torch_pruning"]
+    numbers = [f"{found['share']:.0%}", f"{found['gap']:.0e}"] if "gap" in found else ["", ""]
+    return [_name(row), str(found["said"]).replace("|", "\\|"), *numbers]
 
 
 def _cells(row: Row) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.base.modes import in_mode
+from structured_tickets.networks.hosted import left_as_it_is
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,12 @@ def program_of(model: nn.Module, image: Sequence[int], training: bool) -> Progra
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operation for a whole layer, of which nothing can be followed
     try:
-        with in_mode(network, training), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with (
+            in_mode(network, training),
+            warnings.catch_warnings(),
+            torch.random.fork_rng(devices=[]),
+            left_as_it_is(model),
+        ):
             warnings.simplefilter("ignore")
             exported = torch.export.export(network, (images,), strict=False)
     except Exception as error:  # whatever the network's code does with a value that is not there
@@ -75,13 +81,25 @@ def program_of(model: nn.Module, image: Sequence[int], training: bool) -> Progra
         ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    exported.graph_module.graph.eliminate_dead_code()  # what a module returns and nobody reads
     signature = exported.graph_signature
     first = first_names(model)
     tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    _erase_what_nobody_reads(exported.graph_module.graph, tensors)
     names = {node: first.get(name, name) for node, name in tensors.items()}
     held: Any = {node: exported.constants[name] for node, name in signature.inputs_to_lifted_tensor_constants.items()}
     buffers = dict(model.named_buffers())
     held |= {node: buffers[name] for node, name in signature.inputs_to_buffers.items() if name in buffers}
     constants = {n: v.detach().cpu().clone() for n, v in held.items() if isinstance(v, Tensor)}
     return Program(exported.graph_module, names, constants, first)
+
+
+def _erase_what_nobody_reads(graph: fx.Graph, tensors: Collection[str]) -> None:
+    """Erase what a module returns and nobody reads, but not layers: the smaller network calls them, too.
+
+    Args:
+        tensors: Nodes of parameters and buffers.
+    """
+    for node in reversed(graph.nodes):
+        reads = any(source.name in tensors for source in node.all_input_nodes)
+        if node.op == "call_function" and not node.users and not reads and not node.is_impure():
+            graph.erase_node(node)

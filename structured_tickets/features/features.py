@@ -16,6 +16,8 @@ ZERO = 0
 """Label of a number that is always zero."""
 LOGITS = "it is one of the logits"
 """Why what comes out of a network stays."""
+UNREAD = "no layer reads it, and it is no logit"
+"""Why what a network computes besides stays, such as the logits of a second head while it trains."""
 NEVER, IN_ROWS, ALWAYS = range(3)
 """How far features that stay can be zeros: not at all; where a layer gives them; also in what is computed of them."""
 

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from structured_tickets.features.calls import Call, LayerCall, packet
 from structured_tickets.features.computed_weights import computed_filters
 from structured_tickets.features.exported import Program
-from structured_tickets.features.features import LOGITS, Features, Parts, Through
+from structured_tickets.features.features import LOGITS, UNREAD, Features, Parts, Through
 from structured_tickets.features.labels import compact, plain, shortened, varying
 from structured_tickets.features.parts_of_weights import parts_of_weights
 from structured_tickets.features.rules_of_axes import taken_axes
@@ -27,6 +29,7 @@ from structured_tickets.features.tables import (
     BY_NUMBER,
     BY_PLACE,
     CHECKS,
+    COMPOSED,
     IN_PARTS,
     LAYERS,
     RANDOM,
@@ -102,6 +105,8 @@ class _Interpreter:
     def run(self) -> None:
         for node in self.program.graph.graph.nodes:
             self._run_node(node)
+            if node.op == "call_function" and not node.users and not _is_in_place(node):
+                self._keep(node, UNREAD)
 
     def _run_node(self, node: fx.Node) -> None:
         if node.op == "placeholder":
@@ -167,16 +172,19 @@ class _Interpreter:
         """Run a graph within the graph, such as one under another autocast."""
         place = next(k for k, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
         inner: Any = self.program.graph.get_submodule(str(node.args[place].target))  # type: ignore[union-attr]
-        given: Any = node.args[place + 1 :]
-        for own, source in zip(inner.graph.find_nodes(op="placeholder"), given, strict=True):
-            for table in (self.env, self.values, self.names):
-                if source in table:
-                    table[own] = table[source]  # type: ignore[index]
+        self._share(inner.graph.find_nodes(op="placeholder"), node.args[place + 1 :])  # type: ignore[arg-type]
         for own in inner.graph.nodes:
             if own.op == "output":
                 self.env[node] = fx.map_arg(own.args[0], self.env.get)
             elif own.op not in ("placeholder", "get_attr"):
                 self._call(own)
+
+    def _share(self, own: Sequence[fx.Node], sources: Sequence[fx.Node]) -> None:
+        """Let the inputs of a graph within the graph be what these nodes are."""
+        for node, source in zip(own, sources, strict=True):
+            for table in (self.env, self.values, self.names):
+                if source in table:
+                    table[node] = table[source]  # type: ignore[index]
 
     def _followed(self, node: fx.Node) -> Any:
         labelled = [labels for s in node.all_input_nodes for labels in _flat(self.env.get(s))]
@@ -202,7 +210,7 @@ class _Interpreter:
             elif rule is not None:
                 found = rule(call)
             else:
-                found = None
+                found = self._in_steps(node)
         except (RuntimeError, IndexError, TypeError, ValueError):
             found = None
         if found is None:
@@ -220,6 +228,31 @@ class _Interpreter:
         self._check_shape(node, found)
         self.following.tensors += [f for f in _flat(found) if isinstance(f, Tensor)]
         return found
+
+    def _in_steps(self, node: fx.Node) -> Any:
+        """Follow an operation through those by which torch computes it; None if it is none of these."""
+        target: Any = node.target
+        if not isinstance(target, OpOverload) or not target.has_kernel_for_dispatch_key(COMPOSED):
+            return None
+        sources = node.all_input_nodes
+        values = [source.meta["val"] for source in sources]
+        if not all(isinstance(value, Tensor) for value in values):
+            return None
+
+        def compute(*tensors: Tensor) -> Any:
+            at = dict(zip(sources, tensors, strict=True))
+            return target(*fx.map_arg(node.args, at.__getitem__), **fx.map_arg(node.kwargs, at.__getitem__))
+
+        like = [torch.empty(value.shape, dtype=value.dtype) for value in values]
+        inner = make_fx(compute, tracing_mode="fake")(*like)
+        steps = [own for own in inner.graph.nodes if own.op == "call_function"]
+        if any(own.target is target for own in steps):
+            return None
+        self._share(inner.graph.find_nodes(op="placeholder"), sources)
+        for own in steps:
+            self._call(own)
+        outcome: Any = inner.graph.output_node().args[0]
+        return fx.map_arg(outcome, self.env.__getitem__)
 
     def _check_shape(self, node: fx.Node, found: Any) -> None:
         value = node.meta.get("val")

@@ -80,6 +80,14 @@ def softmax(call: Call) -> Tensor:
     return fresh(call.features, labels)
 
 
+def running_sum(call: Call) -> Tensor:
+    """Sums of all numbers so far along an axis."""
+    labels, axis = call.labels(0), call.argument(1, "dim")
+    if axis % labels.ndim in varying(labels):
+        return mixed(call, labels, [axis], "it is added to other features").expand(call.shape)
+    return labels
+
+
 def taken_axes(node: fx.Node, labels: Tensor) -> list[int]:
     """Axes whose positions a rearrangement takes by number or in parts."""
     name = packet(node.target)

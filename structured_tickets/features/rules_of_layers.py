@@ -29,10 +29,18 @@ def _convolved(call: Call, weight: str, bias: str, groups: int, axes: tuple[int,
     columns = _read(call, labels, 1)
     weight = weight or (call.filters.weight if call.filters else "")
     if not weight:
-        call.keep(labels, "the weights of the layer that reads it are computed")
+        _keep_all(call)
         return plain(call.shape)
     rows = _layer(call, weight, bias, columns, outputs, axes if groups == 1 else (axes[0], axes[0]), groups)
     return rows.view(1, -1, *[1] * (len(call.shape) - 2)).expand(call.shape)
+
+
+def _keep_all(call: Call) -> None:
+    """Keep what a layer reads whose weights are computed, and what these are computed of."""
+    for source in call.node.all_input_nodes:
+        found = call.labels_of(source)
+        if isinstance(found, Tensor):
+            call.keep(found, "the weights of the layer that reads it are computed")
 
 
 def _read(call: Call, labels: Tensor, axis: int) -> Tensor:
@@ -72,6 +80,10 @@ def linear(call: Call) -> Tensor:
     if weight and others and call.features.are_numbers(labels, computed=True):  # such as learned queries: they stay
         call.keep(labels, "a layer reads numbers of a parameter")
         labels, others = plain(labels.shape), []
+    if not weight:
+        for place in (1, 2):
+            if call.argument(place, "bias") is not None:
+                call.keep(call.labels(place), "it is a weight of a layer")
     if not weight or others:
         found = mixed(call, labels, [-1], "the weights of the layer that reads it are computed")
         return found.expand(call.shape)

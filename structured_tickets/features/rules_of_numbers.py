@@ -31,6 +31,18 @@ def clamped(call: Call) -> Tensor:
     return same(call) if inside else nonzero(call)
 
 
+def paired_up(call: Call) -> Tensor:
+    """Pairs along the last axis become complex numbers: zero where both are."""
+    pairs = call.labels(0)
+    one, other = (shortened(pairs.select(-1, k)) for k in (0, 1))
+    return combined(call, one, other, product=False)
+
+
+def taken_in_two(call: Call) -> Tensor:
+    """Complex numbers become pairs along a new last axis."""
+    return call.labels(0).unsqueeze(-1).expand(call.shape)
+
+
 def slopes(call: Call) -> Tensor:
     """Each channel has a slope for what is below zero, or all have one."""
     labels, weight = call.labels(0), call.labels(1)

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from structured_tickets.features.calls import Call
 from structured_tickets.features.labels import compact, plain, shortened, varying
 from structured_tickets.features.rules_of_numbers import (
+    combined,
     equally_many_axes,
     fresh,
     mixed,
@@ -24,6 +25,12 @@ MOST_PAIRS = 10_000_000
 def matrix_product(call: Call) -> Tensor:
     """[..., n, k] times [..., k, m]."""
     return multiplied(call, call.labels(0), call.labels(1))
+
+
+def added_matrix_product(call: Call) -> Tensor:
+    """A tensor, and a product of matrices added to it."""
+    product = shortened(multiplied(call, call.labels(1), call.labels(2)).expand(call.shape))
+    return combined(call, call.labels(0), product, product=False)
 
 
 def attention(call: Call) -> Tensor:
@@ -60,6 +67,7 @@ def multiplied(call: Call, one: Tensor, other: Tensor) -> Tensor:
     if one.ndim < 2 or other.ndim < 2:
         raise ValueError("a product with a vector")
     one, other = (shortened(t) for t in equally_many_axes(one, other))
+    one, other = _without_fixed_numbers(call, one, other), _without_fixed_numbers(call, other, one)
     a, b = compact(one).unsqueeze(-1), compact(other).unsqueeze(-3)
     if torch.broadcast_shapes(a.shape, b.shape).numel() > MOST_PAIRS:
         raise ValueError("too many features meet")
@@ -70,9 +78,27 @@ def multiplied(call: Call, one: Tensor, other: Tensor) -> Tensor:
         return _products(call, a.select(-2, 0), b.select(-2, 0), one, other).expand(shape)
     for labels, axis, partner in ((one, axes - 1, other), (other, axes - 2, one)):
         if axis in varying(labels) and not bool((partner > 0).any()):
+            apart = [a for a in varying(labels) if a != axis]
+            if apart and all(a >= axes - 2 or partner.shape[a] == 1 for a in apart):  # each head by the same numbers
+                return mixed(call, labels, [axis], "it is multiplied with numbers and added up").expand(shape)
             call.keep(labels, "it is multiplied with numbers that cannot be removed")
     call.features.join(a, b)
     return _sums(call, one, other, shape)
+
+
+def _without_fixed_numbers(call: Call, one: Tensor, other: Tensor) -> Tensor:
+    """The first labels, or none if they are numbers of a parameter with which all matrices of the other are multiplied.
+
+    These stay.
+    """
+    numbers = call.features.are_numbers
+    mine, theirs = bool((one > 0).any()), bool((other > 0).any())
+    if not mine or not theirs or not numbers(one, computed=True) or numbers(other, computed=True):
+        return one
+    if any(a < one.ndim - 2 for a in varying(one)):
+        return one
+    call.keep(one, "it is multiplied with features, and the products are added up")
+    return plain(one.shape)
 
 
 def _products(call: Call, a: Tensor, b: Tensor, one: Tensor, other: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ assumed of what comes out.
 
 from __future__ import annotations
 
+import torch
+
 from structured_tickets.features.calls import Rule
-from structured_tickets.features.rules_of_axes import average, norm, padding, pooling, softmax
+from structured_tickets.features.rules_of_axes import average, norm, padding, pooling, running_sum, softmax
 from structured_tickets.features.rules_of_layers import (
     channel_normalisation,
     convolution,
@@ -25,10 +27,12 @@ from structured_tickets.features.rules_of_numbers import (
     masked,
     multiplication,
     nonzero,
+    paired_up,
     same,
     slopes,
+    taken_in_two,
 )
-from structured_tickets.features.rules_of_products import attention, matrix_product
+from structured_tickets.features.rules_of_products import added_matrix_product, attention, matrix_product
 
 
 def _names(text: str) -> frozenset[str]:
@@ -41,13 +45,14 @@ SAME = _names(
     expm1 feature_dropout float floor gelu gelu_ half hardshrink hardswish hardswish_ hardtanh hardtanh_
     leaky_relu leaky_relu_ lift_fresh lift_fresh_copy log1p mish mish_ nan_to_num native_dropout neg relu
     relu6 relu_ round selu sign silu silu_ sin sinh softshrink softsign sqrt sqrt_ square tanh tanh_ tanhshrink
-    to trunc type_as
+    to trunc type_as zeros_like
     """
 )
 """Works on each number by itself, and gives zero for zero."""
 NONZERO = _names(
     """
-    alpha_dropout cos eq exp ge gt hardsigmoid hardsigmoid_ le log log_sigmoid lt ne pow reciprocal rsqrt rsub
+    alpha_dropout cos eq exp full_like ge gt hardsigmoid hardsigmoid_ le log log_sigmoid lt ne ones_like pow reciprocal
+    rsqrt rsub
     sigmoid sigmoid_ softplus
     """
 )
@@ -74,7 +79,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_names("layer_norm rms_norm"), layer_normalisation),
     **dict.fromkeys(_names("mean sum amax amin var std"), average),
     **dict.fromkeys(_names("softmax log_softmax"), softmax),
-    **dict.fromkeys(_names("matmul bmm"), matrix_product),
+    **dict.fromkeys(_names("matmul bmm mm"), matrix_product),
+    **dict.fromkeys(_names("baddbmm addmm"), added_matrix_product),
     **dict.fromkeys(_names("pad constant_pad_nd"), padding),
     **dict.fromkeys(_names("clamp clamp_ clamp_min clamp_max"), clamped),
     "linear": linear,
@@ -84,6 +90,9 @@ RULES: dict[str, Rule] = {
     "glu": gated_linear,
     "prelu": slopes,
     "masked_fill": masked,
+    "cumsum": running_sum,
+    "view_as_complex": paired_up,
+    "view_as_real": taken_in_two,
 }
 """Operation -> what it does with features."""
 LAYERS = _names("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear")
@@ -117,6 +126,8 @@ REARRANGEMENTS = (
 """Moves numbers to other places, or repeats or leaves out some, and computes nothing."""
 CHECKS = _names("_assert_tensor_metadata _assert_scalar _assert_async sym_constrain_range sym_constrain_range_for_size")
 """Looks at a tensor, and gives none."""
+COMPOSED = torch._C.DispatchKey.CompositeImplicitAutograd
+"""Key of operations that torch computes by others. Those that no table knows are followed in these steps."""
 RANDOM = _names("rand randn rand_like randn_like bernoulli bernoulli_ randint randperm")
 """Draws numbers."""
 VIEWS = _names("slice select view transpose permute unsqueeze squeeze expand narrow chunk")

@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from structured_tickets.base.errors import BadType, BadValue, UsageError, first_line
 from structured_tickets.networks.attention import with_separate_heads
+from structured_tickets.networks.hosted import copies_of_computed
 from structured_tickets.pruning.masks import remove_masks
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
@@ -71,8 +72,7 @@ def plain_copy(network: nn.Module) -> nn.Module:
         BadValue: The network cannot be copied.
     """
     memo: dict[int, Any] = {id(hooks): kept for m in network.modules() for hooks, kept in _hooks_of(m)}
-    values = (value for m in network.modules() for value in vars(m).values() if isinstance(value, Tensor))
-    memo |= {id(value): value.detach().clone() for value in values if not value.is_leaf}  # which torch does not copy
+    memo |= copies_of_computed(network)
     try:
         twin = copy.deepcopy(network, memo)
     except Exception as error:  # whatever the objects that it holds raise

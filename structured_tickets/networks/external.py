@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.networks.attention import with_separate_heads
@@ -42,10 +44,14 @@ def build_external(arch: str, num_classes: int, img_size: int) -> Hosted:
     else:
         network = _from_file(arch, num_classes, img_size)
     _require_a_network(network, arch)
+    _require_parameters_as_weights(network, arch)
     seen = first_pass(network, arch, num_classes, img_size)
     _require_plain_state(network, arch)
     spec = replace(
-        spec_of_layers(network, arch, num_classes, seen.called), outputs=seen.outputs, image=(3, img_size, img_size)
+        spec_of_layers(network, arch, num_classes, seen.called),
+        outputs=seen.outputs,
+        image=(3, img_size, img_size),
+        side_by_side=seen.side_by_side,
     )
     return hosted(network, spec, seen.normalizes)
 
@@ -60,6 +66,18 @@ def _require_a_network(network: object, arch: str) -> None:
         )
     if next(network.parameters(), None) is None:
         raise UsageError(f"argument --arch: {arch} gives a network without parameters, so nothing can be trained")
+
+
+def _require_parameters_as_weights(network: nn.Module, arch: str) -> None:
+    """Refuse torch's older normalisations of weights: what they compute cannot be copied, nor told from its masks."""
+    for name, layer in network.named_modules():
+        for hook in layer._forward_pre_hooks.values():
+            if isinstance(hook, SpectralNorm | WeightNorm):
+                word = "spectral_norm" if isinstance(hook, SpectralNorm) else "weight_norm"
+                raise UsageError(
+                    f"argument --arch: {arch} has torch.nn.utils.{word} on {name}, whose weights cannot be pruned. Use "
+                    f"torch.nn.utils.parametrizations.{word} instead"
+                )
 
 
 def _require_plain_state(network: nn.Module, arch: str) -> None:

@@ -15,6 +15,7 @@ from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.base.modes import in_mode
 from structured_tickets.base.text_tables import counted
 from structured_tickets.networks.hosted import logits_of
+from structured_tickets.networks.layers import channels_side_by_side
 from structured_tickets.networks.registry import ModelSpec
 
 
@@ -26,11 +27,13 @@ class FirstPass:
         called: Its convolutions and linear layers, in the order in which it calls them.
         normalizes: It calls a layer `normalize` without weights on the images, once.
         outputs: Number of outputs while it trains.
+        side_by_side: See `ModelSpec`.
     """
 
     called: list[str]
     normalizes: bool
     outputs: int
+    side_by_side: bool
 
 
 def first_pass(network: nn.Module, arch: str, num_classes: int, img_size: int) -> FirstPass:
@@ -47,7 +50,8 @@ def first_pass(network: nn.Module, arch: str, num_classes: int, img_size: int) -
     if _weights(twin) != _weights(network):
         torch.set_rng_state(before)  # the weights that it draws now are those that the seed stands for
         found = _evaluated(network, arch, num_classes, img_size)
-    return FirstPass(*found, _outputs_in_training(twin, arch, num_classes, img_size))
+    outputs = _outputs_in_training(twin, arch, num_classes, img_size)
+    return FirstPass(*found, outputs, _takes_channels_side_by_side(twin, img_size))
 
 
 def _copied(network: nn.Module, arch: str) -> nn.Module:
@@ -87,7 +91,8 @@ def _evaluated(network: nn.Module, arch: str, num_classes: int, img_size: int) -
     logits = found if type(found) in (tuple, list) else logits_of(found)  # of several, it is not known which is judged
     if not _are_logits(logits, num_classes):
         raise UsageError(
-            f"argument --arch: {arch} gives {_shown(logits)} for two images, not logits {(2, num_classes)}"
+            f"argument --arch: {arch} gives {_shown(logits)} for two images, not logits {(2, num_classes)}. Return the "
+            "logits alone in evaluation mode"
         )
     if len(takes) > 1 and all(takes):
         raise UsageError(
@@ -113,6 +118,23 @@ def _outputs_in_training(network: nn.Module, arch: str, num_classes: int, img_si
             f"{(2, num_classes)}. Return the logits, or a tuple that begins with them"
         )
     return len(outputs) if isinstance(outputs, tuple | list) else 1
+
+
+def _takes_channels_side_by_side(network: nn.Module, img_size: int) -> bool:
+    """Return whether a network computes, forward and backward, with channels last. It is changed."""
+    draw = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, img_size, img_size, generator=draw).contiguous(memory_format=torch.channels_last)
+    channels_side_by_side(network)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), in_mode(network, True):
+            output = logits_of(network(images))
+            if output.requires_grad:
+                output.sum().backward()
+        with torch.no_grad(), in_mode(network, False):
+            network(images)
+    except RuntimeError:  # such as that of `view`; that it computes otherwise is known
+        return False
+    return True
 
 
 def _are_logits(found: Any, num_classes: int) -> bool:

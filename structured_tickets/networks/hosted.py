@@ -5,13 +5,15 @@ The network itself stays as it was made: its class, `forward`, `train`, hooks, a
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from structured_tickets.networks.registry import ModelSpec, change_notes
+from structured_tickets.networks.registry import ModelSpec, change_notes, spec_of
 
 SHARED = (
     "_parameters",
@@ -75,6 +77,8 @@ class Hosted(nn.Module):
     def forward(self, images: Any) -> Any:
         """Return the logits [batch, classes] of images [batch, 3, height, width] in [0, 1]: see `logits_of`."""
         network, place = bare(self), normalize_place(self)
+        if not spec_of(self).side_by_side:
+            images = images.contiguous()
         if place not in network._modules:
             images = self._modules[place](images)  # type: ignore[misc]
         # While a graph is traced, a call of a module is noted as one, and this one is no part of the host.
@@ -99,6 +103,12 @@ class Hosted(nn.Module):
 
     def _get_name(self) -> str:
         return type(bare(self)).__name__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hosted:
+        memo |= copies_of_computed(bare(self))
+        host = memo[id(self)] = _empty_host(type(bare(self)))
+        host.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[arg-type]
+        return host
 
     def __reduce__(self) -> tuple:
         return _empty_host, (type(bare(self)),), self.__getstate__()
@@ -147,6 +157,47 @@ def hosted(network: nn.Module, spec: ModelSpec, normalizes: bool = False) -> Hos
         host._modules[vars(host)[PLACE]] = nn.Identity()
     _join(host)
     return host
+
+
+def copies_of_computed(network: nn.Module) -> dict[int, Tensor]:
+    """Return copies of the tensors that a network keeps of its forward passes: by identity, as `deepcopy` takes them.
+
+    Torch refuses to copy what has a gradient's history.
+    """
+    found: dict[int, Tensor] = {}
+    waiting: list[Any] = [value for m in network.modules() for value in vars(m).values()]
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            if not value.is_leaf:
+                found[id(value)] = value.detach().clone()
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
+    return found
+
+
+@contextmanager
+def left_as_it_is(model: nn.Module) -> Iterator[None]:
+    """Restore what a network keeps beside its layers, while a copy of it is traced.
+
+    A hook that is defined inside a method is shared with all copies, and writes into the network itself: what it sees
+    of a traced copy are no tensors.
+    """
+    modules = dict.fromkeys([*model.modules(), *bare(model).modules()])
+    hooks = [h for m in modules for table in (m._forward_hooks, m._forward_pre_hooks) for h in table.values()]
+    around = [cell.cell_contents for h in hooks for cell in getattr(h, "__closure__", None) or ()]
+    modules |= dict.fromkeys(m for value in around if isinstance(value, nn.Module) for m in value.modules())
+    attributes = [(vars(m), dict(vars(m))) for m in modules]
+    values = [*around, *(v for _, own in attributes for n, v in own.items() if n not in SHARED)]
+    contents = [(v, copy.copy(v)) for v in values if type(v) in (dict, list)]
+    try:
+        yield
+    finally:
+        for own, before in (*attributes, *contents):
+            own.clear()
+            own.update(before) if isinstance(own, dict) else own.extend(before)
 
 
 def free_name(network: nn.Module, name: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from structured_tickets.base.errors import UsageError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import fx, nn
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class ModelSpec:
         has_units: False if no units are removed from the network, only weights one by one.
         image: (channels, height, width) of the images that it was built for; None if its layers tell enough without.
         outputs: Number of outputs while it trains, of which the first are the logits.
+        side_by_side: False if its forward pass cannot compute with channels side by side in memory (channels last), as
+            one that takes `view` of a feature map: then images and weights stay as it was written for.
         channel_units: What a channel is as a unit: a row of `unit_groups.kinds.CHANNEL_UNITS`.
         followed: True if its features are followed although its layers, or the graph of its modules, seem to tell its
             units: these could not be removed.
@@ -46,6 +48,7 @@ class ModelSpec:
     whole: frozenset[str] = frozenset()
     has_units: bool = True
     outputs: int = 1
+    side_by_side: bool = True
     followed: bool = False
     image: tuple[int, int, int] | None = None
     channel_units: str = "filter"
@@ -63,6 +66,7 @@ MODELS: dict[str, ModelEntry] = {}
 ORIGIN = "_origin_of_the_network"
 ROW = "_row_of_the_network"
 """Attribute of a host under which it keeps the row of its network."""
+AS_IT_IS = "_layout_stays_as_it_is"
 
 
 def register_model(
@@ -114,6 +118,16 @@ def spec_of(model: nn.Module) -> ModelSpec:
     own = vars(model)
     spec = own.get(ROW, own.get("spec"))
     return spec if isinstance(spec, ModelSpec) else ModelSpec()
+
+
+def takes_channels_side_by_side(model: nn.Module) -> bool:
+    """Return what the notes on a network, or on the one that a graph was traced of, say: see `ModelSpec`."""
+    return spec_of(model).side_by_side and not vars(model).get("meta", {}).get(AS_IT_IS, False)
+
+
+def note_layout_of(model: nn.Module, graph: fx.GraphModule) -> None:
+    """Note on a graph that was traced of a network how that computes."""
+    graph.meta[AS_IT_IS] = not takes_channels_side_by_side(model)  # torch copies `meta` with a graph, and no attributes
 
 
 def change_notes(model: nn.Module, spec: ModelSpec) -> None:

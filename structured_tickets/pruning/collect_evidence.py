@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,16 +96,26 @@ def _statistics(
     finally:
         for handle in handles:
             handle.remove()
+    for module, layer in named.items():  # evaluation need not call what training does: then it gives nothing
+        outputs[layer] = outputs.get(layer) or [_nothing(module, images)]
     every = [part for layer in layers for part in outputs[layer]]
     slopes: Sequence[Tensor | None] = [None] * len(every)
     if gradients:
-        slopes = torch.autograd.grad(nn.functional.cross_entropy(logits, labels), every, materialize_grads=True)
+        loss = nn.functional.cross_entropy(logits, labels)
+        slopes = torch.autograd.grad(loss, every, materialize_grads=True, allow_unused=True)
     slope_of = {id(part): slope for part, slope in zip(every, slopes, strict=True)}
     found = {}
     for module, layer in named.items():
         own = [_summary(part, slope_of[id(part)], _features_last(module, part)) for part in outputs[layer]]
         found[layer] = own[0] if len(own) == 1 else _side_by_side(own)
     return found
+
+
+def _nothing(layer: nn.Module, images: Tensor) -> Tensor:
+    """Zeros in the place of what a layer gives: [1, features], with axes for pixels of a convolution."""
+    weight: Any = next(p for n, p in layer.named_parameters() if n in ("weight", "in_proj_weight", "q_proj_weight"))
+    zeros = images.new_zeros(1, weight.shape[0], *[1] * (weight.ndim - 2))
+    return zeros.requires_grad_(torch.is_grad_enabled() and images.is_floating_point())
 
 
 def _side_by_side(parts: Sequence[FeatureStatistics]) -> FeatureStatistics:
@@ -125,7 +136,8 @@ def _summary(output: Tensor, slope: Tensor | None, features_last: bool) -> Featu
     others = [d for d in range(output.ndim) if d != (output.ndim - 1 if features_last else 1)]
 
     def mean(values: Tensor) -> Tensor:
-        return values.to(exact_type(values.device)).mean(dim=others).cpu().double()
+        exact = values.to(exact_type(values.device))
+        return (exact.mean(dim=others) if others else exact).cpu().double()  # torch takes no axes for all of them
 
     saliency = None if slope is None else mean((output * slope).abs())
     return FeatureStatistics(mean(output.abs()), mean(output.square()), saliency)

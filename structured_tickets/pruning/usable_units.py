@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.base.modes import in_mode
@@ -18,7 +19,6 @@ from structured_tickets.shrinking.trial import check_units, places_channels
 from structured_tickets.unit_groups.find import features_of, is_transformer, share_in_units, unit_groups
 from structured_tickets.unit_groups.kinds import STREAM, kind_of
 from structured_tickets.unit_groups.left_alone import ALWAYS, left_alone, weights_of
-from structured_tickets.unit_groups.operations import is_plain_conv
 from structured_tickets.unit_groups.unit import PARAMETERS, UnitGroup, kinds, parameter_of, rows
 
 FROZEN = "frozen (requires_grad=False)"
@@ -288,7 +288,7 @@ def _rows_of_layers(model: nn.Module, spec: ModelSpec, stem: bool, transformer: 
     own = dict(model.named_parameters())
     dense = {spec.classifier} if stem else {spec.classifier, spec.stem}
     layers = {n: m for n, m in model.named_modules() if f"{n}.weight" in own and n not in dense}
-    convs = [] if transformer else [n for n, m in layers.items() if is_plain_conv(m)]
+    convs = [] if transformer else [n for n, m in layers.items() if isinstance(m, _ConvNd)]
     return [_rows_of_layer(model, n) for n in convs or (n for n, m in layers.items() if isinstance(m, nn.Linear))]
 
 

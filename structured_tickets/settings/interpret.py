@@ -72,7 +72,7 @@ def _what_to_change(usable: UsableUnits, needed: bool) -> str:
     if frozen := [layer for layer, reason in usable.whole.items() if reason == FROZEN]:
         return f". {FROZEN[0].upper()}{FROZEN[1:]}: {some_of(frozen)}. Unfreeze the layers that are to be pruned"
     if not needed:
-        return ""
+        return ": it has no convolution or linear layer with a weight of its own, besides the first and the last one"
     return (
         " as whole units, which are the channels of convolutions, attention heads (qkv and proj) and MLP neurons (fc1 "
         "and fc2). To prune its weights one by one, use --struct imp"

@@ -52,4 +52,4 @@ def _reason(layer: nn.Module, transformer: bool) -> str:
         return LINEAR
     if type(layer) is not nn.Conv2d:
         return f"{type(layer).__name__}: only the channels of a plain Conv2d can be told apart"
-    return "its outputs are added up to the logits"
+    return "its outputs are added up to the logits, or no layer reads them"

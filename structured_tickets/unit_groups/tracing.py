@@ -17,6 +17,8 @@ from torch import Tensor, fx, nn
 
 from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.base.modes import in_mode
+from structured_tickets.networks.hosted import left_as_it_is
+from structured_tickets.networks.registry import note_layout_of
 from structured_tickets.unit_groups.operations import (
     CALLED_ONCE,
     COPIES,
@@ -64,7 +66,7 @@ def _graphs_of_both_modes(model: nn.Module) -> list[fx.GraphModule]:
     own_names, graphs = set(vars(model)), []
     try:
         for mode in (not model.training, model.training):
-            with in_mode(model, mode):
+            with in_mode(model, mode), left_as_it_is(model):
                 graphs.append(Tracer().trace(model))
     except Exception as error:  # whatever the network's code does with a value that is not a tensor
         reason = first_line(error)
@@ -72,6 +74,8 @@ def _graphs_of_both_modes(model: nn.Module) -> list[fx.GraphModule]:
             model, f"has no fixed graph, for example because it branches on tensor values ({reason})"
         ) from error
     networks = [fx.GraphModule(model, graph) for graph in graphs]
+    for network in networks:
+        note_layout_of(model, network)
     for name in set(vars(model)) - own_names:  # constants, which the tracer leaves on the network
         delattr(model, name)
     return networks

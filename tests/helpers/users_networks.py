@@ -464,3 +464,121 @@ def filtered_mlps(num_classes: int) -> nn.Module:
     for block in network.blocks:
         block.mlp, block.attn = FilteredMlp(24, 48), SeparateAttention(24)
     return network
+
+
+class Viewing(Plain):
+    """Takes a view of its feature maps, as tutorials do: that works in one memory layout only."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.head = nn.Linear(12 * 4, num_classes)
+
+    def forward(self, x):
+        x = F.adaptive_avg_pool2d(self.one(self.stem(x)), 2)
+        return self.head(x.view(x.size(0), -1))
+
+
+def viewing(num_classes: int) -> nn.Module:
+    return Viewing(num_classes)
+
+
+class Video(Plain):
+    """A convolution over three axes among others."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.first = nn.Conv3d(1, 3, (3, 3, 3), padding=(0, 1, 1))
+
+    def forward(self, x):
+        return super().forward(self.first(x.unsqueeze(1)).squeeze(2))
+
+
+def video(num_classes: int) -> nn.Module:
+    return Video(num_classes)
+
+
+class SecondHead(Plain):
+    """Gives the logits of a second head while it trains."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.aux = nn.Linear(12, num_classes)
+
+    def forward(self, x):
+        x = self.one(self.stem(x))
+        logits = self.head(self.two(x).mean((2, 3)))
+        return (logits, self.aux(x.mean((2, 3)))) if self.training else logits
+
+
+def second_head(num_classes: int) -> nn.Module:
+    return SecondHead(num_classes)
+
+
+class Noisy(Plain):
+    """Calls a layer in training mode alone."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.gate = nn.Conv2d(12, 12, 1)
+
+    def forward(self, x):
+        x = self.two(self.one(self.stem(x)))
+        return self.head((x * self.gate(x).tanh() if self.training else x).mean((2, 3)))
+
+
+def noisy(num_classes: int) -> nn.Module:
+    return Noisy(num_classes)
+
+
+class Watched(Plain):
+    """Keeps what it computes, by a hook that knows the network from the variables around it."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.seen: dict = {}
+
+        def note(layer, inputs, output):
+            self.seen["one"] = output
+
+        self.one.register_forward_hook(note)
+
+
+def watched(num_classes: int) -> nn.Module:
+    return Watched(num_classes)
+
+
+class Generating(Plain):
+    """The weights of a convolution are what other layers compute."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.code, self.maker = nn.Parameter(torch.randn(6)), nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 12 * 12))
+
+    def forward(self, x):
+        x = F.conv2d(self.one(self.stem(x)), self.maker(self.code).view(12, 12, 1, 1))
+        return self.head(x.mean((2, 3)))
+
+
+def generating(num_classes: int) -> nn.Module:
+    return Generating(num_classes)
+
+
+class StandardisedConv(nn.Conv2d):
+    """Weight standardisation, as its authors wrote it."""
+
+    def forward(self, x):
+        rows = self.weight.view(self.weight.size(0), -1)
+        rows = (rows - rows.mean(1, keepdim=True)) / (rows.std(1, keepdim=True) + 1e-5)
+        return F.conv2d(x, rows.view_as(self.weight), self.bias, self.stride, self.padding)
+
+
+def standardised(num_classes: int) -> nn.Module:
+    network = Plain(num_classes)
+    network.stem[0], network.one[0] = StandardisedConv(3, 8, 3, padding=1), StandardisedConv(8, 12, 3, padding=1)
+    return network
+
+
+def spectral(num_classes: int) -> nn.Module:
+    network = Plain(num_classes)
+    nn.utils.spectral_norm(network.one[0])
+    return network

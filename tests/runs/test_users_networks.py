@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -11,7 +12,11 @@ from helpers.comparison import assert_same_runs
 from helpers.interruptions import stopped_again_and_again
 
 from structured_tickets.export.deployed import load
+from structured_tickets.networks import build_model
+from structured_tickets.networks.hosted import bare
 from structured_tickets.programs import export
+from structured_tickets.pruning.collect_evidence import collect_evidence
+from structured_tickets.pruning.usable_units import usable_units
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.shrinking.cost import cost_of
 
@@ -200,3 +205,47 @@ def test_controls_of_a_network_without_units(kind, tmp_path, capsys):
     assert run(*words(tmp_path / "control", "deciding", **control)) == 0
     assert run(*words(tmp_path / "narrow", "deciding", **{**control, "control": "small_dense"})) == 2
     assert "cannot be followed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("struct", ["refill", "rsst", "imp"])
+@pytest.mark.parametrize(
+    "factory", ["viewing", "video", "second_head", "noisy", "watched", "generating", "standardised"]
+)
+def test_what_people_write_goes_through_whole_runs(factory, struct, tmp_path, capsys):
+    """Views of feature maps and weights, five axes, second heads, layers for training alone, hooks, made weights."""
+    more = {"RST_schedule": "x", "penalty": "decoupled"} if struct == "rsst" else {}
+    assert run(*words(tmp_path / "run", factory, struct=struct, **more)) == 0
+    assert "Traceback" not in capsys.readouterr().err
+    if struct == "imp":
+        return
+    out = ["--arch", f"{FILE}:{factory}", "--out", str(tmp_path / "out"), "--quiet"]
+    assert export.main([str(tmp_path / "run"), *out]) == 0
+    network = load(tmp_path / "out", f"{FILE}:{factory}")
+    assert network.train()(torch.rand(4, 3, 8, 8)).shape == (4, 10)
+    whole = build_model(f"{FILE}:{factory}", 10, 8)
+    assert sum(p.numel() for p in network.parameters()) < sum(p.numel() for p in whole.parameters())
+
+
+@pytest.mark.parametrize("criterion", ["l1", "saliency"])
+def test_units_of_a_layer_that_evaluation_does_not_call_count_for_nothing(criterion, tmp_path):
+    torch.manual_seed(0)
+    model = build_model(f"{FILE}:noisy", 10, 8)
+    groups = {g.name: g for g in usable_units(model, 8, needed=True).groups}
+    batch = torch.rand(4, 3, 8, 8), torch.arange(4)
+    evidence = collect_evidence(model, list(groups.values()), model.state_dict(), {}, criterion, [batch])
+    assert set(evidence.features) >= {"gate"} and not evidence.features["gate"].absolute.any()
+
+
+def test_hooks_and_memory_of_a_network_stay_the_users(tmp_path):
+    """A hook that knows the network itself sees no tensors of the copies that are examined."""
+    model = build_model(f"{FILE}:watched", 10, 8)
+    model(torch.rand(2, 3, 8, 8))
+    assert bare(model).seen["one"].grad_fn is not None
+    assert copy.deepcopy(model).seen["one"].grad_fn is None
+    usable_units(model, 8, needed=True)
+    assert type(bare(model).seen["one"]) is torch.Tensor
+
+
+def test_older_normalisations_of_weights_are_named(tmp_path, capsys):
+    assert run(*words(tmp_path / "run", "spectral")) == 2
+    assert "Use torch.nn.utils.parametrizations.spectral_norm instead" in capsys.readouterr().err

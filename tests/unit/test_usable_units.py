@@ -33,7 +33,7 @@ def removed(model, groups):
     parameters = dict(model.named_parameters())
     kept = {g.name: torch.rand(g.units, generator=draw) < 0.5 for g in groups}
     masks = masks_of_units(groups, kept, parameters)
-    small, images = shrink(model, masks).network.eval(), torch.rand(2, 3, 8, 8)
+    small, images = shrink(model, masks, spread=0).network.eval(), torch.rand(2, 3, 8, 8)
     with torch.no_grad():
         for name, mask in masks.items():
             parameters[name].mul_(mask)
@@ -110,7 +110,7 @@ def test_a_head_that_stays_is_not_cut_where_all_its_weights_are_gone():
     masks = masks_of_units(found.groups, {}, parameters)
     masks["blocks.0.attn.proj.weight"][:, :8] = 0
     masks["blocks.1.mlp.fc2.weight"][:, 5:] = 0
-    small, images = shrink(model, masks).network, torch.rand(2, 3, 8, 8)
+    small, images = shrink(model, masks, spread=0).network, torch.rand(2, 3, 8, 8)
     assert small.get_submodule("blocks.0.attn").num_heads == 3
     assert small.get_submodule("blocks.1.mlp.fc1").out_features == 5
     wanted = torch.func.functional_call(model, {n: parameters[n] * m for n, m in masks.items()}, (images,))
@@ -146,7 +146,7 @@ def test_units_that_names_and_modules_do_not_tell_are_found_by_what_layers_compu
     parameters, images = dict(model.named_parameters()), torch.rand(2, 3, 8, 8)
     kept = {g.name: torch.arange(g.units) % 2 == 0 for g in found.groups}
     masks = masks_of_units(found.groups, kept, parameters)
-    small = shrink(model, masks).network.eval()
+    small = shrink(model, masks, spread=0).network.eval()
     assert cost_of(model, masks, 8).macs < 0.75 * cost_of(model, {}, 8).macs
     wanted = torch.func.functional_call(model, {n: parameters[n] * m for n, m in masks.items()}, (images,))
     torch.testing.assert_close(small(images), wanted, rtol=1e-4, atol=1e-5)
