@@ -32,24 +32,26 @@ from structured_tickets.unit_groups.find import unit_groups
 from structured_tickets.unit_groups.unit import UnitGroup, kept_units, kinds
 
 NETWORKS = ("res20s", "res56s", "res18", "timm/convnext_atto", "vit_tiny")
-SIZE, RATES = 32, 19  # pixels; rates that are tried
+RATES = 19  # that are tried
 GOALS = {"evaluation": 1.25, "training": 1.35}
 Action = Callable[[], object]
 
 
-def network(arch: str, channel_units: str) -> nn.Module:
+def network(arch: str, channel_units: str, size: int) -> nn.Module:
     """A network with weights of which L1 takes as many in each layer."""
     torch.manual_seed(0)
-    model = build_model(arch, 10, SIZE)
-    note_channel_units(model, channel_units, (3, SIZE, SIZE))
+    model = build_model(arch, 10, size)
+    note_channel_units(model, channel_units, (3, size, size))
     return model
 
 
-def structure(model: nn.Module, groups: list[UnitGroup], channel_units: str, multiple: int, macs: float) -> Mask:
+def structure(
+    model: nn.Module, groups: list[UnitGroup], channel_units: str, multiple: int, macs: float, size: int
+) -> Mask:
     """Masks that leave about this share of the MACs."""
     draw = torch.Generator().manual_seed(0)
     weights = {n: torch.rand(p.shape, generator=draw) for n, p in model.named_parameters()}
-    dense, found = cost_of(model, {}, SIZE).macs, dict[float, Mask]()
+    dense, found = cost_of(model, {}, size).macs, dict[float, Mask]()
     targets = tuple(k for k in kinds(groups) if k in ("channel", "head", "neuron"))
     for step in range(RATES):
         rate = (step + 1) / (RATES + 1)
@@ -64,7 +66,7 @@ def structure(model: nn.Module, groups: list[UnitGroup], channel_units: str, mul
             round_units=multiple,
         )
         pair = decide(model, groups, rules, 0, ranked=weights, trained=weights, previous=None, batches=[])
-        found[cost_of(model, pair.structure, SIZE).macs / dense] = pair.structure
+        found[cost_of(model, pair.structure, size).macs / dense] = pair.structure
     return found[min(found, key=lambda share: abs(share - macs))]
 
 
@@ -75,7 +77,7 @@ def widths(groups: list[UnitGroup], masks: Mapping[str, Tensor]) -> str:
 
 
 def passes(
-    model: nn.Module, masks: Mask, batch: int, precision: torch.dtype, device: torch.device
+    model: nn.Module, masks: Mask, batch: int, size: int, precision: torch.dtype, device: torch.device
 ) -> tuple[Action, Action]:
     """A forward pass in evaluation mode, and a training step, of the network at its real size."""
     trainee = Trainee(
@@ -85,7 +87,7 @@ def passes(
         lambda net: prepare_for_speed(net, precision),
         bool(masks),
     )
-    images = torch.rand(batch, 3, SIZE, SIZE, device=device).to(memory_format=torch.channels_last)
+    images = torch.rand(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (batch,), device=device)
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
@@ -108,21 +110,23 @@ def passes(
 
 def rows(arch: str, args: argparse.Namespace, device: torch.device) -> list[list[str]]:
     """A row for each kind of unit, multiple and batch."""
-    precision = choose_precision(args.precision, device)
+    precision, size = choose_precision(args.precision, device), args.image_size
     variants: dict[str, tuple[nn.Module, Mask, float, str]] = {}
     for channel_units in ("filter", "stream"):
-        model = network(arch, channel_units)
+        model = network(arch, channel_units, size)
         groups = unit_groups(model)
         if "channel" not in kinds(groups) and channel_units == "stream":
             continue
         for multiple in dict.fromkeys((1, 8, numbers_at_once(args.gpu))):
-            masks = structure(model, groups, channel_units, multiple, args.macs)
-            share = cost_of(model, masks, SIZE).macs / cost_of(model, {}, SIZE).macs
+            masks = structure(model, groups, channel_units, multiple, args.macs, size)
+            share = cost_of(model, masks, size).macs / cost_of(model, {}, size).macs
             variants[f"{channel_units} {multiple}"] = model, masks, share, widths(groups, masks)
     found = []
     for batch in args.batches:
-        dense = passes(network(arch, "filter"), {}, batch, precision, device)
-        small = {name: passes(model, masks, batch, precision, device) for name, (model, masks, *_) in variants.items()}
+        dense = passes(network(arch, "filter", size), {}, batch, size, precision, device)
+        small = {
+            name: passes(model, masks, batch, size, precision, device) for name, (model, masks, *_) in variants.items()
+        }
         times = []
         for k in range(2):
             actions = {"dense": dense[k], **{name: both[k] for name, both in small.items()}}
@@ -137,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", nargs="+", default=NETWORKS)
     parser.add_argument("--batches", nargs="+", type=int, default=(64, 128))
+    parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--macs", type=float, default=0.38, help="share of the MACs that is left")
     parser.add_argument("--precision", default="fp32", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--turns", type=int, default=9)

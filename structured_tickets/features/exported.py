@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +72,8 @@ def program_of(model: nn.Module, image: Sequence[int], training: bool) -> Progra
             warnings.catch_warnings(),
             torch.random.fork_rng(devices=[]),
             left_as_it_is(model),
+            redirect_stdout(io.StringIO()),  # torch shows a graph of which it gives up
+            redirect_stderr(io.StringIO()),
         ):
             warnings.simplefilter("ignore")
             exported = torch.export.export(network, (images,), strict=False)

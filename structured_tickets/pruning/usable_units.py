@@ -118,6 +118,8 @@ def _best_trial(model: nn.Module, spec: ModelSpec, image_size: int, stem: bool, 
         if _removable(model, other) > _removable(model, easy):
             return other
         change_notes(model, easy.notes)
+        if not easy.groups and other.error is not None:
+            return replace(easy, error=other.error)
     return easy
 
 
@@ -141,7 +143,7 @@ def _leaves_much(model: nn.Module, trial: _Trial) -> bool:
 
     In timm's and torchvision's networks layers of any kind count: many are convolutions.
     """
-    if trial.error is not None or trial.stays:
+    if trial.error is not None or trial.stays or not trial.groups:
         return True
     if not trial.transformer:
         pruned = {s.layer for g in trial.groups for s in g.slices}
