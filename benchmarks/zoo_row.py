@@ -316,6 +316,13 @@ def _set_to_zero(layer: nn.Module | None, index: Sequence[int]) -> None:
     """Set what a layer gives at these places to zero."""
     if layer is None:
         return
+    if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is not None:
+        rows = torch.as_tensor(index)[:, None] + torch.arange(3) * layer.embed_dim
+        for value in (layer.in_proj_weight, layer.in_proj_bias):
+            if value is not None:
+                value.index_fill_(0, rows.flatten(), 0)
+        _set_to_zero(layer.out_proj, index)
+        return
     for name, value in layer.named_parameters(recurse=False):
         transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd) and name == "weight"
         value.index_fill_(int(transposed), torch.as_tensor(index), 0)

@@ -211,7 +211,7 @@ class _Interpreter:
                 found = rule(call)
             else:
                 found = self._in_steps(node)
-        except (RuntimeError, IndexError, TypeError, ValueError):
+        except (RuntimeError, LookupError, TypeError, ValueError):
             found = None
         if found is None:
             self.following.unknown[name] += 1
@@ -244,7 +244,12 @@ class _Interpreter:
             return target(*fx.map_arg(node.args, at.__getitem__), **fx.map_arg(node.kwargs, at.__getitem__))
 
         like = [torch.empty(value.shape, dtype=value.dtype) for value in values]
-        inner = make_fx(compute, tracing_mode="fake")(*like)
+        try:
+            inner = make_fx(compute, tracing_mode="fake")(*like)
+        except Exception:  # whatever an operation makes of tensors without values: it stays unknown
+            return None
+        if inner.graph.find_nodes(op="get_attr"):
+            return None
         steps = [own for own in inner.graph.nodes if own.op == "call_function"]
         if any(own.target is target for own in steps):
             return None
@@ -252,7 +257,8 @@ class _Interpreter:
         for own in steps:
             self._call(own)
         outcome: Any = inner.graph.output_node().args[0]
-        return fx.map_arg(outcome, self.env.__getitem__)
+        found = fx.map_arg(outcome, self.env.__getitem__)
+        return list(found) if isinstance(found, tuple | list) else found
 
     def _check_shape(self, node: fx.Node, found: Any) -> None:
         value = node.meta.get("val")

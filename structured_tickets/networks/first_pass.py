@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
 from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.base.modes import in_mode
 from structured_tickets.base.text_tables import counted
-from structured_tickets.networks.hosted import logits_of
+from structured_tickets.networks.hosted import left_as_it_is, logits_of
 from structured_tickets.networks.layers import channels_side_by_side
 from structured_tickets.networks.registry import ModelSpec
 
@@ -50,8 +52,20 @@ def first_pass(network: nn.Module, arch: str, num_classes: int, img_size: int) -
     if _weights(twin) != _weights(network):
         torch.set_rng_state(before)  # the weights that it draws now are those that the seed stands for
         found = _evaluated(network, arch, num_classes, img_size)
-    outputs = _outputs_in_training(twin, arch, num_classes, img_size)
-    return FirstPass(*found, outputs, _takes_channels_side_by_side(twin, img_size))
+    with left_as_it_is(network), _same_draws():
+        outputs = _outputs_in_training(twin, arch, num_classes, img_size)
+        return FirstPass(*found, outputs, _takes_channels_side_by_side(twin, img_size))
+
+
+@contextmanager
+def _same_draws() -> Iterator[None]:
+    """Leave the generators of Python and numpy as they were: networks may draw from them."""
+    states = random.getstate(), numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
 
 
 def _copied(network: nn.Module, arch: str) -> nn.Module:
@@ -132,7 +146,7 @@ def _takes_channels_side_by_side(network: nn.Module, img_size: int) -> bool:
                 output.sum().backward()
         with torch.no_grad(), in_mode(network, False):
             network(images)
-    except RuntimeError:  # such as that of `view`; that it computes otherwise is known
+    except Exception:  # such as that of `view`; that it computes otherwise is known
         return False
     return True
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -187,17 +188,38 @@ def left_as_it_is(model: nn.Module) -> Iterator[None]:
     """
     modules = dict.fromkeys([*model.modules(), *bare(model).modules()])
     hooks = [h for m in modules for table in (m._forward_hooks, m._forward_pre_hooks) for h in table.values()]
-    around = [cell.cell_contents for h in hooks for cell in getattr(h, "__closure__", None) or ()]
+    around = [value for h in hooks for cell in getattr(h, "__closure__", None) or () for value in _content_of(cell)]
     modules |= dict.fromkeys(m for value in around if isinstance(value, nn.Module) for m in value.modules())
     attributes = [(vars(m), dict(vars(m))) for m in modules]
-    values = [*around, *(v for _, own in attributes for n, v in own.items() if n not in SHARED)]
-    contents = [(v, copy.copy(v)) for v in values if type(v) in (dict, list)]
+    values = [*around, *(v for own, _ in attributes for n, v in own.items() if n not in SHARED)]
+    contents = [(v, copy.copy(v)) for v in _containers(values)]
     try:
         yield
     finally:
         for own, before in (*attributes, *contents):
             own.clear()
-            own.update(before) if isinstance(own, dict) else own.extend(before)
+            own.extend(before) if isinstance(own, list | deque) else own.update(before)
+
+
+def _content_of(cell: Any) -> list[Any]:
+    """Return what a variable around a function holds, if it has got a value."""
+    try:
+        return [cell.cell_contents]
+    except ValueError:
+        return []
+
+
+def _containers(values: Iterable[Any]) -> list[Any]:
+    """Return what can grow or shrink among values, and within such."""
+    found: dict[int, Any] = {}
+    waiting = [v for v in values if isinstance(v, dict | list | set | deque)]
+    while waiting:
+        value = waiting.pop()
+        if id(value) not in found:
+            found[id(value)] = value
+            inside = value.values() if isinstance(value, dict) else value
+            waiting += [v for v in inside if isinstance(v, dict | list | set | deque)]
+    return list(found.values())
 
 
 def free_name(network: nn.Module, name: str) -> str:

@@ -113,8 +113,12 @@ def _statistics(
 
 def _nothing(layer: nn.Module, images: Tensor) -> Tensor:
     """Zeros in the place of what a layer gives: [1, features], with axes for pixels of a convolution."""
-    weight: Any = next(p for n, p in layer.named_parameters() if n in ("weight", "in_proj_weight", "q_proj_weight"))
-    zeros = images.new_zeros(1, weight.shape[0], *[1] * (weight.ndim - 2))
+    names = ("out_channels", "out_features", "num_features", "embed_dim")
+    own: Any = vars(layer)
+    features = next((own[n] for n in names if n in own), None) or len(next(layer.parameters()))
+    if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is not None:
+        features *= 3
+    zeros = images.new_zeros(1, features, *[1] * (2 if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) else 0))
     return zeros.requires_grad_(torch.is_grad_enabled() and images.is_floating_point())
 
 

@@ -290,7 +290,7 @@ def _rows_of_layers(model: nn.Module, spec: ModelSpec, stem: bool, transformer: 
     own = dict(model.named_parameters())
     dense = {spec.classifier} if stem else {spec.classifier, spec.stem}
     layers = {n: m for n, m in model.named_modules() if f"{n}.weight" in own and n not in dense}
-    convs = [] if transformer else [n for n, m in layers.items() if isinstance(m, _ConvNd)]
+    convs = [] if transformer else [n for n, m in layers.items() if isinstance(m, _ConvNd) and not m.transposed]
     return [_rows_of_layer(model, n) for n in convs or (n for n, m in layers.items() if isinstance(m, nn.Linear))]
 
 

@@ -63,21 +63,21 @@ def _graphs_of_both_modes(model: nn.Module) -> list[fx.GraphModule]:
 
     The model is left as it was.
     """
-    own_names, graphs = set(vars(model)), []
+    graphs: list[fx.Graph] = []
     try:
-        for mode in (not model.training, model.training):
-            with in_mode(model, mode), left_as_it_is(model):
-                graphs.append(Tracer().trace(model))
+        with left_as_it_is(model):
+            for mode in (not model.training, model.training):
+                with in_mode(model, mode):
+                    graphs.append(Tracer().trace(model))
+            # Constants, which the tracer leaves on the network until then.
+            networks = [fx.GraphModule(model, graph) for graph in graphs]
     except Exception as error:  # whatever the network's code does with a value that is not a tensor
         reason = first_line(error)
         raise not_followed(
             model, f"has no fixed graph, for example because it branches on tensor values ({reason})"
         ) from error
-    networks = [fx.GraphModule(model, graph) for graph in graphs]
     for network in networks:
         note_layout_of(model, network)
-    for name in set(vars(model)) - own_names:  # constants, which the tracer leaves on the network
-        delattr(model, name)
     return networks
 
 

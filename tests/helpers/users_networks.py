@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -582,3 +584,75 @@ def spectral(num_classes: int) -> nn.Module:
     network = Plain(num_classes)
     nn.utils.spectral_norm(network.one[0])
     return network
+
+
+class Recurrent(Plain):
+    """Reads channels as a sequence."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.order, self.head = nn.GRU(12, 6, batch_first=True), nn.Linear(6, num_classes)
+
+    def forward(self, x):
+        x = self.one(self.stem(x)).flatten(2).transpose(1, 2)
+        spread, mean = torch.std_mean(self.order(x)[0], 1)
+        return self.head(spread + mean)
+
+
+def recurrent(num_classes: int) -> nn.Module:
+    return Recurrent(num_classes)
+
+
+class Scaled(Plain):
+    """Makes a constant while it runs."""
+
+    def forward(self, x):
+        return super().forward(x * torch.tensor(2.0))
+
+
+def scaled(num_classes: int) -> nn.Module:
+    return Scaled(num_classes)
+
+
+class Strict(Plain):
+    """Insists on its layout, and keeps what it sees in a table within a table, by a hook with an unset variable."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.seen: dict = {"inside": defaultdict(list)}
+
+        def note(layer, inputs, output):
+            self.seen["inside"]["one"].append(output)
+            if layer is None:
+                print(later)
+
+        self.one.register_forward_hook(note)
+        if num_classes < 0:
+            later = 0
+
+    def forward(self, x):
+        assert x.is_contiguous()
+        return super().forward(x)
+
+
+def strict(num_classes: int) -> nn.Module:
+    return Strict(num_classes)
+
+
+class Upwards(Plain):
+    """Has transposed convolutions, whose rows are what they read."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.up, self.wide, self.head = (
+            nn.ConvTranspose2d(8, 6, 2),
+            nn.ConvTranspose2d(6, 12, 2),
+            nn.Linear(12, num_classes),
+        )
+
+    def forward(self, x):
+        return self.head(self.wide(self.up(self.stem(x)).relu()).mean((2, 3)))
+
+
+def upwards(num_classes: int) -> nn.Module:
+    return Upwards(num_classes)

@@ -19,6 +19,7 @@ from structured_tickets.pruning.collect_evidence import collect_evidence
 from structured_tickets.pruning.usable_units import usable_units
 from structured_tickets.runs.folder import RunFolder
 from structured_tickets.shrinking.cost import cost_of
+from structured_tickets.unit_groups.find import features_of
 
 FILE = ROOT / "tests" / "helpers" / "users_networks.py"
 BOTH = {"vit_structured": True, "vit_prune_target": "both"}
@@ -209,7 +210,19 @@ def test_controls_of_a_network_without_units(kind, tmp_path, capsys):
 
 @pytest.mark.parametrize("struct", ["refill", "rsst", "imp"])
 @pytest.mark.parametrize(
-    "factory", ["viewing", "video", "second_head", "noisy", "watched", "generating", "standardised"]
+    "factory",
+    [
+        "viewing",
+        "video",
+        "second_head",
+        "noisy",
+        "watched",
+        "generating",
+        "standardised",
+        "recurrent",
+        "scaled",
+        "strict",
+    ],
 )
 def test_what_people_write_goes_through_whole_runs(factory, struct, tmp_path, capsys):
     """Views of feature maps and weights, five axes, second heads, layers for training alone, hooks, made weights."""
@@ -249,3 +262,21 @@ def test_hooks_and_memory_of_a_network_stay_the_users(tmp_path):
 def test_older_normalisations_of_weights_are_named(tmp_path, capsys):
     assert run(*words(tmp_path / "run", "spectral")) == 2
     assert "Use torch.nn.utils.parametrizations.spectral_norm instead" in capsys.readouterr().err
+
+
+def test_a_constant_in_the_forward_pass_needs_no_other_way(tmp_path):
+    model = build_model(f"{FILE}:scaled", 10, 8)
+    assert usable_units(model, 8, needed=True).groups and features_of(model) is None
+
+
+def test_what_is_kept_in_tables_within_tables_is_taken_back(tmp_path):
+    model = build_model(f"{FILE}:strict", 10, 8)
+    usable_units(model, 8, needed=True)
+    assert all(type(value) is torch.Tensor for value in bare(model).seen["inside"]["one"])
+
+
+@pytest.mark.parametrize("criterion", ["l1", "magnitude"])
+def test_rows_of_transposed_convolutions_are_not_ranked_as_outputs(criterion, tmp_path):
+    assert run(*words(tmp_path / "run", "upwards", struct="imp", criteria=criterion)) == 0
+    groups = usable_units(build_model(f"{FILE}:upwards", 10, 8), 8, needed=False).groups
+    assert not any(g.name.startswith(("up.", "wide.")) for g in groups if g.kind == "row")
