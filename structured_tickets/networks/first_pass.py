@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 
 from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.base.modes import in_mode
+from structured_tickets.base.randomness import random_states, restore_random_states
 from structured_tickets.base.text_tables import counted
 from structured_tickets.networks.hosted import left_as_it_is, logits_of
 from structured_tickets.networks.layers import channels_side_by_side
@@ -52,20 +51,13 @@ def first_pass(network: nn.Module, arch: str, num_classes: int, img_size: int) -
     if _weights(twin) != _weights(network):
         torch.set_rng_state(before)  # the weights that it draws now are those that the seed stands for
         found = _evaluated(network, arch, num_classes, img_size)
-    with left_as_it_is(network), _same_draws():
-        outputs = _outputs_in_training(twin, arch, num_classes, img_size)
-        return FirstPass(*found, outputs, _takes_channels_side_by_side(twin, img_size))
-
-
-@contextmanager
-def _same_draws() -> Iterator[None]:
-    """Leave the generators of Python and numpy as they were: networks may draw from them."""
-    states = random.getstate(), numpy.random.get_state()
+    states = random_states()  # of Python and numpy, too: networks may draw from these
     try:
-        yield
+        with left_as_it_is(network):
+            outputs = _outputs_in_training(twin, arch, num_classes, img_size)
+            return FirstPass(*found, outputs, _takes_channels_side_by_side(twin, img_size))
     finally:
-        random.setstate(states[0])
-        numpy.random.set_state(states[1])
+        restore_random_states(states)
 
 
 def _copied(network: nn.Module, arch: str) -> nn.Module:

@@ -280,3 +280,11 @@ def test_rows_of_transposed_convolutions_are_not_ranked_as_outputs(criterion, tm
     assert run(*words(tmp_path / "run", "upwards", struct="imp", criteria=criterion)) == 0
     groups = usable_units(build_model(f"{FILE}:upwards", 10, 8), 8, needed=False).groups
     assert not any(g.name.startswith(("up.", "wide.")) for g in groups if g.kind == "row")
+
+
+def test_that_a_forward_pass_depends_on_values_is_said_in_one_line(tmp_path, capsys):
+    """Experts that images choose: no layer tells units, and nothing of torch's own words is shown."""
+    assert run(*words(tmp_path / "run", "routed")) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "its forward pass cannot be recorded" in line and line.endswith("use --struct imp")
+    assert run(*words(tmp_path / "run", "routed", struct="imp")) == 0

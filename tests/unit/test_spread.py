@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from structured_tickets.networks.registry import ModelSpec
 from structured_tickets.shrinking.effort import effort_of
 from structured_tickets.shrinking.inserted_layers import INSERTED, Place, Select
-from structured_tickets.shrinking.shrink import shrink
+from structured_tickets.shrinking.shrink import WORTH_IT, shrink
 from structured_tickets.unit_groups.find import features_of, unit_groups
 from structured_tickets.unit_groups.unit import masks_of_units
 
@@ -84,6 +84,24 @@ def test_layers_compute_zeros_where_moving_channels_would_take_longer(kind):
     assert sum(p.numel() for p in chosen.parameters()) < 0.7 * sum(p.numel() for p in model.parameters())
     for network in (smallest, chosen, shrink(model, masks, spread=1).network):
         torch.testing.assert_close(network(images), wanted, rtol=1e-4, atol=1e-5)
+
+
+class Tiny(Residual):
+    """Layers so small that moving channels takes longer than computing them."""
+
+    def __init__(self):
+        super().__init__(8, 0)
+        self.blocks = nn.ModuleList(conv(8, 8) for _ in range(4))
+
+
+@torch.no_grad()
+def test_a_very_small_network_is_no_slower_by_the_estimate():
+    model = made(Tiny)
+    assert sum(p.numel() for p in model.parameters()) < WORTH_IT
+    masks, images = half(model), torch.rand(4, *IMAGE)
+    smallest, chosen = shrink(model, masks, spread=0).network, shrink(model, masks).network
+    assert effort_of(smallest, IMAGE) > effort_of(model, IMAGE) >= effort_of(chosen, IMAGE)
+    torch.testing.assert_close(chosen(images), masked(model, masks)(images), rtol=1e-4, atol=1e-5)
 
 
 class Heavy(Residual):
