@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,18 @@ def export(
     why = _why_slower(rows, small, ticket.masked)
     if why:
         log.warning("%s", _advice(ticket, kept, small, rows, multiple))
-    return _table(rows) + why
+    return _table(rows) + (why or _why_as_large(rows, structure))
+
+
+def _why_as_large(rows: list[dict], structure: Mapping[str, Tensor]) -> str:
+    """Return a line for the table about a network that loses units, and no parameters; empty if it does not."""
+    dense, _, compact = rows
+    if compact["parameters"] < dense["parameters"] or all(bool(m.all()) for m in structure.values()):
+        return ""
+    return (
+        "\nnothing is removed: what is left would have to be put in its places among zeros, which takes longer than to "
+        "compute these, by an estimate. For a smaller network, prune with --channel_units stream"
+    )
 
 
 def _why_slower(rows: list[dict], small: nn.Module, whole: nn.Module) -> str:

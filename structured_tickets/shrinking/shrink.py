@@ -27,8 +27,10 @@ SLOW = 0.6
 """Share of the time of the whole network: where the smallest one takes longer, another may be faster."""
 WORTH_IT = 30_000
 """Parameters of a network of which it matters by how much it is faster. A smaller one is to be no slower."""
-BETTER, NOTHING_REMOVED = 0.95, 0.9
-"""Share of the time of a smaller network that a larger one must not exceed; and one from which nothing is removed."""
+BETTER = 0.95
+"""Share of the time of a smaller network that a larger one must not exceed."""
+NOTHING_REMOVED = {True: 0.9, False: 0.97}
+"""The same of one from which nothing is removed, for a very small network and for others."""
 
 
 def shrink(
@@ -70,8 +72,11 @@ def shrink(
     found = smallest
     for more in (1, 2):
         other = _smaller(model, masks, lanes, image, more)
-        effort, removes = effort_of(other.network, known), bool(other.cuts)
-        if effort < best * ((BETTER if best < BETTER * whole else 1) if removes else NOTHING_REMOVED):
+        if other.cuts:
+            effort, enough = effort_of(other.network, known), BETTER if best < BETTER * whole else 1
+        else:
+            other, effort, enough = Shrunk(masked_copy(model, masks), {}), whole, NOTHING_REMOVED[small]
+        if effort < best * enough:
             found, best = other, effort
     return found
 

@@ -120,19 +120,24 @@ def test_channels_are_moved_where_the_weights_that_are_saved_take_longer():
     chosen, smallest, zeros = (shrink(model, masks, spread=spread).network for spread in (None, 0, 1))
     sizes = [sum(p.numel() for p in n.parameters()) for n in (chosen, smallest, zeros)]
     assert inserted(chosen) and sizes[0] == sizes[1] < 0.8 * sizes[2]
-    assert effort_of(chosen, IMAGE) < 0.8 * effort_of(model, IMAGE)
+    assert effort_of(chosen, IMAGE) < 0.85 * effort_of(model, IMAGE)
     torch.testing.assert_close(chosen(images), masked(model, masks)(images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "layer, effort",
     [
-        (nn.Conv2d(64, 32, 1), 250_000 + 16 * (64 + 32) + 6 * (64 * 32 + 32) + 64 * 32),
-        (nn.Sequential(nn.Flatten(), nn.Linear(64, 32)), 2 * 10_000 + 40_000 + 16 * 96 + 64 * 32 + 32 + 64 * 32),
+        (nn.Conv2d(64, 32, 1), (59_500 + 0.68 * (64 * 32 + 32)) / 16 + 0.1 * (64 + 32) + 0.0079 * 64 * 32),
+        (nn.Conv2d(64, 24, 1), (59_500 + 0.68 * (64 * 24 + 24)) / 16 + 0.1 * (64 + 24) + 0.0079 * 64 * 32),
+        (nn.Conv2d(64, 64, 1, groups=64, bias=False), (59_500 + 0.68 * 64) / 16 + 0.1 * 128 + 0.0079 * 64),
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(64, 32)),
+            (2 * 3_000 + 6_500 + 0.27 * (64 * 32 + 32)) / 16 + 0.09 * 96 + 0.018 * 64 * 32,
+        ),
     ],
 )
 def test_weights_take_time_by_themselves(layer, effort):
-    assert effort_of(layer, (64, 1, 1)) == effort
+    assert effort_of(layer, (64, 1, 1)) == pytest.approx(effort)
 
 
 @torch.no_grad()
