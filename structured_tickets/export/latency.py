@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from structured_tickets.base.measured_time import MeasuredTime
 from structured_tickets.base.text_tables import counted
@@ -46,6 +47,8 @@ def _widths(network: nn.Module) -> dict[str, int]:
     """Name of each layer -> how many outputs it computes."""
     found = {}
     for name, module in network.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            found[name] = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+        if isinstance(module, nn.Linear):
+            found[name] = module.out_features
+        elif isinstance(module, _ConvNd):
+            found[name] = module.out_channels
     return found

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from structured_tickets.base.errors import BadType, BadValue, UsageError, first_line
 from structured_tickets.base.modes import in_mode
@@ -186,6 +187,6 @@ def _left_alone(
     twin: nn.Module, spec: ModelSpec, groups: Sequence[UnitGroup], called: Sequence[str], excluded: set[str]
 ) -> dict[str, str]:
     """Layer with weights -> why it has no units."""
-    uncalled = {n for n, m in twin.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)} - set(called)
+    uncalled = {n for n, m in twin.named_modules() if isinstance(m, _ConvNd | nn.Linear)} - set(called)
     found = left_alone(twin, spec, groups, is_transformer(twin), uncalled, " (stem=True prunes it, too)")
     return {n: EXCLUDED if n in excluded else reason for n, reason in found.items()}

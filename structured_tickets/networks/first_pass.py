@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.base.modes import in_mode
@@ -175,7 +176,7 @@ def _normalizes(network: nn.Module, images: Tensor) -> Iterator[list[bool]]:
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    return {n: m for n, m in model.named_modules() if isinstance(m, _ConvNd | nn.Linear)}
 
 
 @contextmanager

@@ -10,6 +10,11 @@ from torch import Tensor, nn
 
 from structured_tickets.networks.registry import takes_channels_side_by_side
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers with weights [filters, channels, ..]."""
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+"""Layers with weights [channels, filters, ..]."""
+
 
 class Normalize(nn.Module):
     """Subtract the mean and divide by the standard deviation of each colour channel.

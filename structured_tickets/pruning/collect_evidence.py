@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import prune
 
 from structured_tickets.base.modes import in_mode
@@ -118,7 +120,7 @@ def _nothing(layer: nn.Module, images: Tensor) -> Tensor:
     features = next((own[n] for n in names if n in own), None) or len(next(layer.parameters()))
     if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is not None:
         features *= 3
-    zeros = images.new_zeros(1, features, *[1] * (2 if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) else 0))
+    zeros = images.new_zeros(1, features, *[1] * (len(layer.kernel_size) if isinstance(layer, _ConvNd) else 0))
     return zeros.requires_grad_(torch.is_grad_enabled() and images.is_floating_point())
 
 
@@ -131,6 +133,8 @@ def _side_by_side(parts: Sequence[FeatureStatistics]) -> FeatureStatistics:
 
 def _features_last(layer: nn.Module, output: Tensor) -> bool:
     """Return whether the features are an output's last axis: of linear layers, also on [.., height, width]."""
+    if isinstance(layer, _ConvNd | _BatchNorm):
+        return False
     return isinstance(layer, nn.Linear) or output.ndim != 4
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from weakref import WeakKeyDictionary
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from structured_tickets.base.errors import UsageError
 from structured_tickets.features.attributes import settable, sizes_of_parts
@@ -186,6 +187,6 @@ def _follow(model: nn.Module, image: Sequence[int]) -> Following:
 def share_in_units(model: nn.Module, groups: Iterable[UnitGroup]) -> float:
     """Return the share of the weights of layers that are in layers which groups own weights of."""
     names = ranked_names(model, groups)
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    layers = [m for m in model.modules() if isinstance(m, _ConvNd | nn.Linear)]
     weights = sum(p.numel() for m in layers for n, p in m.named_parameters(recurse=False) if n.startswith("weight"))
     return sum(parameter_of(model, name).numel() for name in names) / max(1, weights)

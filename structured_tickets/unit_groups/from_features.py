@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from structured_tickets.features.calls import LayerCall
 from structured_tickets.features.features import ALWAYS, IN_ROWS, LOGITS, Both, Contraction, Features, Gate, Through
 from structured_tickets.features.following import Following
+from structured_tickets.networks.layers import CONVOLUTIONS, TRANSPOSED
 from structured_tickets.networks.registry import ModelSpec
 from structured_tickets.unit_groups.operations import is_depthwise, is_plain_conv, is_prunable_norm
 from structured_tickets.unit_groups.unit import Slice, UnitGroup, rows
@@ -21,7 +22,7 @@ Places: TypeAlias = dict[tuple[str, int], list[int]]
 """(Parameter, axis) -> positions of one unit."""
 LINEAR = (nn.Linear, nn.MultiheadAttention)
 """Layers whose weights are those of linear layers."""
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def channels_of(model: nn.Module, following: Following, spec: ModelSpec, stem: bool) -> list[UnitGroup]:
@@ -29,7 +30,8 @@ def channels_of(model: nn.Module, following: Following, spec: ModelSpec, stem: b
     left_dense = {spec.classifier} if stem else {spec.classifier, spec.stem}
     contractions = [e for e in following.features.events if isinstance(e, Contraction)]
     computed = {e.weight.rpartition(".")[0] for e in contractions if e.computed or e.beside}
-    convs = {n: m for n, m in model.named_modules() if (is_plain_conv(m) or n in computed) and n not in left_dense}
+    layers = {n: m for n, m in model.named_modules() if n not in left_dense}
+    convs: dict[str, Any] = {n: m for n, m in layers.items() if _has_channels(m) or n in computed}
     logits = _logits(following)
     outside = outside_of_layers(following)
     calls = {c.layer.rpartition(".")[0]: c for c in following.calls if c.layer not in outside}
@@ -50,10 +52,19 @@ def channels_of(model: nn.Module, following: Following, spec: ModelSpec, stem: b
                     joined[own] += [Slice(name, 0, index), *bias]
             elif biased:
                 joined[name].append(rows(name, layer.out_channels, "bias", ranked=False))
-        elif isinstance(layer, nn.BatchNorm2d) and layer.affine and is_prunable_norm(layer):
+        elif isinstance(layer, NORMALISATIONS) and layer.affine and is_prunable_norm(layer, NORMALISATIONS):
             for own, index in _whole_layers(owner[call.read.clamp(min=0)], firsts, convs).items():
                 joined[own] += [Slice(name, 0, index, param, ranked=False) for param in ("weight", "bias")]
-    return [UnitGroup(n, "channel", (rows(n, m.out_channels), *joined[n])) for n, m in convs.items() if n not in owned]
+    return [UnitGroup(n, "channel", (_filters(n, m), *joined[n])) for n, m in convs.items() if n not in owned]
+
+
+def _has_channels(layer: nn.Module) -> bool:
+    return is_plain_conv(layer, CONVOLUTIONS) or bool(is_plain_conv(layer, TRANSPOSED) and layer.groups == 1)
+
+
+def _filters(name: str, layer: nn.Module) -> Slice:
+    filters = rows(name, int(layer.out_channels))  # type: ignore[arg-type]
+    return replace(filters, axis=1) if isinstance(layer, TRANSPOSED) else filters
 
 
 def _logits(following: Following) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from structured_tickets.networks.layers import CONVOLUTIONS, TRANSPOSED
 from structured_tickets.networks.registry import ModelSpec
 from structured_tickets.unit_groups.unit import UnitGroup
 
@@ -50,6 +51,6 @@ def _reason(layer: nn.Module, transformer: bool) -> str:
         return "part of neither an attention layer nor an MLP whose units can be told apart"
     if isinstance(layer, nn.Linear):
         return LINEAR
-    if type(layer) is not nn.Conv2d:
-        return f"{type(layer).__name__}: only the channels of a plain Conv2d can be told apart"
+    if type(layer) not in (*CONVOLUTIONS, *TRANSPOSED):
+        return f"{type(layer).__name__}: only the channels of torch's own convolutions can be told apart"
     return "its outputs are added up to the logits, or no layer reads them"

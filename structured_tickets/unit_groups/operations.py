@@ -7,11 +7,14 @@ operation that is in no table is allowed: it gets all channels, and nothing is a
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+
+from structured_tickets.networks.layers import CONVOLUTIONS
 
 COPIES = frozenset({"contiguous", "clone"})
 """Gives the same numbers in the same places."""
@@ -240,23 +243,23 @@ def _words(node: fx.Node) -> list[Any]:
     return [*node.args[1:], *node.kwargs.values()]
 
 
-def is_plain_conv(module: object) -> bool:
+def is_plain_conv(module: object, kinds: Collection[type[nn.Module]] = (nn.Conv2d,)) -> bool:
     """True for a convolution of torch's own, plain or under torch's pruning: its filters are its weights."""
-    own = module._parameters if type(module) is nn.Conv2d else {}
+    own = module._parameters if isinstance(module, nn.Module) and type(module) in kinds else {}
     return "weight" in own or ("weight_orig" in own and hasattr(module, "weight_mask"))
 
 
 def is_depthwise(conv: object) -> bool:
     """True for a convolution with one filter per channel."""
-    return isinstance(conv, nn.Conv2d) and conv.groups == conv.in_channels == conv.out_channels > 1
+    return isinstance(conv, CONVOLUTIONS) and conv.groups == conv.in_channels == conv.out_channels > 1
 
 
-def is_prunable_norm(module: object) -> bool:
+def is_prunable_norm(module: object, kinds: tuple[type[nn.Module], ...] = (nn.BatchNorm2d,)) -> bool:
     """True for a batch normalisation that gives zero where weight and bias are zero, an activation in it included."""
-    if type(module) is nn.BatchNorm2d:
+    if type(module) in kinds:
         return True
     act = getattr(module, "act", None)
-    if not isinstance(module, nn.BatchNorm2d) or not isinstance(act, nn.Module):
+    if not isinstance(module, kinds) or not isinstance(act, nn.Module):
         return False
     with torch.no_grad():
         return bool((act(torch.zeros(1, 1, 1, 1)) == 0).all())

@@ -79,6 +79,29 @@ class Unfolded(Cnn):
         return self.last(self.norm(torch.cat([u, self.skip(x).relu()], 1)).relu())
 
 
+class Sounds(Cnn):
+    """Rows of pixels as points in time: convolutions of one axis, one of them filter by filter."""
+
+    def build(self):
+        self.a, self.norm = nn.Conv1d(8, 16, 3, padding=1), nn.BatchNorm1d(16)
+        self.deep, self.b = nn.Conv1d(16, 16, 3, padding=1, groups=16), nn.Conv1d(16, 12, 1)
+
+    def middle(self, x):
+        return self.b(self.deep(self.norm(self.a(x.mean(3))).relu()).relu()).relu()[..., None]
+
+
+class Clips(Cnn):
+    """Convolutions of three axes, down and up again."""
+
+    def build(self):
+        self.a, self.norm, self.up = nn.Conv3d(8, 16, 3, 2, 1), nn.BatchNorm3d(16), nn.ConvTranspose3d(16, 10, 2, 2)
+        self.b = nn.Conv3d(10, 12, 3, padding=1)
+
+    def middle(self, x):
+        clip = x.unsqueeze(2).expand(-1, -1, 2, -1, -1)
+        return self.b(self.up(self.norm(self.a(clip)).relu()).relu()).relu().amax(2)
+
+
 class InGroups(Cnn):
     """A grouped convolution between others, and a depth-wise one, behind a list."""
 
@@ -393,8 +416,10 @@ class Hybrid(nn.Module):
 
 CNNS = {
     Listed: {"first.0", "parts.0.0", "parts.1.0", "last.0"},
-    Upwards: {"down", "skip", "last"},
+    Upwards: {"down", "up", "skip", "last"},
     Unfolded: {"a", "skip", "last"},
+    Sounds: {"a", "b"},
+    Clips: {"a", "up", "b"},
     InGroups: {"a.0", "b.0", "d.0"},
     Noisy: {"a.0", "b.0"},
     Called: {"a", "b"},
@@ -415,7 +440,7 @@ def made(build):
     """A network as after some training: normalisations that shift, statistics that are no longer those of new ones."""
     torch.manual_seed(0)
     model = build()
-    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.LayerNorm)):
+    for norm in (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm | nn.LayerNorm)):
         for name, low in (("weight", 0.5), ("bias", -0.4), ("running_mean", -0.3), ("running_var", 0.5)):
             if getattr(norm, name, None) is not None:
                 getattr(norm, name).data.uniform_(low, low + 0.7)
@@ -500,14 +525,17 @@ def test_nothing_moves_when_a_pruned_unit_is_disturbed(kind):
     groups, kept, masks = pruned(model)
     whole = masked(model, masks)
     before = whole(images())
-    readers = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)}
+    readers = {n for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)}
     assert before.isfinite().all() and readers
     small = shrink(whole, masks, spread=0)
     for name, axes in small.cuts.items():
+        layer, _, param = name.rpartition(".")
+        transposed = isinstance(model.get_submodule(layer), nn.ConvTranspose2d | nn.ConvTranspose3d)
         for axis, index in axes.items():
             gone = torch.ones(whole.state_dict()[name].shape[axis], dtype=torch.bool)
             gone[index] = False
-            if axis == 1 or name.endswith(("running_mean", "running_var")):
+            columns = param == "weight" and axis == (0 if transposed else 1)
+            if columns or param in ("running_mean", "running_var"):
                 whole.state_dict()[name].movedim(axis, 0)[gone] += 1.0
     torch.testing.assert_close(whole(images()), before, rtol=1e-4, atol=1e-5)
     assert {g.name for g in groups} == kept.keys()
