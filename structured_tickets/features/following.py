@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from structured_tickets.features.calls import Call, LayerCall, packet
 from structured_tickets.features.computed_weights import computed_filters
 from structured_tickets.features.exported import Program
-from structured_tickets.features.features import LOGITS, UNREAD, Features, Parts, Through
+from structured_tickets.features.features import LOGITS, UNREAD, Contraction, Features, Gate, Parts, Through
 from structured_tickets.features.labels import compact, plain, shortened, varying
 from structured_tickets.features.parts_of_weights import parts_of_weights
 from structured_tickets.features.rules_of_axes import taken_axes
@@ -63,6 +63,23 @@ class Following:
     unknown: Counter[str] = field(default_factory=Counter)
     parameters: dict[str, Tensor] = field(default_factory=dict)
     noted: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def read_elsewhere(self) -> set[str]:
+        """Return parameters of layers that other code reads, too: it counts on all of their numbers."""
+        owned = {e.weight for e in self.features.events if isinstance(e, Contraction)}
+        owned |= {e.bias for e in self.features.events if isinstance(e, Contraction)}
+        owned |= {n for e in self.features.events if isinstance(e, Gate) for n in e.parameters}
+        return owned & self.parameters.keys()
+
+    def keep_what_is_read_elsewhere(self) -> None:
+        """Keep what layers read and give whose parameters other code reads, too."""
+        found = self.read_elsewhere
+        for event in self.features.events if found else ():
+            if isinstance(event, Contraction) and not found.isdisjoint((event.weight, event.bias)):
+                self.features.keep_whole(torch.cat([event.columns, event.rows]), "other code reads the layer's weights")
+            elif isinstance(event, Gate) and not found.isdisjoint(event.parameters):
+                self.features.keep_whole(torch.cat([event.sources, event.features]), "other code reads its weights")
 
     def follow(self, program: Program) -> None:
         """Follow an image, which belongs to no feature, through a network."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from structured_tickets.features.calls import Call, LayerCall
 from structured_tickets.features.features import IN_ROWS, OTHER, Contraction, Gate
-from structured_tickets.features.labels import line_along, plain, varying
+from structured_tickets.features.labels import compact, line_along, plain, varying
 from structured_tickets.features.rules_of_numbers import combined, mixed
 
 
@@ -77,7 +77,8 @@ def linear(call: Call) -> Tensor:
     """A linear layer on the last axis."""
     labels, weight, bias = call.labels(0), call.name_of(call.argument(1)), call.name_of(call.argument(2, "bias"))
     others = [a for a in varying(labels) if a != labels.ndim - 1]
-    if weight and others and call.features.are_numbers(labels, computed=True):  # such as learned queries: they stay
+    learned = weight and others and call.features.are_numbers(compact(labels), computed=True)
+    if learned:  # such as learned queries: they stay
         call.keep(labels, "a layer reads numbers of a parameter")
         labels, others = plain(labels.shape), []
     if not weight:

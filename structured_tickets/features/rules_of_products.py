@@ -92,8 +92,10 @@ def _without_fixed_numbers(call: Call, one: Tensor, other: Tensor) -> Tensor:
     These stay.
     """
     numbers = call.features.are_numbers
-    mine, theirs = bool((one > 0).any()), bool((other > 0).any())
-    if not mine or not theirs or not numbers(one, computed=True) or numbers(other, computed=True):
+    mine, theirs = compact(one), compact(other)
+    if not bool((mine > 0).any()) or not bool((theirs > 0).any()):
+        return one
+    if not numbers(mine, computed=True) or numbers(theirs, computed=True):
         return one
     if any(a < one.ndim - 2 for a in varying(one)):
         return one

@@ -16,7 +16,13 @@ from structured_tickets.features.exported import first_names
 from structured_tickets.networks.hosted import is_hosted
 from structured_tickets.networks.registry import ModelSpec, change_notes, spec_of
 from structured_tickets.shrinking.trial import check_units, places_channels
-from structured_tickets.unit_groups.find import features_of, is_transformer, share_in_units, unit_groups
+from structured_tickets.unit_groups.find import (
+    features_of,
+    is_transformer,
+    reasons_of_layers,
+    share_in_units,
+    unit_groups,
+)
 from structured_tickets.unit_groups.kinds import STREAM, kind_of
 from structured_tickets.unit_groups.left_alone import ALWAYS, left_alone, weights_of
 from structured_tickets.unit_groups.unit import PARAMETERS, UnitGroup, kinds, parameter_of, rows
@@ -298,7 +304,9 @@ def _reasons_of_layers(
     model: nn.Module, spec: ModelSpec, groups: Sequence[UnitGroup], transformer: bool
 ) -> dict[str, str]:
     """Return the layers with weights that are in no group: layer -> the reason."""
-    found = left_alone(model, spec, groups, transformer, stem=" (--conv1 prunes it, too)")
+    found = left_alone(
+        model, spec, groups, transformer, stem=" (--conv1 prunes it, too)", known=reasons_of_layers(model)
+    )
     torchs = [n for n in found if isinstance(model.get_submodule(n), nn.MultiheadAttention)]
     inside = tuple(f"{n}." for n in torchs)
     pruned, first = {s.name for g in groups for s in g.slices if s.ranked}, first_names(model)

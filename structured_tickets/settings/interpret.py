@@ -16,7 +16,7 @@ from structured_tickets.networks.registry import spec_of
 from structured_tickets.pruning.budgets import kept_count
 from structured_tickets.pruning.methods import CONTROLS, METHODS
 from structured_tickets.pruning.rules import TARGET_KINDS, RoundRules, kinds_of
-from structured_tickets.pruning.usable_units import FROZEN, UsableUnits, usable_units
+from structured_tickets.pruning.usable_units import FROZEN, UsableUnits, in_words, usable_units
 from structured_tickets.settings.conditions import channel_units_of, penalty_before
 from structured_tickets.settings.flag_table import PENALTY_CHOSEN
 from structured_tickets.training.optimization import OPTIMIZERS, LearningRate
@@ -73,9 +73,10 @@ def _what_to_change(usable: UsableUnits, needed: bool) -> str:
         return f". {FROZEN[0].upper()}{FROZEN[1:]}: {some_of(frozen)}. Unfreeze the layers that are to be pruned"
     if not needed:
         return ": it has no convolution or linear layer with a weight of its own, besides the first and the last one"
+    said = "".join(f". What {line}" for line in in_words(usable.whole, ""))
     return (
-        " as whole units, which are the channels of convolutions, attention heads (qkv and proj) and MLP neurons (fc1 "
-        "and fc2). To prune its weights one by one, use --struct imp"
+        " as whole units, which are the channels of convolutions, attention heads and MLP neurons"
+        f"{said}. To prune its weights one by one, use --struct imp"
     )
 
 

@@ -187,8 +187,11 @@ class _Cutter:
         for event in following.features.events:
             if isinstance(event, Contraction):
                 calls.setdefault(event.weight, []).append(event)
+        elsewhere = following.read_elsewhere
         for event in following.features.events:
             if not isinstance(event, Contraction):
+                continue
+            if not elsewhere.isdisjoint((event.weight, event.bias)):
                 continue
             if event.weight not in done:
                 done.add(event.weight)
@@ -198,7 +201,8 @@ class _Cutter:
                 self._tensor(event.bias, {0: rows[event.weight]})
         for call in following.calls:
             layer = self.small.get_submodule(call.layer.rpartition(".")[0])
-            if isinstance(layer, _NormBase) and call.layer not in done:
+            own = {f"{call.layer.rpartition('.')[0]}.{n}" for n in ("weight", "bias")}
+            if isinstance(layer, _NormBase) and call.layer not in done and elsewhere.isdisjoint(own):
                 done.add(call.layer)
                 self._norm(call)
         for name, labels in following.parameters.items():

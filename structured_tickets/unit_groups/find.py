@@ -20,7 +20,7 @@ from structured_tickets.features.exported import program_of
 from structured_tickets.features.following import Following
 from structured_tickets.networks.registry import ModelSpec, origin_of, spec_of
 from structured_tickets.unit_groups.channels import channel_groups as channels_of_modules
-from structured_tickets.unit_groups.from_features import channels_of, linear_units, neurons_of
+from structured_tickets.unit_groups.from_features import channels_of, linear_units, neurons_of, why_layers_stay
 from structured_tickets.unit_groups.kinds import STREAM
 from structured_tickets.unit_groups.streams import streams_of
 from structured_tickets.unit_groups.transformer import is_vit_model, neuron_groups, vit_groups
@@ -134,6 +134,15 @@ def features_of(model: nn.Module, image: Sequence[int] | None = None) -> Followi
     return found
 
 
+def reasons_of_layers(model: nn.Module) -> dict[str, str]:
+    """Return why what layers compute cannot be removed, as far as following features has shown: layer -> in words."""
+    try:
+        following = features_of(model)
+    except UsageError:
+        return {}
+    return {} if following is None else why_layers_stay(following)
+
+
 def _what_tells_copies_apart(model: nn.Module) -> tuple:
     """Names and shapes of all tensors: a copy from which something was removed has others."""
     return tuple((n, v.shape) for n, v in (*model.named_parameters(), *model.named_buffers()))
@@ -180,6 +189,7 @@ def _follow(model: nn.Module, image: Sequence[int]) -> Following:
             for zeros in (padding.before, padding.after):
                 following.features.keep_whole(zeros, "zeros are added by their number")
     following.fixed += [(p.labels, p.axis) for p in following.features.parts if not any(sizes_of_parts(model, p))]
+    following.keep_what_is_read_elsewhere()
     following.keep_what_makes_no_tensor()
     return following
 

@@ -55,6 +55,7 @@ def channels_of(model: nn.Module, following: Following, spec: ModelSpec, stem: b
         elif isinstance(layer, NORMALISATIONS) and layer.affine and is_prunable_norm(layer, NORMALISATIONS):
             for own, index in _whole_layers(owner[call.read.clamp(min=0)], firsts, convs).items():
                 joined[own] += [Slice(name, 0, index, param, ranked=False) for param in ("weight", "bias")]
+    owned |= {n for n, parts in joined.items() if not following.read_elsewhere.isdisjoint(s.name for s in parts)}
     return [UnitGroup(n, "channel", (_filters(n, m), *joined[n])) for n, m in convs.items() if n not in owned]
 
 
@@ -256,8 +257,29 @@ def places_of_units(
 
 
 def outside_of_layers(following: Following) -> set[str]:
-    """Weights that are used without their layer."""
-    return {e.weight for e in following.features.events if isinstance(e, Contraction) and not e.inside}
+    """Weights of layers whose parameters are used without the layer."""
+    elsewhere = following.read_elsewhere
+    contractions = [e for e in following.features.events if isinstance(e, Contraction)]
+    return {e.weight for e in contractions if not e.inside or not elsewhere.isdisjoint((e.weight, e.bias))}
+
+
+def why_layers_stay(following: Following) -> dict[str, str]:
+    """Return why what a layer computes cannot be removed, of layers of which that is so: in words."""
+    features = following.features
+    wires = features.sets(layers=False)
+    first = torch.full((int(wires.max()) + 1,), -1)
+    for number, (found, _) in reversed(list(enumerate(features.reasons))):
+        first[wires[found]] = number
+    why, outside = {}, outside_of_layers(following)
+    for weight, axis, line in _lines(following):
+        numbers = first[wires[line]] if axis == 0 else line[:0]
+        layer = weight.rpartition(".")[0]
+        if weight in outside:
+            why[layer] = "other code reads its weights"
+        elif bool((numbers >= 0).any()):
+            reason = features.reasons[int(numbers[numbers >= 0].mode().values)][1]
+            why[layer] = f"what it computes cannot be removed: {reason}"
+    return why
 
 
 def _lines(following: Following) -> Iterator[tuple[str, int, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -30,18 +30,20 @@ def left_alone(
     transformer: bool,
     uncalled: Collection[str] = (),
     stem: str = "",
+    known: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Return the layers of a network that no group owns the weights of: layer -> the reason, in words.
 
     Args:
         uncalled: Layers that are not called in a forward pass.
         stem: What is said of the first layer besides.
+        known: What following the network's features has shown: layer -> the reason.
     """
     pruned = {s.layer for g in groups for s in g.slices}
     kinds = _ConvNd | nn.Linear | nn.MultiheadAttention
     layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and n not in pruned}
     first = FIRST + ("" if transformer else stem)
-    reasons = {n: _reason(m, transformer) for n, m in layers.items()}
+    reasons = {n: (known or {}).get(n) or _reason(m, transformer) for n, m in layers.items()}
     reasons |= dict.fromkeys((n for n in layers if n in uncalled), "not called in a forward pass")
     return reasons | {n: reason for n, reason in ((spec.classifier, CLASSIFIER), (spec.stem, first)) if n in layers}
 

@@ -53,6 +53,8 @@ def traced(model: nn.Module) -> fx.GraphModule:
     other, own = _graphs_of_both_modes(model)
     if twice := _called_twice(own):
         raise not_followed(model, f"calls {twice} more than once")
+    if read := _read_elsewhere(own):
+        raise not_followed(model, f"calls {read} and reads its weights, too")
     if CONSTANT.sub("", other.code) != CONSTANT.sub("", own.code):
         raise not_followed(model, "reads self.training; layers such as nn.Dropout may, the network itself may not")
     return own
@@ -86,6 +88,14 @@ def _called_twice(network: fx.GraphModule) -> str:
     layers = dict(network.named_modules())
     calls = Counter(str(n.target) for n in network.graph.nodes if n.op == "call_module")
     return next((n for n, times in calls.items() if times > 1 and isinstance(layers[n], CALLED_ONCE)), "")
+
+
+def _read_elsewhere(network: fx.GraphModule) -> str:
+    """Return the name of a layer of channels that is called, and whose weights other code reads; or nothing."""
+    layers = dict(network.named_modules())
+    called = {str(n.target) for n in network.graph.nodes if n.op == "call_module"}
+    owners = [str(n.target).rpartition(".")[0] for n in network.graph.nodes if n.op == "get_attr"]
+    return next((n for n in owners if n in called and isinstance(layers[n], CALLED_ONCE)), "")
 
 
 def not_followed(model: nn.Module, reason: str) -> UsageError:

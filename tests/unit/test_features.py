@@ -15,7 +15,7 @@ from structured_tickets.base.errors import UsageError
 from structured_tickets.networks.registry import ModelSpec
 from structured_tickets.shrinking.inserted_layers import INSERTED
 from structured_tickets.shrinking.shrink import shrink
-from structured_tickets.unit_groups.find import features_of, unit_groups
+from structured_tickets.unit_groups.find import features_of, reasons_of_layers, unit_groups
 from structured_tickets.unit_groups.unit import masks_of_units
 
 
@@ -100,6 +100,18 @@ class Clips(Cnn):
     def middle(self, x):
         clip = x.unsqueeze(2).expand(-1, -1, 2, -1, -1)
         return self.b(self.up(self.norm(self.a(clip)).relu()).relu()).relu().amax(2)
+
+
+class Elsewhere(Cnn):
+    """Code that reads the weights of layers, too: of a convolution, and of a normalisation."""
+
+    def build(self):
+        self.a, self.b, self.c = conv(8, 16), conv(16, 16), nn.Conv2d(16, 12, 3, padding=1)
+        self.last = nn.Conv1d(12, 12, 1)
+
+    def middle(self, x):
+        y = self.c(self.b(self.a(x))) * self.c.weight.square().mean() + self.b[1].weight.mean()
+        return self.last(y.flatten(2)).relu()[..., None]
 
 
 class InGroups(Cnn):
@@ -420,6 +432,7 @@ CNNS = {
     Unfolded: {"a", "skip", "last"},
     Sounds: {"a", "b"},
     Clips: {"a", "up", "b"},
+    Elsewhere: {"a.0", "last"},
     InGroups: {"a.0", "b.0", "d.0"},
     Noisy: {"a.0", "b.0"},
     Called: {"a", "b"},
@@ -467,6 +480,12 @@ def test_the_channels_of_a_cnn_are_found_by_what_it_does(kind):
     model = made(kind)
     assert features_of(model) is not None, "its modules tell enough"
     assert {g.name for g in unit_groups(model)} == CNNS[kind]
+
+
+def test_why_layers_stay_is_known():
+    why = reasons_of_layers(made(Elsewhere))
+    assert why["c"] == "other code reads its weights"
+    assert "a.0" not in why
 
 
 def test_operations_that_are_looked_up_in_tables_are_known():

@@ -218,7 +218,7 @@ def test_units_that_nobody_needs_are_not_missed():
         "head": "classifier: its outputs are the logits",
     }
     helper = usable_units(network("helped"), 8, needed=False).whole["helper"]
-    assert helper == "linear layer of a convolutional network, where only channels are units"
+    assert helper == "what it computes cannot be removed: no layer reads it, and it is no logit"
     assert unit_groups(model) == [] and not spec_of(model).has_units
     masks = {"one.0.weight": torch.zeros(12, 8, 3, 3)}
     dense, pruned = (cost_of(model, these, 8) for these in ({}, masks))
