@@ -47,9 +47,9 @@ def row_of(name: str, seconds: float, gigabytes: float, also: Sequence[str]) -> 
     ended = _collect(mine, row, began + seconds)
     child.kill() if not ended else None
     child.join()
-    if not ended:
+    if not ended and row.get("torch_pruning", {}).get("said") != zoo_row.NOT_FINISHED:
         row["stopped"] = f"not finished after {seconds:.0f} s"
-    elif child.exitcode:
+    elif ended and child.exitcode:
         row["stopped"] = f"the process ended with status {child.exitcode}"
     row.setdefault("outcome", "stopped" if "stopped" in row else "nothing")
     return {**row, "took": time.monotonic() - began}
@@ -68,6 +68,7 @@ def _collect(parts: Connection, row: Row, deadline: float) -> bool:
 def _measure(name: str, parts: Connection, gigabytes: float, also: Sequence[str]) -> None:
     limit = int(gigabytes * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    harness.keep_memory()
     zoo_row.measure(name, parts.send, also)
 
 
