@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from structured_tickets.features.features import NEVER, Features
 
@@ -108,6 +108,14 @@ class Call:
         """Name of the module whose code makes the call."""
         stack: Any = self.node.meta.get("nn_module_stack") or {"": ("", None)}
         return list(stack.values())[-1][0]
+
+    @property
+    def in_torchs_attention(self) -> bool:
+        """True for a call of `nn.MultiheadAttention`: with fewer heads it gets the parts of masks that these need."""
+        stack: Any = self.node.meta.get("nn_module_stack") or {"": ("", "")}
+        kind = list(stack.values())[-1][1]
+        names = (kind.__module__, kind.__qualname__) if isinstance(kind, type) else kind.rpartition(".")[::2]
+        return names == (nn.MultiheadAttention.__module__, nn.MultiheadAttention.__qualname__)
 
     @property
     def shape(self) -> torch.Size:

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.base.modes import in_mode
 from structured_tickets.networks.hosted import left_as_it_is
+from structured_tickets.networks.kernels import encoders_in_steps
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,9 @@ def program_of(model: nn.Module, image: Sequence[int], training: bool) -> Progra
     network = copy.deepcopy(model)  # its code may note what it has seen
     like = next(network.parameters())
     images = torch.zeros(2, *image, device=like.device, dtype=like.dtype)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one operation for a whole layer, of which nothing can be followed
     try:
         with (
+            encoders_in_steps(),
             in_mode(network, training),
             warnings.catch_warnings(),
             torch.random.fork_rng(devices=[]),
@@ -83,8 +83,6 @@ def program_of(model: nn.Module, image: Sequence[int], training: bool) -> Progra
             f"argument --arch: the channels of {name} cannot be followed: its forward pass cannot be recorded "
             f"({first_line(error)})"
         ) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
     signature = exported.graph_signature
     first = first_names(model)
     tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}

@@ -30,6 +30,8 @@ def matrix_product(call: Call) -> Tensor:
 def added_matrix_product(call: Call) -> Tensor:
     """A tensor, and a product of matrices added to it."""
     product = shortened(multiplied(call, call.labels(1), call.labels(2)).expand(call.shape))
+    if call.in_torchs_attention and not bool((compact(call.labels(0)) > 0).any()):
+        return product
     return combined(call, call.labels(0), product, product=False)
 
 
@@ -51,7 +53,7 @@ def _with_mask(call: Call, weights: Tensor, mask: Tensor) -> Tensor:
     one, other = shortened(weights), shortened(mask)
     other = without_what_is_repeated(call, other, one)
     if not bool((other > 0).any()):
-        if any(
+        if not call.in_torchs_attention and any(
             call.labels_of(call.argument(3, "attn_mask")).shape[a - weights.ndim] > 1
             for a in varying(one)
             if a >= weights.ndim - mask.ndim

@@ -54,5 +54,20 @@ def fused_attention(model: nn.Module, on: bool) -> Iterator[None]:
             module.fused_attn = was
 
 
+@contextmanager
+def encoders_in_steps(on: bool = True) -> Iterator[None]:
+    """For a while, torch's encoder layers and attention compute step by step in evaluation, too.
+
+    Else they call one operation for all of it. It can be neither followed nor counted, and on processors it fails under
+    autocast (torch 2.14.1: "expected scalar type Float but found BFloat16").
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(fast and not on)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def _switchable(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(getattr(m, "fused_attn", None), bool)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from structured_tickets.base.modes import set_mode
-from structured_tickets.networks.kernels import frugal
+from structured_tickets.networks.kernels import encoders_in_steps, frugal
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TENSOR_CORES = (7, 0)  # compute capability; before, float16 is no faster, or slower
@@ -94,5 +94,6 @@ def _cpu_has_bf16() -> bool:
 def computing(model: nn.Module, precision: torch.dtype) -> Iterator[None]:
     """Autocast to a number type, unless it is float32, and skip what the logits do not need."""
     device, lower = next(model.parameters()).device.type, precision in (torch.bfloat16, torch.float16)
-    with frugal(model), torch.autocast(device, dtype=precision if lower else torch.bfloat16, enabled=lower):
+    autocast = torch.autocast(device, dtype=precision if lower else torch.bfloat16, enabled=lower)
+    with frugal(model), encoders_in_steps(lower and device == "cpu"), autocast:
         yield

@@ -93,7 +93,7 @@ def _statistics(
 
     handles = [m.register_forward_hook(record) for m in named if m not in attention]
     try:
-        with torch.set_grad_enabled(gradients), projections_noted(attention, note):
+        with torch.set_grad_enabled(gradients), projections_noted(model, attention, note):
             logits = called_with(model, state, (images.detach().clone().requires_grad_(gradients),))
     finally:
         for handle in handles:

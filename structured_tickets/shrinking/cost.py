@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from structured_tickets.base.modes import in_mode
-from structured_tickets.networks.kernels import uncompiled
+from structured_tickets.networks.kernels import encoders_in_steps, uncompiled
 from structured_tickets.networks.layers import channels_side_by_side
 from structured_tickets.shrinking.shrink import shrink
 from structured_tickets.unit_groups.kinds import KINDS
@@ -73,16 +73,12 @@ def _counted(network: nn.Module, image: Sequence[int]) -> Cost:
 def _in_counted_operations(network: nn.Module) -> Iterator[None]:
     """Let attention, recurrent and compiled layers run as products of matrices, which the counter knows."""
     recurrent = any(isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in network.modules())
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(uncompiled())
-            if recurrent:  # else one operation of oneDNN's, which is not counted
-                stack.enter_context(warnings.catch_warnings())
-                warnings.simplefilter("ignore")  # setting the flags warns of hardware that is not there
-                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with ExitStack() as stack:
+        stack.enter_context(encoders_in_steps())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(uncompiled())
+        if recurrent:  # else one operation of oneDNN's, which is not counted
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # setting the flags warns of hardware that is not there
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        yield

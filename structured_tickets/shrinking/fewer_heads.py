@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,8 +76,9 @@ class FewerHeads(nn.MultiheadAttention):
         added = []
         if mask is not None:
             mask = _added(mask, q)
-            if mask.dim() == 3:  # [batch * heads before, queries, keys]
-                mask = mask.unflatten(0, (-1, self.heads_before))[:, list(self.kept_heads)]
+            if mask.dim() == 3:  # [batch * heads, queries, keys], with the heads before or those that are left
+                mask = mask.unflatten(0, (len(q), -1))
+                mask = mask[:, list(self.kept_heads)] if mask.shape[1] == self.heads_before else mask
             added.append(mask)
         if padding is not None:
             added.append(_added(padding, q).view(-1, 1, 1, k.shape[-2]))
@@ -106,6 +107,14 @@ def let_attention_have_fewer_heads(small: nn.Module, cuts: Cuts) -> None:
         kept = [cuts[key][0] for p in PROJECTIONS if 0 in cuts.get(key := f"{name}.{p}" if name else p, {})]
         if kept:
             _narrow(module, kept[0])
+    _without_nested_tensors(m for m in small.modules() if any(isinstance(a, FewerHeads) for a in m.modules()))
+
+
+def _without_nested_tensors(modules: Iterable[nn.Module]) -> None:
+    """Let torch's encoders give their layers tensors of one shape: only torch's own attention takes others."""
+    for module in modules:
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
 
 
 def _narrow(module: Any, kept: Tensor) -> None:
@@ -131,14 +140,19 @@ class _Noting(FewerHeads):
 
 @contextmanager
 def projections_noted(
-    layers: Sequence[nn.MultiheadAttention], note: Callable[[nn.Module, list[Tensor]], list[Tensor]]
+    network: nn.Module,
+    layers: Sequence[nn.MultiheadAttention],
+    note: Callable[[nn.Module, list[Tensor]], list[Tensor]],
 ) -> Iterator[None]:
     """While it lasts, torch's attention hands over its queries, keys and values, which no hook can listen to.
 
     Args:
+        layers: Those of the network's that do.
         note: Called with a layer and [batch, tokens, heads * size of a head] of each; what it returns is used on.
     """
-    before = [(type(m), dict(vars(m))) for m in layers]
+    encoders = [m for m in network.modules() if isinstance(m, nn.TransformerEncoder)] if layers else []
+    before = [(m, type(m), dict(vars(m))) for m in (*layers, *encoders)]
+    _without_nested_tensors(encoders)
     for layer in layers:
         heads = layer.num_heads
         more = {"heads_before": heads, "kept_heads": tuple(range(heads)), "note": functools.partial(note, layer)}
@@ -147,7 +161,7 @@ def projections_noted(
     try:
         yield
     finally:
-        for layer, (kind, attributes) in zip(layers, before, strict=True):
-            layer.__class__ = kind
-            vars(layer).clear()
-            vars(layer).update(attributes)
+        for module, kind, attributes in before:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(attributes)

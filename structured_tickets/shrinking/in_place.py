@@ -23,7 +23,7 @@ from structured_tickets.features.exported import first_names
 from structured_tickets.features.features import Contraction
 from structured_tickets.features.following import Following
 from structured_tickets.shrinking.cuts import Cuts, Shrunk, cut_value, of_the_same_type
-from structured_tickets.shrinking.fewer_heads import let_attention_have_fewer_heads
+from structured_tickets.shrinking.fewer_heads import FewerHeads, let_attention_have_fewer_heads
 from structured_tickets.shrinking.inserted_layers import rearranged
 
 SAME = 1e-4  # of the logits, relative to the largest
@@ -380,6 +380,8 @@ def _set_parts(small: nn.Module, following: Following, room: Room) -> None:
 
 
 def _renumber(module: nn.Module, before: int, after: int, width: int, which: str) -> None:
+    if isinstance(module, FewerHeads):  # which has its numbers
+        return
     for attribute, value in list(vars(module).items()):
         if type(value) is not int or attribute.startswith("_"):
             continue

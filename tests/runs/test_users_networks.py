@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 
 import pytest
@@ -247,6 +248,14 @@ def test_units_of_a_layer_that_evaluation_does_not_call_count_for_nothing(criter
     batch = torch.rand(4, 3, 8, 8), torch.arange(4)
     evidence = collect_evidence(model, list(groups.values()), model.state_dict(), {}, criterion, [batch])
     assert set(evidence.features) >= {"gate"} and not evidence.features["gate"].absolute.any()
+
+
+def test_torchs_encoder_computes_in_any_precision(tmp_path):
+    """Its own operation for a layer fails under autocast on a processor, and needs torch's own attention."""
+    more = {"struct": "refill", "vit_structured": True, "criteria": "saliency", "precision": "bf16"}
+    assert run(*words(tmp_path / "run", "padded", **more)) == 0
+    rows = list(csv.DictReader((tmp_path / "run" / "summary.csv").open()))
+    assert int(rows[-1]["parameters"]) < int(rows[0]["parameters"])
 
 
 def test_hooks_and_memory_of_a_network_stay_the_users(tmp_path):

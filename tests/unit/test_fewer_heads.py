@@ -100,6 +100,40 @@ class Encoder(Net):
         return self.encoder(x)
 
 
+class Padded(Itself):
+    """Some tokens are read by none."""
+
+    weights = True
+
+    def mix(self, x):
+        lengths = x.square().sum(2)
+        return x + self.attention(x, x, x, key_padding_mask=lengths < lengths.mean(1, keepdim=True))[0]
+
+
+class OwnMasks(Itself):
+    """Numbers of its own that are added to the attention of each head."""
+
+    def build(self):
+        super().build()
+        self.register_buffer("added", torch.randn(HEADS, 16, 16))
+
+    def mix(self, x):
+        mask = self.added.repeat(len(x), 1, 1)
+        return x + self.attention(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+
+class PaddedEncoder(Net):
+    """Torch's encoder, which hands on tokens without those that are masked where no gradient is wanted."""
+
+    def build(self):
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1)
+
+    def mix(self, x):
+        masked = torch.arange(x.shape[1]).expand(len(x), -1) >= x.shape[1] - 1
+        return self.encoder(x, src_key_padding_mask=masked) * ~masked[..., None]
+
+
 class Decoder(Net):
     def build(self):
         self.queries = nn.Parameter(torch.randn(1, 3, WIDTH))
@@ -130,6 +164,9 @@ HEADS_OF = {
     Learned: [4],
     OtherWidths: [4],
     Encoder: [4],
+    Padded: [4],
+    OwnMasks: [4],
+    PaddedEncoder: [4],
     Decoder: [4, 4],
     Shared: [2],
 }
