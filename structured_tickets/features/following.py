@@ -32,6 +32,7 @@ from structured_tickets.features.tables import (
     COMPOSED,
     IN_PARTS,
     LAYERS,
+    PARTS,
     RANDOM,
     REARRANGEMENTS,
     RULES,
@@ -183,7 +184,7 @@ class _Interpreter:
             return
         self.env[node] = self._followed(node)
         if _is_in_place(node) and node.args and isinstance(node.args[0], fx.Node):
-            self._written(node.args[0], self.env[node])
+            self._written(node, node.args[0], self.env[node])
 
     def _within(self, node: fx.Node) -> None:
         """Run a graph within the graph, such as one under another autocast."""
@@ -212,8 +213,7 @@ class _Interpreter:
         name = packet(node.target)
         if name in CHECKS:
             return None
-        own, inside = self.following, self.program.is_of_its_layer
-        call = Call(node, self._labels, self._name, inside, own.features, own.tensors, self.filters.get(node))
+        call = self._call_of(node)
         weight = node.args[1] if len(node.args) > 1 else None
         call.part = self.parts.get(weight) if isinstance(weight, fx.Node) else None
         try:
@@ -245,6 +245,10 @@ class _Interpreter:
         self._check_shape(node, found)
         self.following.tensors += [f for f in _flat(found) if isinstance(f, Tensor)]
         return found
+
+    def _call_of(self, node: fx.Node) -> Call:
+        own, inside = self.following, self.program.is_of_its_layer
+        return Call(node, self._labels, self._name, inside, own.features, own.tensors, self.filters.get(node))
 
     def _in_steps(self, node: fx.Node) -> Any:
         """Follow an operation through those by which torch computes it; None if it is none of these."""
@@ -360,18 +364,41 @@ class _Interpreter:
             return False
         return True
 
-    def _written(self, target: fx.Node, found: Any) -> None:
+    def _written(self, node: fx.Node, target: fx.Node, found: Any) -> None:
         """Show what is written into a tensor in those that it is a view of."""
         before = self.env.get(target)
         self.env[target] = found
         while packet(target.target) in VIEWS and isinstance(target.args[0], fx.Node):
-            target = target.args[0]
+            view, target = target, target.args[0]
             if isinstance(before, Tensor) and isinstance(found, Tensor) and torch.equal(before, found):
                 return
+            before = self.env.get(target)
+            if (whole := self._with_part(node, view, before, found)) is not None:
+                self.env[target] = found = whole
+                self.following.tensors.append(whole)
+                continue
             self._keep(target, "a part of it is written to")
             for labels in _flat(found):
                 self.following.features.keep_whole(labels, "it is written into a part of a tensor")
             self.env[target] = self._unlabelled(target)
+
+    def _with_part(self, node: fx.Node, view: fx.Node, labels: Any, found: Any) -> Tensor | None:
+        """Labels of a tensor of which a part is written to, along an axis of its own; None if it is not known."""
+        if packet(view.target) not in PARTS or not isinstance(labels, Tensor) or not isinstance(found, Tensor):
+            return None
+        given: Any = view.args[1] if len(view.args) > 1 else 0
+        axis = given % labels.ndim
+        part = shortened(found.unsqueeze(axis) if found.ndim < labels.ndim else found)
+        if axis in varying(labels) or axis in varying(part):
+            whole = labels.clone(memory_format=torch.contiguous_format)
+            place: Any = view.target
+            place(whole, *view.args[1:], **view.kwargs).copy_(found)
+            whole = shortened(whole)
+            self.following.fixed.append((whole, axis))
+            return whole
+        one, other = labels.narrow(axis, 0, 1), part.narrow(axis, 0, 1)
+        both = combined(self._call_of(node), one, other, product=False, shape=one.shape)
+        return shortened(both).expand(labels.shape)
 
 
 LARGEST = 1_000_000

@@ -26,6 +26,9 @@ def transposed_convolution(call: Call) -> Tensor:
 
 def _convolved(call: Call, weight: str, bias: str, groups: int, axes: tuple[int, int]) -> Tensor:
     labels, outputs = call.labels(0), call.shape[1]
+    if 0 in varying(labels) and set(varying(labels)) <= {0, 1}:  # such as heads, each as an image of its own
+        found = mixed(call, labels, [1], "the layer that reads it finds other features in the same place")
+        return compact(found).expand(call.shape)
     columns = _read(call, labels, 1)
     weight = weight or (call.filters.weight if call.filters else "")
     if not weight:

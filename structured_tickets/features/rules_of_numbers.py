@@ -104,6 +104,11 @@ def added_product(call: Call) -> Tensor:
     return combined(call, call.labels(0), shortened(product), product=False)
 
 
+def written(call: Call) -> Tensor:
+    """A tensor's numbers in the place of another's."""
+    return call.labels(1).expand(call.shape)
+
+
 def division(call: Call) -> Tensor:
     """A quotient: zero where the first is."""
     if not isinstance(call.argument(1), fx.Node):

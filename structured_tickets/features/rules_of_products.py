@@ -99,7 +99,7 @@ def _without_fixed_numbers(call: Call, one: Tensor, other: Tensor) -> Tensor:
         return one
     if not numbers(mine, computed=True) or numbers(theirs, computed=True):
         return one
-    if any(a < one.ndim - 2 for a in varying(one)):
+    if any(a < one.ndim - 2 for a in set(varying(one)) & set(varying(other))):  # each head may have its own
         return one
     call.keep(one, "it is multiplied with features, and the products are added up")
     return plain(one.shape)

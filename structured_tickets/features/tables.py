@@ -31,6 +31,7 @@ from structured_tickets.features.rules_of_numbers import (
     same,
     slopes,
     taken_in_two,
+    written,
 )
 from structured_tickets.features.rules_of_products import added_matrix_product, attention, matrix_product
 
@@ -91,6 +92,7 @@ RULES: dict[str, Rule] = {
     "prelu": slopes,
     "masked_fill": masked,
     "cumsum": running_sum,
+    "copy_": written,
     "view_as_complex": paired_up,
     "view_as_real": taken_in_two,
 }
@@ -130,5 +132,7 @@ COMPOSED = torch._C.DispatchKey.CompositeImplicitAutograd
 """Key of operations that torch computes by others. Those that no table knows are followed in these steps."""
 RANDOM = _names("rand randn rand_like randn_like bernoulli bernoulli_ randint randperm")
 """Draws numbers."""
+PARTS = _names("slice select narrow")
+"""Gives a part of a tensor along an axis, in the same memory."""
 VIEWS = _names("slice select view transpose permute unsqueeze squeeze expand narrow chunk")
 """Gives a tensor that shares memory with what it is given."""

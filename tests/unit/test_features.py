@@ -114,6 +114,22 @@ class Elsewhere(Cnn):
         return self.last(y.flatten(2)).relu()[..., None]
 
 
+class Written(Cnn):
+    """Parts of tensors that are written to: rows of pixels, and channels among zeros."""
+
+    def build(self):
+        self.a, self.b, self.c = nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(8, 16, 1), nn.Conv2d(16, 12, 3, padding=1)
+        self.norm, self.last = nn.BatchNorm2d(16), nn.Conv1d(12, 12, 1)
+
+    def middle(self, x):
+        y = self.norm(self.a(x)).relu()
+        y[:, :, 0] = self.b(x)[:, :, 0].relu()
+        y[..., -1].mul_(0.5)
+        shifted = torch.zeros_like(y)
+        shifted[:, :4, 1:], shifted[:, 4:] = y[:, :4, :-1], y[:, 4:]
+        return self.last(self.c(shifted).relu().flatten(2)).relu()[..., None]
+
+
 class InGroups(Cnn):
     """A grouped convolution between others, and a depth-wise one, behind a list."""
 
@@ -314,6 +330,54 @@ class Turned(Attention):
         return self.out(x.transpose(1, 2).reshape(b, n, -1))
 
 
+class Placed(Attention):
+    """What queries find at each distance, by numbers that all heads share (SAM); heads are images of a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = nn.Parameter(torch.rand(5, 5, 6))
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        parts = (f(x).view(b, n, self.heads, -1).transpose(1, 2) for f in (self.query, self.key, self.value))
+        q, k, v = (part.reshape(b * self.heads, n, -1) for part in parts)
+        bias = torch.einsum("bnc,nmc->bnm", q, self.places)
+        x = (q @ k.transpose(-1, -2) + bias).softmax(-1) @ v
+        return self.out(x.view(b, self.heads, n, -1).transpose(1, 2).reshape(b, n, -1))
+
+
+class Adapted(Attention):
+    """What a small layer gives is added to a part of the queries, keys and values (LoRA)."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.down, self.up = nn.Linear(24, 72), nn.Linear(24, 3), nn.Linear(3, 24)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        together = self.query(x)
+        together[..., :24] += self.up(self.down(x))
+        q, k, v = together.reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.out(x.transpose(1, 2).reshape(b, n, -1))
+
+
+class Filtered(Attention):
+    """Keys and values are filtered and normalised, each head as an image of its own (MViT)."""
+
+    def __init__(self):
+        super().__init__()
+        self.filter, self.norm = nn.Conv1d(6, 6, 3, padding=1, groups=6), nn.LayerNorm(6)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = (f(x).view(b, n, self.heads, -1).transpose(1, 2) for f in (self.query, self.key, self.value))
+        k, v = (self.filter(t.flatten(0, 1).transpose(1, 2)).transpose(1, 2) for t in (k, v))
+        k, v = (self.norm(t).view(b, self.heads, n, -1) for t in (k, v))
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.out(x.transpose(1, 2).reshape(b, n, -1))
+
+
 class Summed(Attention):
     """In Einstein's notation, with keys and queries that are taken together by a fixed matrix (Performer)."""
 
@@ -433,6 +497,7 @@ CNNS = {
     Sounds: {"a", "b"},
     Clips: {"a", "up", "b"},
     Elsewhere: {"a.0", "last"},
+    Written: {"a", "b", "c", "last"},
     InGroups: {"a.0", "b.0", "d.0"},
     Noisy: {"a.0", "b.0"},
     Called: {"a", "b"},
@@ -444,7 +509,7 @@ NETWORKS = [
     *CNNS,
     ViT,
     *(functools.partial(ViT, kind) for kind in (Fixed, Biased, Resized, Grouped, Gated, Turned)),
-    *(functools.partial(ViT, kind) for kind in (Summed, Slanted, WithoutKeyBias)),
+    *(functools.partial(ViT, kind) for kind in (Summed, Slanted, WithoutKeyBias, Placed, Filtered, Adapted)),
     Hybrid,
 ]
 
@@ -510,7 +575,7 @@ def test_heads_and_neurons_are_found_by_what_is_computed():
     assert head.slices[-1].axis == 1 and head.slices[0].index[1].tolist() == list(range(6, 12))
 
 
-@pytest.mark.parametrize("kind", [Summed, Slanted, WithoutKeyBias])
+@pytest.mark.parametrize("kind", [Summed, Slanted, WithoutKeyBias, Placed, Filtered])
 def test_heads_are_found_through_steps_that_others_write(kind):
     model = made(functools.partial(ViT, kind))
     assert not features_of(model).unknown
