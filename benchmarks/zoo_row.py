@@ -295,11 +295,18 @@ def _pruned_by_theirs(network: nn.Module, side: int, how: dict[str, Any], row: d
         **how,
     )
     twins = {id(m): masked.get_submodule(n) for n, m in network.named_modules()}
+    left: dict[int, Tensor] = {}  # of each layer, which of its outputs are there when the next group is looked for
     for group in pruner.step(interactive=True):
+        gone: dict[int, set[int]] = {}
         for member, index in group:
-            if "in_channels" not in member.handler.__name__:
-                _set_to_zero(twins.get(id(member.target.module)), index)
+            number = id(member.target.module)
+            if "in_channels" not in member.handler.__name__ and number in twins:
+                there = left.setdefault(number, torch.arange(_outputs(twins[number])))
+                _set_to_zero(twins[number], there[torch.as_tensor(index)])
+                gone.setdefault(number, set()).update(map(int, index))
         group.prune()
+        for number, places in gone.items():
+            left[number] = left[number][[k not in places for k in range(len(left[number]))]]
     for layer in attention:
         layer.num_heads = pruner.num_heads[layer.qkv]
         rows = layer.qkv.weight.shape[0]
@@ -313,13 +320,20 @@ def _pruned_by_theirs(network: nn.Module, side: int, how: dict[str, Any], row: d
     row["gap"] = float((logits - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
 
 
+def _outputs(layer: nn.Module) -> int:
+    """Return how many features a layer gives."""
+    if isinstance(layer, nn.MultiheadAttention):
+        return layer.embed_dim
+    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    first = next(layer.parameters(recurse=False), None)
+    return 0 if first is None else first.shape[int(transposed)]
+
+
 @torch.no_grad()
-def _set_to_zero(layer: nn.Module | None, index: Sequence[int]) -> None:
+def _set_to_zero(layer: nn.Module, index: Tensor) -> None:
     """Set what a layer gives at these places to zero."""
-    if layer is None:
-        return
     if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is not None:
-        rows = torch.as_tensor(index)[:, None] + torch.arange(3) * layer.embed_dim
+        rows = index[:, None] + torch.arange(3) * layer.embed_dim
         for value in (layer.in_proj_weight, layer.in_proj_bias):
             if value is not None:
                 value.index_fill_(0, rows.flatten(), 0)
@@ -327,4 +341,4 @@ def _set_to_zero(layer: nn.Module | None, index: Sequence[int]) -> None:
         return
     for name, value in layer.named_parameters(recurse=False):
         transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd) and name == "weight"
-        value.index_fill_(int(transposed), torch.as_tensor(index), 0)
+        value.index_fill_(int(transposed), index, 0)
