@@ -56,7 +56,7 @@ def first_pass(network: nn.Module, arch: str, num_classes: int, img_size: int) -
     try:
         with left_as_it_is(network):
             outputs = _outputs_in_training(twin, arch, num_classes, img_size)
-            return FirstPass(*found, outputs, _takes_channels_side_by_side(twin, img_size))
+            return FirstPass(*found, outputs, _takes_channels_side_by_side(twin, arch, img_size))
     finally:
         restore_random_states(states)
 
@@ -127,21 +127,37 @@ def _outputs_in_training(network: nn.Module, arch: str, num_classes: int, img_si
     return len(outputs) if isinstance(outputs, tuple | list) else 1
 
 
-def _takes_channels_side_by_side(network: nn.Module, img_size: int) -> bool:
-    """Return whether a network computes, forward and backward, with channels last. It is changed."""
-    draw = torch.Generator().manual_seed(0)
-    images = torch.rand(2, 3, img_size, img_size, generator=draw).contiguous(memory_format=torch.channels_last)
-    channels_side_by_side(network)
+def _takes_channels_side_by_side(network: nn.Module, arch: str, img_size: int) -> bool:
+    """Return whether a network computes, forward and backward, with channels last. It is changed.
+
+    Raises:
+        UsageError: Its backward pass fails in any layout.
+    """
+    images = torch.rand(2, 3, img_size, img_size, generator=torch.Generator().manual_seed(0))
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), in_mode(network, True):
-            output = logits_of(network(images))
-            if output.requires_grad:
-                output.sum().backward()
-        with torch.no_grad(), in_mode(network, False):
-            network(images)
-    except Exception:  # such as that of `view`; that it computes otherwise is known
-        return False
-    return True
+        _both_passes(channels_side_by_side(network), images.contiguous(memory_format=torch.channels_last))
+        return True
+    except Exception:  # such as that of `view`; that its forward pass computes otherwise is known
+        pass
+    network._apply(lambda value: value.contiguous())
+    try:
+        _both_passes(network, images)
+    except Exception as error:
+        raise UsageError(
+            f"argument --arch: {arch} cannot be trained: its backward pass fails ({first_line(error)}). Change its "
+            "code so that loss.backward() works"
+        ) from error
+    return False
+
+
+def _both_passes(network: nn.Module, images: Tensor) -> None:
+    """Compute forward and backward in training mode, and forward in evaluation mode."""
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), in_mode(network, True):
+        output = logits_of(network(images))
+        if output.requires_grad:
+            output.sum().backward()
+    with torch.no_grad(), in_mode(network, False):
+        network(images)
 
 
 def _are_logits(found: Any, num_classes: int) -> bool:

@@ -696,3 +696,16 @@ class Padded(nn.Module):
 
 def padded(num_classes: int) -> nn.Module:
     return Padded(num_classes)
+
+
+class Overwriting(Plain):
+    """Writes over what a layer needs for its gradient."""
+
+    def forward(self, x):
+        y = self.one(self.stem(x)).clone()
+        y[:, :6] = self.two(y)[:, :6]
+        return self.head(y.mean((2, 3)))
+
+
+def overwriting(num_classes: int) -> nn.Module:
+    return Overwriting(num_classes)

@@ -187,6 +187,7 @@ def test_neurons_are_pruned_where_heads_have_to_stay(factory, tmp_path, capsys):
         ("all_frozen", {"struct": "imp"}, "are frozen (requires_grad=False). Leave some of them to be trained"),
         ("deciding", {}, "To prune its weights one by one instead, use --struct imp"),
         ("deciding", {"struct": "imp", "regroup": True}, "cannot be followed"),
+        ("overwriting", {"struct": "imp"}, "cannot be trained: its backward pass fails (one of the variables needed"),
         (
             "vit_of_torch_that_decides",
             {"vit_structured": True},
