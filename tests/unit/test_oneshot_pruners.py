@@ -20,7 +20,8 @@ from structured_tickets.pruning.oneshot import _Linear as Linear
 from structured_tickets.unit_groups.find import unit_groups
 from structured_tickets.unit_groups.unit import ranked_names
 
-BATCHES = [(torch.rand(6, 3, 16, 16), torch.arange(6)) for _ in range(2)]
+_DRAW = torch.Generator().manual_seed(0)
+BATCHES = [(torch.rand(6, 3, 16, 16, generator=_DRAW), torch.arange(6)) for _ in range(2)]
 LOSS = nn.CrossEntropyLoss()
 SIMPLE = ["prune_snip", "prune_grasp", "prune_synflow", "prune_omp", "prune_rp"]
 
