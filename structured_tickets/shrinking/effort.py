@@ -22,7 +22,7 @@ IMAGES = 16
 class Cost(NamedTuple):
     """Time (ns) that an operation takes: to begin, for each number read or written, each weight, each multiplication.
 
-    Fitted to the time that each operation took in 44 networks, whole and smaller ones: 16 images, float32, one core of
+    Fitted to the time that each operation took in 46 networks, whole and smaller ones: 16 images, float32, one core of
     an AMD EPYC with AVX-512, in a process that keeps its memory.
 
     """
