@@ -18,6 +18,8 @@ LOGITS = "it is one of the logits"
 """Why what comes out of a network stays."""
 UNREAD = "no layer reads it, and it is no logit"
 """Why what a network computes besides stays, such as the logits of a second head while it trains."""
+READ_ELSEWHERE = "other code computes with the layer's weights or bias, too"
+"""Why what a layer reads and gives stays where code counts on all of its numbers."""
 NEVER, IN_ROWS, ALWAYS = range(3)
 """How far features that stay can be zeros: not at all; where a layer gives them; also in what is computed of them."""
 
@@ -135,6 +137,7 @@ class Features:
         events: How they are computed.
         paddings: Those that are always zero.
         parts: Those that are divided into parts of given sizes.
+        called_otherwise: Weights of layers that are also called with features along other axes than theirs.
     """
 
     def __init__(self) -> None:
@@ -143,6 +146,7 @@ class Features:
         self.heads: list[Tensor] = []
         self.paddings: list[Padding] = []
         self.parts: list[Parts] = []
+        self.called_otherwise: set[str] = set()
         self._named: dict[str, int] = {}
         self._pairs: list[Tensor] = []
         self._inside: list[Tensor] = []

@@ -20,7 +20,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from structured_tickets.features.calls import Call, LayerCall, packet
 from structured_tickets.features.computed_weights import computed_filters
 from structured_tickets.features.exported import Program
-from structured_tickets.features.features import LOGITS, UNREAD, Contraction, Features, Gate, Parts, Through
+from structured_tickets.features.features import (
+    LOGITS,
+    READ_ELSEWHERE,
+    UNREAD,
+    Contraction,
+    Features,
+    Gate,
+    Parts,
+    Through,
+)
 from structured_tickets.features.labels import compact, plain, shortened, varying
 from structured_tickets.features.parts_of_weights import parts_of_weights
 from structured_tickets.features.rules_of_axes import taken_axes
@@ -38,7 +47,6 @@ from structured_tickets.features.tables import (
     RULES,
     SHAPING,
     SLOTS,
-    VIEWS,
 )
 
 
@@ -53,6 +61,7 @@ class Following:
             to be a tensor again.
         fixed: Labels of tensors of which something is taken by its place along an axis: nothing can go along that.
         unknown: Operations without a rule -> how often they are called with features.
+        read: Parameters of which logits are computed by other code than a layer's.
         parameters: Parameters and buffers that are no layer's, of which each number is a feature: int64 of their shape.
         noted: What others have found out about these features, so that they need not do it again.
     """
@@ -62,6 +71,7 @@ class Following:
     tensors: list[Tensor] = field(default_factory=list)
     fixed: list[tuple[Tensor, int]] = field(default_factory=list)
     unknown: Counter[str] = field(default_factory=Counter)
+    read: set[str] = field(default_factory=set)
     parameters: dict[str, Tensor] = field(default_factory=dict)
     noted: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -71,16 +81,16 @@ class Following:
         owned = {e.weight for e in self.features.events if isinstance(e, Contraction)}
         owned |= {e.bias for e in self.features.events if isinstance(e, Contraction)}
         owned |= {n for e in self.features.events if isinstance(e, Gate) for n in e.parameters}
-        return owned & self.parameters.keys()
+        return owned & (self.read | self.features.called_otherwise)
 
     def keep_what_is_read_elsewhere(self) -> None:
         """Keep what layers read and give whose parameters other code reads, too."""
         found = self.read_elsewhere
         for event in self.features.events if found else ():
             if isinstance(event, Contraction) and not found.isdisjoint((event.weight, event.bias)):
-                self.features.keep_whole(torch.cat([event.columns, event.rows]), "other code reads the layer's weights")
+                self.features.keep_whole(torch.cat([event.columns, event.rows]), READ_ELSEWHERE)
             elif isinstance(event, Gate) and not found.isdisjoint(event.parameters):
-                self.features.keep_whole(torch.cat([event.sources, event.features]), "other code reads its weights")
+                self.features.keep_whole(torch.cat([event.sources, event.features]), READ_ELSEWHERE)
 
     def follow(self, program: Program) -> None:
         """Follow an image, which belongs to no feature, through a network."""
@@ -116,6 +126,7 @@ class _Interpreter:
         self.values: dict[fx.Node, Any] = {}  # of what depends on nothing that is trained or seen
         self.names: dict[fx.Node, str] = {}
         self.filters = computed_filters(program)
+        self.leading = _leading_to_logits(program.graph.graph)
         self.behind = {n for f in self.filters.values() for n in (f.weight, *f.beside)}
         self.parts = parts_of_weights(program)
         self.behind |= {program.parameters[part.whole.name] for part in self.parts.values()}
@@ -145,14 +156,12 @@ class _Interpreter:
         if node.name in self.program.constants and not (number and node in self.names):
             self.values[node] = self.program.constants[node.name]
         self.env[node] = self._unlabelled(node)
-        if (
-            number
-            and node in self.names
-            and self.names[node] not in self.behind
-            and 1 < value.numel() <= LARGEST
-            and not all(_holds(u, node) for u in node.users)
-        ):
-            self.env[node] = self._numbered(self.names[node], value.shape)
+        if not number or node not in self.names or self.names[node] in self.behind:
+            return
+        if any(user in self.leading and not _holds(user, node) for user in node.users):
+            self.following.read.add(self.names[node])
+            if 1 < value.numel() <= LARGEST:
+                self.env[node] = self._numbered(self.names[node], value.shape)
 
     def _numbered(self, name: str, shape: torch.Size) -> Tensor:
         features = self.following.features
@@ -367,20 +376,35 @@ class _Interpreter:
     def _written(self, node: fx.Node, target: fx.Node, found: Any) -> None:
         """Show what is written into a tensor in those that it is a view of."""
         before = self.env.get(target)
+        self.values.pop(target, None)
+        if not _equal(before, found) and self._has_other_views(target):
+            self._keep_written(target, found)
+            found = self.env[target]
         self.env[target] = found
-        while packet(target.target) in VIEWS and isinstance(target.args[0], fx.Node):
+        while _is_view(target) and isinstance(target.args[0], fx.Node):
             view, target = target, target.args[0]
-            if isinstance(before, Tensor) and isinstance(found, Tensor) and torch.equal(before, found):
+            self.values.pop(target, None)
+            if _equal(before, found):
                 return
             before = self.env.get(target)
-            if (whole := self._with_part(node, view, before, found)) is not None:
+            whole = None if self._has_other_views(target, view) else self._with_part(node, view, before, found)
+            if whole is not None:
                 self.env[target] = found = whole
                 self.following.tensors.append(whole)
                 continue
-            self._keep(target, "a part of it is written to")
-            for labels in _flat(found):
-                self.following.features.keep_whole(labels, "it is written into a part of a tensor")
-            self.env[target] = self._unlabelled(target)
+            self._keep_written(target, found)
+
+    def _keep_written(self, target: fx.Node, found: Any) -> None:
+        """Keep what a tensor held and what is written into it; nothing is assumed of what it holds then."""
+        self._keep(target, "a part of it is written to")
+        for labels in _flat(found):
+            self.following.features.keep_whole(labels, "it is written into a part of a tensor")
+        self.env[target] = self._unlabelled(target)
+
+    def _has_other_views(self, tensor: fx.Node, view: fx.Node | None = None) -> bool:
+        """True if a tensor has another view, taken before, that is still read: its labels would be those of before."""
+        others = [u for u in tensor.users if u is not view and u in self.env and _is_view(u)]
+        return any(user not in self.env for other in others for user in other.users)
 
     def _with_part(self, node: fx.Node, view: fx.Node, labels: Any, found: Any) -> Tensor | None:
         """Labels of a tensor of which a part is written to, along an axis of its own; None if it is not known."""
@@ -408,6 +432,32 @@ LARGEST = 1_000_000
 def _is_in_place(node: fx.Node) -> bool:
     name = packet(node.target)
     return name.endswith("_") and not name.endswith("__")
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """True for a call whose outcome may share memory with what it is given."""
+    return getattr(node.target, "is_view", False) is True
+
+
+def _leading_to_logits(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes of which the first of the outputs is computed, or which write into what it is computed of."""
+    outputs: Any = graph.output_node().args[0]
+    wanted = [outputs[0] if isinstance(outputs, tuple | list) else outputs]
+    found: set[fx.Node] = set()
+    while wanted:
+        node = wanted.pop()
+        if not isinstance(node, fx.Node) or node in found:
+            continue
+        found.add(node)
+        wanted += node.all_input_nodes
+        for user in node.users:  # a view may be written to
+            if user.op == "call_function" and (_is_in_place(user) or _is_view(user)):
+                wanted.append(user)
+    return found
 
 
 def _flat(value: Any) -> Sequence[Any]:

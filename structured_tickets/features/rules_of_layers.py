@@ -10,6 +10,8 @@ from structured_tickets.features.features import IN_ROWS, OTHER, Contraction, Ga
 from structured_tickets.features.labels import compact, line_along, plain, varying
 from structured_tickets.features.rules_of_numbers import combined, mixed
 
+DIFFERENT = "the layer that reads it gets other channels of it for other heads or pixels"
+
 
 def convolution(call: Call) -> Tensor:
     """A convolution, grouped or not, of any number of axes."""
@@ -26,8 +28,10 @@ def transposed_convolution(call: Call) -> Tensor:
 
 def _convolved(call: Call, weight: str, bias: str, groups: int, axes: tuple[int, int]) -> Tensor:
     labels, outputs = call.labels(0), call.shape[1]
-    if 0 in varying(labels) and set(varying(labels)) <= {0, 1}:  # such as heads, each as an image of its own
-        found = mixed(call, labels, [1], "the layer that reads it finds other features in the same place")
+    if weight and groups == labels.shape[1] and 0 in varying(labels) and set(varying(labels)) <= {0, 1}:
+        # Such as heads, each as an image of its own. Layers that are not depth-wise have channels of their own.
+        call.features.called_otherwise.add(weight)
+        found = mixed(call, labels, [1], DIFFERENT)
         return compact(found).expand(call.shape)
     columns = _read(call, labels, 1)
     weight = weight or (call.filters.weight if call.filters else "")
@@ -51,7 +55,7 @@ def _read(call: Call, labels: Tensor, axis: int) -> Tensor:
     line = line_along(labels, axis)
     if line is not None:
         return line
-    call.keep(labels, "the layer that reads it finds other features in the same place")
+    call.keep(labels, DIFFERENT)
     return torch.full((labels.shape[axis],), OTHER)
 
 
@@ -89,6 +93,7 @@ def linear(call: Call) -> Tensor:
             if call.argument(place, "bias") is not None:
                 call.keep(call.labels(place), "it is a weight of a layer")
     if not weight or others:
+        call.features.called_otherwise.add(weight)
         found = mixed(call, labels, [-1], "the weights of the layer that reads it are computed")
         return found.expand(call.shape)
     outputs, first = call.shape[-1], call.part.start if call.part else 0

@@ -137,7 +137,7 @@ def combined(call: Call, one: Tensor, other: Tensor, product: bool, shape: torch
     if not bool((other > 0).any()):
         bound = [a for a in varying(one) if other.shape[a] > 1] if bool((other == OTHER).any()) else []
         if bound and len(bound) == len(varying(one)):
-            call.keep(one, "it is combined with numbers that cannot be removed", ALWAYS if product else NEVER)
+            call.keep(one, "it is combined with numbers of a fixed size", ALWAYS if product else NEVER)
             return one.expand(shape) if product else plain(shape)
         if bound:  # what lies along the other axes is removed with all along these
             call.features.join(compact(one), compact(without(one, bound, keepdim=True)))
@@ -192,7 +192,7 @@ def paired(call: Call, one: Tensor, other: Tensor, product: bool) -> Tensor:
     zero = (a == ZERO) | (b == ZERO)
     found[zero] = ZERO if product else torch.maximum(a, b)[zero]
     for labels, partner in ((a, b), (b, a)):
-        call.keep(labels[(labels > 0) & (partner == OTHER)], "it is combined with numbers that cannot be removed")
+        call.keep(labels[(labels > 0) & (partner == OTHER)], "it is combined with numbers of a fixed size")
     sets = sets_of(a[both], b[both])  # one feature for all that have to go together
     new = features.computed_of(torch.cat([a[both], b[both]]), int(sets.max()) + 1 if len(sets) else 0)[sets]
     found[both] = new

@@ -58,7 +58,7 @@ def _with_mask(call: Call, weights: Tensor, mask: Tensor) -> Tensor:
             for a in varying(one)
             if a >= weights.ndim - mask.ndim
         ):
-            call.keep(one, "it is combined with numbers that cannot be removed")
+            call.keep(one, "it is combined with numbers of a fixed size")
             return plain(weights.shape)
         return one
     return paired(call, compact(one), compact(other), product=False).expand(weights.shape)

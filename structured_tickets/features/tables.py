@@ -134,5 +134,3 @@ RANDOM = _names("rand randn rand_like randn_like bernoulli bernoulli_ randint ra
 """Draws numbers."""
 PARTS = _names("slice select narrow")
 """Gives a part of a tensor along an axis, in the same memory."""
-VIEWS = _names("slice select view transpose permute unsqueeze squeeze expand narrow chunk")
-"""Gives a tensor that shares memory with what it is given."""

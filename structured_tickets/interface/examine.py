@@ -27,7 +27,7 @@ from structured_tickets.networks.attention import with_separate_heads
 from structured_tickets.networks.first_pass import layers_called, spec_of_layers
 from structured_tickets.networks.registry import ModelSpec, note_channel_units, spec_of
 from structured_tickets.shrinking.trial import check_units
-from structured_tickets.unit_groups.find import channel_groups, is_transformer, unit_groups
+from structured_tickets.unit_groups.find import channel_groups, is_transformer, reasons_of_layers, unit_groups
 from structured_tickets.unit_groups.kinds import CHANNEL_UNITS, FILTER
 from structured_tickets.unit_groups.left_alone import left_alone, weights_of
 from structured_tickets.unit_groups.unit import UnitGroup
@@ -188,5 +188,6 @@ def _left_alone(
 ) -> dict[str, str]:
     """Layer with weights -> why it has no units."""
     uncalled = {n for n, m in twin.named_modules() if isinstance(m, _ConvNd | nn.Linear)} - set(called)
-    found = left_alone(twin, spec, groups, is_transformer(twin), uncalled, " (stem=True prunes it, too)")
+    stem, known = " (stem=True prunes it, too)", reasons_of_layers(twin)
+    found = left_alone(twin, spec, groups, is_transformer(twin), uncalled, stem, known)
     return {n: EXCLUDED if n in excluded else reason for n, reason in found.items()}

@@ -144,8 +144,8 @@ def _takes_channels_side_by_side(network: nn.Module, arch: str, img_size: int) -
         _both_passes(network, images)
     except Exception as error:
         raise UsageError(
-            f"argument --arch: {arch} cannot be trained: its backward pass fails ({first_line(error)}). Change its "
-            "code so that loss.backward() works"
+            f"argument --arch: {arch} cannot be trained: its backward pass fails "
+            f"({first_line(error).rstrip('.')}). Change its code so that gradients can be computed"
         ) from error
     return False
 

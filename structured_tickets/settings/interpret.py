@@ -73,7 +73,7 @@ def _what_to_change(usable: UsableUnits, needed: bool) -> str:
         return f". {FROZEN[0].upper()}{FROZEN[1:]}: {some_of(frozen)}. Unfreeze the layers that are to be pruned"
     if not needed:
         return ": it has no convolution or linear layer with a weight of its own, besides the first and the last one"
-    said = "".join(f". What {line}" for line in in_words(usable.whole, ""))
+    said = "".join(f". Of its layers {line}" for line in in_words(usable.whole, ""))
     return (
         " as whole units, which are the channels of convolutions, attention heads and MLP neurons"
         f"{said}. To prune its weights one by one, use --struct imp"

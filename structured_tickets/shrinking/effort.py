@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from structured_tickets.base.modes import in_mode
+from structured_tickets.networks.kernels import encoders_in_steps
 from structured_tickets.networks.layers import channels_side_by_side
 
 IMAGES = 16
@@ -24,7 +25,6 @@ class Cost(NamedTuple):
 
     Fitted to the time that each operation took in 46 networks, whole and smaller ones: 16 images, float32, one core of
     an AMD EPYC with AVX-512, in a process that keeps its memory.
-
     """
 
     call: float
@@ -34,8 +34,9 @@ class Cost(NamedTuple):
 
 
 VIEW, PYTHON = 3_000, 2_500
-"""Time (ns) that a view takes, and what leads to a call of any other operation."""
+"""Time (ns) that a view takes, and that a module's Python code takes for each other operation."""
 OTHERWISE = Cost(3_000, 0.06)
+"""Cost of an operation that is not in the table."""
 IN_PLACE = Cost(2_000, 0.03)
 LINEAR = Cost(4_000, 0.09, 0.27, 0.018)
 ATTENTION = Cost(5_000, 0.5, multiplication=0.02)
@@ -47,7 +48,6 @@ COSTS = {
     "bmm": LINEAR._replace(number=0.34),
     "baddbmm": LINEAR._replace(number=0.34),
     "_scaled_dot_product_flash_attention_for_cpu": ATTENTION,
-    "_native_multi_head_attention": Cost(20_000, 5.3),
     "native_batch_norm": Cost(15_000, 0.09, 1.0),
     "native_layer_norm": Cost(8_000, 0.25),
     "gelu": Cost(6_500, 0.21),
@@ -127,6 +127,6 @@ def effort_of(network: nn.Module, image: Sequence[int]) -> float:
     like = next(network.parameters())
     images = torch.ones(1, *image, device=like.device, dtype=like.dtype)
     weights = {_memory_of(p) for p in network.parameters()}
-    with in_mode(network, training=False), _Meter(weights) as meter:
+    with in_mode(network, training=False), encoders_in_steps(), _Meter(weights) as meter:
         network(images)
     return meter.effort

@@ -147,7 +147,7 @@ def projections_noted(
     """While it lasts, torch's attention hands over its queries, keys and values, which no hook can listen to.
 
     Args:
-        layers: Those of the network's that do.
+        layers: Attention layers of the network.
         note: Called with a layer and [batch, tokens, heads * size of a head] of each; what it returns is used on.
     """
     encoders = [m for m in network.modules() if isinstance(m, nn.TransformerEncoder)] if layers else []

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from structured_tickets.base.errors import UsageError, first_line
 from structured_tickets.shrinking.cost import cost_of, image_shape
@@ -58,7 +59,7 @@ def places_channels(model: nn.Module, groups: Sequence[UnitGroup], image: int | 
 def _with_used_norms(model: nn.Module, draw: torch.Generator) -> nn.Module:
     """Return a copy whose batch normalisations look trained: new ones are the identity, and hide mistakes."""
     network = copy.deepcopy(model)
-    for norm in (m for m in network.modules() if isinstance(m, nn.BatchNorm2d)):
+    for norm in (m for m in network.modules() if isinstance(m, _BatchNorm)):
         for name, low, high in (("weight", 0.5, 1.5), ("bias", -0.3, 0.3), ("running_mean", -0.3, 0.3)):
             value = getattr(norm, name)
             if value is not None:

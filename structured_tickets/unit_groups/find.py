@@ -158,7 +158,8 @@ def _needed_following(model: nn.Module, image: Sequence[int] | None, asked: bool
         if image is None:
             return None
         copied = copy.deepcopy(model)  # tracing runs its code, which may take notes
-        if (easy := share_in_units(copied, channels_of_modules(copied, sure=True))) >= LITTLE:
+        easy = share_in_units(copied, channels_of_modules(copied, sure=True))
+        if easy >= LITTLE and _share_of_other_convolutions(copied) <= NEXT_TO_NOTHING:
             return None
     except Exception as error:  # whatever the network's code, or the names that it gives its layers, lead to
         if image is None:
@@ -192,6 +193,14 @@ def _follow(model: nn.Module, image: Sequence[int]) -> Following:
     following.keep_what_is_read_elsewhere()
     following.keep_what_makes_no_tensor()
     return following
+
+
+def _share_of_other_convolutions(model: nn.Module) -> float:
+    """Return the share of the weights in convolutions that are not found easily: transposed ones, of other axes."""
+    layers = [m for m in model.modules() if isinstance(m, _ConvNd | nn.Linear)]
+    others = [m for m in layers if isinstance(m, _ConvNd) and not isinstance(m, nn.Conv2d)]
+    sizes = [sum(p.numel() for p in m.parameters(recurse=False)) for m in layers]
+    return sum(s for s, m in zip(sizes, layers, strict=True) if m in others) / max(1, sum(sizes))
 
 
 def share_in_units(model: nn.Module, groups: Iterable[UnitGroup]) -> float:

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from structured_tickets.features.calls import LayerCall
-from structured_tickets.features.features import ALWAYS, IN_ROWS, LOGITS, Both, Contraction, Features, Gate, Through
+from structured_tickets.features.features import (
+    ALWAYS,
+    IN_ROWS,
+    LOGITS,
+    READ_ELSEWHERE,
+    Both,
+    Contraction,
+    Features,
+    Gate,
+    Through,
+)
 from structured_tickets.features.following import Following
 from structured_tickets.networks.layers import CONVOLUTIONS, TRANSPOSED
 from structured_tickets.networks.registry import ModelSpec
@@ -275,7 +285,7 @@ def why_layers_stay(following: Following) -> dict[str, str]:
         numbers = first[wires[line]] if axis == 0 else line[:0]
         layer = weight.rpartition(".")[0]
         if weight in outside:
-            why[layer] = "other code reads its weights"
+            why[layer] = READ_ELSEWHERE
         elif bool((numbers >= 0).any()):
             reason = features.reasons[int(numbers[numbers >= 0].mode().values)][1]
             why[layer] = f"what it computes cannot be removed: {reason}"

@@ -54,5 +54,7 @@ def _reason(layer: nn.Module, transformer: bool) -> str:
     if isinstance(layer, nn.Linear):
         return LINEAR
     if type(layer) not in (*CONVOLUTIONS, *TRANSPOSED):
-        return f"{type(layer).__name__}: only the channels of torch's own convolutions can be told apart"
+        return f"{type(layer).__name__}: only channels of torch's own convolutions, not parametrized ones, are found"
+    if type(layer) is not nn.Conv2d:
+        return f"{type(layer).__name__}: its channels were not looked for, or others go with them"
     return "its outputs are added up to the logits, or no layer reads them"

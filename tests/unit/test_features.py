@@ -130,6 +130,49 @@ class Written(Cnn):
         return self.last(self.c(shifted).relu().flatten(2)).relu()[..., None]
 
 
+class Constant(Cnn):
+    """Channels written into zeros that are made for them; before and after a view of these was taken."""
+
+    def build(self):
+        self.a, self.b, self.c = nn.Conv2d(8, 6, 1), nn.Conv2d(8, 10, 3, padding=1), nn.Conv2d(16, 12, 3, padding=1)
+        self.last = nn.Conv1d(12, 12, 1)
+
+    def middle(self, x):
+        place, early = torch.zeros(len(x), 16, *x.shape[2:]), torch.zeros(len(x), 12, *x.shape[2:])
+        place[:, :6], place[:, 6:] = self.a(x).relu(), self.b(x).relu()
+        view = early[:, :]
+        early[:, :] = self.c(place.relu()).relu()
+        return self.last(view.flatten(2)).relu()[..., None]
+
+
+class Aside(Cnn):
+    """A penalty on the weights of a layer, as a second output."""
+
+    def build(self):
+        self.a, self.b = nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 12, 3, padding=1)
+        self.last = nn.Conv1d(12, 12, 1)
+
+    def middle(self, x):
+        return self.last(self.b(self.a(x).relu()).relu().flatten(2)).relu()[..., None]
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return (logits, self.a.weight.square().sum()) if self.training else logits
+
+
+class TwoWays(Cnn):
+    """A layer that is called with channels, and with heads of channels as images."""
+
+    def build(self):
+        self.a, self.deep = nn.Conv2d(8, 8, 1), nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.b, self.c, self.last = nn.Conv2d(8, 4, 1), nn.Conv2d(12, 12, 1), nn.Conv1d(12, 12, 1)
+
+    def middle(self, x):
+        heads = self.deep(self.a(x).relu().reshape(-1, 4, *x.shape[2:])).reshape(len(x), -1, *x.shape[2:])
+        y = torch.cat([heads, self.deep(self.b(x).relu())], 1)
+        return self.last(self.c(y.relu()).relu().flatten(2)).relu()[..., None]
+
+
 class InGroups(Cnn):
     """A grouped convolution between others, and a depth-wise one, behind a list."""
 
@@ -498,6 +541,9 @@ CNNS = {
     Clips: {"a", "up", "b"},
     Elsewhere: {"a.0", "last"},
     Written: {"a", "b", "c", "last"},
+    Constant: {"a", "b", "c", "last"},
+    Aside: {"a", "b", "last"},
+    TwoWays: {"a", "b", "c", "last"},
     InGroups: {"a.0", "b.0", "d.0"},
     Noisy: {"a.0", "b.0"},
     Called: {"a", "b"},
@@ -549,7 +595,7 @@ def test_the_channels_of_a_cnn_are_found_by_what_it_does(kind):
 
 def test_why_layers_stay_is_known():
     why = reasons_of_layers(made(Elsewhere))
-    assert why["c"] == "other code reads its weights"
+    assert why["c"] == "other code computes with the layer's weights or bias, too"
     assert "a.0" not in why
 
 
