@@ -78,8 +78,7 @@ class Following:
     @property
     def read_elsewhere(self) -> set[str]:
         """Return parameters of layers that other code reads, too: it counts on all of their numbers."""
-        owned = {e.weight for e in self.features.events if isinstance(e, Contraction)}
-        owned |= {e.bias for e in self.features.events if isinstance(e, Contraction)}
+        owned = {n for e in self.features.events if isinstance(e, Contraction) for n in (e.weight, e.bias) if n}
         owned |= {n for e in self.features.events if isinstance(e, Gate) for n in e.parameters}
         return owned & (self.read | self.features.called_otherwise)
 
@@ -407,7 +406,10 @@ class _Interpreter:
         return any(user not in self.env for other in others for user in other.users)
 
     def _with_part(self, node: fx.Node, view: fx.Node, labels: Any, found: Any) -> Tensor | None:
-        """Labels of a tensor of which a part is written to, along an axis of its own; None if it is not known."""
+        """Return the labels of a tensor into a part of which something is written; None if it is no part along an axis.
+
+        Where features lie along this axis, each gets its place, and places stay. Else old and new ones go together.
+        """
         if packet(view.target) not in PARTS or not isinstance(labels, Tensor) or not isinstance(found, Tensor):
             return None
         given: Any = view.args[1] if len(view.args) > 1 else 0

@@ -93,7 +93,7 @@ def linear(call: Call) -> Tensor:
             if call.argument(place, "bias") is not None:
                 call.keep(call.labels(place), "it is a weight of a layer")
     if not weight or others:
-        call.features.called_otherwise.add(weight)
+        call.features.called_otherwise |= {weight} - {""}
         found = mixed(call, labels, [-1], "the weights of the layer that reads it are computed")
         return found.expand(call.shape)
     outputs, first = call.shape[-1], call.part.start if call.part else 0

@@ -198,9 +198,9 @@ def _follow(model: nn.Module, image: Sequence[int]) -> Following:
 def _share_of_other_convolutions(model: nn.Module) -> float:
     """Return the share of the weights in convolutions that are not found easily: transposed ones, of other axes."""
     layers = [m for m in model.modules() if isinstance(m, _ConvNd | nn.Linear)]
-    others = [m for m in layers if isinstance(m, _ConvNd) and not isinstance(m, nn.Conv2d)]
     sizes = [sum(p.numel() for p in m.parameters(recurse=False)) for m in layers]
-    return sum(s for s, m in zip(sizes, layers, strict=True) if m in others) / max(1, sum(sizes))
+    others = [s for s, m in zip(sizes, layers, strict=True) if not isinstance(m, nn.Conv2d | nn.Linear)]
+    return sum(others) / max(1, sum(sizes))
 
 
 def share_in_units(model: nn.Module, groups: Iterable[UnitGroup]) -> float:

@@ -65,7 +65,8 @@ def channels_of(model: nn.Module, following: Following, spec: ModelSpec, stem: b
         elif isinstance(layer, NORMALISATIONS) and layer.affine and is_prunable_norm(layer, NORMALISATIONS):
             for own, index in _whole_layers(owner[call.read.clamp(min=0)], firsts, convs).items():
                 joined[own] += [Slice(name, 0, index, param, ranked=False) for param in ("weight", "bias")]
-    owned |= {n for n, parts in joined.items() if not following.read_elsewhere.isdisjoint(s.name for s in parts)}
+    elsewhere = following.read_elsewhere
+    owned |= {n for n, parts in joined.items() if not elsewhere.isdisjoint(s.name for s in parts)}
     return [UnitGroup(n, "channel", (_filters(n, m), *joined[n])) for n, m in convs.items() if n not in owned]
 
 

@@ -173,6 +173,19 @@ class TwoWays(Cnn):
         return self.last(self.c(y.relu()).relu().flatten(2)).relu()[..., None]
 
 
+class Made(Cnn):
+    """A linear layer whose weights are computed, beside layers without a bias."""
+
+    def build(self):
+        self.a, self.b = nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.Conv2d(16, 12, 1, bias=False)
+        self.weights, self.last = nn.Linear(12, 144, bias=False), nn.Conv1d(12, 12, 1, bias=False)
+
+    def middle(self, x):
+        y = self.b(self.a(x).relu()).relu()
+        mixed = F.linear(y.mean((2, 3)), self.weights.weight.mean(1).view(12, 12))
+        return (self.last(y.flatten(2)) * (1 + mixed.tanh())[..., None]).relu()[..., None]
+
+
 class InGroups(Cnn):
     """A grouped convolution between others, and a depth-wise one, behind a list."""
 
@@ -544,6 +557,7 @@ CNNS = {
     Constant: {"a", "b", "c", "last"},
     Aside: {"a", "b", "last"},
     TwoWays: {"a", "b", "c", "last"},
+    Made: {"a", "b", "last"},
     InGroups: {"a.0", "b.0", "d.0"},
     Noisy: {"a.0", "b.0"},
     Called: {"a", "b"},
