@@ -34,16 +34,16 @@ def crop_and_flip(images: Tensor, offsets: Tensor, mirrored: Tensor, padding: in
     Args:
         images: [batch, channels, size, size].
         offsets: int64 [batch, 2]: row and column of the crop's corner in the padded image, in [0, 2 * padding].
-        mirrored: bool [batch].
+        mirrored: bool [batch], or integers, 0 or 1.
 
     Returns:
         [batch, channels, size, size] of the same type, in channels-last memory.
     """
     size = images.shape[-1]
     padded = torch.nn.functional.pad(images, (padding,) * 4)
-    line = torch.arange(size, device=images.device)
-    row = offsets[:, :1] + line
-    column = offsets[:, 1:] + torch.where(mirrored.unsqueeze(1), line.flip(0), line)
+    row, column = (offsets.unsqueeze(2) + torch.arange(size, device=images.device)).unbind(1)
+    to_the_other_end = torch.arange(size - 1, -size, -2, device=images.device)
+    column = torch.addcmul(column, mirrored.unsqueeze(1), to_the_other_end)
     which = torch.arange(len(images), device=images.device)[:, None, None]
     return padded[which, :, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
 
@@ -80,7 +80,7 @@ class Drawn:
     Attributes:
         order: int64 [images]: positions in the image set.
         corners: int64 [images, 2]: row and column of each crop, in the order in which the images come.
-        mirrored: bool [images], in the same order.
+        mirrored: [images], in the same order: bool, or integers, 0 or 1.
         boxes: int64 [images, 4]: see `boxes_to_erase`; all of them empty without random erasing.
         operations: int64 [images, slots]; amounts: float32 [images, slots]: see `auto_augment.drawn`.
     """
@@ -190,7 +190,7 @@ class BatchLoader:
         parts = self._parts(order)
         (labels,) = self._handed_out(parts, self.data.labels)
         for images, targets in zip(self._fetched(parts), labels, strict=True):
-            yield images.float() / 255, targets
+            yield images / 255, targets
 
     def _handed_out(self, parts: Sequence[Tensor], *values: Tensor) -> list[tuple[Tensor, ...]]:
         """The values at these positions, batch by batch, on the device.
@@ -238,32 +238,34 @@ class BatchLoader:
         which = [epoch.order[part] for part in places]
         (labels,) = self._handed_out(which, self.data.labels)
         values = [getattr(epoch, entry.name) for entry in fields(Drawn)[1:]]
-        for images, targets, *drawn in zip(
-            self._fetched(which), labels, *self._handed_out(places, *values), strict=True
+        for part, images, targets, *drawn in zip(
+            which, self._fetched(which), labels, *self._handed_out(places, *values), strict=True
         ):
-            yield self.finished(images, *drawn), targets
+            yield self.finished(images, Drawn(part, *drawn)), targets
 
-    def finished(
-        self,
-        images: Tensor,
-        corners: Tensor,
-        mirrored: Tensor,
-        boxes: Tensor,
-        operations: Tensor,
-        amounts: Tensor,
-    ) -> Tensor:
+    @property
+    def uses(self) -> list[str]:
+        """Names of what `Drawn` has that batches depend on."""
+        names = ["order"]
+        if self.augment:
+            names += ["corners", "mirrored", *["boxes"] * bool(self.erasing)]
+            names += ["operations", "amounts"] * bool(self.slots)
+        return names
+
+    def finished(self, images: Tensor, drawn: Drawn) -> Tensor:
         """Return uint8 images [batch, 3, size, size] as float images in [0, 1], augmented where the loader does that.
 
         Args:
-            corners, mirrored: See `crop_and_flip`; `boxes`: see `erased`; the others: see `auto_augment.augmented`.
+            drawn: What has been drawn for these images; what the loader does not use may be anything.
         """
         if self.augment:
-            images = crop_and_flip(images, corners, mirrored, self.padding)
+            images = crop_and_flip(images, drawn.corners, drawn.mirrored, self.padding)
         if self.slots:
-            images = auto_augment.augmented(images, operations, amounts).contiguous(memory_format=torch.channels_last)
+            images = auto_augment.augmented(images, drawn.operations, drawn.amounts)
+            images = images.contiguous(memory_format=torch.channels_last)
         if self.augment and self.erasing:
-            images = erased(images, boxes)
-        return images.float() / 255
+            images = erased(images, drawn.boxes)
+        return images / 255
 
     def _fetched(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
         """The uint8 images at these positions, batch by batch, on the device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from structured_tickets.networks.precision import computing
+from structured_tickets.networks.together import Together
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,22 @@ class Distillation:
     temperature: float
     kind: str
 
-    def added_to(self, loss: Tensor, output: Tensor, images: Tensor, precision: torch.dtype) -> Tensor:
+    def added_to(
+        self,
+        loss: Tensor,
+        output: Tensor,
+        images: Tensor,
+        precision: torch.dtype,
+        together: Together | None = None,
+    ) -> Tensor:
         """Return the loss of a batch with the teacher's part in it.
 
         Args:
             output: The network's logits for the images, as the network saw them.
+            together: Makes small operations of all layers of the teacher at once; None: each layer makes its own.
         """
-        with torch.no_grad(), computing(self.teacher, precision):
+        joint = nullcontext() if together is None else together.a_pass()
+        with torch.no_grad(), computing(self.teacher, precision), joint:
             said = self.teacher(images)
         return (1 - self.alpha) * loss + self.alpha * self.loss(output.float(), said.float())
 

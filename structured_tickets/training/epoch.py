@@ -120,8 +120,8 @@ def train(
         freeze_statistics(model)
     resident = can_be_resident(train_loader, device, meter.steps)
     parts = (model, criterion, optimizer, passer, pruner, train_loader, batches, resident)
-    source = partial(batches_of, train_loader, resident, recorder.is_ahead)
-    step = recorder.kept("train", parts, lambda: Step(*parts[:5], source(), batches))
+    ahead, source = recorder.is_ahead, partial(batches_of, train_loader, resident, recorder.is_ahead)
+    step = recorder.kept("train", parts, lambda: Step(*parts[:5], source(), batches, ahead))
     with recorder.at_work(), step.epoch(epoch, meter):
         _train(recorder, step, state, epoch)
     if not _is_finite(model):
@@ -222,9 +222,9 @@ def judged_by(
     set_mode(model, False)
     recorder = recorder or Recorder()
     resident = can_be_resident(val_loader, next(model.parameters()).device, 0)
-    parts = (model, criterion, world, precision, val_loader, resident)
-    source = partial(batches_of, val_loader, resident, recorder.is_ahead)
-    step = recorder.kept(f"evaluation {id(val_loader)}", parts, lambda: Evaluation(*parts[:4], source()))
+    ahead, parts = recorder.is_ahead, (model, criterion, world, precision, val_loader, resident)
+    source = partial(batches_of, val_loader, resident, ahead)
+    step = recorder.kept(f"evaluation {id(val_loader)}", parts, lambda: Evaluation(*parts[:4], source(), ahead))
     steps = 0
     with recorder.at_work():
         step.begin()

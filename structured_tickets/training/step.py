@@ -19,6 +19,7 @@ from structured_tickets.base.distributed import World
 from structured_tickets.data.loader import even_sizes
 from structured_tickets.data.mixing import COLUMNS
 from structured_tickets.networks.precision import exact_type
+from structured_tickets.networks.together import together_of
 from structured_tickets.training.forward import counts, forward
 from structured_tickets.training.meter import Meter
 from structured_tickets.training.optimization import (
@@ -41,11 +42,12 @@ class Step:
         source: The batches of an epoch.
         at: int64 [1]: number of the step in its epoch.
         table: Learning rate, pull and share of each step; see `numbers_of_steps`.
+        together: Makes small operations of all layers at once; None: each layer makes its own.
         mixes: How each batch is mixed; see `Mixing.drawn`.
         lr, pull, share: The numbers of this step.
         sums: [3]: see `Meter`.
         bad: float32 []: 1 from the first step on whose loss was not finite. Then weights stay as they are.
-        bad_at: int64 [1]: the number of that step; -1 before.
+        bad_steps: []: the number of steps of the epoch since then, that one included.
         skip: float32 []: 1 if this step may not change a weight: `bad`, or a gradient overflowed (see `LossScale`).
     """
 
@@ -60,20 +62,26 @@ class Step:
         pruner: Pruner | None,
         source: Batches,
         batches: int,
+        together: bool = False,
     ) -> None:
+        """Args: `together`: make small operations of all layers at once, as suits steps that are recorded."""
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
+        self.together = together_of(model) if together else None
+        taught = together and passer.distillation is not None
+        self._of_teacher = together_of(passer.distillation.teacher) if taught else None
         self.passer, self.pruner, self.source, self.batches = passer, pruner, source, batches
         device = next(model.parameters()).device
         sums = exact_type(device)
         # Fused kernels read a learning rate of this type; on CPUs it gives the bits of a Python number.
         number = torch.float64 if device.type == "cpu" else torch.float32
         self.at = torch.zeros(1, dtype=torch.long, device=device)
-        self.table = torch.zeros(batches, 3, dtype=sums, device=device)
-        self.lr, self.pull, self.share = (torch.zeros((), dtype=number, device=device) for _ in range(3))
+        self.table = torch.zeros(batches, 3, dtype=number, device=device)
+        self._numbers = torch.zeros(1, 3, dtype=number, device=device)
+        self.lr, self.pull, self.share = (self._numbers[0, column] for column in (LR, PULL, SHARE))
         self.sums = torch.zeros(3, dtype=sums, device=device)
         self.bad = torch.zeros((), dtype=torch.float32, device=device)
         self.skip = self.bad if passer.scale is None else torch.zeros_like(self.bad)
-        self.bad_at = torch.full((1,), -1, dtype=torch.long, device=device)
+        self.bad_steps = torch.zeros((), dtype=sums, device=device)
         self.mixes = torch.zeros(batches, COLUMNS, dtype=sums, device=device)
         self._parameters = list(model.parameters())
         self._zeros: dict[int, Tensor] = {}
@@ -83,10 +91,8 @@ class Step:
 
     def once(self) -> None:
         """Make the step whose number `at` is, and count it."""
-        passer, numbers = self.passer, self.table.index_select(0, self.at)[0]
-        self.lr.copy_(numbers[LR])
-        self.pull.copy_(numbers[PULL])
-        self.share.copy_(numbers[SHARE])
+        passer = self.passer
+        torch.index_select(self.table, 0, self.at, out=self._numbers)
         image, target = self.source.fetch(self.at)
         wanted = target
         if (mixing := passer.mixing) is not None:
@@ -127,9 +133,10 @@ class Step:
         """Add the gradients of some of a batch's `of` images; return what they count: see `Meter`."""
         (image, target, wanted), passer, world = part, self.passer, self.passer.world
         network = passer.network or self.model
-        output, loss = forward(self.model, network, world, self.criterion, image, wanted, passer.precision)
+        settings = (self.criterion, image, wanted, passer.precision, self.together)
+        output, loss = forward(self.model, network, world, *settings)
         if passer.distillation is not None and len(target):
-            loss = passer.distillation.added_to(loss, output, image, passer.precision)
+            loss = passer.distillation.added_to(loss, output, image, passer.precision, self._of_teacher)
         world.backward(loss if passer.scale is None else passer.scale.scaled(loss), len(target), of)
         with torch.no_grad():
             return counts(loss, output, target, self.sums.dtype)
@@ -147,8 +154,8 @@ class Step:
     def _count(self, own: Tensor) -> None:
         step = self.passer.world.total(own)
         self.sums.add_(step)
-        self.bad.copy_(torch.maximum(self.bad, (~torch.isfinite(step[0])).float()))
-        self.bad_at.copy_(torch.where((self.bad > 0) & (self.bad_at < 0), self.at, self.bad_at))
+        self.bad.copy_((step[0] - step[0] + self.bad) != 0)  # the difference is 0, or NaN if a number is not finite
+        self.bad_steps.add_(self.bad)
 
     def _unscale(self) -> None:
         if (scale := self.passer.scale) is not None:
@@ -169,7 +176,7 @@ class Step:
             return
         if getattr(self.passer.args, "block_loss_grad", False):
             self.pruner.block_gradient()
-        self.pull.mul_(1 - self.skip)
+        self.pull.addcmul_(self.pull, self.skip, value=-1)
         self.pruner.pull(self.pull, self.passer.decoupled)
 
     @contextmanager
@@ -186,7 +193,7 @@ class Step:
         self.at.fill_(meter.steps)
         self.sums.copy_(meter.sums)
         self.bad.zero_()
-        self.bad_at.fill_(-1)
+        self.bad_steps.zero_()
         meter.sums, first = self.sums, meter.steps
         groups = self.optimizer.param_groups
         rates = [group["lr"] for group in groups]
@@ -213,8 +220,8 @@ class Step:
 
         The host waits for the device.
         """
-        at = int(self.bad_at)
-        return None if at < 0 else at
+        since = int(self.bad_steps)
+        return int(self.at) - since if since else None
 
     def left(self, epoch: int) -> int:
         """Return how many whole batches are left of a round, at least; `epoch`, from 0, is the current one."""
@@ -251,7 +258,7 @@ class Step:
         if self.passer.average is not None:
             kinds["average"] = self.passer.average.values
         kinds["sums"] = [self.sums]
-        kinds["place"] = [self.at, self.bad, self.bad_at, self.lr, self.pull, self.share, self.skip]
+        kinds["place"] = [self.at, self.bad, self.bad_steps, self._numbers, self.skip]
         if (scale := self.passer.scale) is not None:
             kinds["place"] += [scale.scale, scale.calm, scale.found]
         return kinds
@@ -297,9 +304,16 @@ class Evaluation:
     name = "the evaluation"
 
     def __init__(
-        self, model: nn.Module, criterion: nn.Module, world: World, precision: torch.dtype, source: Batches
+        self,
+        model: nn.Module,
+        criterion: nn.Module,
+        world: World,
+        precision: torch.dtype,
+        source: Batches,
+        together: bool = False,
     ) -> None:
         self.model, self.criterion, self.world, self.precision = model, criterion, world, precision
+        self.together = together_of(model) if together else None
         self.source = source
         device = next(model.parameters()).device
         self.at = torch.zeros(1, dtype=torch.long, device=device)
@@ -310,7 +324,8 @@ class Evaluation:
     def once(self) -> None:
         """Judge the batch whose number `at` is, and count it."""
         image, target = self.source.fetch(self.at)
-        output, loss = forward(self.model, self.model, self.world, self.criterion, image, target, self.precision)
+        settings = (self.criterion, image, target, self.precision, self.together)
+        output, loss = forward(self.model, self.model, self.world, *settings)
         self.sums.add_(counts(loss, output, target, self.sums.dtype))
         self.at.add_(1)
 

@@ -76,30 +76,44 @@ class Batches(Protocol):
 
 
 class _Rows:
-    """Tables of what an epoch draws for batches of one size, at addresses that stay: [batches, size, ...] each."""
+    """A table of what an epoch draws for batches of one size, at an address that stays: [batches, size, columns].
 
-    def __init__(self, batches: int, size: int, slots: int, device: torch.device) -> None:
-        self.size = batches * size
+    One table for all integers, so that a step looks up one row; one for the amounts of a policy, if there is any.
+    """
 
-        def table(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
-            return torch.zeros(batches, size, *shape, dtype=dtype, device=device)
-
-        order, mirrored = table(), table(dtype=torch.bool)
-        self.drawn = Drawn(order, table(2), mirrored, table(4), table(slots), table(slots, dtype=torch.float32))
+    def __init__(self, batches: int, size: int, loader: BatchLoader) -> None:
+        self._size, self._uses = batches * size, loader.uses
+        self._amounts = torch.zeros(batches, size, loader.slots, device=loader.device)
+        self._widths = {"order": 1, "corners": 2, "mirrored": 1, "boxes": 4, "operations": loader.slots}
+        self._widths = {name: width for name, width in self._widths.items() if name in self._uses}
+        columns = sum(self._widths.values())
+        self._integers = torch.zeros(batches, size, columns, dtype=torch.long, device=loader.device)
 
     def fill(self, drawn: Drawn, first: int) -> None:
         """Take over what an epoch draws, from image `first` on."""
-        last = first + self.size
-        for mine, values in zip(self._tables(), (getattr(drawn, entry.name) for entry in fields(Drawn)), strict=True):
-            part = values[first:last].reshape(mine.shape)
-            mine.copy_(part.pin_memory() if mine.is_cuda else part, non_blocking=mine.is_cuda)
+        places = slice(first, first + self._size)
+        columns = [getattr(drawn, name)[places].view(self._size, width).long() for name, width in self._widths.items()]
+        self._take(self._integers, torch.cat(columns, 1))
+        if "amounts" in self._uses:
+            self._take(self._amounts, drawn.amounts[places])
 
-    def _tables(self) -> list[Tensor]:
-        return [getattr(self.drawn, entry.name) for entry in fields(Drawn)]
+    def _take(self, table: Tensor, values: Tensor) -> None:
+        values = values.reshape(table.shape)
+        table.copy_(values.pin_memory() if table.is_cuda else values, non_blocking=table.is_cuda)
 
-    def at(self, row: Tensor) -> list[Tensor]:
-        """Return a row of each table; `row`: int64 [1]. The host would have to read an index without axes."""
-        return [table.index_select(0, row)[0] for table in self._tables()]
+    def at(self, row: Tensor) -> Drawn:
+        """Return what is drawn for a batch, nothing for what the loader does not use.
+
+        Args:
+            row: int64 [1]: number of the batch. The host would have to read an index without axes.
+        """
+        integers = self._integers.index_select(0, row)[0]
+        found = dict.fromkeys((entry.name for entry in fields(Drawn)), integers[:, :0])
+        found |= dict(zip(self._widths, integers.split(list(self._widths.values()), 1), strict=True))
+        found |= {name: found[name][:, 0] for name in ("order", "mirrored") if name in self._widths}
+        if "amounts" in self._uses:
+            found["amounts"] = self._amounts.index_select(0, row)[0]
+        return Drawn(**found)
 
 
 class Resident:
@@ -108,8 +122,8 @@ class Resident:
     def __init__(self, loader: BatchLoader) -> None:
         self.loader, self.whole = loader, True
         self.usual, rest = divmod(len(loader.data), loader.batch_size)
-        self._usual = _Rows(self.usual, loader.batch_size, loader.slots, loader.device)
-        self._last = _Rows(1, rest, loader.slots, loader.device) if rest else None
+        self._usual = _Rows(self.usual, loader.batch_size, loader)
+        self._last = _Rows(1, rest, loader) if rest else None
         self._first_row = torch.zeros(1, dtype=torch.long, device=loader.device)
 
     def walk(self) -> Iterator[int]:
@@ -127,12 +141,10 @@ class Resident:
 
     def fetch(self, at: Tensor) -> tuple[Tensor, Tensor]:
         """See `Batches`."""
-        if self.whole or self._last is None:
-            which, *drawn = self._usual.at(at)
-        else:
-            which, *drawn = self._last.at(self._first_row)
+        usual = self.whole or self._last is None
+        drawn = self._usual.at(at) if usual else self._last.at(self._first_row)  # type: ignore[union-attr]
         data = self.loader.data
-        return self.loader.finished(data.images[which], *drawn), data.labels[which]
+        return self.loader.finished(data.images[drawn.order], drawn), data.labels[drawn.order]
 
 
 class HandedIn:
