@@ -24,7 +24,7 @@ from structured_tickets.networks import MODELS, build_model
 from structured_tickets.networks.layers import Normalize
 from structured_tickets.training.optimization import OPTIMIZERS
 from structured_tickets.unit_groups.find import unit_groups
-from structured_tickets.training.trainee import LANES, Trainee
+from structured_tickets.training.trainee import ON_PROCESSORS, Trainee
 from structured_tickets.training.epoch import Passer, train
 from structured_tickets.unit_groups.unit import UnitGroup, masks_of_units
 from structured_tickets.networks.precision import choose_precision
@@ -70,7 +70,7 @@ def latency_rows(arch: str, gone: float, turns: int, device: torch.device) -> li
     masks, images = random_structure(model, gone), torch.rand(LATENCY_BATCH, 3, SIZE, SIZE, device=device)
     networks = {"dense": model, "smallest": shrink(model, masks).network.eval()}
     if MODELS[arch].spec.family == "cnn":
-        networks["in lanes"] = shrink(model, masks, LANES).network.eval()
+        networks["in lanes"] = shrink(model, masks, ON_PROCESSORS.lanes).network.eval()
     with torch.no_grad():
         actions = {name: (lambda net=net: net(images)) for name, net in networks.items()}  # type: ignore[misc]
         seconds = harness.alternate(actions, turns, device, warmup=4)

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.compact import random_structure, share_of_macs
-from benchmarks.gpu_loops import Ours, batches_of, network, photos
+from benchmarks.gpu_loops import SIZE, Ours, batches_of, network, photos
 from benchmarks.gpu_workers import COMPILED, LOOPS, ON_CARDS, Compiling, Job, Worker
 from benchmarks.gpu_workers import warmed_up as warmed_up_workers
 from benchmarks.step import operations_per_step
@@ -24,6 +24,7 @@ from structured_tickets.base.errors import first_line
 from structured_tickets.base.weights import cloned_state, digest_of
 from structured_tickets.networks import MODELS
 from structured_tickets.runs.setup import choose_device, choose_kernels
+from structured_tickets.shrinking.cost import cost_of
 from structured_tickets.sweeps.mps import daemon_answers, own_daemon
 
 Row = dict[str, Any]
@@ -250,7 +251,10 @@ def penalty_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
 
 
 def compact_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
-    """A step of a network of which half of the units are held at zero: whole, and cut out."""
+    """A step of a network of which half of the units are held at zero: whole, and cut out.
+
+    `MACs` is the share of the structure, `computed` that of the network that trains: with zeros that fill its lanes.
+    """
     rows = []
     for arch in args.wide_arch:
         batch, steps = args.large_batch_size[0], max(2, args.steps // 8)
@@ -265,7 +269,9 @@ def compact_rows(args: argparse.Namespace, device: torch.device) -> list[Row]:
             calls = {name: warmed_up(one, device).call for name, one in loops.items()}
             recorded = loops["compact"].recorded
             times, share = timed_in_turns(calls, args.seconds, device), share_of_macs(model, masks)
+            computed = cost_of(loops["compact"].model, {}, SIZE).macs / cost_of(model, {}, SIZE).macs
         row = {"model": arch, "batch": batch, "recorded": recorded, "MACs": round(share, 3)}
+        row |= {"computed": round(computed, 3)}
         row |= {
             f"{name} / dense": harness.spread(harness.ratios(times, name, "dense")) for name in ("masked", "compact")
         }

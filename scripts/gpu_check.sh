@@ -35,6 +35,17 @@ fi
 slower=1
 [ "$device" = cpu ] && slower=10
 
+# Compiling takes minutes, and what is compiled is kept in a folder: it begins here, for the benchmark to find it there.
+export TORCHINDUCTOR_CACHE_DIR=$out/compiled
+ahead=
+if [ "$cards" -gt 0 ]; then
+    compile=("$python" -m benchmarks.gpu --parts compiled --steps 2 --seconds 0.1 --limit_size 256 --compile_limit 300)
+    timeout -k 10 300 bash -c 'for arch in res20s vit_tiny; do for whose in theirs all; do
+        "$@" --arch "$arch" --compiled "$whose"; done; done' compile "${compile[@]}" >"$out/compile_ahead.log" 2>&1 &
+    ahead=$!
+    disown
+fi
+
 part() { # name, time limit on a card in seconds, cards that it needs, command
     local name=$1 limit=$2 needed=$3 began=$SECONDS status
     shift 3
@@ -96,6 +107,7 @@ part export 35 0 "$python" export.py "$out/runs/refill_res20s"
 part processes 40 2 "$python" -m torch.distributed.run --standalone --nproc_per_node "$cards" main_imp_fillback.py \
     --device "$device" --save_dir "$out/runs/processes" "${images[@]}" --arch res20s --struct refill
 
+[ -n "$ahead" ] && kill "$ahead" 2>/dev/null
 if [ "$device" = cpu ]; then
     sizes=(--arch res20s --wide_arch res20s --batch_size 4 --large_batch_size 8 --steps 2 --seconds 0.2 --compiled none
         --limit_size 256 --jobs 1 2)

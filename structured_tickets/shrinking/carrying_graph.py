@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from structured_tickets.shrinking.inserted_layers import Place, Select
-from structured_tickets.unit_groups.operations import is_prunable_norm
+from structured_tickets.shrinking.inserted_layers import INSERTED, Place, Select
+from structured_tickets.unit_groups.operations import ADDITIONS, ZERO_STAYS_ZERO, is_prunable_norm, kind_of
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,16 @@ class Keeping:
     """Calls of layers that keep channels which are zero.
 
     Attributes:
-        all: Names of calls whose tensors carry all channels.
-        arriving: Those that keep all that arrive.
+        zeros: Name of a call -> channels that its tensor carries, whether they are zero or not.
+        arriving: Names of calls that keep all channels which arrive.
     """
 
-    all: frozenset[str] = frozenset()
+    zeros: Mapping[str, frozenset[int]] = field(default_factory=dict)
     arriving: frozenset[str] = frozenset()
+
+    def by(self, call: str) -> Tensor:
+        """Return the channels that a call's tensor has to carry: int64, ascending."""
+        return torch.tensor(sorted(self.zeros.get(call, ())), dtype=torch.long)
 
 
 class CarryingGraph:
@@ -54,14 +59,17 @@ class CarryingGraph:
         network: Changed in place.
         lanes: Channels that a processor computes at once.
         keeping: Calls that keep more channels.
+        fills: Sums carry whole lanes: some channels of zeros, too, where those that they need are no multiple.
 
     Attributes:
         wished: The same, and those that would have to so that no channels are put in their places or taken.
         carried: Node -> channels of its tensor; None or missing if they are not known, and all are there.
     """
 
-    def __init__(self, network: fx.GraphModule, lanes: int = 1, keeping: Keeping = Keeping()) -> None:
-        self.network, self.lanes = network, lanes
+    def __init__(
+        self, network: fx.GraphModule, lanes: int = 1, keeping: Keeping = Keeping(), fills: bool = False
+    ) -> None:
+        self.network, self.lanes, self.fills = network, lanes, fills
         self.keeping = self.wished = keeping
         self._layers = dict(network.named_modules())
         self.carried: dict[fx.Node, Carried | None] = {}
@@ -72,9 +80,14 @@ class CarryingGraph:
         return self.carried.get(node)
 
     def in_lanes(self, index: Tensor, total: int) -> Tensor:
-        """Return all channels if computing those of `index` takes as many lanes; else `index`."""
+        """Return all channels if computing those of `index` takes as many lanes; else `index`, filled or as it is."""
         filled = -(-len(index) // self.lanes) * self.lanes
-        return torch.arange(total) if filled >= total else index
+        if filled >= total:
+            return torch.arange(total)
+        if not self.fills:
+            return index
+        missing = torch.ones(total, dtype=torch.bool).index_fill(0, index, False).nonzero().flatten()
+        return union(index, missing[: filled - len(index)])
 
     def restore(self, node: fx.Node) -> None:
         """Make a node read all channels of its tensors; those that they do not carry, as zeros."""
@@ -93,24 +106,36 @@ class CarryingGraph:
             self.wished = replace(self.wished, arriving=self.wished.arriving | {node.name})
             adapted, have = self._insert(Select(wanted.nonzero().flatten()), (adapted,), node), have[wanted]
         if len(have) < len(index):
-            self.wish_for_all(source)
+            self.wish(source, index)
             adapted = self._insert(Place(torch.searchsorted(index, have), len(index)), (adapted,), node)
         self.carried[adapted] = Carried(index, carried.total)
         node.replace_input_with(source, adapted)
 
-    def wish_for_all(self, source: fx.Node) -> None:
-        """Note that the layers which compute a tensor would have to give all channels of it."""
-        found, open_nodes, seen = set(), [source], {source}
+    def wish(self, source: fx.Node, index: Tensor) -> None:
+        """Note that the layers which compute a tensor would have to give these channels of it.
+
+        Layers whose channels go other ways to the tensor would have to give all of theirs.
+        """
+        wished = {name: set(channels) for name, channels in self.wished.zeros.items()}
+        open_nodes, seen = [(source, True)], {source}
         while open_nodes:
-            node = open_nodes.pop()
+            node, straight = open_nodes.pop()
             layer = self._layers.get(str(node.target)) if node.op == "call_module" else None
             if isinstance(layer, nn.Conv2d) or is_prunable_norm(layer):
-                found.add(node.name)
+                total = layer.out_channels if isinstance(layer, nn.Conv2d) else layer.num_features  # type: ignore[union-attr]
+                wished.setdefault(node.name, set()).update(index.tolist() if straight else range(total))
                 continue
+            straight = straight and self._keeps_places(node, layer)
             new = [n for n in node.all_input_nodes if n not in seen]
             seen.update(new)
-            open_nodes += new
-        self.wished = replace(self.wished, all=self.wished.all | found)
+            open_nodes += [(n, straight) for n in new]
+        self.wished = replace(self.wished, zeros={name: frozenset(channels) for name, channels in wished.items()})
+
+    def _keeps_places(self, node: fx.Node, layer: nn.Module | None) -> bool:
+        """Return whether a channel of what comes out is the same channel of all that goes in."""
+        if kind_of(layer or node.target) in ADDITIONS | ZERO_STAYS_ZERO:
+            return True
+        return isinstance(self.network.get_submodule(str(node.target)), INSERTED) if node.op == "call_module" else False
 
     def select(self, node: fx.Node, index: Tensor, total: int) -> None:
         """Make all that read a node, which carries all its channels, read just these."""

@@ -31,7 +31,9 @@ MOST_PASSES = 8
 """Times that a graph is walked to find layers that compute zeros: each may show that others have to."""
 
 
-def remove_channels(model: nn.Module, masks: Mapping[str, Tensor], lanes: int = 1, spread: int = 0) -> Shrunk:
+def remove_channels(
+    model: nn.Module, masks: Mapping[str, Tensor], lanes: int = 1, spread: int = 0, fills: bool = False
+) -> Shrunk:
     """Return the network without its pruned channels. The model, whose layers it takes, is not to be used any more.
 
     Args:
@@ -41,26 +43,27 @@ def remove_channels(model: nn.Module, masks: Mapping[str, Tensor], lanes: int = 
             all channels where those that they need take as many lanes: this costs no time, and no channels have to be
             put in their places.
         spread: 1: no channels are put in their places, where layers can compute the zeros. 2: none are taken, either.
+        fills: Sums carry whole lanes: some channels of zeros, too, where those that they need are no multiple.
 
     Raises:
         UsageError: The model's forward pass is no fixed graph.
     """
     network = traced(model)
-    found, wished = _removed(copy.deepcopy(network) if spread else network, masks, lanes, Keeping())
+    found, wished = _removed(copy.deepcopy(network) if spread else network, masks, lanes, Keeping(), fills)
     keeping = Keeping()
     for _ in range(MOST_PASSES if spread else 0):
-        before, keeping = keeping, wished if spread > 1 else Keeping(wished.all)
+        before, keeping = keeping, wished if spread > 1 else Keeping(wished.zeros)
         if keeping == before:
             break
-        found, wished = _removed(copy.deepcopy(network), masks, lanes, keeping)
+        found, wished = _removed(copy.deepcopy(network), masks, lanes, keeping, fills)
     return found
 
 
 def _removed(
-    network: fx.GraphModule, masks: Mapping[str, Tensor], lanes: int, keeping: Keeping
+    network: fx.GraphModule, masks: Mapping[str, Tensor], lanes: int, keeping: Keeping, fills: bool
 ) -> tuple[Shrunk, Keeping]:
     """Return the smaller network, and which layers would have to keep channels so that none have to be moved."""
-    tensors, origins = CarryingGraph(network, lanes, keeping), ChannelOrigins(network)
+    tensors, origins = CarryingGraph(network, lanes, keeping, fills), ChannelOrigins(network)
     cutter = LayerCutter(tensors, masks)
     for node in list(network.graph.nodes):
         tensors.carried[node] = _carried_after(node, cutter, tensors, origins)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -44,6 +45,33 @@ def kept_units_of(model: nn.Module, masks: Mapping[str, Tensor], multiple: int =
         sizes = _sizes_of_units(group, parameters[group.root.name]).where(~kept, -1.0)
         kept[torch.sort(sizes, descending=True, stable=True).indices[:missing]] = True
     return {name: kept.nonzero().flatten().tolist() for name, kept in flags.items()}
+
+
+def filled_up(model: nn.Module, masks: Mapping[str, Tensor], multiple: int) -> dict[str, Tensor]:
+    """Return masks that keep more units, so that each group which keeps any gives a multiple of so many features.
+
+    A group that has too few units for that keeps all of them. The first of the units that the masks do not keep are
+    added, whole; all other entries stay as they are.
+
+    Args:
+        masks: Parameter name -> 0/1.
+    """
+    parameters = dict(model.named_parameters())
+    groups = [g for g in unit_groups(model, f"{spec_of(model).stem}.weight" in masks) if not kind_of(g.kind).by_weight]
+    before = {g.name: used_units(g, masks) for g in groups}
+    after = {g.name: _filled(before[g.name], g.root.index.shape[1], multiple) for g in groups}
+    more, fewer = (masks_of_units(groups, flags, parameters) for flags in (after, before))
+    found = dict(masks)
+    for name in masks.keys() & more.keys():
+        found[name] = torch.maximum(masks[name], (more[name] * (1 - fewer[name])).to(masks[name]))
+    return found
+
+
+def _filled(kept: Tensor, width: int, multiple: int) -> Tensor:
+    """Return flags of which more are set; `width`: features of a unit."""
+    count, step = int(kept.sum()), multiple // math.gcd(multiple, width)
+    missing = (~kept).nonzero().flatten()[: -count % step if count else 0]
+    return kept.index_fill(0, missing, True)
 
 
 def _sizes_of_units(group: UnitGroup, weight: Tensor) -> Tensor:

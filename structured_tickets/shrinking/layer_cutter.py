@@ -43,9 +43,7 @@ class LayerCutter:
 
     def _cut_filters(self, node: fx.Node, conv: nn.Conv2d, arriving: Tensor) -> Tensor:
         own = union(self._kept(node, "weight", conv.out_channels), self._kept_biases(node, conv))
-        leaving = self._computed(node, own)
-        if node.name in self.tensors.keeping.all:
-            leaving = torch.arange(conv.out_channels)
+        leaving = union(self._computed(node, own), self.tensors.keeping.by(node.name))
         self._cut(node, conv, {"weight": {0: leaving, 1: arriving}, "bias": {0: leaving}})
         conv.in_channels, conv.out_channels = len(arriving), len(leaving)
         return leaving
@@ -54,7 +52,7 @@ class LayerCutter:
         """Cut filters together with the channels that they filter."""
         filtered = intersection(arriving, self._kept(node, "weight", conv.out_channels))
         leaving = self._computed(node, union(filtered, self._kept_biases(node, conv)))
-        leaving = self._with_kept(node, leaving, arriving, conv.out_channels)
+        leaving = self._with_kept(node, leaving, arriving)
         self.tensors.give(node, source, leaving)
         self._cut(node, conv, {"weight": {0: leaving}, "bias": {0: leaving}})
         conv.in_channels = conv.out_channels = conv.groups = len(leaving)
@@ -76,22 +74,22 @@ class LayerCutter:
         arriving = self.tensors.of(source)
         if arriving is None:
             return Carried.all_of(norm.num_features)
-        index = self._with_kept(node, self._passed_on(node, norm), arriving.index, norm.num_features)
+        index = self._with_kept(node, self._passed_on(node, norm), arriving.index)
         self.tensors.give(node, source, index)
         self._cut(node, norm, {p: {0: index} for p in ("weight", "bias", "running_mean", "running_var")})
         norm.num_features = len(index)
         return Carried(index, arriving.total)
 
-    def _with_kept(self, node: fx.Node, index: Tensor, arriving: Tensor, total: int) -> Tensor:
+    def _with_kept(self, node: fx.Node, index: Tensor, arriving: Tensor) -> Tensor:
         """Return the channels that a layer keeps which works on each by itself: those of `index`, or more."""
-        if node.name in self.tensors.keeping.all:
-            return torch.arange(total)
+        index = union(index, self.tensors.keeping.by(node.name))
         return union(index, arriving) if node.name in self.tensors.keeping.arriving else index
 
     def _passed_on(self, node: fx.Node, norm: Any) -> Tensor:
         index = torch.arange(norm.num_features)
-        if norm.affine and node.name not in self.tensors.keeping.all:
+        if norm.affine:
             index = union(*(self._kept(node, param, norm.num_features) for param in ("weight", "bias")))
+            index = union(index, self.tensors.keeping.by(node.name))
         return at_least_one(self.tensors.in_lanes(index, norm.num_features) if self._is_added(node) else index)
 
     def _is_added(self, node: fx.Node) -> bool:

@@ -20,6 +20,7 @@ from structured_tickets.shrinking.cuts import Shrunk
 from structured_tickets.shrinking.effort import effort_of
 from structured_tickets.shrinking.in_place import shrink_in_place
 from structured_tickets.shrinking.inserted_layers import INSERTED
+from structured_tickets.shrinking.kept_units import filled_up
 from structured_tickets.unit_groups.find import features_of, is_transformer, unit_groups
 from structured_tickets.unit_groups.unit import parameter_name, parameter_of
 
@@ -39,6 +40,7 @@ def shrink(
     lanes: int = 1,
     image: Sequence[int] | None = None,
     spread: int | None = None,
+    fills: bool = False,
 ) -> Shrunk:
     """Return a smaller network that computes what the masked one does, up to rounding. The model is not changed.
 
@@ -51,6 +53,7 @@ def shrink(
         spread: 0 gives the smallest network. 1: no channels are put in their places among zeros, layers compute the
             zeros. 2: neither are channels taken out, layers read them all. Default: 0, or what is faster by an estimate
             where 0 takes about as long as the whole network (a very small one: longer), whose notes tell the images.
+        fills: Layers keep whole lanes: some units of zeros, too, where those that are kept are no multiple.
 
     Raises:
         ValueError: A mask does not fit the model.
@@ -59,7 +62,9 @@ def shrink(
     masks = masks_by_parameter(model, masks)
     if not masks:
         return Shrunk(masked_copy(model, masks), {})
-    smallest = _smaller(model, masks, lanes, image, spread or 0)
+    if fills:
+        model, masks = masked_copy(model, masks), filled_up(model, masks, lanes)
+    smallest = _smaller(model, masks, lanes, image, spread or 0, fills)
     known = spec_of(model).image
     if spread is not None or known is None:
         return smallest
@@ -71,7 +76,7 @@ def shrink(
         return smallest
     found = smallest
     for more in (1, 2):
-        other = _smaller(model, masks, lanes, image, more)
+        other = _smaller(model, masks, lanes, image, more, fills)
         if other.cuts:
             effort, enough = effort_of(other.network, known), BETTER if best < BETTER * whole else 1
         else:
@@ -82,7 +87,12 @@ def shrink(
 
 
 def _smaller(
-    model: nn.Module, masks: Mapping[str, Tensor], lanes: int, image: Sequence[int] | None, spread: int
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    lanes: int,
+    image: Sequence[int] | None,
+    spread: int,
+    fills: bool,
 ) -> Shrunk:
     small = masked_copy(model, masks)
     following = features_of(model, image)
@@ -91,7 +101,7 @@ def _smaller(
     if is_transformer(model):
         shrunk = Shrunk(small, remove_units(small, unit_groups(model), masks))
     else:
-        shrunk = remove_channels(small, masks, lanes, spread)
+        shrunk = remove_channels(small, masks, lanes, spread, fills)
     shrunk.network.train(model.training)
     return shrunk
 

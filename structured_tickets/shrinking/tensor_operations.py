@@ -47,7 +47,7 @@ def addition(tensors: CarryingGraph, node: fx.Node) -> Carried | None:
     summands = ((args[0], one.index), (args[1], other.index))
     for (many, most), (few, places) in (summands, summands[::-1]):
         if len(places) < len(result.index) == len(most):
-            tensors.wish_for_all(few)
+            tensors.wish(few, result.index)
             layer = AddAt(torch.searchsorted(result.index, places), len(result.index))
             tensors.replace(node, layer, (many, few), result)
             return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn, optim
@@ -16,7 +16,24 @@ from structured_tickets.shrinking.cuts import Shrunk, cut_value, put_back
 from structured_tickets.shrinking.shrink import shrink
 
 IDLE = "idle"
-LANES = 16  # float32 numbers in a vector register, and channels in a block of the kernels for CPUs
+
+
+class Widths(NamedTuple):
+    """Arguments of `shrink` that suit a kind of device."""
+
+    lanes: int
+    fills: bool
+    spread: int | None
+
+
+ON_PROCESSORS = Widths(16, False, None)
+"""16 numbers (float32) are in a vector register, and as many channels in a block of the kernels."""
+ON_CARDS = Widths(8, True, 1)
+"""Tensor cores take bfloat16 and float16 in multiples of 8 channels (NVIDIA, "Convolutional Layers User's Guide").
+
+Putting channels in their places takes kernels of its own, which move all numbers once more, where a convolution that
+also computes the zeros takes hardly longer.
+"""
 
 
 class Trainee:
@@ -41,11 +58,14 @@ class Trainee:
         build_optimizer: Callable[[nn.Module], optim.Optimizer],
         prepare: Callable[[nn.Module], None],
         compact: bool = True,
+        widths: Widths | None = None,
     ) -> None:
+        """Args: `widths`: default: those for the network's device."""
         self.whole, self._held, self._build = whole, held, build_optimizer
         whole.zero_grad()
         HeldMask(whole, held).apply()
-        small, self._cuts = shrink(whole, held, LANES) if compact and held else Shrunk(whole, {})
+        widths = widths or (ON_CARDS if next(whole.parameters()).is_cuda else ON_PROCESSORS)
+        small, self._cuts = shrink(whole, held, **widths._asdict()) if compact and held else Shrunk(whole, {})
         self._sizes = {n: p.shape for n, p in small.named_parameters()}
         cut = [n for n, p in whole.named_parameters() if self._sizes.get(n) != p.shape]
         self.model = small if cut else whole

@@ -69,15 +69,15 @@ def random_pair(model: nn.Module, dead_units: bool) -> MaskPair:
     """Masks with doomed, dead and kept weights.
 
     Args:
-        dead_units: Whole units are dead, so that there is something to cut.
+        dead_units: Whole units are dead, so that there is something to cut: enough for networks with whole lanes, too.
     """
     draw = torch.Generator().manual_seed(3)
     if isinstance(model, Dropping):
         weights = {n: p for n, p in model.named_parameters() if p.ndim > 1}
         refill = {n: (torch.rand(p.shape, generator=draw) < 0.6).float() for n, p in weights.items()}
     else:
-        refill = random_structure(model, 3, 0.5)
-    outside = random_structure(model, 5, 0.6) if dead_units else {n: torch.ones_like(m) for n, m in refill.items()}
+        refill = random_structure(model, 3, 0.25 if dead_units else 0.5)
+    outside = random_structure(model, 5, 0.25) if dead_units else {n: torch.ones_like(m) for n, m in refill.items()}
     current = {}
     for name, mask in refill.items():
         spared = (torch.rand(mask.shape, generator=draw) < 0.5).float() if mask.ndim > 1 else torch.ones_like(mask)

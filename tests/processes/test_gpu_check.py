@@ -89,6 +89,17 @@ def test_with_a_card_all_parts_run_within_eight_minutes(check, cards, missing):
     assert "ok" in done.stdout
 
 
+def test_networks_are_compiled_from_the_start_where_there_is_a_card(check, tmp_path):
+    """One after another, beside the tests; what is found is kept where the benchmark looks for it."""
+    check("--device", "cpu")
+    assert not (tmp_path / "out" / "compile_ahead.log").exists()
+    check(CARDS="1")
+    lines = (tmp_path / "out" / "compile_ahead.log").read_text().splitlines()
+    chosen = [re.search(r"--parts compiled .*--arch (\S+) --compiled (\S+)", line).groups() for line in lines]
+    assert chosen == [(arch, whose) for arch in ("res20s", "vit_tiny") for whose in ("theirs", "all")]
+    assert "TORCHINDUCTOR_CACHE_DIR=$out/compiled" in SCRIPT.read_text()
+
+
 def test_mps_is_started_only_when_asked(check):
     _, table = check("--mps", CARDS="1")
     assert table["benchmarks"][-1].endswith("--jobs 1 8 --mps")

@@ -86,6 +86,38 @@ def test_layers_compute_zeros_where_moving_channels_would_take_longer(kind):
         torch.testing.assert_close(network(images), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [Residual, Listed])
+@torch.no_grad()
+def test_layers_keep_whole_lanes_for_a_card(kind):
+    model, draw = made(kind), torch.Generator().manual_seed(1)
+    groups = unit_groups(model)
+    kept = {g.name: torch.rand(g.units, generator=draw) < 0.3 for g in groups}
+    masks, images = masks_of_units(groups, kept, dict(model.named_parameters())), torch.rand(4, *IMAGE)
+    small, wide = (shrink(model, masks, 8, spread=1, fills=fills).network for fills in (False, True))
+    convolutions = [[m for m in n.modules() if isinstance(m, nn.Conv2d)] for n in (small, wide)]
+    widths = [{w for m in layers for w in (m.in_channels, m.out_channels)} - {3} for layers in convolutions]
+    assert any(w % 8 for w in widths[0]) and not any(w % 8 for w in widths[1]) and {16, 24} <= widths[1]
+    for one, other in zip(*convolutions, strict=True):
+        assert one.out_channels <= other.out_channels <= one.out_channels + 7 or other.out_channels == 32
+    assert not inserted(wide)
+    torch.testing.assert_close(wide(images), masked(model, masks)(images), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_layers_compute_no_more_zeros_than_a_sum_needs():
+    """All that is added has the channels that any part of it has, and no others."""
+    model = made(Residual)
+    groups = unit_groups(model, True)
+    last = [g for g in groups if g.name.endswith(".4.0") or g.name == "stem.0"]
+    assert len(last) == 7
+    kept = {g.name: torch.isin(torch.arange(32), torch.tensor([k, k + 1, 20])) for k, g in enumerate(last)}
+    masks, images = masks_of_units(groups, kept, dict(model.named_parameters())), torch.rand(4, *IMAGE)
+    small = shrink(model, masks, spread=1).network
+    assert {small.get_submodule(g.root.layer).out_channels for g in last} == {9}
+    assert not inserted(small) and small.get_submodule("fc").in_features == 9
+    torch.testing.assert_close(small(images), masked(model, masks)(images), rtol=1e-4, atol=1e-5)
+
+
 class Tiny(Residual):
     """Layers so small that moving channels takes longer than computing them."""
 

@@ -17,7 +17,7 @@ from structured_tickets.pruning.masks import MaskPair, current_key, refill_key
 from structured_tickets.training.epoch import Passer, train
 from structured_tickets.training.optimization import OPTIMIZERS
 from structured_tickets.training.penalty.reg_pruner import Pruner
-from structured_tickets.training.trainee import IDLE, Trainee
+from structured_tickets.training.trainee import IDLE, ON_CARDS, Trainee
 
 STEPS = 20
 SETTINGS = SimpleNamespace(
@@ -61,12 +61,12 @@ def mask_pair(model, seed, share):
     return MaskPair({current_key(n): m for n, m in current.items()}, {refill_key(n): m for n, m in structure.items()})
 
 
-def trained(model, pair, struct, optimizer, compact, data, took_up=None, lr=0.01):
+def trained(model, pair, struct, optimizer, compact, data, took_up=None, lr=0.01, widths=None):
     """The whole network and its trainee after training on the batches."""
     model = copy.deepcopy(model)
     held = pair.structure if struct == "refill" else pair.alive
     build = lambda m: OPTIMIZERS[optimizer].build(m, lr if optimizer == "sgd" else 1e-3, 0.9, 0.05)  # noqa: E731
-    trainee = Trainee(model, held, build, lambda m: None, compact)
+    trainee = Trainee(model, held, build, lambda m: None, compact, widths)
     if took_up:
         trainee.load_optimizer_state(took_up)
     current, refill = (trainee.cut(m) for m in ({n: pair.current[n] for n in held}, pair.structure))
@@ -126,6 +126,30 @@ def test_twenty_steps_at_real_size_and_under_the_mask_agree(arch, optimizer, str
     assert max(differences(compact, masked, held).values()) <= 1e-6
     start = model.state_dict()
     assert any((v - start[n]).abs().max() > 1e-3 for n, v in masked[0].state_dict().items())
+
+
+FOR_CARDS = [
+    pytest.param(a, o, s, marks=[pytest.mark.slow] * (a not in MICRO))
+    for a, o, s in (
+        *((a, o, s) for a in MICRO for o in OPTIMIZERS for s in ("refill", "rsst")),
+        ("res20s", "sgd", "rsst"),
+        ("vit_tiny", "adamw", "rsst"),
+        ("res18", "adamw", "refill"),
+        ("densenet12", "sgd", "refill"),
+    )
+    if a in MODELS
+]
+
+
+@pytest.mark.parametrize("arch, optimizer, struct", FOR_CARDS)
+def test_twenty_steps_agree_with_the_widths_for_cards(arch, optimizer, struct):
+    model, data = network(arch), batches(torch.float64, count=STEPS if arch in STEADY else 2)
+    pair = mask_pair(model, 3, 0.5)
+    masked = trained(model, pair, struct, optimizer, False, data)
+    compact = trained(model, pair, struct, optimizer, True, data, widths=ON_CARDS)
+    assert (compact[1].model is compact[0]) == ((arch, struct) == ("micro_cnn", "rsst"))  # 9 of 16 filters are 16 there
+    held = pair.structure if struct == "refill" else pair.alive
+    assert max(differences(compact, masked, held).values()) <= 1e-6
 
 
 @pytest.mark.parametrize("arch", [pytest.param(a, marks=[pytest.mark.slow] * (a not in MICRO)) for a in STEADY])
