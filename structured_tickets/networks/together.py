@@ -84,6 +84,8 @@ class Together(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # a part of the network, which would be compiled anew in each pass
+            return func(*args, **kwargs)
         if func is Tensor.add_ and id(args[0]) in self._counters and args[1:] == (1,) and not kwargs:
             self._counted.append(args[0])
             return args[0]

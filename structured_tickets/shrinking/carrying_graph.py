@@ -60,6 +60,7 @@ class CarryingGraph:
         lanes: Channels that a processor computes at once.
         keeping: Calls that keep more channels.
         fills: Sums carry whole lanes: some channels of zeros, too, where those that they need are no multiple.
+        whole: Wish that layers give all channels, and not only those that a sum needs.
 
     Attributes:
         wished: The same, and those that would have to so that no channels are put in their places or taken.
@@ -67,9 +68,14 @@ class CarryingGraph:
     """
 
     def __init__(
-        self, network: fx.GraphModule, lanes: int = 1, keeping: Keeping = Keeping(), fills: bool = False
+        self,
+        network: fx.GraphModule,
+        lanes: int = 1,
+        keeping: Keeping = Keeping(),
+        fills: bool = False,
+        whole: bool = False,
     ) -> None:
-        self.network, self.lanes, self.fills = network, lanes, fills
+        self.network, self.lanes, self.fills, self.whole = network, lanes, fills, whole
         self.keeping = self.wished = keeping
         self._layers = dict(network.named_modules())
         self.carried: dict[fx.Node, Carried | None] = {}
@@ -117,13 +123,14 @@ class CarryingGraph:
         Layers whose channels go other ways to the tensor would have to give all of theirs.
         """
         wished = {name: set(channels) for name, channels in self.wished.zeros.items()}
-        open_nodes, seen = [(source, True)], {source}
+        open_nodes, seen = [(source, not self.whole)], {source}
         while open_nodes:
             node, straight = open_nodes.pop()
             layer = self._layers.get(str(node.target)) if node.op == "call_module" else None
             if isinstance(layer, nn.Conv2d) or is_prunable_norm(layer):
-                total = layer.out_channels if isinstance(layer, nn.Conv2d) else layer.num_features  # type: ignore[union-attr]
-                wished.setdefault(node.name, set()).update(index.tolist() if straight else range(total))
+                carried = self.carried[node]  # the layer itself has been cut
+                assert carried is not None
+                wished.setdefault(node.name, set()).update(index.tolist() if straight else range(carried.total))
                 continue
             straight = straight and self._keeps_places(node, layer)
             new = [n for n in node.all_input_nodes if n not in seen]

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from structured_tickets.shrinking.carrying_graph import Carried, CarryingGraph, Keeping
 from structured_tickets.shrinking.channel_origins import ChannelOrigins
 from structured_tickets.shrinking.cuts import Shrunk
+from structured_tickets.shrinking.inserted_layers import INSERTED
 from structured_tickets.shrinking.layer_cutter import CUT, LayerCutter
 from structured_tickets.shrinking.tensor_operations import KNOWN, rearrangement, unknown
 from structured_tickets.unit_groups.operations import (
@@ -49,21 +50,42 @@ def remove_channels(
         UsageError: The model's forward pass is no fixed graph.
     """
     network = traced(model)
-    found, wished = _removed(copy.deepcopy(network) if spread else network, masks, lanes, Keeping(), fills)
-    keeping = Keeping()
-    for _ in range(MOST_PASSES if spread else 0):
+    if not spread:
+        return _removed(network, masks, Keeping(), lanes, fills)[0]
+    both = [_spread(network, masks, spread, lanes, fills, whole) for whole in (False, True)]
+    return min(both, key=lambda shrunk: (_moves(shrunk.network), sum(p.numel() for p in shrunk.network.parameters())))
+
+
+def _spread(network: fx.GraphModule, masks: Mapping[str, Tensor], spread: int, *ways: Any) -> Shrunk:
+    """Return the smaller network in which layers compute zeros; `ways`: see `_removed`. The network is not changed."""
+    keeping = None
+    wished = Keeping()
+    for _ in range(1 + MOST_PASSES):
         before, keeping = keeping, wished if spread > 1 else Keeping(wished.zeros)
         if keeping == before:
             break
-        found, wished = _removed(copy.deepcopy(network), masks, lanes, keeping, fills)
+        found, wished = _removed(copy.deepcopy(network), masks, keeping, *ways)
     return found
 
 
+def _moves(network: nn.Module) -> int:
+    return sum(isinstance(layer, INSERTED) for layer in network.modules())
+
+
 def _removed(
-    network: fx.GraphModule, masks: Mapping[str, Tensor], lanes: int, keeping: Keeping, fills: bool
+    network: fx.GraphModule,
+    masks: Mapping[str, Tensor],
+    keeping: Keeping,
+    lanes: int,
+    fills: bool,
+    whole: bool = False,
 ) -> tuple[Shrunk, Keeping]:
-    """Return the smaller network, and which layers would have to keep channels so that none have to be moved."""
-    tensors, origins = CarryingGraph(network, lanes, keeping, fills), ChannelOrigins(network)
+    """Return the smaller network, and which layers would have to keep channels so that none have to be moved.
+
+    Args:
+        keeping, lanes, fills, whole: See `CarryingGraph`.
+    """
+    tensors, origins = CarryingGraph(network, lanes, keeping, fills, whole), ChannelOrigins(network)
     cutter = LayerCutter(tensors, masks)
     for node in list(network.graph.nodes):
         tensors.carried[node] = _carried_after(node, cutter, tensors, origins)

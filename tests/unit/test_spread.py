@@ -118,6 +118,31 @@ def test_layers_compute_no_more_zeros_than_a_sum_needs():
     torch.testing.assert_close(small(images), masked(model, masks)(images), rtol=1e-4, atol=1e-5)
 
 
+class Joined(Residual):
+    """What is added consists of parts that other layers compute."""
+
+    def __init__(self):
+        super().__init__(32, 0)
+        self.one = nn.ModuleList(conv(32, 16, 3) for _ in range(3))
+        self.other = nn.ModuleList(conv(32, 16) for _ in range(3))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for one, other in zip(self.one, self.other, strict=True):
+            x = x + torch.cat([one(x), other(x)], 1)
+        return self.fc(x.relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("fills", [False, True])
+@torch.no_grad()
+def test_layers_that_compute_parts_of_a_sum_compute_their_zeros_too(fills):
+    model = made(Joined)
+    masks, images = half(model), torch.rand(4, *IMAGE)
+    small = shrink(model, masks, 8, spread=1, fills=fills).network
+    assert not inserted(small) and inserted(shrink(model, masks, spread=0).network)
+    torch.testing.assert_close(small(images), masked(model, masks)(images), rtol=1e-4, atol=1e-5)
+
+
 class Tiny(Residual):
     """Layers so small that moving channels takes longer than computing them."""
 

@@ -248,6 +248,35 @@ def test_a_pass_that_fails_leaves_nothing():
     assert not together._counted and torch.equal(torch.rand(2) * 0, torch.zeros(2))
 
 
+class Compiled(nn.Module):
+    """A part of it is compiled, and a function that it calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        part = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.part, self.fc = torch.compile(part, backend="eager", fullgraph=True), nn.Linear(4, 4)
+        self.function = torch.compile(functional.linear, backend="eager", fullgraph=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.part(x).mean((2, 3))
+        return self.fc(x) + self.function(x, self.fc.weight)
+
+
+def test_compiled_parts_are_compiled_once():
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    net, other = Compiled(), Compiled()
+    other.load_state_dict(net.state_dict())
+    together, images = Together(net), torch.rand(4, 2, 3, 8, 8)
+    for batch in images:
+        with torch.autocast("cpu", torch.bfloat16):
+            with together.a_pass():
+                output = net(batch)
+            assert torch.equal(output, other(batch))
+    assert_same(net.state_dict(), other.state_dict())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4, "two for each network"
+
+
 def test_compiled_networks_are_left_alone():
     net = Shared()
     assert isinstance(together_of(net), Together)
