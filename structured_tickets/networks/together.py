@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 _CONVOLUTIONS = (
     functional.conv1d,
@@ -29,6 +31,11 @@ LOWERED: dict[Callable, dict[int, str]] = {
 }
 """Functions whose weights autocast converts: place and name of those arguments."""
 
+_PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_leaf", "requires_grad")
+_METHODS = ("size", "dim", "numel", "stride", "element_size", "is_floating_point", "is_contiguous", "__len__")
+HARMLESS: set[Any] = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {getattr(Tensor, n) for n in _METHODS}
+"""What may be asked of a weight without reading or changing its values."""
+
 
 class Together(TorchFunctionMode):
     """Converts all weights of a pass at once, and counts the batches of all BatchNorms at once.
@@ -38,27 +45,32 @@ class Together(TorchFunctionMode):
     waits for it. What is computed is the same, to the last bit. The host has more to do, so that this is for steps
     that are recorded.
 
-    Weights that a pass needs are known from the passes before; in the first one autocast converts them.
+    The first pass only watches. A weight that anything but the functions of `LOWERED` uses or changes, or that they use
+    in different ways (without gradients, in another type), is left to autocast from then on; so is a count that other
+    code reads.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        tensors = (*model.parameters(), *model.buffers())
-        self._own = {id(t): t for t in tensors if t.dtype == torch.float32}
+        tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        places = Counter(t.untyped_storage().data_ptr() for t in tensors.values())
+        self._own = {key: t for key, t in tensors.items() if places[t.untyped_storage().data_ptr()] == 1}
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.momentum is not None]
-        counters = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None]
-        self._counters = {id(t): t for t in counters}
-        self._device = tensors[0].device.type
+        self._counters = {id(m.num_batches_tracked) for m in norms} & self._own.keys()
+        self._device = next(model.parameters()).device.type
+        self._apart: set[int] = set()
         self._wanted: dict[int, Tensor] = {}
-        self._lower: dict[int, Tensor] = {}
+        self._lower: dict[int, tuple[Tensor, int]] = {}
+        self._steady: set[int] = set()
         self._counted: list[Tensor] = []
+        self._way: tuple[bool, torch.dtype | None] = (False, None)
 
     @contextmanager
     def a_pass(self) -> Iterator[None]:
         """A forward pass, inside of the autocast that it is for."""
-        self._lower, self._counted = {}, []
-        if torch.is_autocast_enabled(self._device):
-            self._convert(torch.get_autocast_dtype(self._device))
+        self._way = self._current_way()
+        self._convert()
+        self._steady = {key for key in self._counters & self._wanted.keys() if key not in self._apart}
         try:
             with self:
                 yield
@@ -66,43 +78,76 @@ class Together(TorchFunctionMode):
         finally:
             self._lower, self._counted = {}, []
 
-    def _convert(self, dtype: torch.dtype) -> None:
-        learning = torch.is_grad_enabled()
-        trained = {key: t for key, t in self._wanted.items() if learning and t.requires_grad}
-        others = {key: t for key, t in self._wanted.items() if key not in trained}
-        if trained:
-            self._lower.update(zip(trained, _Converted.apply(dtype, *trained.values()), strict=True))
+    def _current_way(self) -> tuple[bool, torch.dtype | None]:
+        """Whether gradients are taken, and autocast's type; None where it is off."""
+        lower = torch.is_autocast_enabled(self._device)
+        return torch.is_grad_enabled(), torch.get_autocast_dtype(self._device) if lower else None
+
+    def _convert(self) -> None:
+        learning, dtype = self._way
+        if dtype is None:
+            return
+        weights = {k: t for k, t in self._wanted.items() if k not in self._apart and t.dtype == torch.float32}
+        trained = [t for t in weights.values() if learning and t.requires_grad]
+        others = [t for t in weights.values() if not (learning and t.requires_grad)]
+        copies = list(_Converted.apply(dtype, *trained)) if trained else []
         with torch.no_grad():
-            self._lower.update(zip(others, converted(list(others.values()), dtype), strict=True))
+            copies += converted(others, dtype)
+        pairs = zip([*trained, *others], copies, strict=True)
+        self._lower = {id(weight): (copy, weight._version) for weight, copy in pairs}
 
     def _count(self) -> None:
-        while self._counted:  # a layer that is called twice counts twice
-            once = {id(t): t for t in self._counted}
+        counted, self._counted = self._counted, []
+        while counted:  # a layer that is called twice counts twice
+            once = {id(t): t for t in counted}
             torch._foreach_add_(list(once.values()), 1)
-            for tensor in once.values():
-                _remove(self._counted, tensor)
+            times = Counter(id(t) for t in counted)
+            counted = [once[key] for key, count in times.items() for _ in range(count - 1)]
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # a part of the network, which would be compiled anew in each pass
             return func(*args, **kwargs)
         if func is Tensor.add_ and id(args[0]) in self._counters and args[1:] == (1,) and not kwargs:
-            self._counted.append(args[0])
-            return args[0]
-        if self._counted and any(id(a) in self._counters for a in args):
-            self._count()  # other code reads a count
-        if (places := LOWERED.get(func)) and torch.is_autocast_enabled(self._device):
-            dtype = torch.get_autocast_dtype(self._device)
-            args = tuple(self._lowered(a, dtype) if i in places else a for i, a in enumerate(args))
-            kwargs = {n: self._lowered(a, dtype) if n in places.values() else a for n, a in kwargs.items()}
+            return self._counted_one_more(args[0])
+        if func in HARMLESS:
+            return func(*args, **kwargs)
+        places = LOWERED.get(func, {}) if self._way[1] is not None else {}
+        inputs = [a for i, a in enumerate(args) if i not in places]
+        inputs += [a for n, a in kwargs.items() if n not in places.values()]
+        self._leave(inputs)
+        if places:
+            args = tuple(self._lowered(a) if i in places else a for i, a in enumerate(args))
+            kwargs = {n: self._lowered(a) if n in places.values() else a for n, a in kwargs.items()}
         return func(*args, **kwargs)
 
-    def _lowered(self, value: Any, dtype: torch.dtype) -> Any:
-        if id(value) not in self._own:
+    def _counted_one_more(self, counter: Tensor) -> Tensor:
+        if id(counter) not in self._steady:
+            self._wanted[id(counter)] = counter
+            return counter.add_(1)
+        self._counted.append(counter)
+        return counter
+
+    def _leave(self, values: Sequence[Any]) -> None:
+        """Leave those of a network's tensors alone that other code uses."""
+        own = {id(v) for v in tree_leaves(list(values)) if id(v) in self._own}
+        if own & self._steady:
+            self._count()
+        self._apart |= own
+        self._steady -= own
+
+    def _lowered(self, value: Any) -> Any:
+        key = id(value)
+        if key not in self._own or key in self._apart:
             return value
-        self._wanted[id(value)] = value
-        lower = self._lower.get(id(value))
-        return value if lower is None or lower.dtype != dtype else lower
+        if key not in self._lower:
+            self._wanted[key] = value
+        copy, version = self._lower.get(key, (value, value._version))
+        same_way = self._current_way() == self._way and torch._C._functorch.peek_interpreter_stack() is None
+        if same_way and value._version == version:
+            return copy
+        self._apart.add(key)
+        return value
 
 
 class _Converted(torch.autograd.Function):
@@ -129,11 +174,18 @@ def converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return copies
 
 
-def together_of(model: nn.Module) -> Together | None:
-    """Return what makes the small operations of a network; None for a compiled one, whose kernels are fused anyway."""
+def together_of(model: nn.Module, training: bool) -> Together | None:
+    """Return what makes the small operations of a network; None where it would be in the way.
+
+    A compiled network has its kernels fused anyway. In evaluation, torch's encoders and attention call one kernel for
+    all that they do, as long as nobody watches.
+
+    Args:
+        training: The passes are those of training.
+    """
     compiled = any(m._compiled_call_impl is not None for m in model.modules())
-    return None if compiled else Together(model)
+    fast = not training and any(isinstance(m, _WITH_ONE_KERNEL) for m in model.modules())
+    return None if compiled or fast else Together(model)
 
 
-def _remove(tensors: list[Tensor], tensor: Tensor) -> None:
-    del tensors[next(i for i, other in enumerate(tensors) if other is tensor)]
+_WITH_ONE_KERNEL = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)

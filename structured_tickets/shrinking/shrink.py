@@ -63,7 +63,8 @@ def shrink(
     if not masks:
         return Shrunk(masked_copy(model, masks), {})
     if fills:
-        model, masks = masked_copy(model, masks), filled_up(model, masks, lanes)
+        model = masked_copy(model, masks)
+        masks = filled_up(model, masks, lanes)
     smallest = _smaller(model, masks, lanes, image, spread or 0, fills)
     known = spec_of(model).image
     if spread is not None or known is None:

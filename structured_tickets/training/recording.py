@@ -54,6 +54,9 @@ class Recordable(Protocol):
     def obstacle(self) -> str:
         """The reason why the step cannot be recorded; "" if none is known."""
 
+    def stay_as_it_is(self) -> None:
+        """Do without what pays in a recording only: there will be none."""
+
     def forget_gradients(self) -> None:
         """Drop the gradients of the last step."""
 
@@ -153,6 +156,7 @@ class Recording:
 
     def _give_up(self, reason: str, warn: bool = False) -> None:
         self.given_up = reason
+        self.body.stay_as_it_is()
         if self.insists:
             raise UsageError(f"argument --step: graph is not possible, because {reason}. Use --step auto")
         words = f"{self.body.name} is not recorded as a CUDA graph: {reason}. Its kernels start one by one"

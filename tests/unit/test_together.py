@@ -182,7 +182,120 @@ class Counting(nn.Module):
         return self.norm(x).mean((2, 3))
 
 
+class Changing(nn.Module):
+    """Changes a weight before it is used, in one of the ways that people have."""
+
+    def __init__(self, change) -> None:
+        super().__init__()
+        self.fc, self.last, self.change = nn.Linear(192, 5), nn.Linear(5, 4), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.change(self.fc)
+        return self.last(self.fc(x.flatten(1)))
+
+
+@torch.no_grad()
+def normalized(layer):
+    layer.weight.copy_(functional.normalize(layer.weight, dim=1))
+
+
+def renormalized(layer):
+    layer.weight.data = torch.renorm(layer.weight.data, 2, 0, 0.5)
+
+
+@torch.no_grad()
+def clamped(layer):
+    layer.weight.clamp_(-0.05, 0.05)
+
+
+def halved(layer):
+    layer.weight.data.mul_(0.5)
+
+
+def frozen_and_thawed(layer):
+    layer.requires_grad_(not layer.weight.requires_grad)
+
+
+@torch.no_grad()
+def halved_with_others(layer):
+    torch._foreach_mul_([layer.weight, layer.bias], 0.5)
+
+
+class Following(nn.Module):
+    """A second branch follows the first; prototypes that the network moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(192, 4), nn.Linear(192, 4).requires_grad_(False)
+        self.register_buffer("places", torch.rand(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for own, other in zip(self.second.parameters(), self.first.parameters(), strict=True):
+                own.mul_(0.9).add_(other, alpha=0.1)
+            self.places.mul_(0.9).add_(x[:, 0, :4, :4].mean(0), alpha=0.1)
+        x = x.flatten(1)
+        return functional.linear(self.first(x), self.places) + self.second(x)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.fc = nn.Parameter(torch.rand(16, 192) / 10), nn.Linear(192, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return self.fc(functional.linear(x, self.weight).relu() @ self.weight)
+
+
+class WithGradients(nn.Module):
+    """Takes gradients of weights in its own pass."""
+
+    def __init__(self, further: bool) -> None:
+        super().__init__()
+        self.conv, self.fc, self.further = nn.Conv2d(3, 4, 3), nn.Linear(4, 4), further
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).mean((2, 3))
+        with torch.enable_grad():
+            own = self.fc(x.detach()).float().square().mean()
+            (slope,) = torch.autograd.grad(own, self.fc.weight, create_graph=self.further)
+        return functional.linear(x, self.fc.weight - 0.1 * slope)
+
+
+class Vectorized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.last = nn.Linear(192, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.vmap(self.fc)(x.flatten(1)))
+
+
+class ReadTogether(nn.Module):
+    """Reads the counts of two BatchNorms in a list, and by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.norm2 = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm2(self.norm(x)).mean((2, 3))
+        counts = torch.stack([self.norm.num_batches_tracked, self.norm2.num_batches_tracked]).sum()
+        return x / counts + torch.clamp(input=self.norm.num_batches_tracked, min=1)
+
+
 OTHERS = {
+    **{
+        f"{change.__name__} weights": lambda change=change: Changing(change)
+        for change in (normalized, renormalized, clamped, halved, halved_with_others, frozen_and_thawed)
+    },
+    "branches that follow": Following,
+    "tied weights": Tied,
+    "gradients of weights": lambda: WithGradients(False),
+    "gradients of weights that are differentiated": lambda: WithGradients(True),
+    "counts that are read together": ReadTogether,
+    "a vectorized layer": Vectorized,
     "layers called twice": Shared,
     "torch's attention": Attention,
     "one layer in float32": lambda: InPartExact(None),
@@ -237,7 +350,9 @@ def test_layers_keep_their_own_weights(ahead):
         with torch.autocast("cpu", torch.bfloat16), together.a_pass():
             net(torch.rand(2, 3, 8, 8))
             assert net.conv.weight is before["conv.weight"]
-    assert not together._lower and not together._counted and len(together._wanted) == 4
+    assert not together._lower and not together._counted
+    assert {id(p) for p in (net.conv.weight, net.conv.bias, net.fc.bias)} < {*together._wanted} - together._apart
+    assert id(net.fc.weight) in together._apart
 
 
 def test_a_pass_that_fails_leaves_nothing():
@@ -279,6 +394,34 @@ def test_compiled_parts_are_compiled_once():
 
 def test_compiled_networks_are_left_alone():
     net = Shared()
-    assert isinstance(together_of(net), Together)
+    assert isinstance(together_of(net, True), Together)
     net.compile()
-    assert together_of(net) is None
+    assert together_of(net, True) is None
+
+
+def test_attention_that_is_one_kernel_in_evaluation_is_left_alone():
+    net = Attention()
+    assert isinstance(together_of(net, True), Together) and together_of(net, False) is None
+
+
+def test_most_weights_of_attention_are_converted_together():
+    net = Attention()
+    together = Together(net)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16), together.a_pass():
+            net(torch.rand(2, 3, 4, 4))
+            found = {*together._lower}
+    names = {n for n, p in net.named_parameters() if id(p) in found}
+    assert names == {
+        f"{n}.{p}" for n in ("own", "other") for p in ("in_proj_bias", "out_proj.weight", "out_proj.bias")
+    } | {"own.in_proj_weight"}
+
+
+def test_a_step_that_is_not_recorded_converts_layer_by_layer(ahead):
+    case = Case("micro_vit", images=32, precision=torch.bfloat16)
+    case.train(epochs=[0])
+    (_, step), *_ = case.passer.recorder._kept.values()
+    assert step.together is not None
+    step.stay_as_it_is()
+    *_, numbers = seen_in_steps(case, Numbers, epochs=[1])
+    assert "aten._foreach_copy_.default" not in [name for name, _ in numbers.calls]
