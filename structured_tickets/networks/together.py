@@ -79,7 +79,7 @@ class Together(TorchFunctionMode):
             self._lower, self._counted = {}, []
 
     def _current_way(self) -> tuple[bool, torch.dtype | None]:
-        """Whether gradients are taken, and autocast's type; None where it is off."""
+        """Return whether gradients are taken, and autocast's type; None where it is off."""
         lower = torch.is_autocast_enabled(self._device)
         return torch.is_grad_enabled(), torch.get_autocast_dtype(self._device) if lower else None
 

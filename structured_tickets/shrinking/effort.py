@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +72,43 @@ LANES = 16
 """Outputs that a convolution computes together, whether there are that many or not."""
 
 
+class Machine(NamedTuple):
+    """A kind of machine that an estimate is for.
+
+    Attributes:
+        costs, otherwise: Cost of operations by their names, and of those without a name in the table.
+        call: Time (ns) that each operation takes besides, and a view.
+        images: Of a batch: they share calls and weights.
+        lanes: Outputs that a convolution computes together.
+    """
+
+    costs: Mapping[str, Cost]
+    otherwise: Cost
+    call: tuple[float, float]
+    images: int
+    lanes: int
+
+
+PROCESSOR = Machine(COSTS, OTHERWISE, (PYTHON, VIEW), IMAGES, LANES)
+
+PER_NUMBER, PER_MULTIPLICATION, KERNEL = 2 / 2_700, 2 / 450_000, 2_000
+"""Time (ns) that a card takes to move two bytes, at 2.7 TB/s, and to multiply and add, at 450 TFLOP/s; and a kernel."""
+_MOVED = Cost(0, PER_NUMBER, PER_NUMBER)
+CARD = Machine(
+    {
+        **{name: _MOVED._replace(multiplication=PER_MULTIPLICATION) for name in ("convolution", "addmm", "mm", "bmm")},
+        "native_batch_norm": _MOVED._replace(number=1.5 * PER_NUMBER),  # reads its input twice
+        "index_select": _MOVED._replace(number=3 * PER_NUMBER),  # its threads read numbers that do not lie together
+        "index": _MOVED._replace(number=3 * PER_NUMBER),
+    },
+    _MOVED,
+    (KERNEL, 0),
+    128,
+    8,
+)
+"""A large card of 2023 or later with recorded steps in bfloat16. Taken from its data sheet, not measured."""
+
+
 class _Meter(TorchDispatchMode):
     """Add up the effort of all operations.
 
@@ -79,35 +116,35 @@ class _Meter(TorchDispatchMode):
         weights: Where the memory of parameters begins.
     """
 
-    def __init__(self, weights: Collection[int]) -> None:
+    def __init__(self, weights: Collection[int], machine: Machine) -> None:
         super().__init__()
-        self.weights, self.effort = weights, 0.0
+        self.weights, self.machine, self.effort = weights, machine, 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, (costs, otherwise, (call, view), images, lanes) = kwargs or {}, self.machine
         out = func(*args, **kwargs)
         if func.is_view:
-            self.effort += VIEW / IMAGES
+            self.effort += view / images
             return out
-        kind, cost = func._overloadpacket, COSTS.get(func._overloadpacket.__name__, OTHERWISE)
+        kind, cost = func._overloadpacket, costs.get(func._overloadpacket.__name__, otherwise)
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
         weights = sum(t.numel() for t in tensors if _memory_of(t) in self.weights)
         moved = sum(t.numel() for t in tensors) - weights
-        self.effort += (PYTHON + cost.call + cost.weight * weights) / IMAGES + cost.number * moved
+        self.effort += (call + cost.call + cost.weight * weights) / images + cost.number * moved
         if kind in flop_registry:
             multiplications = flop_registry[kind](*args, **kwargs, out_val=out) / 2
             if kind is torch.ops.aten.convolution:
-                multiplications *= _in_lanes(*args)
+                multiplications *= _in_lanes(lanes, *args)
             self.effort += cost.multiplication * multiplications
         return out
 
 
-def _in_lanes(images: Tensor, weight: Tensor, *more: Any) -> float:
+def _in_lanes(lanes: int, images: Tensor, weight: Tensor, *more: Any) -> float:
     """Return how many outputs a convolution computes for each that there is."""
     *_, transposed, _, groups = more
     outputs = weight.shape[1] if transposed else weight.shape[0] // groups
     together = groups if outputs == weight.shape[1] == 1 else outputs
-    return -(-together // LANES) * LANES / together
+    return -(-together // lanes) * lanes / together
 
 
 def _memory_of(value: Tensor) -> int:
@@ -115,8 +152,8 @@ def _memory_of(value: Tensor) -> int:
 
 
 @torch.no_grad()
-def effort_of(network: nn.Module, image: Sequence[int]) -> float:
-    """Return about how long (ns) a network takes for one image of sixteen, on the processor of `Cost`.
+def effort_of(network: nn.Module, image: Sequence[int], machine: Machine = PROCESSOR) -> float:
+    """Return about how long (ns) a network takes for one image of a batch, on the processor of `Cost` or another one.
 
     The machine is not measured: the same network has the same effort everywhere.
 
@@ -127,6 +164,6 @@ def effort_of(network: nn.Module, image: Sequence[int]) -> float:
     like = next(network.parameters())
     images = torch.ones(1, *image, device=like.device, dtype=like.dtype)
     weights = {_memory_of(p) for p in network.parameters()}
-    with in_mode(network, training=False), encoders_in_steps(), _Meter(weights) as meter:
+    with in_mode(network, training=False), encoders_in_steps(), _Meter(weights, machine) as meter:
         network(images)
     return meter.effort

@@ -17,7 +17,7 @@ from structured_tickets.networks.registry import spec_of
 from structured_tickets.shrinking.branches import remove_units
 from structured_tickets.shrinking.channels import remove_channels
 from structured_tickets.shrinking.cuts import Shrunk
-from structured_tickets.shrinking.effort import effort_of
+from structured_tickets.shrinking.effort import CARD, PROCESSOR, effort_of
 from structured_tickets.shrinking.in_place import shrink_in_place
 from structured_tickets.shrinking.inserted_layers import INSERTED
 from structured_tickets.shrinking.kept_units import filled_up
@@ -53,7 +53,8 @@ def shrink(
         spread: 0 gives the smallest network. 1: no channels are put in their places among zeros, layers compute the
             zeros. 2: neither are channels taken out, layers read them all. Default: 0, or what is faster by an estimate
             where 0 takes about as long as the whole network (a very small one: longer), whose notes tell the images.
-        fills: Layers keep whole lanes: some units of zeros, too, where those that are kept are no multiple.
+        fills: Layers keep whole lanes: some units of zeros, too, where those that are kept are no multiple. The
+            estimate is one for cards, and made in any case; without notes of the images, `spread` is 1.
 
     Raises:
         ValueError: A mask does not fit the model.
@@ -65,21 +66,24 @@ def shrink(
     if fills:
         model = masked_copy(model, masks)
         masks = filled_up(model, masks, lanes)
-    smallest = _smaller(model, masks, lanes, image, spread or 0, fills)
     known = spec_of(model).image
+    if fills and spread is None and known is None:
+        spread = 1
+    smallest = _smaller(model, masks, lanes, image, spread or 0, fills)
     if spread is not None or known is None:
         return smallest
     if not any(isinstance(m, INSERTED) for m in smallest.network.modules()):
         return smallest
-    best, whole = effort_of(smallest.network, known), effort_of(model, known)
+    machine = CARD if fills else PROCESSOR
+    best, whole = effort_of(smallest.network, known, machine), effort_of(model, known, machine)
     small = sum(p.numel() for p in model.parameters()) < WORTH_IT
-    if best <= (1 if small else SLOW) * whole:
+    if best <= (1 if small else SLOW) * whole and not fills:
         return smallest
     found = smallest
     for more in (1, 2):
         other = _smaller(model, masks, lanes, image, more, fills)
         if other.cuts:
-            effort, enough = effort_of(other.network, known), BETTER if best < BETTER * whole else 1
+            effort, enough = effort_of(other.network, known, machine), BETTER if best < BETTER * whole else 1
         else:
             other, effort, enough = Shrunk(masked_copy(model, masks), {}), whole, NOTHING_REMOVED[small]
         if effort < best * enough:

@@ -28,11 +28,11 @@ class Widths(NamedTuple):
 
 ON_PROCESSORS = Widths(16, False, None)
 """16 numbers (float32) are in a vector register, and as many channels in a block of the kernels."""
-ON_CARDS = Widths(8, True, 1)
+ON_CARDS = Widths(8, True, None)
 """Tensor cores take bfloat16 and float16 in multiples of 8 channels (NVIDIA, "Convolutional Layers User's Guide").
 
 Putting channels in their places takes kernels of its own, which move all numbers once more, where a convolution that
-also computes the zeros takes hardly longer.
+also computes the zeros often takes hardly longer: see `effort.CARD`.
 """
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from helpers.structures import masked
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from structured_tickets.networks.registry import ModelSpec
-from structured_tickets.shrinking.effort import effort_of
+from structured_tickets.shrinking.effort import CARD, effort_of
 from structured_tickets.shrinking.inserted_layers import INSERTED, Place, Select
 from structured_tickets.shrinking.shrink import WORTH_IT, shrink
 from structured_tickets.unit_groups.find import features_of, unit_groups
@@ -101,6 +102,42 @@ def test_layers_keep_whole_lanes_for_a_card(kind):
         assert one.out_channels <= other.out_channels <= one.out_channels + 7 or other.out_channels == 32
     assert not inserted(wide)
     torch.testing.assert_close(wide(images), masked(model, masks)(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Residual, Listed])
+@torch.no_grad()
+def test_on_a_card_the_way_is_chosen_by_an_estimate_for_cards(kind):
+    """Without notes of the images, layers compute the zeros."""
+    model = made(kind)
+    masks, images = half(model), torch.rand(4, *IMAGE)
+    ways = [shrink(model, masks, 8, spread=spread, fills=True).network for spread in (0, 1, 2)]
+    efforts = [effort_of(network, IMAGE, CARD) for network in ways]
+    chosen = shrink(model, masks, 8, fills=True).network
+    assert effort_of(chosen, IMAGE, CARD) <= min(effort_of(model, IMAGE, CARD), efforts[0])
+    if kind is Residual:
+        model.spec = ModelSpec(kind.__name__, "stem.0", "fc", "")
+        plain = shrink(model, masks, 8, fills=True).network
+        assert [p.shape for p in plain.parameters()] == [p.shape for p in ways[1].parameters()]
+    for network in (*ways, chosen):
+        torch.testing.assert_close(network(images), masked(model, masks)(images), rtol=1e-4, atol=1e-5)
+
+
+def test_the_estimate_for_cards_counts_bytes_and_multiplications():
+    layer, per_number, per_multiplication = nn.Conv2d(64, 20, 1), 2 / 2_700, 2 / 450_000
+    numbers, weights = 64 + 20, 64 * 20 + 20
+    wanted = (2_000 + per_number * weights) / 128 + per_number * numbers + per_multiplication * 64 * 24
+    assert effort_of(layer, (64, 1, 1), CARD) == pytest.approx(wanted)
+
+
+@torch.no_grad()
+def test_units_are_filled_up_where_torch_masks_the_weights():
+    model = made(Residual)
+    masks, images = half(model), torch.rand(4, *IMAGE)
+    wanted = masked(model, masks)(images)
+    layer = model.blocks[0][2][0]
+    prune.custom_from_mask(layer, "weight", torch.ones_like(layer.weight))
+    small = shrink(model, masks, 8, spread=1, fills=True).network
+    torch.testing.assert_close(small(images), wanted, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
