@@ -43,7 +43,7 @@ def crop_and_flip(images: Tensor, offsets: Tensor, mirrored: Tensor, padding: in
     padded = torch.nn.functional.pad(images, (padding,) * 4)
     row, column = (offsets.unsqueeze(2) + torch.arange(size, device=images.device)).unbind(1)
     to_the_other_end = torch.arange(size - 1, -size, -2, device=images.device)
-    column = torch.addcmul(column, mirrored.unsqueeze(1), to_the_other_end)
+    column = column + mirrored.unsqueeze(1) * to_the_other_end
     which = torch.arange(len(images), device=images.device)[:, None, None]
     return padded[which, :, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
 

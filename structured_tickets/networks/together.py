@@ -45,16 +45,20 @@ class Together(TorchFunctionMode):
     waits for it. What is computed is the same, to the last bit. The host has more to do, so that this is for steps
     that are recorded.
 
-    The first pass only watches. A weight that anything but the functions of `LOWERED` uses or changes, or that they use
-    in different ways (without gradients, in another type), is left to autocast from then on; so is a count that other
-    code reads.
+    The first pass only watches. A weight that anything but the functions of `LOWERED` uses or changes, itself or by an
+    alias, or that they use in different ways (without gradients, in another type, under a mode of the network's own),
+    is left to autocast from then on; so is a count that other code reads. Not seen are uses within functions of torch
+    that call layers themselves (a distance of `triplet_margin_with_distance_loss`), and autocast's cache emptied within
+    a pass: sums of gradients are rounded otherwise there. A recording is compared with layers that make their own.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        places = Counter(t.untyped_storage().data_ptr() for t in tensors.values())
-        self._own = {key: t for key, t in tensors.items() if places[t.untyped_storage().data_ptr()] == 1}
+        tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if type(t) in _PLAIN}
+        places = Counter(map(_place_of, tensors.values()))
+        self._own = {k: t for k, t in tensors.items() if places[_place_of(t)] == 1 and not t.is_inference()}
+        self._at = {_place_of(t): key for key, t in self._own.items()}
+        self._with_fast_ways = [m for m in model.modules() if isinstance(m, _WITH_ONE_KERNEL)]
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.momentum is not None]
         self._counters = {id(m.num_batches_tracked) for m in norms} & self._own.keys()
         self._device = next(model.parameters()).device.type
@@ -63,30 +67,41 @@ class Together(TorchFunctionMode):
         self._lower: dict[int, tuple[Tensor, int]] = {}
         self._steady: set[int] = set()
         self._counted: list[Tensor] = []
-        self._way: tuple[bool, torch.dtype | None] = (False, None)
+        self._way: tuple[Any, ...] = ()
 
     @contextmanager
     def a_pass(self) -> Iterator[None]:
-        """A forward pass, inside of the autocast that it is for."""
+        """A forward pass, inside of the autocast that it is for.
+
+        Torch's encoders and attention call one kernel for all that they do in evaluation, as long as nobody watches: a
+        network of which such a layer is in that mode computes as ever.
+        """
+        if any(not m.training for m in self._with_fast_ways):
+            yield
+            return
         self._way = self._current_way()
         self._convert()
         self._steady = {key for key in self._counters & self._wanted.keys() if key not in self._apart}
         try:
             with self:
                 yield
-            self._count()
         finally:
-            self._lower, self._counted = {}, []
+            self._count()
+            self._lower = {}
 
-    def _current_way(self) -> tuple[bool, torch.dtype | None]:
-        """Return whether gradients are taken, and autocast's type; None where it is off."""
+    def _current_way(self) -> tuple[Any, ...]:
+        """Return autocast's type (None where it is off), and all else on which a conversion depends."""
         lower = torch.is_autocast_enabled(self._device)
-        return torch.is_grad_enabled(), torch.get_autocast_dtype(self._device) if lower else None
+        dtype = torch.get_autocast_dtype(self._device) if lower else None
+        transforms = torch._C._functorch.peek_interpreter_stack() is not None
+        modes = torch._C._len_torch_dispatch_stack()  # such as those of selective checkpoints, which count conversions
+        return dtype, torch.is_grad_enabled(), torch.is_autocast_cache_enabled(), transforms, modes
 
     def _convert(self) -> None:
-        learning, dtype = self._way
+        dtype, learning, *_ = self._way
         if dtype is None:
             return
+        self._apart |= {k for k, t in self._wanted.items() if t._backward_hooks}  # called even where there is nothing
         weights = {k: t for k, t in self._wanted.items() if k not in self._apart and t.dtype == torch.float32}
         trained = [t for t in weights.values() if learning and t.requires_grad]
         others = [t for t in weights.values() if not (learning and t.requires_grad)]
@@ -112,7 +127,7 @@ class Together(TorchFunctionMode):
             return self._counted_one_more(args[0])
         if func in HARMLESS:
             return func(*args, **kwargs)
-        places = LOWERED.get(func, {}) if self._way[1] is not None else {}
+        places = self._places_of_weights(func, args, kwargs)
         inputs = [a for i, a in enumerate(args) if i not in places]
         inputs += [a for n, a in kwargs.items() if n not in places.values()]
         self._leave(inputs)
@@ -121,7 +136,22 @@ class Together(TorchFunctionMode):
             kwargs = {n: self._lowered(a) if n in places.values() else a for n, a in kwargs.items()}
         return func(*args, **kwargs)
 
+    def _places_of_weights(self, func: Callable, args: tuple, kwargs: Any) -> dict[int, str]:
+        """Return those of a call's arguments that are to be converted: all of them are plain tensors then."""
+        if (
+            func not in LOWERED
+            or self._way[0] is None
+            or any(_is_of_another_kind(a) for a in (*args, *kwargs.values()))
+        ):
+            return {}
+        if func is functional.multi_head_attention_forward and not (len(args) > 2 and args[0] is args[1] is args[2]):
+            return {}  # torch divides the weights then, and autocast converts the parts
+        return LOWERED[func]
+
     def _counted_one_more(self, counter: Tensor) -> Tensor:
+        if self._current_way() != self._way:
+            self._apart.add(id(counter))
+            self._steady.discard(id(counter))
         if id(counter) not in self._steady:
             self._wanted[id(counter)] = counter
             return counter.add_(1)
@@ -130,7 +160,8 @@ class Together(TorchFunctionMode):
 
     def _leave(self, values: Sequence[Any]) -> None:
         """Leave those of a network's tensors alone that other code uses."""
-        own = {id(v) for v in tree_leaves(list(values)) if id(v) in self._own}
+        tensors = [v for v in tree_leaves(list(values)) if isinstance(v, Tensor)]
+        own = {key for key in (self._at.get(_place_of(v)) for v in tensors) if key is not None}
         if own & self._steady:
             self._count()
         self._apart |= own
@@ -143,8 +174,7 @@ class Together(TorchFunctionMode):
         if key not in self._lower:
             self._wanted[key] = value
         copy, version = self._lower.get(key, (value, value._version))
-        same_way = self._current_way() == self._way and torch._C._functorch.peek_interpreter_stack() is None
-        if same_way and value._version == version:
+        if self._current_way() == self._way and value._version == version:
             return copy
         self._apart.add(key)
         return value
@@ -174,18 +204,22 @@ def converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return copies
 
 
-def together_of(model: nn.Module, training: bool) -> Together | None:
-    """Return what makes the small operations of a network; None where it would be in the way.
-
-    A compiled network has its kernels fused anyway. In evaluation, torch's encoders and attention call one kernel for
-    all that they do, as long as nobody watches.
-
-    Args:
-        training: The passes are those of training.
-    """
-    compiled = any(m._compiled_call_impl is not None for m in model.modules())
-    fast = not training and any(isinstance(m, _WITH_ONE_KERNEL) for m in model.modules())
-    return None if compiled or fast else Together(model)
+def together_of(model: nn.Module) -> Together | None:
+    """Return what makes the small operations of a network; None for a compiled one, whose kernels are fused anyway."""
+    return None if any(m._compiled_call_impl is not None for m in model.modules()) else Together(model)
 
 
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _WITH_ONE_KERNEL = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+
+
+def _is_of_another_kind(value: Any) -> bool:
+    return isinstance(value, Tensor) and type(value) not in _PLAIN
+
+
+def _place_of(tensor: Tensor) -> int | None:
+    """Return where a tensor's memory begins; None if it has none of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError, ValueError):  # the last: lazy layers, before they are called
+        return None

@@ -66,9 +66,9 @@ class Step:
     ) -> None:
         """Args: `together`: make small operations of all layers at once, as suits steps that are recorded."""
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
-        self.together = together_of(model, True) if together else None
+        self.together = together_of(model) if together else None
         taught = together and passer.distillation is not None
-        self._of_teacher = together_of(passer.distillation.teacher, False) if taught else None
+        self._of_teacher = together_of(passer.distillation.teacher) if taught else None
         self.passer, self.pruner, self.source, self.batches = passer, pruner, source, batches
         device = next(model.parameters()).device
         sums = exact_type(device)
@@ -276,9 +276,17 @@ class Step:
             return "a BatchNorm without momentum counts its batches on the host"
         return ""
 
-    def stay_as_it_is(self) -> None:
+    def stay_as_it_is(self) -> bool:
         """See `Recordable`."""
-        self.together = self._of_teacher = None
+        before, self.together, self._of_teacher = self.together or self._of_teacher, None, None
+        return before is not None
+
+    @contextmanager
+    def as_it_is(self) -> Iterator[None]:
+        """See `Recordable`."""
+        before, self.together, self._of_teacher = (self.together, self._of_teacher), None, None
+        yield
+        self.together, self._of_teacher = before
 
     def forget_gradients(self) -> None:
         """So that a recording makes its own."""
@@ -317,7 +325,7 @@ class Evaluation:
         together: bool = False,
     ) -> None:
         self.model, self.criterion, self.world, self.precision = model, criterion, world, precision
-        self.together = together_of(model, False) if together else None
+        self.together = together_of(model) if together else None
         self.source = source
         device = next(model.parameters()).device
         self.at = torch.zeros(1, dtype=torch.long, device=device)
@@ -354,9 +362,17 @@ class Evaluation:
         """See `Step`."""
         return TOGETHER if self.world.size > 1 else ""
 
-    def stay_as_it_is(self) -> None:
+    def stay_as_it_is(self) -> bool:
         """See `Recordable`."""
-        self.together = None
+        before, self.together = self.together, None
+        return before is not None
+
+    @contextmanager
+    def as_it_is(self) -> Iterator[None]:
+        """See `Recordable`."""
+        before, self.together = self.together, None
+        yield
+        self.together = before
 
     def forget_gradients(self) -> None:
         """There are none."""

@@ -84,10 +84,10 @@ def watched(monkeypatch):
     """What each call of a teacher got: (its weights, whether it trains, images, logits of the network)."""
     calls, real = [], Distillation.added_to
 
-    def added_to(self, loss, output, images, precision):
+    def added_to(self, loss, output, images, precision, together=None):
         state = {k: v.clone() for k, v in self.teacher.state_dict().items()}
         calls.append((state, self.teacher.training, images.clone(), output))
-        return real(self, loss, output, images, precision)
+        return real(self, loss, output, images, precision, together)
 
     monkeypatch.setattr(Distillation, "added_to", added_to)
     return calls

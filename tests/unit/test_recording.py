@@ -241,9 +241,22 @@ def test_a_replay_that_gives_something_else_is_not_trusted(optimizer, kind, capl
     with caplog.at_level(logging.INFO, "rsst"):
         case.train(epochs=[0, 1])
     eager.train(epochs=[0, 1])
-    assert graphs.events == [*STEPS, "close 1"] and not graphs.alive
+    assert graphs.events == [*STEPS, "close 1", *STEPS[1:], "close 1"] and not graphs.alive
     assert f"its replay gave other {kind} than the step itself" in said(caplog)[0]
     assert [r.levelname for r in caplog.records if "CUDA graph" in r.getMessage()] == ["WARNING"]
+    assert_same(case.values(), eager.values())
+
+
+def test_small_operations_are_made_at_once_only_if_the_step_agrees_with_that_of_single_ones(caplog):
+    """Else another recording follows, of the step that makes them one by one."""
+    case, graphs = recorded(FakeGraphs(spoils=lambda step: slowly(step) if step.together else None))
+    eager = Case(images=36, epochs=LONG)
+    with caplog.at_level(logging.INFO, "rsst"):
+        case.train(epochs=[0, 1])
+    eager.train(epochs=[0, 1])
+    again = [*STEPS, "close 1", *STEPS[1:]]
+    assert graphs.events[: len(again)] == again and {*graphs.events[len(again) :]} == {"replay", "keep close"}
+    assert said(caplog) == [] and recording_of(case).graph is not None
     assert_same(case.values(), eager.values())
 
 
