@@ -34,44 +34,50 @@ def kept_units_of(model: nn.Module, masks: Mapping[str, Tensor], multiple: int =
 
     Args:
         masks: Parameter name -> 0/1.
-        multiple: Keep more, up to the next multiple of this: those with the largest weights, of equals the first.
+        multiple: See `_completed`.
     """
-    parameters = dict(model.named_parameters())
-    groups = unit_groups(model, f"{spec_of(model).stem}.weight" in masks)
-    flags = {g.name: used_units(g, masks) for g in groups if not kind_of(g.kind).by_weight}
-    for group in (g for g in groups if g.name in flags):
-        kept = flags[group.name]
-        missing = min(-int(kept.sum()) % multiple, group.units - int(kept.sum()))
-        sizes = _sizes_of_units(group, parameters[group.root.name]).where(~kept, -1.0)
-        kept[torch.sort(sizes, descending=True, stable=True).indices[:missing]] = True
+    flags = _completed(model, _groups_of(model, masks), masks, multiple)
     return {name: kept.nonzero().flatten().tolist() for name, kept in flags.items()}
 
 
 def filled_up(model: nn.Module, masks: Mapping[str, Tensor], multiple: int) -> dict[str, Tensor]:
-    """Return masks that keep more units, so that each group which keeps any gives a multiple of so many features.
-
-    A group that has too few units for that keeps all of them. The first of the units that the masks do not keep are
-    added, whole; all other entries stay as they are.
+    """Return masks that keep more units, whole; all other entries stay as they are.
 
     Args:
         masks: Parameter name -> 0/1.
+        multiple: See `_completed`.
     """
-    parameters = dict(model.named_parameters())
-    groups = [g for g in unit_groups(model, f"{spec_of(model).stem}.weight" in masks) if not kind_of(g.kind).by_weight]
-    before = {g.name: used_units(g, masks) for g in groups}
-    after = {g.name: _filled(before[g.name], g.root.index.shape[1], multiple) for g in groups}
-    more, fewer = (masks_of_units(groups, flags, parameters) for flags in (after, before))
+    parameters, groups = dict(model.named_parameters()), _groups_of(model, masks)
+    before, after = (_completed(model, groups, masks, m) for m in (1, multiple))
+    fewer, more = (masks_of_units(groups, flags, parameters) for flags in (before, after))
     found = dict(masks)
     for name in masks.keys() & more.keys():
         found[name] = torch.maximum(masks[name], (more[name] * (1 - fewer[name])).to(masks[name]))
     return found
 
 
-def _filled(kept: Tensor, width: int, multiple: int) -> Tensor:
-    """Return flags of which more are set; `width`: features of a unit."""
-    count, step = int(kept.sum()), multiple // math.gcd(multiple, width)
-    missing = (~kept).nonzero().flatten()[: -count % step if count else 0]
-    return kept.index_fill(0, missing, True)
+def _groups_of(model: nn.Module, masks: Mapping[str, Tensor]) -> list[UnitGroup]:
+    groups = unit_groups(model, f"{spec_of(model).stem}.weight" in masks)
+    return [g for g in groups if not kind_of(g.kind).by_weight]
+
+
+def _completed(
+    model: nn.Module, groups: Sequence[UnitGroup], masks: Mapping[str, Tensor], multiple: int
+) -> dict[str, Tensor]:
+    """Return the units of each group that the masks keep, and more: bool [units], by the group's name.
+
+    A group that keeps any gets the units with the largest weights, of equals the first, until it has a multiple of so
+    many features, or all units. A head has as many features as it is wide.
+    """
+    parameters = dict(model.named_parameters())
+    flags = {g.name: used_units(g, masks) for g in groups}
+    for group in groups:
+        kept, width = flags[group.name], group.root.index.shape[1]
+        missing = -int(kept.sum()) % (multiple // math.gcd(multiple, width))
+        if missing := min(missing, int((~kept).sum())):
+            sizes = _sizes_of_units(group, parameters[group.root.name]).where(~kept, -1.0)
+            kept[torch.sort(sizes, descending=True, stable=True).indices[:missing]] = True
+    return flags
 
 
 def _sizes_of_units(group: UnitGroup, weight: Tensor) -> Tensor:
