@@ -41,8 +41,8 @@ class Together(TorchFunctionMode):
     """Converts all weights of a pass at once, and counts the batches of all BatchNorms at once.
 
     Autocast converts each weight when a layer needs it, and its gradient afterwards, by a kernel each; each BatchNorm
-    counts its batches by one. On a card most of such a kernel's time is its start. What is computed is the same, to the last bit. The host has more to do, so that this is for steps
-    that are recorded.
+    counts its batches by one. On a card most of such a kernel's time is its start. What is computed is the same, to the
+    last bit. The host has more to do, so that this is for steps that are recorded.
 
     The first pass only watches. A weight that anything but the functions of `LOWERED` uses or changes, itself or by an
     alias, or that they use in different ways (without gradients, in another type, under a mode of the network's own),
