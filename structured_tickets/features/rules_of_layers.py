@@ -38,7 +38,7 @@ def _convolved(call: Call, weight: str, bias: str, groups: int, axes: tuple[int,
     if not weight:
         _keep_all(call)
         return plain(call.shape)
-    rows = _layer(call, weight, bias, columns, outputs, axes if groups == 1 else (axes[0], axes[0]), groups)
+    rows = _layer(call, weight, bias, columns, outputs, axes if groups == 1 else (0, 0), groups)
     return rows.view(1, -1, *[1] * (len(call.shape) - 2)).expand(call.shape)
 
 

@@ -84,9 +84,15 @@ class Units:
         return sum(math.prod(self.shapes[name]) for name in ranked(self.groups))
 
     def weights_of(self, group: UnitGroup) -> int:
-        """Return the number of weights that belong to a group's units."""
-        parts = ((self.shapes[s.name], s) for s in group.slices if s.ranked)
-        return sum(math.prod(shape) // shape[s.axis] * s.index.numel() for shape, s in parts)
+        """Return the number of weights that belong to a group's units, each counted once."""
+        places: dict[str, dict[int, set[int]]] = {}
+        for part in (s for s in group.slices if s.ranked):
+            places.setdefault(part.name, {}).setdefault(part.axis, set()).update(part.index.flatten().tolist())
+        others = (
+            math.prod(size - len(found.get(axis, ())) for axis, size in enumerate(self.shapes[name]))
+            for name, found in places.items()
+        )
+        return sum(math.prod(self.shapes[name]) for name in places) - sum(others)
 
     def own_name(self, name: str) -> str:
         """Return the name that the network itself has for a parameter of a slice."""

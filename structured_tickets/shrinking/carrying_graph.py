@@ -110,7 +110,10 @@ class CarryingGraph:
         wanted = torch.isin(have, index)
         if not bool(wanted.all()):
             self.wished = replace(self.wished, arriving=self.wished.arriving | {node.name})
-            adapted, have = self._insert(Select(wanted.nonzero().flatten()), (adapted,), node), have[wanted]
+            adapted, have = (
+                self._insert(Select(wanted.nonzero().flatten(), len(wanted)), (adapted,), node),
+                have[wanted],
+            )
         if len(have) < len(index):
             self.wish(source, index)
             adapted = self._insert(Place(torch.searchsorted(index, have), len(index)), (adapted,), node)
@@ -146,7 +149,7 @@ class CarryingGraph:
 
     def select(self, node: fx.Node, index: Tensor, total: int) -> None:
         """Make all that read a node, which carries all its channels, read just these."""
-        selected = self._insert(Select(index), (node,), node.next)
+        selected = self._insert(Select(index, total), (node,), node.next)
         node.replace_all_uses_with(selected, lambda user: user is not selected)
         self.carried[selected] = Carried(index, total)
 

@@ -102,7 +102,7 @@ def _carried_after(
     kind = kind_of(called)
     if is_prunable_norm(called):
         return cutter.normalisation(node, called)
-    if kind in CUT:
+    if kind in CUT and "weight" in called._parameters:  # else hooks compute it of whatever they know
         return CUT[kind](cutter, node, called)
     if kind in KNOWN:
         return KNOWN[kind](tensors, node)

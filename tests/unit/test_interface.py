@@ -341,6 +341,37 @@ def test_no_attribute_of_a_users_network_is_in_the_way(tmp_path):
     assert torch.equal(logits(st.load(tmp_path, model=Spectral), (3, 8, 8)), logits(small, (3, 8, 8)))
 
 
+@pytest.mark.parametrize("computed", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.parametrize("name", ["back", "last"])
+def test_a_layer_whose_weights_are_computed_stays_whole_and_gets_what_it_reads(computed, name):
+    model, images = used(Mine()), torch.rand(2, 3, 8, 8)
+    computed(model.get_submodule(name))
+    model.train()
+    model(images)  # older normalisations compute their weights anew
+    units = st.units(model.eval(), images)
+    assert units.names == (("wide",) if name == "back" else ("wide", "back"))
+    masks = st.regroup(model, units, 0.5)
+    small = st.shrink(model, masks)
+    masks.apply_(model)
+    assert torch.allclose(small(images), model(images), atol=1e-6)
+    assert small.wide.weight.shape[0] < 16 and small.get_submodule(name).weight.shape[0] == (8 if name == "back" else 5)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last((x + self.conv(x)).mean((2, 3)))
+
+
+def test_weights_between_two_units_of_a_stream_are_counted_once():
+    units = st.units(Residual(), (3, 8, 8), channel_units="stream")
+    assert units.names == ("conv",) and units.weights_of(units["conv"]) == units.prunable == 8 * 8 * 9
+
+
 def test_tied_layers_of_a_transformer_are_refused_unless_left_out():
     model, _ = build("deit")
     model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight

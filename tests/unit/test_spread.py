@@ -246,7 +246,7 @@ def test_without_an_image_in_its_notes_the_smallest_network_is_made():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_channels_are_taken_in_the_layout_in_which_they_lie(layout):
     x = torch.rand(2, 6, 3, 3).contiguous(memory_format=layout)
-    found = Select(torch.tensor([0, 2, 5]))(x)
+    found = Select(torch.tensor([0, 2, 5]), 6)(x)
     assert torch.equal(found, x[:, [0, 2, 5]]) and found.is_contiguous(memory_format=layout)
 
 
@@ -276,3 +276,34 @@ def test_gradients_of_placed_channels_have_gradients_too(layout):
     place = Place(torch.tensor([0, 2, 5]), 7)
     assert torch.autograd.gradcheck(place, (x,)) and torch.autograd.gradgradcheck(place, (x,))
     assert torch.equal(torch.export.export(place, (x.detach(),)).module()(x), place(x))
+
+
+@pytest.mark.parametrize("layout", ["last", torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("few", [[1, 4, 5], [0, 1, 2, 3, 4, 5], []])
+def test_heads_are_moved_as_blocks_with_the_same_values_and_gradients(layout, few):
+    channels = (torch.tensor(few, dtype=torch.long)[:, None] * 16 + torch.arange(16)).flatten()
+    axis, shape = (-1, (2, 3, 96)) if layout == "last" else (1, (2, 96, 3, 5))
+    many = torch.rand(shape, dtype=torch.float64)
+    many = many if axis == -1 else many.contiguous(memory_format=layout)
+    many.requires_grad_()
+    select, place = Select(channels, 96, axis), Place(channels, 96, axis)
+    assert select.block % 16 == place.block % 16 == 0
+    taken = select(many)
+    assert torch.equal(taken, many.index_select(axis, channels))
+    put = place(taken)
+    there = torch.zeros(96, dtype=torch.float64).index_fill(0, channels, 1.0)
+    there = there if axis == -1 else there[:, None, None]
+    assert torch.equal(put, many * there)
+    assert torch.autograd.gradcheck(lambda x: place(select(x)), (many,), fast_mode=True)
+    exported = torch.export.export(nn.Sequential(select, place), (many.detach(),)).module()
+    assert torch.equal(exported(many), put)
+
+
+@pytest.mark.parametrize("first", [0, 3, 40])
+def test_channels_that_lie_side_by_side_but_at_other_places_than_whole_blocks_are_moved_one_by_one(first):
+    channels = torch.cat([torch.arange(16) + first, torch.tensor([first + 20])])
+    many = torch.rand(2, 3, 68)
+    select, place = Select(channels, 68, -1), Place(channels, 68, -1)
+    assert select.block == place.block == 1
+    assert torch.equal(select(many), many[..., channels])
+    assert torch.equal(place(select(many))[..., channels], many[..., channels])

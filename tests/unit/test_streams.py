@@ -74,6 +74,18 @@ class Squeezed(Net):
         return x + self.down(y * gate)
 
 
+class Larger(Net):
+    """Depth-wise and transposed: more pixels of the same channels."""
+
+    def build(self):
+        self.a, self.larger, self.b = conv(8, 8), nn.ConvTranspose2d(8, 8, 2, 2, groups=8), conv(8, 8)
+        return 8
+
+    def middle(self, x):
+        x = F.relu(self.larger(x + self.a(x)))
+        return x + self.b(x)
+
+
 class Padded(Net):
     """Zeros around channels; how many stands in an attribute."""
 
@@ -136,7 +148,7 @@ class Scaled(Net):
         return x + self.b(self.a(x) * self.scale + self.shift)
 
 
-NETWORKS = (Residual, Dense, Squeezed, Padded, Fixed, Counted, Classifier, Scaled)
+NETWORKS = (Residual, Dense, Squeezed, Larger, Padded, Fixed, Counted, Classifier, Scaled)
 
 
 @torch.no_grad()
@@ -197,6 +209,7 @@ def test_which_streams_there_are():
     assert counts[Residual] == [8, 12]
     assert counts[Dense] == [4]  # the stem alone writes the other one: it stays, as its weights are not ranked
     assert counts[Squeezed] == [4, 8, 16]
+    assert counts[Larger] == [8]
     assert counts[Padded] == [4, 8, 12]  # four channels are not in the first stream, and go by themselves
     assert counts[Fixed] == counts[Counted] == [8, 12]  # those four stay
     assert counts[Classifier] == [6, 10]
