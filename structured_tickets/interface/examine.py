@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from structured_tickets.base.errors import BadType, BadValue, UsageError, first_line
+from structured_tickets.base.errors import BadType, BadValue, first_line
 from structured_tickets.base.modes import in_mode
 from structured_tickets.base.text_tables import counted
 from structured_tickets.interface.arguments import one_of
@@ -25,9 +26,9 @@ from structured_tickets.interface.ticket import SmallGraph
 from structured_tickets.interface.units import Units
 from structured_tickets.networks.attention import with_separate_heads
 from structured_tickets.networks.first_pass import layers_called, spec_of_layers
-from structured_tickets.networks.registry import ModelSpec, note_channel_units, spec_of
-from structured_tickets.shrinking.trial import check_units
-from structured_tickets.unit_groups.find import channel_groups, is_transformer, reasons_of_layers, unit_groups
+from structured_tickets.networks.registry import ModelSpec, spec_of
+from structured_tickets.pruning.removable_units import Found, Look, removable_units
+from structured_tickets.unit_groups.find import reasons_of_layers
 from structured_tickets.unit_groups.kinds import CHANNEL_UNITS, FILTER
 from structured_tickets.unit_groups.left_alone import left_alone, weights_of
 from structured_tickets.unit_groups.unit import UnitGroup
@@ -76,24 +77,21 @@ def units(
         twin, attention = _twin_with_heads(network, shape)
         images = random_images(shape, twin)
         logits, called = _called(twin, images)
+        channel_units = one_of(channel_units, tuple(CHANNEL_UNITS), "channel_units")
         spec = _spec(network, twin, logits.shape[1], called)
-        note_channel_units(twin, one_of(channel_units, tuple(CHANNEL_UNITS), "channel_units"), shape)
-        found = _groups(network, twin, spec, stem, shape)
-        excluded = _excluded(found, exclude, type(network).__name__)
-        groups = [g for g in found if not excluded & weights_of(g)]
-        excluded |= set().union(*(weights_of(g) for g in found if excluded & weights_of(g)))
-        _require_own_weights(twin, groups)
-        if not groups:
-            raise BadValue(f"{type(network).__name__} has no layers that can be pruned")
-        check_units(twin, groups, shape)
+        spec = replace(spec, image=shape, channel_units=channel_units, side_by_side=False)  # the layout is the user's
+        found = removable_units(twin, spec, Look(shape, stem, blocks=True, exclude=_names(exclude)))
+        _require_found(network, found, stem)
+        groups = [g for g in found.groups if g.name not in found.stays]
         return Units(
             tuple(groups),
             type(network).__name__,
-            _left_alone(twin, spec, groups, called, excluded),
+            _left_alone(twin, found, groups, called),
             shape,
             logits.shape[1],
             {n: tuple(p.shape) for n, p in twin.named_parameters()},
             attention,
+            found.notes.followed,
         )
 
 
@@ -130,7 +128,10 @@ def _called(twin: nn.Module, images: Tensor) -> tuple[Tensor, list[str]]:
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise BadValue(f"{name} gives {found} for {counted(len(images), 'image')}, not logits [{len(images)}, classes]")
+        raise BadValue(
+            f"{name} gives {found} for {counted(len(images), 'image')}, not logits [{len(images)}, classes]: prune a "
+            "module whose forward pass returns the logits of this one"
+        )
     return logits, list(called)
 
 
@@ -139,55 +140,36 @@ def _spec(network: nn.Module, twin: nn.Module, classes: int, called: Sequence[st
     return known if known.name else spec_of_layers(twin, type(network).__name__, classes, called)
 
 
-def _groups(
-    network: nn.Module, twin: nn.Module, spec: ModelSpec, stem: bool, shape: tuple[int, int, int]
-) -> list[UnitGroup]:
+def _names(exclude: object) -> tuple[str, ...]:
+    if isinstance(exclude, str) or not isinstance(exclude, Iterable) or not all(isinstance(n, str) for n in exclude):
+        raise BadType("exclude: give a list of names of layers")
+    return tuple(exclude)
+
+
+def _require_found(network: nn.Module, found: Found, stem: bool) -> None:
+    """Raises: BadValue, if there are no units, or an argument asks for something that there is not."""
     name = type(network).__name__
-    if is_transformer(twin, shape):
-        if stem:
-            raise BadValue(f"stem: the patch embedding of {name} has no units; leave stem out")
-        return unit_groups(twin, blocks=True)
-    try:
-        return channel_groups(twin, stem, spec, shape)
-    except UsageError as error:
-        if not isinstance(network, SmallGraph):
-            raise
+    if found.error is not None and isinstance(network, SmallGraph):
         raise BadValue(
             f"the channels of a {name} that was shrunk cannot be followed any more: prune the network that it was made "
             "from, with previous=masks"
-        ) from error
+        ) from found.error
+    if found.error is not None:
+        raise found.error
+    if found.transformer and stem:
+        raise BadValue(f"stem: the patch embedding of {name} has no units; leave stem out")
+    if found.unknown:
+        raise BadValue(f"exclude: {name} has no units in {found.unknown[0]!r}")
+    if len(found.stays) == len(found.groups):
+        reasons = "".join(f"; {layer}: {reason}" for layer, reason in list(found.stays.items())[:1])
+        raise BadValue(f"{name} has no layers that can be pruned{reasons}")
 
 
-def _excluded(groups: Sequence[UnitGroup], exclude: Sequence[str], network: str) -> set[str]:
-    """Layers with units that are to be left alone."""
-    if isinstance(exclude, str) or not all(isinstance(name, str) for name in exclude):
-        raise BadType("exclude: give a list of names of layers")
-    layers = set().union(*map(weights_of, groups))
-    excluded = set()
-    for name in exclude:
-        inside = {layer for layer in layers if f"{layer}.".startswith(f"{name}.")}
-        if not inside:
-            raise BadValue(f"exclude: {network} has no units in {name!r}")
-        excluded |= inside
-    return excluded
-
-
-def _require_own_weights(twin: nn.Module, groups: Sequence[UnitGroup]) -> None:
-    """Raises: BadValue, if a layer with units shares its weights with another layer."""
-    own = {n for n, _ in twin.named_parameters()}
-    shared = next((s for g in groups for s in g.slices if s.name not in own), None)
-    if shared is not None:
-        raise BadValue(
-            f"{type(twin).__name__}'s {shared.layer} shares its weights with another layer, whose units would not be "
-            "the same: leave both out by exclude"
-        )
-
-
-def _left_alone(
-    twin: nn.Module, spec: ModelSpec, groups: Sequence[UnitGroup], called: Sequence[str], excluded: set[str]
-) -> dict[str, str]:
+def _left_alone(twin: nn.Module, found: Found, groups: Sequence[UnitGroup], called: Sequence[str]) -> dict[str, str]:
     """Layer with weights -> why it has no units."""
     uncalled = {n for n, m in twin.named_modules() if isinstance(m, _ConvNd | nn.Linear)} - set(called)
     stem, known = " (stem=True prunes it, too)", reasons_of_layers(twin)
-    found = left_alone(twin, spec, groups, is_transformer(twin), uncalled, stem, known)
-    return {n: EXCLUDED if n in excluded else reason for n, reason in found.items()}
+    left = left_alone(twin, found.notes, groups, found.transformer, uncalled, stem, known)
+    stays = {layer: found.stays[g.name] for g in found.groups if g.name in found.stays for layer in weights_of(g)}
+    left |= {n: stays[n] for n in sorted(stays)}  # also where the whole branch can go
+    return {n: EXCLUDED if n in found.excluded else reason for n, reason in left.items()}

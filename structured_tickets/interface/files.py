@@ -59,6 +59,7 @@ def save(small: nn.Module, folder: str | Path) -> None:
         "image": list(ticket.image),
         "classes": ticket.classes,
         "heads": ticket.heads,
+        "followed": ticket.followed,
         "channels_last": _is_channels_last(network),
         "shapes": ticket.shapes,
         "kept": ticket.kept,
@@ -171,7 +172,8 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> None:
     check(is_mapping(network) and isinstance(network.get("class"), str), "the class of a network")
     check(_are_lengths(config.get("image"), 3), "three whole numbers as image")
     check(_are_lengths([config.get("classes")], 1), "a number of classes")
-    check(type(config.get("heads")) is bool and type(config.get("channels_last")) is bool, "true or false as heads")
+    flags = (config.get("heads"), config.get("channels_last"), config.get("followed", False))
+    check(all(type(flag) is bool for flag in flags), "true or false as heads")
     check(is_mapping(shapes) and all(_are_lengths(shape) for shape in shapes.values()), "shapes")
     check(is_mapping(kept) and all(n in shapes and is_mapping(axes) for n, axes in kept.items()), "axes as kept")
     for name, axes in kept.items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from structured_tickets.interface.ticket import Kept, Shapes, Ticket, with_ticke
 from structured_tickets.networks.attention import with_separate_heads
 from structured_tickets.networks.hosted import normalize_place, put_normalize
 from structured_tickets.networks.layers import Normalize
+from structured_tickets.networks.registry import change_notes, forget_notes, spec_of
 from structured_tickets.pruning.masks import Mask
 from structured_tickets.shrinking import shrink as real_size
 
@@ -38,6 +41,22 @@ def differ(found: Tensor, wanted: Tensor) -> float:
     """Return the largest difference of logits, relative to the largest logit; 0 if rounding explains it."""
     difference = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
     return 0.0 if difference <= (SAME_IN_16_BITS if wanted.dtype in NARROW else SAME) else difference
+
+
+def smallest(dense: nn.Module, masks: Mapping[str, Tensor], image: Sequence[int], followed: bool) -> nn.Module:
+    """Return the network without its pruned units; the dense one is not changed.
+
+    Args:
+        image: (channels, height, width).
+        followed: See `Units`.
+    """
+    if followed:
+        dense = copy.deepcopy(dense)
+        change_notes(dense, replace(spec_of(dense), followed=True, image=(image[0], image[1], image[2])))
+    small = real_size.shrink(dense, masks, image=image, spread=0).network
+    if followed:
+        forget_notes(small)
+    return small
 
 
 def kept_of(structure: Mapping[str, Tensor]) -> Kept:
@@ -86,6 +105,17 @@ def require_shapes(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequ
             raise BadValue(f"another network was saved: the first difference is in {name}")
 
 
+def _assign(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a network these tensors as its own; what has several names is one parameter afterwards, too."""
+    first: dict[int, str] = {}
+    names = {n: first.setdefault(id(p), n) for n, p in network.named_parameters(remove_duplicate=False)}
+    network.load_state_dict(tensors, assign=True)
+    for name, other in names.items():
+        if name != other:
+            layer, _, param = name.rpartition(".")
+            setattr(network.get_submodule(layer), param, network.get_parameter(other))
+
+
 def rebuilt(dense: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
     """The small network, made from a dense one of the same architecture; in eval mode.
 
@@ -100,9 +130,10 @@ def rebuilt(dense: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, T
         channels = config["image"][0]
         put_normalize(dense, Normalize((0.0,) * channels, (1.0,) * channels))
     require_shapes(shapes_of(dense), config["shapes"])
-    small = real_size.shrink(dense.eval(), masks_of(config["kept"], config["shapes"]), image=config["image"]).network
+    masks, followed = masks_of(config["kept"], config["shapes"]), config.get("followed", False)
+    small = smallest(dense.eval(), masks, config["image"], followed)
     # Copies, since what is read from a file lies anywhere in memory, and some kernels round by where numbers lie.
-    small.load_state_dict({n: v.clone() for n, v in tensors.items()}, assign=True)
+    _assign(small, {n: v.clone() for n, v in tensors.items()})
     if config["channels_last"]:
         small.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network = config["network"]
@@ -114,5 +145,6 @@ def rebuilt(dense: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, T
         tuple(config["image"]),
         config["classes"],
         config["heads"],
+        followed,
     )
     return with_ticket(small, ticket).eval()

@@ -7,16 +7,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from structured_tickets.base.errors import BadType, BadValue, first_line
+from structured_tickets.base.errors import BadType, BadValue, UsageError, first_line
 from structured_tickets.interface.architectures import descriptions
 from structured_tickets.interface.foreign import image_shape, in_plain_words, plain_copy, undisturbed, unwrapped
 from structured_tickets.interface.masks import Masks
-from structured_tickets.interface.rebuild import differ, kept_of, logits_of, shapes_of
+from structured_tickets.interface.rebuild import differ, kept_of, logits_of, shapes_of, smallest
 from structured_tickets.interface.ticket import Ticket, set_modes, with_ticket
 from structured_tickets.interface.units import require_same
 from structured_tickets.networks.attention import with_separate_heads
 from structured_tickets.pruning.masks import Mask, check_mask
-from structured_tickets.shrinking import shrink as real_size
 from structured_tickets.shrinking.shrink import masks_by_parameter
 
 
@@ -50,7 +49,7 @@ def shrink(
             compute something else (a ValueError).
     """
     network = unwrapped(model)
-    structure, shape, heads = _structure(network, masks, example_image)
+    structure, shape, heads, ways_to_follow = _structure(network, masks, example_image)
     with undisturbed(network), in_plain_words():
         hard = plain_copy(network)
         ways, name = descriptions(network, shape), f"{type(network).__module__}.{type(network).__qualname__}"
@@ -58,11 +57,10 @@ def shrink(
         _apply(hard, structure)
         trains = {n: p.requires_grad for n, p in hard.named_parameters()}
         modes = {n: m.training for n, m in hard.named_modules()}
-        small = real_size.shrink(hard, structure, image=shape).network
-        logits = _require_same_logits(hard, small, shape)
+        small, logits, followed = _shrunk(hard, structure, shape, ways_to_follow)
         for parameter, value in small.named_parameters():
             value.requires_grad_(trains.get(parameter, True))
-        ticket = Ticket(name, ways, shapes_of(hard), kept_of(structure), shape, logits.shape[1], heads)
+        ticket = Ticket(name, ways, shapes_of(hard), kept_of(structure), shape, logits.shape[1], heads, followed)
         small = with_ticket(small, ticket)
         set_modes(small, modes)
     return small
@@ -70,8 +68,10 @@ def shrink(
 
 def _structure(
     network: nn.Module, masks: object, example: Tensor | Sequence[int] | None
-) -> tuple[Mask, tuple[int, int, int], bool]:
-    """The structured mask by parameter name, the shape of an image, and whether torch's attention is replaced.
+) -> tuple[Mask, tuple[int, int, int], bool, tuple[bool, ...]]:
+    """The structured mask by parameter name, and the shape of an image.
+
+    Also whether torch's attention is replaced, and whether features are to be followed: both, if that is not known.
 
     Raises:
         BadType: They are neither `Masks` nor a mapping of tensors.
@@ -80,7 +80,7 @@ def _structure(
     if isinstance(masks, Masks):
         require_same(masks.units, network, "the masks")
         shape = masks.units.image if example is None else image_shape(example, network)
-        return masks.pair.structure, shape, bool(masks.units.attention)
+        return masks.pair.structure, shape, bool(masks.units.attention), (masks.units.followed,)
     if not isinstance(masks, Mapping):
         raise BadType(f"masks is a {type(masks).__name__}, neither what regroup returns nor a mapping of masks")
     try:
@@ -88,7 +88,30 @@ def _structure(
         structure = masks_by_parameter(network, masks)
     except (TypeError, ValueError) as error:
         raise (BadType if isinstance(error, TypeError) else BadValue)(str(error)) from None
-    return structure, image_shape(example, network), False
+    return structure, image_shape(example, network), False, (False, True)
+
+
+def _shrunk(
+    hard: nn.Module, structure: Mask, shape: tuple[int, int, int], ways: Sequence[bool]
+) -> tuple[nn.Module, Tensor, bool]:
+    """Return the smaller network, its logits of two random images, and in which of the ways it was found.
+
+    Raises:
+        BadValue: It computes something else.
+        UsageError: It cannot be made smaller.
+    """
+    first: UsageError | None = None
+    for followed in ways:
+        try:
+            small = smallest(hard, structure, shape, followed)
+            return small, _require_same_logits(hard, small, shape), followed
+        except UsageError as error:
+            first = first or error
+        except Exception as error:  # whatever the network's code raises while it is recorded
+            name, reason = type(hard).__name__, first_line(error)
+            first = first or BadValue(f"{name} cannot be made smaller ({type(error).__name__}: {reason})")
+    assert first is not None
+    raise first
 
 
 @torch.no_grad()

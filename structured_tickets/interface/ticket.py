@@ -28,6 +28,7 @@ class Ticket:
         image: (channels, height, width) of its images.
         classes: Number of logits.
         heads: True if torch's attention layers have been replaced by `SelfAttention`.
+        followed: See `Units`.
     """
 
     network: str
@@ -37,6 +38,7 @@ class Ticket:
     image: tuple[int, int, int]
     classes: int
     heads: bool = False
+    followed: bool = False
 
 
 class SmallGraph(fx.GraphModule):

@@ -33,6 +33,7 @@ class Units:
         shapes: Parameter name -> shape, of all parameters of the network.
         attention: The `nn.MultiheadAttention` layers that are pruned head by head. In `slices` and `shapes` their
             parameters have the names of other libraries' attention (`qkv.weight` for `in_proj_weight`).
+        followed: The units were found by following features through the operations that run.
     """
 
     groups: tuple[UnitGroup, ...]
@@ -42,6 +43,7 @@ class Units:
     classes: int
     shapes: Mapping[str, tuple[int, ...]]
     attention: tuple[str, ...] = ()
+    followed: bool = False
 
     def __len__(self) -> int:
         return len(self.groups)

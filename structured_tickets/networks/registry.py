@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from structured_tickets.base.errors import UsageError
 
@@ -110,14 +110,20 @@ class Origin:
 
 def origin_of(model: nn.Module) -> Origin | nn.Module:
     """Return what a network shares with its copies, if there are notes on it; any other is its own."""
-    return vars(model).get(ORIGIN, model)
+    return _notes(model).get(ORIGIN, model)
 
 
 def spec_of(model: nn.Module) -> ModelSpec:
     """Return the row of a registered or hosted network; the documents' names (`conv1`, `fc`) for any other."""
-    own = vars(model)
-    spec = own.get(ROW, own.get("spec"))
+    spec = _notes(model).get(ROW, vars(model).get("spec"))
     return spec if isinstance(spec, ModelSpec) else ModelSpec()
+
+
+def _notes(model: nn.Module) -> dict[str, Any]:
+    """Return where notes on a network are kept, which its copies get."""
+    own = vars(model)
+    is_graph = any(kind.__name__ == "GraphModule" for kind in type(model).__mro__)
+    return own["meta"] if is_graph and isinstance(own.get("meta"), dict) else own  # torch copies nothing else of graphs
 
 
 def takes_channels_side_by_side(model: nn.Module) -> bool:
@@ -132,8 +138,14 @@ def note_layout_of(model: nn.Module, graph: fx.GraphModule) -> None:
 
 def change_notes(model: nn.Module, spec: ModelSpec) -> None:
     """Replace what is noted on a network."""
-    vars(model).setdefault(ORIGIN, Origin())
-    vars(model)[ROW] = spec
+    _notes(model).setdefault(ORIGIN, Origin())
+    _notes(model)[ROW] = spec
+
+
+def forget_notes(model: nn.Module) -> None:
+    """Drop what `change_notes` has noted on a network."""
+    for name in (ORIGIN, ROW):
+        _notes(model).pop(name, None)
 
 
 def note_channel_units(model: nn.Module, channel_units: str, image: tuple[int, int, int]) -> None:

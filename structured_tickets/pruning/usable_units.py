@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from structured_tickets.base.errors import UsageError, first_line
+from structured_tickets.base.errors import UsageError
 from structured_tickets.base.modes import in_mode
 from structured_tickets.base.text_tables import some_of
-from structured_tickets.features.exported import first_names
 from structured_tickets.networks.hosted import is_hosted
 from structured_tickets.networks.registry import ModelSpec, change_notes, spec_of
-from structured_tickets.shrinking.trial import check_units, places_channels
+from structured_tickets.pruning.removable_units import Look, removable_units
 from structured_tickets.unit_groups.find import (
-    features_of,
     is_transformer,
     reasons_of_layers,
-    share_in_units,
     unit_groups,
 )
 from structured_tickets.unit_groups.kinds import STREAM, kind_of
 from structured_tickets.unit_groups.left_alone import ALWAYS, left_alone, weights_of
-from structured_tickets.unit_groups.unit import PARAMETERS, UnitGroup, kinds, parameter_of, rows
+from structured_tickets.unit_groups.unit import PARAMETERS, UnitGroup, parameter_of, rows
 
 FROZEN = "frozen (requires_grad=False)"
-CANNOT_BE_REMOVED = {
-    "head": "its heads cannot be removed, because the forward pass computes with their number or with the width of its "
-    "input. Keep the size of a head in an attribute and reshape to it",
-    "neuron": "its neurons cannot be removed, because the forward pass computes with their number",
-    "channel": "its stream stays, because the forward pass computes with the number of its channels. Take the number "
-    "from the shape of the tensor",
-    "block": "its branch cannot be left out, because the forward pass reads more than its output",
-}
-"""Kind of unit -> why a layer stays whole whose units turn out to hang together."""
-MUCH = 0.1
-"""Share of the weights of a transformer's layers: where more stay whole, its features are followed."""
-SHARED = "shares its weights with another layer, whose units would not be the same"
 TORCHS_ATTENTION = (
     "torch's own attention, whose heads cannot be removed. Write it with two linear layers qkv and proj, and the "
     "number of heads in num_heads"
@@ -79,8 +63,8 @@ def usable_units(
     spec, remark = _without_notes(model), ""
     with in_mode(model, True):
         pass  # a network may freeze layers when it is told to train
-    trial = _best_trial(model, spec, image_size, stem, blocks)
-    groups, stays = trial.groups, trial.stays
+    trial = removable_units(model, spec, Look(image_size, stem, blocks, needs_blocks=blocks, foreign=is_hosted(model)))
+    groups, stays = list(trial.groups), trial.stays
     if trial.error is not None:
         if needed:
             raise UsageError(
@@ -96,100 +80,6 @@ def usable_units(
         own = dict.fromkeys(sorted(weights_of(group)), stays[group.name]) if group.name in stays else {}
         reasons |= own | _frozen_layers(model, group)
     return UsableUnits([g for g in left if not _frozen_layers(model, g)], reasons, remark)
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """Units that one way of looking finds, and what came of trying to remove them.
-
-    Attributes:
-        notes: What is to be noted on the network.
-        transformer: Its units are heads and neurons.
-        stays: Groups whose units cannot be removed -> the reason.
-        error: Why there are no groups.
-    """
-
-    notes: ModelSpec
-    transformer: bool
-    groups: list[UnitGroup]
-    stays: dict[str, str]
-    error: UsageError | None = None
-
-
-def _best_trial(model: nn.Module, spec: ModelSpec, image_size: int, stem: bool, blocks: bool) -> _Trial:
-    """Return the trial of the easy way or, where that leaves much whole, of following features if it removes more."""
-    easy = _trial(model, spec, image_size, stem, blocks)
-    if is_hosted(model) and not blocks and _leaves_much(model, easy) and not _is_followed(model):
-        other = _trial(model, replace(spec, followed=True), image_size, stem, blocks)
-        if _removable(model, other) > _removable(model, easy):
-            return other
-        change_notes(model, easy.notes)
-        if not easy.groups and other.error is not None:
-            return replace(easy, error=other.error)
-    return easy
-
-
-def _trial(model: nn.Module, notes: ModelSpec, image_size: int, stem: bool, blocks: bool) -> _Trial:
-    if is_hosted(model):
-        change_notes(model, notes)
-    transformer, stays = is_transformer(model), dict[str, str]()
-    try:
-        groups = _found(model, stem, blocks)
-        if is_hosted(model):
-            stays = _groups_that_stay(model, groups, image_size)
-            notes = replace(notes, whole=frozenset(stays))
-            change_notes(model, notes)
-    except UsageError as error:
-        return _Trial(notes, transformer, [], {}, error)
-    return _Trial(notes, transformer, groups, stays)
-
-
-def _leaves_much(model: nn.Module, trial: _Trial) -> bool:
-    """True if units cannot be removed, or if heads and neurons that can go leave many weights of linear layers.
-
-    In timm's and torchvision's networks layers of any kind count: many are convolutions.
-    """
-    if trial.error is not None or trial.stays or not trial.groups:
-        return True
-    if not trial.transformer:
-        pruned = {s.layer for g in trial.groups for s in g.slices}
-        return any(isinstance(m, nn.MultiheadAttention) and n not in pruned for n, m in model.named_modules())
-    if trial.notes.name.startswith(("timm/", "torchvision/")):
-        return share_in_units(model, trial.groups) < 1 - MUCH
-    layers = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != trial.notes.classifier]
-    weights = sum(p.numel() for m in layers for p in m.parameters() if p.ndim > 1)
-    return _removable(model, trial) < (1 - MUCH) * weights
-
-
-def _removable(model: nn.Module, trial: _Trial) -> int:
-    """Number of weights in units that can be removed."""
-    names = {s.name for g in trial.groups if g.name not in trial.stays for s in g.slices if s.ranked}
-    return sum(parameter_of(model, name).numel() for name in names)
-
-
-def _is_followed(model: nn.Module) -> bool:
-    try:
-        return features_of(model) is not None
-    except UsageError:
-        return True
-
-
-def _found(model: nn.Module, stem: bool, blocks: bool) -> list[UnitGroup]:
-    """Return the unit groups of a network.
-
-    Raises:
-        UsageError: They cannot be found.
-    """
-    try:  # in a copy, since tracing runs the network's code, which may keep what it is given
-        network = copy.deepcopy(model) if is_hosted(model) else model
-        return unit_groups(network, stem, blocks)
-    except UsageError:
-        raise
-    except Exception as error:  # whatever the network's code, or the names that it gives its layers, lead to
-        name, reason = type(model).__name__, first_line(error)
-        raise UsageError(
-            f"argument --arch: the units of {name} cannot be found ({type(error).__name__}: {reason})"
-        ) from error
 
 
 def in_words(whole: Mapping[str, str], remark: str) -> list[str]:
@@ -232,49 +122,6 @@ def _without_notes(model: nn.Module) -> ModelSpec:
     return spec
 
 
-def _groups_that_stay(model: nn.Module, groups: Sequence[UnitGroup], image_size: int) -> dict[str, str]:
-    """Return the groups whose units cannot be removed: name -> the reason.
-
-    Raises:
-        UsageError: Channels cannot be removed.
-    """
-    shared = set[str]() if features_of(model) is not None else _shared_parameters(model)  # features are cut in both
-    stays = {g.name: SHARED for g in groups if any(s.name in shared for s in g.slices)}
-    others = [g for g in groups if g.name not in stays]
-    try:
-        if others:
-            check_units(model, others, image_size)
-        return stays | dict.fromkeys(_streams_to_place(model, others, image_size), CANNOT_BE_REMOVED["channel"])
-    except UsageError:
-        if "channel" in kinds(groups):
-            raise
-    alike: dict[tuple[str, type], list[UnitGroup]] = {}
-    for group in others:
-        branch = model.get_submodule(group.root.layer.rpartition(".")[0])
-        alike.setdefault((group.kind, type(branch)), []).append(group)
-    for some in alike.values():
-        if not _can_go(model, some, image_size):
-            stays |= {g.name: CANNOT_BE_REMOVED[g.kind] for g in some}
-    check_units(model, [g for g in groups if g.name not in stays], image_size)
-    return stays
-
-
-def _streams_to_place(model: nn.Module, groups: Sequence[UnitGroup], image_size: int) -> list[str]:
-    """Return the streams of which what is left would have to be put in its place: no unit is worth that."""
-    streams = [g for g in groups if g.writers]
-    if not streams or not places_channels(model, streams, image_size):
-        return []
-    return [g.name for g in streams if places_channels(model, [g], image_size)]
-
-
-def _can_go(model: nn.Module, groups: Sequence[UnitGroup], image_size: int) -> bool:
-    try:
-        check_units(model, groups, image_size)
-    except UsageError:
-        return False
-    return True
-
-
 def _rows_of(model: nn.Module, group: UnitGroup) -> list[UnitGroup]:
     """Return the rows of weights of a group's layers; none of a block or a stream: its layers have other groups."""
     own = dict(model.named_parameters())
@@ -309,18 +156,8 @@ def _reasons_of_layers(
     )
     torchs = [n for n in found if isinstance(model.get_submodule(n), nn.MultiheadAttention)]
     inside = tuple(f"{n}." for n in torchs)
-    pruned, first = {s.name for g in groups for s in g.slices if s.ranked}, first_names(model)
-    others = {n: r for n, r in found.items() if first.get(f"{n}.weight") not in pruned}  # under another name
-    reasons = {n: r for n, r in others.items() if not n.startswith(inside)} | dict.fromkeys(torchs, TORCHS_ATTENTION)
+    reasons = {n: r for n, r in found.items() if not n.startswith(inside)} | dict.fromkeys(torchs, TORCHS_ATTENTION)
     return reasons | {n: FROZEN for n in reasons if _is_frozen(model.get_submodule(n))}
-
-
-def _shared_parameters(model: nn.Module) -> set[str]:
-    """Return all names of those parameters that have more than one."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {name for several in names.values() if len(several) > 1 for name in several}
 
 
 def _is_frozen(layer: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from structured_tickets.networks.layers import CONVOLUTIONS, TRANSPOSED
 from structured_tickets.networks.registry import ModelSpec
-from structured_tickets.unit_groups.unit import UnitGroup
+from structured_tickets.unit_groups.unit import UnitGroup, parameter_of
 
 FIRST = "first layer"
 CLASSIFIER = "classifier: its outputs are the logits"
@@ -40,8 +40,10 @@ def left_alone(
         known: What following the network's features has shown: layer -> the reason.
     """
     pruned = {s.layer for g in groups for s in g.slices}
+    shared = {id(parameter_of(model, s.name)) for g in groups for s in g.slices if s.ranked}
     kinds = _ConvNd | nn.Linear | nn.MultiheadAttention
     layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and n not in pruned}
+    layers = {n: m for n, m in layers.items() if id(getattr(m, "weight", None)) not in shared}  # under another name
     first = FIRST + ("" if transformer else stem)
     reasons = {n: (known or {}).get(n) or _reason(m, transformer) for n, m in layers.items()}
     reasons |= dict.fromkeys((n for n in layers if n in uncalled), "not called in a forward pass")

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision.models as tv
+from helpers import users_networks
 from helpers.commands import ROOT
 from torch import nn
 from torch.nn.utils import prune
@@ -31,9 +32,11 @@ from structured_tickets.export import deployed
 from structured_tickets.interface.foreign import image_shape, random_images
 from structured_tickets.networks import build_model
 from structured_tickets.networks.attention import with_separate_heads
+from structured_tickets.networks.external import build_external
 from structured_tickets.networks.layers import Normalize
 from structured_tickets.pruning.decide import decide
 from structured_tickets.pruning.rules import RoundRules
+from structured_tickets.pruning.usable_units import usable_units
 from structured_tickets.shrinking.kept_units import kept_units_of, structure_of
 from structured_tickets.shrinking.shrink import shrink
 from structured_tickets.training.penalty.schedules import SCHEDULES, Clock
@@ -372,12 +375,60 @@ def test_weights_between_two_units_of_a_stream_are_counted_once():
     assert units.names == ("conv",) and units.weights_of(units["conv"]) == units.prunable == 8 * 8 * 9
 
 
-def test_tied_layers_of_a_transformer_are_refused_unless_left_out():
+def test_tied_layers_of_a_transformer_are_pruned_together_or_left_out(tmp_path):
     model, _ = build("deit")
     model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
-    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.fc1 shares its weights"):
-        st.units(model)
+    units = st.units(model)
+    assert "blocks.0.mlp.fc1" in units and "blocks.1.mlp.fc1" not in {*units.names, *units.left_alone}
+    masks = st.regroup(model, units, 0.4)
+    small = st.shrink(model, masks)
+    masks.apply_(model)
+    torch.testing.assert_close(logits(small, (3, 32, 32)), logits(model, (3, 32, 32)))
+    st.save(small, tmp_path)
+    for network in (small, st.load(tmp_path, model=model)):
+        assert network.blocks[1].mlp.fc1.weight is network.blocks[0].mlp.fc1.weight
     assert "blocks.0.attn.qkv" in st.units(model, exclude=["blocks.0.mlp", "blocks.1.mlp"])
+
+
+SAME_AS_RUNS = [
+    "vit",
+    "looped",
+    "pyramid",
+    "placing",
+    "viewing",
+    "standardised",
+    "vit_that_shares",
+    "filtered_mlps",
+    "upwards",
+    "padded",
+    "counting",
+]
+
+
+@pytest.mark.parametrize("name", SAME_AS_RUNS)
+def test_networks_of_users_have_the_units_that_runs_find(name, tmp_path):
+    model = used(getattr(users_networks, name)(10))
+    hosted = build_external(f"{ROOT / 'tests' / 'helpers' / 'users_networks.py'}:{name}", 10, 8)
+    wanted = {s.name for g in usable_units(hosted, 8, needed=True).groups for s in g.slices if s.ranked}
+    units = st.units(model, (3, 8, 8))
+    assert {s.name for g in units for s in g.slices if s.ranked} == wanted
+    masks = st.regroup(model, units, 0.5)
+    small = st.shrink(model, masks)
+    assert vars(small).keys() <= vars(model).keys() | {"structured_ticket"} or isinstance(small, torch.fx.GraphModule)
+    by_name = st.shrink(model, masks.structure, (3, 8, 8))
+    st.save(small, tmp_path)
+    again = st.load(tmp_path, model=model)
+    masks.apply_(model)
+    for network in (small, by_name, again):
+        assert sum(p.numel() for p in network.parameters()) < sum(p.numel() for p in model.parameters())
+        torch.testing.assert_close(logits(network, (3, 8, 8)), logits(model, (3, 8, 8)), rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_removed_stays_whole_and_the_reason_is_said():
+    model = users_networks.vit_that_decides(10)
+    units = st.units(model, (3, 8, 8))
+    assert units.kinds == ("neuron", "block")
+    assert units.left_alone["blocks.0.attn.qkv"].startswith("its heads cannot be removed")
 
 
 def test_hooks_of_the_user_do_not_run_and_stay():

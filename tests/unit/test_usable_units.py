@@ -12,7 +12,8 @@ from structured_tickets.networks import build_model, spec_of
 from structured_tickets.networks.hosted import bare, put_normalize
 from structured_tickets.networks.layers import Normalize
 from structured_tickets.networks.registry import note_channel_units
-from structured_tickets.pruning.usable_units import FROZEN, SHARED, in_words, usable_units
+from structured_tickets.pruning.removable_units import SHARED
+from structured_tickets.pruning.usable_units import FROZEN, in_words, usable_units
 from structured_tickets.shrinking.cost import cost_of
 from structured_tickets.shrinking.kept_units import kept_units_of
 from structured_tickets.shrinking.shrink import shrink
@@ -227,7 +228,7 @@ def test_units_that_nobody_needs_are_not_missed():
 
 
 def test_the_programs_own_networks_are_not_tried_out(monkeypatch):
-    monkeypatch.setattr("structured_tickets.pruning.usable_units.check_units", None)
+    monkeypatch.setattr("structured_tickets.pruning.removable_units.check_units", None)
     for arch, spec in (("res20s", "channel"), ("vit_tiny", "head")):
         model = network(arch)
         found = usable_units(model, 8, needed=True)
