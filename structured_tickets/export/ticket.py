@@ -35,6 +35,7 @@ from structured_tickets.settings.conditions import channel_units_of
 from structured_tickets.shrinking.cost import Cost, cost_of
 from structured_tickets.shrinking.kept_units import kept_units_of, structure_of
 from structured_tickets.shrinking.shrink import shrink
+from structured_tickets.unit_groups.kinds import STREAM
 
 log = logging.getLogger("rsst")
 
@@ -179,15 +180,19 @@ def _why_as_large(rows: list[dict], structure: Mapping[str, Tensor]) -> str:
 def _why_slower(rows: list[dict], small: nn.Module, whole: nn.Module) -> str:
     """Return a line for the table about a compact network that is slower than the dense one; empty if it is not."""
     dense, _, compact = rows
-    slower = [
-        f"batch {batch}"
-        for batch in LATENCY_BATCHES
-        if compact[f"latency_ms_batch_{batch}"] > SLOWER * dense[f"latency_ms_batch_{batch}"]
-    ]
+    slower = [f"batch {batch}" for batch in LATENCY_BATCHES if _is_slower(compact, dense, batch)]
     noisy = any(row[f"noise_batch_{LATENCY_BATCHES[-1]}"] > TOO_NOISY for row in (dense, compact))
     if noisy or compact["parameters"] == dense["parameters"] or f"batch {LATENCY_BATCHES[-1]}" not in slower:
         return ""
     return f"\ncompact is slower than dense ({', '.join(slower)}): {why_slower(small, whole)}"
+
+
+def _is_slower(compact: dict, dense: dict, batch: int) -> bool:
+    """Return whether one is slower than the other, by more than the spread of either's times."""
+    (now, noise), (before, noise_before) = (
+        (row[f"latency_ms_batch_{batch}"], row[f"noise_batch_{batch}"]) for row in (compact, dense)
+    )
+    return now > SLOWER * before and now - before > max(now * noise, before * noise_before)
 
 
 def _advice(ticket: Ticket, kept: dict[str, list[int]], small: nn.Module, rows: list[dict], multiple: int) -> str:
@@ -204,11 +209,14 @@ def _advice(ticket: Ticket, kept: dict[str, list[int]], small: nn.Module, rows: 
     images = ticket.run.args["image_size"]
     found = latencies([channels_side_by_side(copy.deepcopy(n)) for n in networks], batch, images)
     seconds, name = min((time.median, name) for time, name in zip(found, names, strict=True))
-    best = f"{name} is the fastest here ({1e3 * seconds:.1f} ms). " if name != "smallest" else ""
+    best = f" {name} is the fastest here ({1e3 * seconds:.1f} ms)." if name != "smallest" else ""
+    args = ticket.run.args
+    suits = channel_units_of(args) == STREAM and args.get("round_units", 1) != 1
+    otherwise = "" if suits else " For a faster network, prune with --channel_units stream --round_units 8"
     return (
         f"the compact network is slower than the dense one: {now:.1f} ms instead of {before:.1f} for "
-        f"{counted(batch, 'image')}. {best}For a faster network, prune with --channel_units stream --round_units 8"
-    )
+        f"{counted(batch, 'image')}.{best}{otherwise}"
+    ).removesuffix(".")
 
 
 def _description(ticket: Ticket, kept: dict[str, list[int]], classes: int) -> dict[str, Any]:

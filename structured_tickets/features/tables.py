@@ -24,6 +24,7 @@ from structured_tickets.features.rules_of_numbers import (
     clamped,
     division,
     gated_linear,
+    made_anew,
     masked,
     multiplication,
     nonzero,
@@ -45,16 +46,17 @@ SAME = _names(
     _to_copy abs alias asin atan bfloat16 ceil celu clone contiguous detach double dropout dropout_ elu elu_ erf
     expm1 feature_dropout float floor gelu gelu_ half hardshrink hardswish hardswish_ hardtanh hardtanh_
     leaky_relu leaky_relu_ lift_fresh lift_fresh_copy log1p mish mish_ nan_to_num native_dropout neg relu
-    relu6 relu_ round selu sign silu silu_ sin sinh softshrink softsign sqrt sqrt_ square tanh tanh_ tanhshrink
+    relu6 relu_ round rrelu rrelu_ rrelu_with_noise rrelu_with_noise_ rrelu_with_noise_functional selu sign silu silu_
+    sin sinh softshrink softsign sqrt sqrt_ square tanh tanh_ tanhshrink
     to trunc type_as zeros_like
     """
 )
 """Works on each number by itself, and gives zero for zero."""
 NONZERO = _names(
     """
-    alpha_dropout cos eq exp full_like ge gt hardsigmoid hardsigmoid_ le log log_sigmoid lt ne ones_like pow reciprocal
-    rsqrt rsub
-    sigmoid sigmoid_ softplus
+    alpha_dropout bernoulli bernoulli_ cos empty_like eq exp feature_alpha_dropout full_like ge gt hardsigmoid
+    hardsigmoid_ le log log_sigmoid lt ne ones_like pow rand_like randn_like reciprocal rsqrt rsub sigmoid sigmoid_
+    softplus
     """
 )
 """Works on each number by itself, and gives something else than zero for zero."""
@@ -84,6 +86,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_names("baddbmm addmm"), added_matrix_product),
     **dict.fromkeys(_names("pad constant_pad_nd"), padding),
     **dict.fromkeys(_names("clamp clamp_ clamp_min clamp_max"), clamped),
+    **dict.fromkeys(_names("new_empty new_zeros new_ones new_full"), made_anew),
     "linear": linear,
     "group_norm": group_normalisation,
     "linalg_vector_norm": norm,

@@ -22,6 +22,7 @@ from structured_tickets.interface.foreign import (
     undisturbed,
     unwrapped,
 )
+from structured_tickets.interface.rebuild import Way
 from structured_tickets.interface.ticket import SmallGraph
 from structured_tickets.interface.units import Units
 from structured_tickets.networks.attention import with_separate_heads
@@ -91,7 +92,7 @@ def units(
             logits.shape[1],
             {n: tuple(p.shape) for n, p in twin.named_parameters()},
             attention,
-            found.notes.followed,
+            Way(found.notes.followed, channel_units),
         )
 
 

@@ -21,8 +21,9 @@ from structured_tickets.base.untrusted_text import check, is_mapping, parse_json
 from structured_tickets.export import deployed
 from structured_tickets.interface.architectures import Bounded, build, comes_from_a_file, named
 from structured_tickets.interface.foreign import plain_copy, random_images, undisturbed, unwrapped
-from structured_tickets.interface.rebuild import is_same, rebuilt
+from structured_tickets.interface.rebuild import Way, is_same, rebuilt
 from structured_tickets.interface.ticket import Ticket
+from structured_tickets.unit_groups.kinds import CHANNEL_UNITS, FILTER
 
 log = logging.getLogger("rsst")
 
@@ -59,7 +60,7 @@ def save(small: nn.Module, folder: str | Path) -> None:
         "image": list(ticket.image),
         "classes": ticket.classes,
         "heads": ticket.heads,
-        "followed": ticket.followed,
+        "way": dict(ticket.way),
         "channels_last": _is_channels_last(network),
         "shapes": ticket.shapes,
         "kept": ticket.kept,
@@ -172,8 +173,11 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> None:
     check(is_mapping(network) and isinstance(network.get("class"), str), "the class of a network")
     check(_are_lengths(config.get("image"), 3), "three whole numbers as image")
     check(_are_lengths([config.get("classes")], 1), "a number of classes")
-    flags = (config.get("heads"), config.get("channels_last"), config.get("followed", False))
-    check(all(type(flag) is bool for flag in flags), "true or false as heads")
+    check(type(config.get("heads")) is bool and type(config.get("channels_last")) is bool, "true or false as heads")
+    way: Any = config.get("way", {})
+    check(is_mapping(way) and way.keys() <= set(Way._fields), "how units were found")
+    check(type(way.get("followed", False)) is bool, "true or false as followed")
+    check(way.get("channel_units", FILTER) in tuple(CHANNEL_UNITS), "filter or stream as channel_units")
     check(is_mapping(shapes) and all(_are_lengths(shape) for shape in shapes.values()), "shapes")
     check(is_mapping(kept) and all(n in shapes and is_mapping(axes) for n, axes in kept.items()), "axes as kept")
     for name, axes in kept.items():

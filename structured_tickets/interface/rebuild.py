@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,6 +21,7 @@ from structured_tickets.networks.layers import Normalize
 from structured_tickets.networks.registry import change_notes, forget_notes, spec_of
 from structured_tickets.pruning.masks import Mask
 from structured_tickets.shrinking import shrink as real_size
+from structured_tickets.unit_groups.kinds import FILTER
 
 SAME = 1e-3  # of the logits, relative to the largest
 SAME_IN_16_BITS = 3e-2
@@ -43,19 +44,30 @@ def differ(found: Tensor, wanted: Tensor) -> float:
     return 0.0 if difference <= (SAME_IN_16_BITS if wanted.dtype in NARROW else SAME) else difference
 
 
-def smallest(dense: nn.Module, masks: Mapping[str, Tensor], image: Sequence[int], followed: bool) -> nn.Module:
+class Way(NamedTuple):
+    """How units were found, which is how a network is cut.
+
+    Attributes:
+        followed: By following features through the operations that run, although its layers seem to tell its units.
+        channel_units: What a channel is: see `structured_tickets.units`.
+    """
+
+    followed: bool = False
+    channel_units: str = FILTER
+
+
+def smallest(dense: nn.Module, masks: Mapping[str, Tensor], image: Sequence[int], way: Way) -> nn.Module:
     """Return the network without its pruned units; the dense one is not changed.
 
     Args:
         image: (channels, height, width).
-        followed: See `Units`.
     """
-    if followed:
-        dense = copy.deepcopy(dense)
-        change_notes(dense, replace(spec_of(dense), followed=True, image=(image[0], image[1], image[2])))
+    if way == Way():
+        return real_size.shrink(dense, masks, image=image, spread=0).network
+    dense = copy.deepcopy(dense)
+    change_notes(dense, replace(spec_of(dense), **way._asdict(), image=(image[0], image[1], image[2])))
     small = real_size.shrink(dense, masks, image=image, spread=0).network
-    if followed:
-        forget_notes(small)
+    forget_notes(small)
     return small
 
 
@@ -130,8 +142,8 @@ def rebuilt(dense: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, T
         channels = config["image"][0]
         put_normalize(dense, Normalize((0.0,) * channels, (1.0,) * channels))
     require_shapes(shapes_of(dense), config["shapes"])
-    masks, followed = masks_of(config["kept"], config["shapes"]), config.get("followed", False)
-    small = smallest(dense.eval(), masks, config["image"], followed)
+    masks, way = masks_of(config["kept"], config["shapes"]), Way(**config.get("way", {}))
+    small = smallest(dense.eval(), masks, config["image"], way)
     # Copies, since what is read from a file lies anywhere in memory, and some kernels round by where numbers lie.
     _assign(small, {n: v.clone() for n, v in tensors.items()})
     if config["channels_last"]:
@@ -145,6 +157,6 @@ def rebuilt(dense: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, T
         tuple(config["image"]),
         config["classes"],
         config["heads"],
-        followed,
+        way._asdict(),
     )
     return with_ticket(small, ticket).eval()

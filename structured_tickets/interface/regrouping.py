@@ -202,7 +202,7 @@ def _read(batches: Batches | None, criterion: str, count: int, twin: nn.Module) 
     if not isinstance(batches, Iterable):
         said = "missing" if batches is None else f"a {type(batches).__name__}, not a data loader"
         raise (BadValue if batches is None else BadType)(
-            f"batches: {said}; criterion {criterion!r} needs (images, labels) pairs"
+            f"batches: {said}; criterion {criterion!r} needs {_wanted(reads == 'gradients')}"
         )
     like = next(p for p in twin.parameters() if p.is_floating_point())
     pairs = [_pair(item, labels_too=reads == "gradients") for item in islice(batches, count)]
@@ -211,9 +211,12 @@ def _read(batches: Batches | None, criterion: str, count: int, twin: nn.Module) 
     return [(images.to(like), labels) for images, labels in pairs]
 
 
+def _wanted(labels_too: bool) -> str:
+    return "(images, labels) pairs" if labels_too else "images, or (images, labels) pairs"
+
+
 def _pair(item: Any, labels_too: bool) -> tuple[Tensor, Tensor]:
     images, labels = (*item, None)[:2] if isinstance(item, tuple | list) and item else (item, None)
     if not isinstance(images, Tensor) or (labels_too and not isinstance(labels, Tensor)):
-        wanted = "(images, labels) pairs" if labels_too else "images, or (images, labels) pairs"
-        raise BadType(f"batches: an item is a {type(item).__name__}; give {wanted} of tensors")
+        raise BadType(f"batches: an item is a {type(item).__name__}; give {_wanted(labels_too)} of tensors")
     return images, labels if isinstance(labels, Tensor) else torch.zeros(len(images), dtype=torch.int64)

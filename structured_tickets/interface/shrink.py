@@ -11,12 +11,15 @@ from structured_tickets.base.errors import BadType, BadValue, UsageError, first_
 from structured_tickets.interface.architectures import descriptions
 from structured_tickets.interface.foreign import image_shape, in_plain_words, plain_copy, undisturbed, unwrapped
 from structured_tickets.interface.masks import Masks
-from structured_tickets.interface.rebuild import differ, kept_of, logits_of, shapes_of, smallest
+from structured_tickets.interface.rebuild import Way, differ, kept_of, logits_of, shapes_of, smallest
 from structured_tickets.interface.ticket import Ticket, set_modes, with_ticket
 from structured_tickets.interface.units import require_same
 from structured_tickets.networks.attention import with_separate_heads
 from structured_tickets.pruning.masks import Mask, check_mask
 from structured_tickets.shrinking.shrink import masks_by_parameter
+from structured_tickets.unit_groups.kinds import STREAM
+
+ANY_WAY = (Way(), Way(followed=True), Way(channel_units=STREAM))
 
 
 def shrink(
@@ -39,9 +42,9 @@ def shrink(
             what `units` was given, or, for a mapping, what the network says.
 
     Returns:
-        A network to use, train and save like any other. A convolutional network is a `torch.fx.GraphModule`, whose
-        attributes and methods other than its layers are gone; a transformer is of the model's own class. Its attribute
-        `structured_ticket` is for `save`.
+        A network to use, train and save like any other. A transformer, a network of streams, and one of whose units its
+        layers do not tell, are of the model's own class; other convolutional networks are a `torch.fx.GraphModule`,
+        whose attributes and methods other than its layers are gone. Its attribute `structured_ticket` is for `save`.
 
     Raises:
         BadType: An argument is of the wrong type (a TypeError).
@@ -49,7 +52,7 @@ def shrink(
             compute something else (a ValueError).
     """
     network = unwrapped(model)
-    structure, shape, heads, ways_to_follow = _structure(network, masks, example_image)
+    structure, shape, heads, ways_of_finding = _structure(network, masks, example_image)
     with undisturbed(network), in_plain_words():
         hard = plain_copy(network)
         ways, name = descriptions(network, shape), f"{type(network).__module__}.{type(network).__qualname__}"
@@ -57,10 +60,10 @@ def shrink(
         _apply(hard, structure)
         trains = {n: p.requires_grad for n, p in hard.named_parameters()}
         modes = {n: m.training for n, m in hard.named_modules()}
-        small, logits, followed = _shrunk(hard, structure, shape, ways_to_follow)
+        small, logits, way = _shrunk(hard, structure, shape, ways_of_finding)
         for parameter, value in small.named_parameters():
             value.requires_grad_(trains.get(parameter, True))
-        ticket = Ticket(name, ways, shapes_of(hard), kept_of(structure), shape, logits.shape[1], heads, followed)
+        ticket = Ticket(name, ways, shapes_of(hard), kept_of(structure), shape, logits.shape[1], heads, way._asdict())
         small = with_ticket(small, ticket)
         set_modes(small, modes)
     return small
@@ -68,10 +71,10 @@ def shrink(
 
 def _structure(
     network: nn.Module, masks: object, example: Tensor | Sequence[int] | None
-) -> tuple[Mask, tuple[int, int, int], bool, tuple[bool, ...]]:
+) -> tuple[Mask, tuple[int, int, int], bool, tuple[Way, ...]]:
     """The structured mask by parameter name, and the shape of an image.
 
-    Also whether torch's attention is replaced, and whether features are to be followed: both, if that is not known.
+    Also whether torch's attention is replaced, and how units were found: in several ways, if that is not known.
 
     Raises:
         BadType: They are neither `Masks` nor a mapping of tensors.
@@ -80,7 +83,7 @@ def _structure(
     if isinstance(masks, Masks):
         require_same(masks.units, network, "the masks")
         shape = masks.units.image if example is None else image_shape(example, network)
-        return masks.pair.structure, shape, bool(masks.units.attention), (masks.units.followed,)
+        return masks.pair.structure, shape, bool(masks.units.attention), (masks.units.way,)
     if not isinstance(masks, Mapping):
         raise BadType(f"masks is a {type(masks).__name__}, neither what regroup returns nor a mapping of masks")
     try:
@@ -88,30 +91,40 @@ def _structure(
         structure = masks_by_parameter(network, masks)
     except (TypeError, ValueError) as error:
         raise (BadType if isinstance(error, TypeError) else BadValue)(str(error)) from None
-    return structure, image_shape(example, network), False, (False, True)
+    return structure, image_shape(example, network), False, ANY_WAY
 
 
 def _shrunk(
-    hard: nn.Module, structure: Mask, shape: tuple[int, int, int], ways: Sequence[bool]
-) -> tuple[nn.Module, Tensor, bool]:
-    """Return the smaller network, its logits of two random images, and in which of the ways it was found.
+    hard: nn.Module, structure: Mask, shape: tuple[int, int, int], ways: Sequence[Way]
+) -> tuple[nn.Module, Tensor, Way]:
+    """Return the smaller network, its logits of two random images, and in which of the ways units were found.
+
+    Of several ways, the first counts by which the network becomes smaller.
 
     Raises:
         BadValue: It computes something else.
         UsageError: It cannot be made smaller.
     """
-    first: UsageError | None = None
-    for followed in ways:
+    found, first = None, None
+    for way in ways:
         try:
-            small = smallest(hard, structure, shape, followed)
-            return small, _require_same_logits(hard, small, shape), followed
+            small = smallest(hard, structure, shape, way)
+            found = found or (small, _require_same_logits(hard, small, shape), way)
+            if _size(small) < _size(hard):
+                return small, _require_same_logits(hard, small, shape), way
         except UsageError as error:
             first = first or error
         except Exception as error:  # whatever the network's code raises while it is recorded
             name, reason = type(hard).__name__, first_line(error)
             first = first or BadValue(f"{name} cannot be made smaller ({type(error).__name__}: {reason})")
-    assert first is not None
-    raise first
+    if found is None:
+        assert first is not None
+        raise first
+    return found
+
+
+def _size(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
 
 
 @torch.no_grad()

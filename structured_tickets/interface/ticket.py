@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
@@ -28,7 +28,7 @@ class Ticket:
         image: (channels, height, width) of its images.
         classes: Number of logits.
         heads: True if torch's attention layers have been replaced by `SelfAttention`.
-        followed: See `Units`.
+        way: How its units were found: see `rebuild.Way`.
     """
 
     network: str
@@ -38,7 +38,7 @@ class Ticket:
     image: tuple[int, int, int]
     classes: int
     heads: bool = False
-    followed: bool = False
+    way: Mapping[str, Any] = field(default_factory=dict)
 
 
 class SmallGraph(fx.GraphModule):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from structured_tickets.base.errors import BadType, BadValue
 from structured_tickets.base.text_tables import counted, some_of, text_table
 from structured_tickets.interface.foreign import OWN_NAMES, OwnParameters
+from structured_tickets.interface.rebuild import Way
 from structured_tickets.unit_groups.kinds import kind_of
 from structured_tickets.unit_groups.unit import UnitGroup, kinds, parameter_of
 
@@ -33,7 +34,7 @@ class Units:
         shapes: Parameter name -> shape, of all parameters of the network.
         attention: The `nn.MultiheadAttention` layers that are pruned head by head. In `slices` and `shapes` their
             parameters have the names of other libraries' attention (`qkv.weight` for `in_proj_weight`).
-        followed: The units were found by following features through the operations that run.
+        way: How the units were found.
     """
 
     groups: tuple[UnitGroup, ...]
@@ -43,7 +44,7 @@ class Units:
     classes: int
     shapes: Mapping[str, tuple[int, ...]]
     attention: tuple[str, ...] = ()
-    followed: bool = False
+    way: Way = field(default_factory=Way)
 
     def __len__(self) -> int:
         return len(self.groups)

@@ -52,7 +52,7 @@ TITLES = {
     "macs": (
         "Accuracy against MACs",
         "MACs",
-        "Of the network with everything else cut out; of weights that are not zero where masks are element-wise.",
+        "Of the network with everything else cut out; of the whole network where masks are element-wise.",
     ),
     "latency": (
         "Accuracy against measured latency",

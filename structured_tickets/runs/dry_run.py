@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,7 @@ from structured_tickets.runs.setup import Setup
 from structured_tickets.shrinking.cost import Cost, cost_of
 from structured_tickets.training.epoch import validate_together
 from structured_tickets.training.rounds import GIVEN, epochs_of
+from structured_tickets.unit_groups.kinds import word_of
 from structured_tickets.unit_groups.unit import UnitGroup, parameter_of
 
 TIMED_STEPS = 3
@@ -62,12 +64,15 @@ def describe_plan(setup: Setup, step: Callable[[], None]) -> str:
 
 def _layers(setup: Setup) -> list[str]:
     owner = {s.name: g for g in reversed(setup.groups) for s in g.slices}  # of a block's layers, the heads and neurons
+    written: Counter[str] = Counter()  # of a layer that writes into several streams, the channels of all
+    for group in (g for g in setup.groups if g.writers):
+        written.update({s.name: group.units for s in group.computing})
     lines, total = ["prunable layers"], 0
     for name in setup.names:
         weight, group = parameter_of(setup.model, name), owner[name]
         total += weight.numel()
-        shape = str(tuple(weight.shape))
-        lines.append(f"  {name:40s} {shape:20s} {weight.numel():>10,}  {counted(group.units, group.kind)}")
+        shape, units = str(tuple(weight.shape)), written[name] or group.units
+        lines.append(f"  {name:40s} {shape:20s} {weight.numel():>10,}  {counted(units, word_of(group.kind))}")
     return [*lines, f"  {counted(len(setup.names), 'layer')}, {counted(total, 'weight')}"]
 
 
@@ -85,7 +90,7 @@ def _rounds(setup: Setup) -> list[str]:
     rows: list[str] = []
     for pair in simulate_rounds(model, groups, rules, setup.args.pruning_times):
         cost: Cost = cost_of(model, {} if pair is None else pair.structure, setup.image_size)
-        units = ", ".join(f"{kept}/{of} {kind}s" for kind, (kept, of) in kept_per_kind(groups, pair).items())
+        units = ", ".join(f"{kept}/{of} {word_of(kind)}s" for kind, (kept, of) in kept_per_kind(groups, pair).items())
         density = shares(pair, setup.names, rules).kept
         size = f"{counted(cost.parameters, 'parameter')}  {millions(cost.macs)} MACs"
         rows.append(f"{density:6.2f}%  {units}  {size}")

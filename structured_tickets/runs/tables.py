@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from structured_tickets.base.text_tables import millions, text_table
 from structured_tickets.runs.rows import EMA, Row
+from structured_tickets.unit_groups.kinds import word_of
 
 
 def _percent(value: float | None) -> str:
@@ -19,7 +20,7 @@ def rounds_table(rounds: Sequence[Row]) -> str:
     head = [
         "round",
         "density %",
-        *(f"{k}s" for k in kinds),
+        *(f"{word_of(k)}s" for k in kinds),
         "params",
         "MACs",
         "train",

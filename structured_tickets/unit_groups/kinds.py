@@ -16,6 +16,7 @@ class Kind:
         holds_units: Its units are made of units of other kinds, and each is a layer of its own: it is ranked over the
             whole network, by scores per weight, and changes places with units of the same shape only.
         by_weight: It is only pruned weight by weight, never as a whole.
+        word: How one of them is called in tables and sentences; empty: by the row's name.
     """
 
     title: str
@@ -23,6 +24,7 @@ class Kind:
     layers: str = ""
     holds_units: bool = False
     by_weight: bool = False
+    word: str = ""
 
 
 FILTER, STREAM = "filter", "stream"
@@ -37,7 +39,7 @@ KINDS: dict[str, Kind] = {
     "head": Kind("Head", "Attention Head Pruning", "Attention layers"),
     "neuron": Kind("MLP", "MLP Neuron Pruning", "MLP layers"),
     "block": Kind("Block", "Block Pruning", holds_units=True),
-    "patch": Kind("Patch", by_weight=True),
+    "patch": Kind("Patch", by_weight=True, word="patch feature"),
     "row": Kind("Row", layers="Layers pruned weight by weight", by_weight=True),
 }
 
@@ -45,3 +47,8 @@ KINDS: dict[str, Kind] = {
 def kind_of(name: str) -> Kind:
     """Return a row of `KINDS`; for a name that has none, a kind of that title that nothing sets apart."""
     return KINDS.get(name, Kind(name.capitalize(), name, name))
+
+
+def word_of(kind: str) -> str:
+    """Return how a unit of a kind is called; with an s, several of them."""
+    return kind_of(kind).word or kind

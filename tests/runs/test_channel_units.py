@@ -140,3 +140,12 @@ def test_streams_in_a_training_loop_of_ones_own(tmp_path):
     with pytest.raises(BadValue, match="channel_units"):
         st.units(network, (3, 8, 8), channel_units="streams")
     assert len(unit_groups(network)) == 4  # nothing was noted on the network itself
+
+
+def test_the_plan_says_how_many_channels_a_layer_gives_and_what_the_first_layer_of_a_vit_has(tmp_path, capsys):
+    words = ["--dataset=digits", "--image_size=8", "--struct=refill", "--rate=0.5", "--pruning_times=2", "--dry_run"]
+    assert run(*words, "--arch=res20s", "--channel_units=stream", "--drop_path=0.1") == 0
+    said = capsys.readouterr().out
+    assert " 18,432  64 channels" in said and "layer3.0.conv2" in said and "400/400 channels" in said
+    assert run(*words, "--arch=vit_tiny", "--vit_structured", "--conv1") == 0
+    assert ", 192/192 patch features" in capsys.readouterr().out

@@ -238,6 +238,8 @@ def test_a_network_that_became_slower_is_named_with_the_best_there_is(runs, tmp_
     assert re.search(r"\d+ layers? of \d+ got a width that is not a multiple of 8", table)
     assert "slower than the dense one: 12.0 ms instead of 10.0 for 64 images" in error
     assert "--round_to 8 is the fastest here (7.0 ms)" in error
+    near = [{**row, "noise_batch_64": 0.18} for row in json.loads((tmp_path / "export.json").read_text())]
+    assert ticket_files._why_slower(near, None, None) == ""
     rows = [{**row, "noise_batch_64": 6.22} for row in json.loads((tmp_path / "export.json").read_text())]
     assert ticket_files._why_slower(rows, None, None) == "" and "12.0 ms (too noisy to tell)" in ticket_files._table(
         rows

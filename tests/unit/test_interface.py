@@ -424,6 +424,36 @@ def test_networks_of_users_have_the_units_that_runs_find(name, tmp_path):
         torch.testing.assert_close(logits(network, (3, 8, 8)), logits(model, (3, 8, 8)), rtol=1e-4, atol=1e-5)
 
 
+class Reads(nn.Module):
+    """A question that is learned, and attention that looks for its answer in an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.norm = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 32, 3, 1, 1), nn.BatchNorm2d(32)
+        self.question, self.last = nn.Parameter(torch.rand(1, 1, 32)), nn.Linear(32, 5)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x):
+        x = self.norm(self.conv(self.stem(x).relu())).relu().flatten(2).transpose(1, 2)
+        return self.last(self.attention(self.question.expand(len(x), -1, -1), x, x, need_weights=False)[0][:, 0])
+
+
+@pytest.mark.parametrize("channel_units", ["filter", "stream"])
+def test_what_the_masks_prune_is_gone_whatever_a_channel_is(channel_units, tmp_path):
+    model = used(Reads())
+    units = st.units(model, (3, 8, 8), channel_units=channel_units)
+    assert "attention" in units and "stem" not in units
+    masks = st.regroup(model, units, 0.5)
+    small = st.shrink(model, masks)
+    by_name = st.shrink(model, masks.structure, (3, 8, 8))
+    st.save(small, tmp_path)
+    again = st.load(tmp_path, model=model)
+    masks.apply_(model)
+    for network in (small, by_name, again):
+        assert network.attention.in_proj_weight.shape[0] == 48
+        torch.testing.assert_close(logits(network, (3, 8, 8)), logits(model, (3, 8, 8)), rtol=1e-4, atol=1e-5)
+
+
 def test_what_cannot_be_removed_stays_whole_and_the_reason_is_said():
     model = users_networks.vit_that_decides(10)
     units = st.units(model, (3, 8, 8))
@@ -691,7 +721,7 @@ WRONG = {
     "sorting": ({"sorting": "global"}, ValueError, "sorting: has no effect here, since no heads or neurons"),
     "min_units": ({"min_units": -1}, ValueError, "min_units: -1 is not a whole number of at least 0"),
     "min_units_type": ({"min_units": 1.5}, TypeError, "min_units: 1.5 is a float"),
-    "no batches": ({"criterion": "l1"}, ValueError, r"batches: missing; criterion 'l1' needs \(images, labels\) pairs"),
+    "no batches": ({"criterion": "l1"}, ValueError, r"batches: missing; criterion 'l1' needs images, or \(images"),
     "empty": ({"criterion": "l1", "batches": []}, ValueError, "batches: empty"),
     "not batches": ({"criterion": "l1", "batches": 3}, TypeError, "batches: a int, not a data loader"),
     "no labels": ({"criterion": "saliency", "batches": [torch.rand(2, 3, 9, 7)]}, TypeError, "an item is a Tensor"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import nn
 from torch.func import functional_call
 
@@ -72,6 +73,18 @@ class Squeezed(Net):
         y = self.deep(self.up(x))
         gate = torch.sigmoid(self.more(F.relu(self.less(y.mean((2, 3), keepdim=True)))))
         return x + self.down(y * gate)
+
+
+class Dropping(Residual):
+    """Images leave out a branch at random, as timm has it, in whose code new tensors are drawn."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = DropPath(0.2)
+
+    def middle(self, x):
+        x = x + self.drop(self.b(self.a(x)))
+        return F.relu(x + self.drop(F.rrelu(self.c(x), training=self.training)))
 
 
 class Larger(Net):
@@ -148,7 +161,7 @@ class Scaled(Net):
         return x + self.b(self.a(x) * self.scale + self.shift)
 
 
-NETWORKS = (Residual, Dense, Squeezed, Larger, Padded, Fixed, Counted, Classifier, Scaled)
+NETWORKS = (Residual, Dropping, Dense, Squeezed, Larger, Padded, Fixed, Counted, Classifier, Scaled)
 
 
 @torch.no_grad()
@@ -206,7 +219,7 @@ def test_a_dropped_stream_is_silent_and_really_gone(make):
 
 def test_which_streams_there_are():
     counts = {make: sorted(g.units for g in unit_groups(built(make))) for make in NETWORKS}
-    assert counts[Residual] == [8, 12]
+    assert counts[Residual] == counts[Dropping] == [8, 12]
     assert counts[Dense] == [4]  # the stem alone writes the other one: it stays, as its weights are not ranked
     assert counts[Squeezed] == [4, 8, 16]
     assert counts[Larger] == [8]
