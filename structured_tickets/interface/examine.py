@@ -52,7 +52,9 @@ def units(
     BatchNorms behind it, and the depth-wise filters that read it. A head owns its rows of q, k and v and its columns of
     the projection; a neuron its row of the MLP's first layer and its column of the second; a block is a whole attention
     branch or MLP. To be sure, units are dropped at random in a copy, and the smaller network is compared with the
-    masked one. The model itself is not changed, and no random number is drawn from the global generators.
+    masked one. Where layers do not tell enough, features are followed through the operations that run, which takes
+    seconds, of a large network a minute; blocks are not found then. Units that cannot be removed are left out, with the
+    reason. The model itself is not changed, and no random number is drawn from the global generators.
 
     Args:
         model: Any network that turns images into logits [batch, classes]; wrapped in DataParallel,
@@ -87,7 +89,7 @@ def units(
         return Units(
             tuple(groups),
             type(network).__name__,
-            _left_alone(twin, found, groups, called),
+            _left_alone(twin, found, groups, called, stem),
             shape,
             logits.shape[1],
             {n: tuple(p.shape) for n, p in twin.named_parameters()},
@@ -102,13 +104,14 @@ def _twin_with_heads(network: nn.Module, shape: Sequence[int]) -> tuple[nn.Modul
     attention = tuple(n for n, m in twin.named_modules() if isinstance(m, nn.MultiheadAttention))
     if not attention:
         return twin, ()
-    other, images = with_separate_heads(copy.deepcopy(twin)), random_images(shape, twin)
+    images = random_images(shape, twin)
     try:
+        other = with_separate_heads(copy.deepcopy(twin))
         with torch.no_grad(), in_mode(twin, False), in_mode(other, False):
             wanted, found = twin(images), other(images)
             same = bool((found - wanted).abs().max() <= SAME * wanted.abs().max().clamp(min=1))
-    except Exception:  # attention with masks, or of one sequence to another, is not known
-        same = False
+    except Exception:  # attention with masks, of one sequence to another, or with fewer heads is not known
+        return twin, ()
     changed = tuple(n for n in attention if not isinstance(other.get_submodule(n), nn.MultiheadAttention))
     return (other, changed) if same else (twin, ())
 
@@ -166,11 +169,13 @@ def _require_found(network: nn.Module, found: Found, stem: bool) -> None:
         raise BadValue(f"{name} has no layers that can be pruned{reasons}")
 
 
-def _left_alone(twin: nn.Module, found: Found, groups: Sequence[UnitGroup], called: Sequence[str]) -> dict[str, str]:
+def _left_alone(
+    twin: nn.Module, found: Found, groups: Sequence[UnitGroup], called: Sequence[str], stem: bool
+) -> dict[str, str]:
     """Layer with weights -> why it has no units."""
     uncalled = {n for n, m in twin.named_modules() if isinstance(m, _ConvNd | nn.Linear)} - set(called)
-    stem, known = " (stem=True prunes it, too)", reasons_of_layers(twin)
-    left = left_alone(twin, found.notes, groups, found.transformer, uncalled, stem, known)
+    known, first = reasons_of_layers(twin), "" if stem else " (stem=True prunes it, too)"
+    left = left_alone(twin, found.notes, groups, found.transformer, uncalled, first, known)
     stays = {layer: found.stays[g.name] for g in found.groups if g.name in found.stays for layer in weights_of(g)}
     left |= {n: stays[n] for n in sorted(stays)}  # also where the whole branch can go
     return {n: EXCLUDED if n in found.excluded else reason for n, reason in left.items()}

@@ -23,6 +23,7 @@ from structured_tickets.base.errors import BadType, BadValue, UsageError, first_
 from structured_tickets.networks.attention import with_separate_heads
 from structured_tickets.networks.hosted import copies_of_computed
 from structured_tickets.pruning.masks import remove_masks
+from structured_tickets.shrinking.in_place import ADAPTERS
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 COMPUTES_WEIGHTS = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
@@ -87,7 +88,11 @@ def _hooks_of(module: nn.Module) -> Iterator[tuple[Any, OrderedDict]]:
     for attribute in HOOKS:
         hooks = vars(module).get(attribute)
         if hooks is not None:
-            yield hooks, OrderedDict((k, h) for k, h in hooks.items() if isinstance(h, COMPUTES_WEIGHTS))
+            yield hooks, OrderedDict((k, h) for k, h in hooks.items() if _is_part_of_it(h))
+
+
+def _is_part_of_it(hook: Any) -> bool:
+    return isinstance(hook, COMPUTES_WEIGHTS) or any(hook is adapter for adapter in ADAPTERS)
 
 
 def _masked_by_torch(network: nn.Module) -> list[str]:

@@ -45,7 +45,7 @@ def differ(found: Tensor, wanted: Tensor) -> float:
 
 
 class Way(NamedTuple):
-    """How units were found, which is how a network is cut.
+    """Way in which units were found, and in which a network is cut.
 
     Attributes:
         followed: By following features through the operations that run, although its layers seem to tell its units.

@@ -16,6 +16,7 @@ from structured_tickets.interface.ticket import Ticket, set_modes, with_ticket
 from structured_tickets.interface.units import require_same
 from structured_tickets.networks.attention import with_separate_heads
 from structured_tickets.pruning.masks import Mask, check_mask
+from structured_tickets.shrinking.inserted_layers import INSERTED
 from structured_tickets.shrinking.shrink import masks_by_parameter
 from structured_tickets.unit_groups.kinds import STREAM
 
@@ -99,32 +100,33 @@ def _shrunk(
 ) -> tuple[nn.Module, Tensor, Way]:
     """Return the smaller network, its logits of two random images, and in which of the ways units were found.
 
-    Of several ways, the first counts by which the network becomes smaller.
+    Of several ways, the first that leaves nothing to be put in its place; else the one that leaves the fewest weights.
 
     Raises:
         BadValue: It computes something else.
         UsageError: It cannot be made smaller.
     """
-    found, first = None, None
+    found: list[tuple[nn.Module, Tensor, Way]] = []
+    first: UsageError | None = None
     for way in ways:
         try:
             small = smallest(hard, structure, shape, way)
-            found = found or (small, _require_same_logits(hard, small, shape), way)
-            if _size(small) < _size(hard):
-                return small, _require_same_logits(hard, small, shape), way
+            found.append((small, _require_same_logits(hard, small, shape), way))
+            if len(list(small.parameters())) <= len(list(hard.parameters())) and not _moves(small):
+                break
         except UsageError as error:
             first = first or error
         except Exception as error:  # whatever the network's code raises while it is recorded
             name, reason = type(hard).__name__, first_line(error)
             first = first or BadValue(f"{name} cannot be made smaller ({type(error).__name__}: {reason})")
-    if found is None:
+    if not found:
         assert first is not None
         raise first
-    return found
+    return min(found, key=lambda one: sum(p.numel() for p in one[0].parameters()))
 
 
-def _size(network: nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())
+def _moves(network: nn.Module) -> bool:
+    return any(isinstance(layer, INSERTED) for layer in network.modules())
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from structured_tickets.networks.registry import ModelSpec, change_notes
 from structured_tickets.shrinking.trial import check_units, places_channels
 from structured_tickets.unit_groups.find import features_of, is_transformer, share_in_units, unit_groups
 from structured_tickets.unit_groups.kinds import kind_of
-from structured_tickets.unit_groups.left_alone import weights_of
+from structured_tickets.unit_groups.left_alone import layers_of, weights_of
 from structured_tickets.unit_groups.unit import UnitGroup, kinds, parameter_of
 
 CANNOT_BE_REMOVED = {
@@ -97,7 +97,7 @@ def _found_by_trial(model: nn.Module, notes: ModelSpec, look: Look) -> Found:
     transformer, stays = is_transformer(model), dict[str, str]()
     try:
         everything = _units_of(model, look)
-        excluded, unknown = _excluded(everything, look.exclude)
+        excluded, unknown = _excluded(model, everything, look.exclude)
         groups = [g for g in everything if not excluded & weights_of(g)]
         if look.foreign:
             stays = _groups_that_stay(model, groups, look.image)
@@ -108,12 +108,15 @@ def _found_by_trial(model: nn.Module, notes: ModelSpec, look: Look) -> Found:
     return Found(notes, transformer, groups, stays, frozenset(excluded), unknown)
 
 
-def _excluded(groups: Sequence[UnitGroup], names: Sequence[str]) -> tuple[set[str], tuple[str, ...]]:
+def _excluded(model: nn.Module, groups: Sequence[UnitGroup], names: Sequence[str]) -> tuple[set[str], tuple[str, ...]]:
     """Return the layers of all units that own weights of named layers, and the names of which no layer has units."""
-    layers = set().union(*map(weights_of, groups))
-    inside = {name: {layer for layer in layers if f"{layer}.".startswith(f"{name}.")} for name in names}
-    excluded = set().union(*inside.values())
-    excluded |= set().union(*(weights_of(g) for g in groups if excluded & weights_of(g)))
+    if not names:
+        return set(), ()
+    layers = {g.name: layers_of(model, g) for g in groups}
+    every = set().union(*layers.values())
+    inside = {name: {layer for layer in every if f"{layer}.".startswith(f"{name}.")} for name in names}
+    named = set().union(*inside.values())
+    excluded = named.union(*(own for own in layers.values() if named & own))
     return excluded, tuple(name for name, found in inside.items() if not found)
 
 

@@ -342,6 +342,10 @@ def _given(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor
     return layer._modules[GIVEN](output)  # type: ignore[misc]
 
 
+ADAPTERS = (_read, _given)
+"""Hooks by which layers take, or put in their places, the features that are left."""
+
+
 def _set_numbers(small: nn.Module, following: Following, room: Room, which: str) -> None:
     """Set attributes that say how many heads there are, in the modules that own the layers of heads."""
     if not which:

@@ -23,6 +23,13 @@ def weights_of(group: UnitGroup) -> set[str]:
     return {s.layer for s in group.slices if s.ranked}
 
 
+def layers_of(model: nn.Module, group: UnitGroup) -> set[str]:
+    """Return the layers whose weights the group's units own, under all their names."""
+    own = {id(parameter_of(model, s.name)) for s in group.slices if s.ranked}
+    named = model.named_parameters(remove_duplicate=False)
+    return weights_of(group) | {name.rpartition(".")[0] for name, value in named if id(value) in own}
+
+
 def left_alone(
     model: nn.Module,
     spec: ModelSpec,

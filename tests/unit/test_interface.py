@@ -37,6 +37,7 @@ from structured_tickets.networks.layers import Normalize
 from structured_tickets.pruning.decide import decide
 from structured_tickets.pruning.rules import RoundRules
 from structured_tickets.pruning.usable_units import usable_units
+from structured_tickets.shrinking.inserted_layers import Place
 from structured_tickets.shrinking.kept_units import kept_units_of, structure_of
 from structured_tickets.shrinking.shrink import shrink
 from structured_tickets.training.penalty.schedules import SCHEDULES, Clock
@@ -387,7 +388,12 @@ def test_tied_layers_of_a_transformer_are_pruned_together_or_left_out(tmp_path):
     st.save(small, tmp_path)
     for network in (small, st.load(tmp_path, model=model)):
         assert network.blocks[1].mlp.fc1.weight is network.blocks[0].mlp.fc1.weight
-    assert "blocks.0.attn.qkv" in st.units(model, exclude=["blocks.0.mlp", "blocks.1.mlp"])
+    for excluded in (["blocks.1.mlp.fc1"], ["blocks.0.mlp", "blocks.1.mlp"]):
+        others = st.units(model, exclude=excluded)
+        assert "blocks.0.attn.qkv" in others and not [n for n in others.names if "mlp" in n]
+        assert {others.left_alone[f"blocks.{k}.mlp.fc1"] for k in (0, 1)} == {"left out by exclude"}
+    by_name = st.shrink(model, masks.structure)
+    assert by_name.blocks[1].mlp.fc1.weight is by_name.blocks[0].mlp.fc1.weight
 
 
 SAME_AS_RUNS = [
@@ -452,6 +458,20 @@ def test_what_the_masks_prune_is_gone_whatever_a_channel_is(channel_units, tmp_p
     for network in (small, by_name, again):
         assert network.attention.in_proj_weight.shape[0] == 48
         torch.testing.assert_close(logits(network, (3, 8, 8)), logits(model, (3, 8, 8)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_whose_heads_are_put_in_their_places_is_saved_and_pruned_again(tmp_path):
+    model = used(users_networks.vit(10))
+    small = st.shrink(model, st.regroup(model, st.units(model, (3, 8, 8)), 0.5))
+    assert any(isinstance(m, Place) for m in small.modules())
+    masks = st.regroup(small, st.units(small, (3, 8, 8)), 0.4)
+    smaller = st.shrink(small, masks)
+    st.save(smaller, tmp_path)
+    again = st.load(tmp_path, model=small)
+    masks.apply_(small)
+    for network in (smaller, again):
+        assert sum(p.numel() for p in network.parameters()) < sum(p.numel() for p in small.parameters())
+        torch.testing.assert_close(logits(network, (3, 8, 8)), logits(small, (3, 8, 8)), rtol=1e-4, atol=1e-5)
 
 
 def test_what_cannot_be_removed_stays_whole_and_the_reason_is_said():
