@@ -23,8 +23,9 @@ def nonzero(call: Call) -> Tensor:
 
 
 def made_anew(call: Call) -> Tensor | None:
-    """Another tensor of the same number type: none of the features, if it has one number for each image."""
-    return plain(call.shape) if call.shape[1:].numel() == 1 else None
+    """Another tensor of the same number type: none of the features, if it has one number for each image, or for all."""
+    images = call.labels(0).shape[:1]
+    return plain(call.shape) if call.shape.numel() == 1 or call.shape == (*images, *[1] * len(call.shape[1:])) else None
 
 
 def clamped(call: Call) -> Tensor:

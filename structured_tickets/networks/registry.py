@@ -128,7 +128,7 @@ def _notes(model: nn.Module) -> dict[str, Any]:
 
 def takes_channels_side_by_side(model: nn.Module) -> bool:
     """Return what the notes on a network, or on the one that a graph was traced of, say: see `ModelSpec`."""
-    return spec_of(model).side_by_side and not vars(model).get("meta", {}).get(AS_IT_IS, False)
+    return spec_of(model).side_by_side and not _notes(model).get(AS_IT_IS, False)
 
 
 def note_layout_of(model: nn.Module, graph: fx.GraphModule) -> None:

@@ -24,10 +24,6 @@ from structured_tickets.unit_groups.left_alone import ALWAYS, left_alone, weight
 from structured_tickets.unit_groups.unit import PARAMETERS, UnitGroup, parameter_of, rows
 
 FROZEN = "frozen (requires_grad=False)"
-TORCHS_ATTENTION = (
-    "torch's own attention, whose heads cannot be removed. Write it with two linear layers qkv and proj, and the "
-    "number of heads in num_heads"
-)
 
 
 @dataclass(frozen=True)
@@ -151,12 +147,8 @@ def _reasons_of_layers(
     model: nn.Module, spec: ModelSpec, groups: Sequence[UnitGroup], transformer: bool
 ) -> dict[str, str]:
     """Return the layers with weights that are in no group: layer -> the reason."""
-    found = left_alone(
-        model, spec, groups, transformer, stem=" (--conv1 prunes it, too)", known=reasons_of_layers(model)
-    )
-    torchs = [n for n in found if isinstance(model.get_submodule(n), nn.MultiheadAttention)]
-    inside = tuple(f"{n}." for n in torchs)
-    reasons = {n: r for n, r in found.items() if not n.startswith(inside)} | dict.fromkeys(torchs, TORCHS_ATTENTION)
+    conv1, known = " (--conv1 prunes it, too)", reasons_of_layers(model)
+    reasons = left_alone(model, spec, groups, transformer, stem=conv1, known=known)
     return reasons | {n: FROZEN for n in reasons if _is_frozen(model.get_submodule(n))}
 
 

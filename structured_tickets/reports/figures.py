@@ -15,6 +15,7 @@ from structured_tickets.reports.runs import Collection, Group, Run, in_words, ju
 from structured_tickets.reports.style import DASHES, FAINT, INK, colour_of
 from structured_tickets.runs.pictures import panels_of
 from structured_tickets.runs.rows import Row
+from structured_tickets.unit_groups.kinds import word_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -264,7 +265,7 @@ def _kept_map(axes: Axes, kind: str, layers: Sequence[str], rows: Sequence[Seque
     axes.invert_yaxis()
     axes.set_yticks([k + 0.5 for k in range(len(layers))], layers, fontsize=6.5)
     axes.set_xticks([k + 0.5 for k in range(len(rows))], [str(k) for k in range(len(rows))], fontsize=7)
-    axes.set_title(f"{kind}s kept", loc="left")
+    axes.set_title(f"{word_of(kind)}s kept", loc="left")
     axes.grid(visible=False)
     if len(rows) <= FEW_ROUNDS:
         for y, (line, counts) in enumerate(zip(shares, kept, strict=True)):

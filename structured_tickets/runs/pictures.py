@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from structured_tickets.base.atomic_files import write_atomically
 from structured_tickets.runs.rows import Row
+from structured_tickets.unit_groups.kinds import word_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,5 +92,5 @@ def _draw_panel(axes: Axes, kind: str, layers: Sequence[str], rounds: Sequence[R
         )
     axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel(f"{kind}s kept")
+    axes.set_ylabel(f"{word_of(kind)}s kept")
     axes.spines[["top", "right"]].set_visible(False)

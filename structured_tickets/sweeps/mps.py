@@ -17,7 +17,7 @@ log = logging.getLogger("rsst")
 
 DAEMON = "nvidia-cuda-mps-control"
 PIPES, LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
-USUAL_PIPES = "/tmp/nvidia-mps"
+USUAL_PIPES = "/tmp/nvidia-mps"  # the default of NVIDIA's daemon
 SECONDS = 20.0  # for the daemon to start, and to end
 
 

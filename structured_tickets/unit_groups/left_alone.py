@@ -14,6 +14,10 @@ from structured_tickets.unit_groups.unit import UnitGroup, parameter_of
 FIRST = "first layer"
 CLASSIFIER = "classifier: its outputs are the logits"
 LINEAR = "linear layer of a convolutional network, where only channels are units"
+TORCHS_ATTENTION = (
+    "torch's own attention, whose heads cannot be removed. Write it with two linear layers qkv and proj, and the "
+    "number of heads in num_heads"
+)
 ALWAYS = (FIRST, CLASSIFIER, LINEAR)
 """Beginnings of reasons that hold for every network."""
 
@@ -46,14 +50,15 @@ def left_alone(
         stem: What is said of the first layer besides.
         known: What following the network's features has shown: layer -> the reason.
     """
-    pruned = {s.layer for g in groups for s in g.slices}
-    shared = {id(parameter_of(model, s.name)) for g in groups for s in g.slices if s.ranked}
+    pruned = {s.layer for g in groups for s in g.slices}.union(*(layers_of(model, g) for g in groups))
     kinds = _ConvNd | nn.Linear | nn.MultiheadAttention
     layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and n not in pruned}
-    layers = {n: m for n, m in layers.items() if id(getattr(m, "weight", None)) not in shared}  # under another name
     first = FIRST + ("" if transformer else stem)
     reasons = {n: (known or {}).get(n) or _reason(m, transformer) for n, m in layers.items()}
     reasons |= dict.fromkeys((n for n in layers if n in uncalled), "not called in a forward pass")
+    torchs = [n for n, m in layers.items() if isinstance(m, nn.MultiheadAttention)]
+    inside = tuple(f"{n}." for n in torchs)
+    reasons = {n: r for n, r in reasons.items() if not n.startswith(inside)} | dict.fromkeys(torchs, TORCHS_ATTENTION)
     return reasons | {n: reason for n, reason in ((spec.classifier, CLASSIFIER), (spec.stem, first)) if n in layers}
 
 

@@ -33,7 +33,7 @@ from structured_tickets.interface.foreign import image_shape, random_images
 from structured_tickets.networks import build_model
 from structured_tickets.networks.attention import with_separate_heads
 from structured_tickets.networks.external import build_external
-from structured_tickets.networks.layers import Normalize
+from structured_tickets.networks.layers import Normalize, channels_side_by_side
 from structured_tickets.pruning.decide import decide
 from structured_tickets.pruning.rules import RoundRules
 from structured_tickets.pruning.usable_units import usable_units
@@ -330,7 +330,7 @@ class Spectral(Mine):
 
     def __init__(self):
         super().__init__()
-        self.spec, self.normalize, self.cuts = nn.BatchNorm2d(3), nn.Hardswish(), 3
+        self.spec, self.normalize, self.cuts, self.meta = nn.BatchNorm2d(3), nn.Hardswish(), 3, "mine"
 
     def forward(self, x):
         return super().forward(self.normalize(self.spec(x)))
@@ -343,6 +343,7 @@ def test_no_attribute_of_a_users_network_is_in_the_way(tmp_path):
     small = st.shrink(model, st.regroup(model, units, 0.4))
     st.save(small, tmp_path)
     assert torch.equal(logits(st.load(tmp_path, model=Spectral), (3, 8, 8)), logits(small, (3, 8, 8)))
+    assert channels_side_by_side(model).meta == "mine"
 
 
 @pytest.mark.parametrize("computed", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
@@ -667,7 +668,8 @@ class Asks(nn.Module):
 def test_attention_that_is_used_otherwise_is_left_alone():
     units = st.units(Asks(), (3, 8, 8))
     assert units.kinds == ("neuron", "block") and units.attention == ()
-    assert units.left_alone["attention"].startswith("part of neither an attention layer nor an MLP")
+    assert units.left_alone["attention"].startswith("torch's own attention, whose heads cannot be removed. Write it")
+    assert "attention.out_proj" not in units.left_alone
 
 
 def test_a_rate_of_each_kind_the_sorting_and_the_least_number_of_units():
